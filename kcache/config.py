@@ -1,0 +1,162 @@
+"""What a build and a training run are told to do: frozen settings, named like the flags that set them."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kcache.errors import ConfigError
+
+__all__ = ["DECODER_REPO", "PRIOR_REPO", "BuildConfig", "LrScheduler", "MixedPrecision", "Stage", "TrainConfig"]
+
+Stage = Literal["prior", "decoder", "all"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"
+DECODER_REPO = "kandinsky-community/kandinsky-2-2-decoder"
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}")
+
+
+def _check_at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{name} is {value}; expected {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What `kcache cache-build` is told: what to encode, with which networks, into which form."""
+
+    stage: Stage = "all"
+    """Which trainer the cache is for: "prior" (image_embeds, text), "decoder" (image_embeds, latents) or "all"."""
+    format: Literal["zarr"] = "zarr"
+    """Form of the shards on disk."""
+    resolution: tuple[int, ...] = (768,)
+    """Sides of the square pictures, in pixels, whose latents are stored; one table each."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Dtype of the stored rows."""
+    mixed_precision: MixedPrecision = "no"
+    """Dtype that the encoders run in: "no" is float32."""
+    pretrained_prior_model_name_or_path: str = PRIOR_REPO
+    """Folder or Hub id that holds image_encoder, image_processor, text_encoder and tokenizer."""
+    pretrained_decoder_model_name_or_path: str = DECODER_REPO
+    """Folder or Hub id that holds movq."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repositories."""
+    image_column: str = "image"
+    """Column of a dataset that holds the image."""
+    caption_column: str = "text"
+    """Column of a dataset or metadata file that holds the caption or the list of captions."""
+    max_train_samples: int | None = None
+    """Take only the first so many samples of the source."""
+    batch_size: int = 16
+    """Inputs per encoder call; part of the recipe, as results differ by 1e-6 between batch shapes."""
+    num_workers: int | None = None
+    """Threads that decode images; None takes one per core."""
+    rows_per_shard: int | None = None
+    """Rows of one shard; None takes what makes about 256 MB, per table."""
+    alpha: Literal["white", "black", "drop"] = "white"
+    """What transparent pixels are laid on; "drop" ignores transparency as the upstream scripts do."""
+    device: str | None = None
+    """Where the encoders run, e.g. "cuda:0"; None takes CUDA, then MPS, then the CPU."""
+    rehash: bool = False
+    """Read every file again to digest it, instead of trusting an unchanged (inode, size, mtime, ctime)."""
+    retry_rejected: bool = False
+    """Try again the inputs that an earlier build rejected."""
+
+    def __post_init__(self) -> None:
+        _check_choice("--stage", self.stage, get_args(Stage))
+        _check_choice("--format", self.format, ("zarr",))
+        _check_choice("--dtype", self.dtype, ("float16", "float32"))
+        _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
+        _check_choice("--alpha", self.alpha, ("white", "black", "drop"))
+        _check_at_least("--batch-size", self.batch_size, 1)
+        _check_at_least("--num-workers", self.num_workers, 1)
+        _check_at_least("--rows-per-shard", self.rows_per_shard, 1)
+        _check_at_least("--max-train-samples", self.max_train_samples, 1)
+        if not self.resolution:
+            raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")
+        for side in self.resolution:
+            _check_at_least("--resolution", side, 1)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype that the encoders run in, by torch's name."""
+        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.mixed_precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What `kcache train-prior` and `kcache train-decoder` are told; names and defaults are the upstream scripts'."""
+
+    stage: Literal["prior", "decoder"]
+    """Which network learns."""
+    output_dir: str
+    """The run directory: configuration, metrics, checkpoints and the trained network."""
+    pretrained_prior_model_name_or_path: str | None = None
+    """Folder or Hub id of the prior pipeline; None takes the one that the cache was built with."""
+    pretrained_decoder_model_name_or_path: str | None = None
+    """Folder or Hub id of the decoder pipeline; None takes the one that the cache was built with."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repositories."""
+    resolution: int | None = None
+    """Which latents table the decoder reads, in pixels; None takes the only one there is."""
+    online: str | None = None
+    """A source: run the frozen encoders in the loop instead of reading their rows (the baseline, and the proof)."""
+    seed: int = 0
+    """Decides order, captions, noise and timesteps."""
+    train_batch_size: int = 1
+    """Samples per device and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    num_train_epochs: int = 100
+    """Passes over the samples, unless max_train_steps is given."""
+    max_train_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: LrScheduler = "constant"
+    """Schedule of diffusers' get_scheduler."""
+    lr_warmup_steps: int = 500
+    """Optimizer steps of warm-up, for the schedules that have one."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm before each optimizer step."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5.0 is the paper's value, None weighs all alike."""
+    mixed_precision: MixedPrecision = "no"
+    """Autocast dtype of forward and backward; weights and optimizer stay float32."""
+    allow_tf32: bool = False
+    """Let float32 matrix products use TF32 on CUDA."""
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Keep only the newest so many checkpoints; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint's path, or "latest"."""
+    residency: Literal["auto", "ram", "mmap"] = "auto"
+    """Where the rows wait: whole tables in RAM, or memory-mapped files; "auto" decides by size."""
+    shuffle: Literal["full", "block"] = "full"
+    """A new permutation of all samples each epoch, or of blocks of neighbours for slow disks."""
+    deterministic: bool = False
+    """Use only deterministic CUDA kernels, so that a run can be repeated bit for bit."""
+    export_pipeline: bool = False
+    """Copy the unchanged frozen networks into the result, instead of linking to where they are."""
+
+    def __post_init__(self) -> None:
+        _check_choice("stage", self.stage, ("prior", "decoder"))
+        _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
+        _check_choice("--lr-scheduler", self.lr_scheduler, get_args(LrScheduler))
+        _check_choice("--residency", self.residency, ("auto", "ram", "mmap"))
+        _check_choice("--shuffle", self.shuffle, ("full", "block"))
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+            _check_at_least("--" + name.replace("_", "-"), getattr(self, name), 1)
+        _check_at_least("--max-train-steps", self.max_train_steps, 1)
+        _check_at_least("--checkpoints-total-limit", self.checkpoints_total_limit, 1)
+        _check_at_least("--lr-warmup-steps", self.lr_warmup_steps, 0)
+        _check_at_least("--seed", self.seed, 0)

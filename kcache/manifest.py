@@ -1,0 +1,140 @@
+"""The manifest: the one JSON file that makes a folder a cache, and the only file that is ever replaced."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
+from kcache.recipe import SCHEMA_VERSION, Recipe, canonical_json
+
+__all__ = ["MANIFEST", "Manifest", "ShardEntry", "TableEntry", "read_manifest"]
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """A committed shard: the index refers to it by its position in the manifest."""
+
+    name: str
+    data: str
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableEntry:
+    """A table of the cache: its recipe and its shards."""
+
+    recipe: Recipe
+    rows: int
+    """Rows in all shards, those that no sample uses any more included."""
+    bytes: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What is in a cache."""
+
+    format: str
+    """"zarr": the form of the shards."""
+    tables: Mapping[str, TableEntry]
+    samples: int
+    samples_digest: str
+    """sha256 (hex) of the samples' ids, keys and names, in order; also part of the parquet file's name."""
+    index_digest: str
+    """sha256 (hex) of the index arrays; also part of the index folder's name."""
+    rejected: int
+    """Inputs of the source that are not in the cache; rejected.jsonl names each."""
+    models: Mapping[str, Mapping[str, str | None]]
+    """Where the encoders came from: {"prior": {"name": …, "revision": …}, "decoder": …}. Shown, never compared."""
+
+    @property
+    def samples_file(self) -> str:
+        """Name of the parquet file with one row per sample."""
+        return f"samples-{self.samples_digest[:16]}.parquet"
+
+    @property
+    def index_folder(self) -> str:
+        """Name of the folder with the memory-mapped join."""
+        return f"index-{self.index_digest[:16]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what a training run sees: the recipes and the samples."""
+        recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
+        return hashlib.sha256(canonical_json([recipes, self.samples_digest]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it stands on disk, with the sha256 of all that it says."""
+        body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **_plain(self)}))
+        return {**body, "digest": _digest(body)}
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """The manifest of the cache at `cache`.
+
+    Raises CacheNotFoundError, CacheMismatchError for another schema or format, CacheCorruptError for damaged content.
+    """
+    path = cache / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _not_found(cache) from None
+    except OSError as error:
+        raise CacheNotFoundError(f"{path} cannot be read: {error.strerror}; expected a cache's manifest") from error
+    try:
+        data = json.loads(content)
+        version = data["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheCorruptError(
+            f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise CacheMismatchError(
+            f"{path} has schema version {version}; this kcache reads version {SCHEMA_VERSION}; "
+            "use the kcache that wrote it, or build the cache again"
+        )
+    try:
+        return _from_json(data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
+
+
+def _from_json(data: dict[str, Any]) -> Manifest:
+    digest = data.pop("digest")
+    if digest != _digest(data):
+        raise ValueError("its digest does not match its content")
+    data.pop("schema_version")
+    tables = {}
+    for name, entry in data.pop("tables").items():
+        shards = tuple(ShardEntry(**shard) for shard in entry["shards"])
+        recipe = Recipe.from_json(entry["recipe"])
+        tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
+    return Manifest(tables=tables, **data)
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    data = asdict(manifest)
+    for name, entry in manifest.tables.items():
+        data["tables"][name]["recipe"] = entry.recipe.to_json()
+        data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
+    return data
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def _not_found(cache: Path) -> CacheNotFoundError:
+    if not cache.exists():
+        found = "there is nothing at that path"
+    elif (cache / "plans").is_dir():
+        found = "a build was started there and has not finished"
+    else:
+        found = f"there is no {MANIFEST} in it"
+    return CacheNotFoundError(f"{cache} is not a finished cache: {found}; run `kcache cache-build SOURCE {cache}`")

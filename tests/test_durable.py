@@ -1,0 +1,87 @@
+"""Writing: whole under the final name or not there, also when the writer fails in the middle."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kcache.durable import exclusive, remove, remove_temporary, temporary_path, write_bytes, write_json, write_npy
+from kcache.errors import CacheBusyError
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "file", b"first")
+    write_bytes(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == b"second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    write_npy(tmp_path / "array.npy", np.arange(3))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_npy(tmp_path / "array.npy", np.array([object()]))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "array.npy", float("nan"))
+    assert (np.load(tmp_path / "array.npy") == np.arange(3)).all()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["array.npy"]
+
+
+def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    calls: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    kinds = {False: "sync file", True: "sync folder"}
+
+    def spy_fsync(descriptor: int) -> None:
+        calls.append(kinds[os.path.isdir(f"/proc/self/fd/{descriptor}")])  # noqa: PTH112  # a descriptor, no path
+        fsync(descriptor)
+
+    def spy_rename(self: Path, target: Path) -> Path:
+        calls.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    write_bytes(tmp_path / "file", b"content")
+    assert calls == ["sync file", "rename", "sync folder"]
+
+
+def test_leftovers_go_and_everything_else_stays(tmp_path: Path) -> None:
+    temporary_path(tmp_path).mkdir()
+    temporary_path(tmp_path).write_text("half")
+    (tmp_path / "kept").write_text("whole")
+    remove_temporary(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "link")
+    remove(tmp_path / "nothing")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def _hold(folder: Path, held: "multiprocessing.synchronize.Event") -> None:
+    with exclusive(folder):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_dead_holder_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(60)
+    with pytest.raises(CacheBusyError, match="being written by another process"), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    with exclusive(tmp_path):
+        pass
