@@ -1,0 +1,167 @@
+"""Names for content: the keys of images and captions, and a memo that spares reading unchanged files again."""
+
+import hashlib
+import logging
+import os
+import sqlite3
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+__all__ = ["EMPTY_CAPTION_KEY", "ZERO_IMAGE_KEY", "DigestMemo", "caption_key", "content_key"]
+
+logger = logging.getLogger(__name__)
+
+_RACY_NS = 2_000_000_000
+"""A file changed less than this before it was digested may change again under an equal timestamp (coarse clocks)."""
+_PENDING_LIMIT = 20_000
+"""Entries kept in memory before they are written; a killed build digests at most so many again."""
+
+_LOCK_SECONDS = 10
+"""How long another process may hold the memo before this one goes on without it."""
+
+
+def content_key(content: bytes) -> bytes:
+    """The key of an input (16 bytes): the first half of the sha256 of its bytes, e.g. of an undecoded image file."""
+    return hashlib.sha256(content).digest()[:16]
+
+
+def caption_key(caption: str) -> bytes:
+    """The key of a caption (16 bytes): `content_key` of its UTF-8; raises UnicodeEncodeError on lone surrogates."""
+    return content_key(caption.encode())
+
+
+EMPTY_CAPTION_KEY = caption_key("")
+"""Key of the reserved row of `text`: the caption "", which guidance drops to."""
+ZERO_IMAGE_KEY = content_key(b"kcache: all-zero pixels")
+"""Key of the reserved row of `image_embeds`: the all-zero pixel tensor, which no image file gives."""
+
+
+class DigestMemo:
+    """A file that remembers digests of other files for as long as those stay unchanged.
+
+    A digest is trusted while device, inode, size, mtime and ctime of its file are what they were, as git's index does.
+    The memo only saves time: when its file cannot be read or written, digests are computed, and one warning is logged.
+    Use it from one thread at a time, and as a context manager or with `flush()`, which writes what was learnt.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Open the memo at `path`; by default $KCACHE_HOME/digests.sqlite, else kcache/ in the user's cache folder."""
+        self.path = path
+        self._folders: dict[str, dict[str, tuple[bytes, bytes]]] = {}
+        self._pending: list[tuple[bytes, bytes, bytes, bytes]] = []
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self.path = _default_path() if path is None else path
+            self._connection = _connect(self.path)
+        except (sqlite3.Error, OSError, RuntimeError) as error:
+            self._give_up(error)
+
+    def digest(self, path: Path, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
+        """The digest of one part of a file: remembered if the file is unchanged, else `compute()`.
+
+        `part` names what is digested and how; equal names must mean equal `compute`. With `rehash`, what is remembered
+        is ignored and replaced. Raises OSError when the file cannot be examined, and whatever `compute` raises.
+        """
+        folder, name = os.path.split(path.absolute())
+        status = path.stat()
+        now = time.time_ns()
+        stamp = struct.pack(
+            "<QQQqq", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+        entries = self._entries(folder)
+        entry_name = f"{name}\0{part}"
+        if not rehash:
+            known_stamp, known = entries.get(entry_name, (b"", b""))
+            if known_stamp == stamp:
+                return known
+        digest = compute()
+        if max(status.st_mtime_ns, status.st_ctime_ns) < now - _RACY_NS:
+            entries[entry_name] = (stamp, digest)
+            self._remember(folder, entry_name, stamp, digest)
+        return digest
+
+    def flush(self) -> None:
+        """Write what was learnt since the last flush."""
+        if self._connection is not None and self._pending:
+            try:
+                with self._connection:
+                    self._connection.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", self._pending)
+            except sqlite3.Error as error:
+                self._give_up(error)
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Flush, and let go of the file."""
+        self.flush()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entries(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
+        # One query per folder, not per file: sources walk folder by folder.
+        if folder not in self._folders:
+            self._folders[folder] = self._read(folder)
+        return self._folders[folder]
+
+    def _read(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
+        if self._connection is None:
+            return {}
+        query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
+        try:
+            rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return {}
+        return {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
+
+    def _remember(self, folder: str, entry_name: str, stamp: bytes, digest: bytes) -> None:
+        self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
+        if len(self._pending) >= _PENDING_LIMIT:
+            self.flush()
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning(
+            "the digest memo %s cannot be used (%s); files are digested without it, which is slower but right; "
+            "free or delete that file, or set KCACHE_HOME to a folder that can be written",
+            self.path,
+            error,
+        )
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _default_path() -> Path:
+    home = os.environ.get("KCACHE_HOME")
+    if home:
+        return Path(home) / "digests.sqlite"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "kcache" / "digests.sqlite"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=_LOCK_SECONDS, check_same_thread=False)
+    try:
+        # A blob each, because names need not be UTF-8 and inode numbers need not fit sqlite's signed integers.
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS digests (folder BLOB, name BLOB, stamp BLOB, digest BLOB, "
+            "PRIMARY KEY (folder, name)) WITHOUT ROWID"
+        )
+        connection.commit()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

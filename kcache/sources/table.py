@@ -1,0 +1,296 @@
+"""Datasets of rows: parquet files, folders written by `save_to_disk`, and datasets of the Hugging Face Hub."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from kcache.digests import DigestMemo, content_key
+from kcache.errors import InputRejected, SourceError
+from kcache.sources.arrow_files import (
+    ArrowStream,
+    HeldImages,
+    Images,
+    ParquetFile,
+    RowFile,
+    chunk_of,
+    decode_captions,
+    is_caption_type,
+    is_image_type,
+)
+from kcache.sources.captions import caption_tuple
+from kcache.sources.paths import locate, readable
+from kcache.sources.protocol import Refusal
+
+__all__ = [
+    "SAVED_DATASET_NAMES",
+    "TableRequest",
+    "TableSource",
+    "open_hub_dataset",
+    "open_parquet",
+    "open_saved_dataset",
+]
+
+_KEY_BYTES = 16
+_NO_BYTES = bytes(_KEY_BYTES)
+"""Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
+
+SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
+"""Files that only `save_to_disk` writes: the first for several splits, the second for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRequest:
+    """What to take from the rows."""
+
+    image_column: str
+    caption_column: str
+    max_train_samples: int | None
+    need_captions: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One file of the table, and what its rows are called."""
+
+    file: RowFile
+    label: str
+    first_row: int
+    """Number of the file's first row in names: 0 for a file that is named itself, else its place in the dataset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSource:
+    """Rows of a dataset, in its order; a `Source`. Rows are numbered from 0."""
+
+    description: str
+    refused: tuple[Refusal, ...]
+    parts: Sequence[_Part]
+    samples: Sequence[tuple[int, int, tuple[str, ...]]]
+    """Index of the part, row in its file, captions."""
+    images: HeldImages
+    roots: tuple[Path, ...]
+    """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
+    keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
+    """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, i: int) -> str:
+        part, row, _ = self.samples[i]
+        return _row_name(self.parts[part], row)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return self.samples[i][2]
+
+    def image(self, i: int) -> bytes:
+        images, row = self._chunk(i)
+        content = images.content(row)
+        if content is not None:
+            return content
+        try:
+            return self._image_path(images, row).read_bytes()
+        except OSError as error:
+            raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+
+    def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+        part, row, _ = self.samples[i]
+        starts = self.parts[part].file.starts
+        chunk = chunk_of(starts, row)
+        place = (row - starts[chunk]) * _KEY_BYTES
+        try:
+            key = self._chunk_keys(part, chunk, memo, rehash)[place : place + _KEY_BYTES]
+            if key != _NO_BYTES:
+                return key
+            path = self._image_path(*self._chunk(i))
+            return memo.digest(path, "content_key", lambda: content_key(self.image(i)), rehash)
+        except OSError as error:
+            raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+
+    def _chunk_keys(self, part: int, chunk: int, memo: DigestMemo, rehash: bool) -> bytes:
+        # Chunk by chunk, because a file's one stat then answers for all of its rows, and a chunk is read only once.
+        keys = self.keys.get((part, chunk, rehash))
+        if keys is None:
+            file = self.parts[part].file
+            name = f"content_key of each row of column {self.images.column!a}, chunk {chunk}"
+            keys = memo.digest(file.path, name, lambda: _digest(self._images(part, chunk)), rehash)
+            self.keys[part, chunk, rehash] = keys
+        return keys
+
+    def _chunk(self, i: int) -> tuple[Images, int]:
+        part, row, _ = self.samples[i]
+        starts = self.parts[part].file.starts
+        chunk = chunk_of(starts, row)
+        return self._images(part, chunk), row - starts[chunk]
+
+    def _images(self, part: int, chunk: int) -> Images:
+        try:
+            return self.images.read(self.parts[part].file, chunk)
+        except (pa.ArrowException, OSError) as error:
+            raise InputRejected("source", f"{self.parts[part].label} cannot be read: {error}") from error
+
+    def _image_path(self, images: Images, row: int) -> Path:
+        path = images.path(row)
+        if path is None:
+            raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
+        return locate(path, self.roots[0], self.roots)
+
+
+def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: TableRequest) -> TableSource:
+    """Open parquet files given relative to a folder; raises SourceError when they offer no sample."""
+    files = [(readable(path), root / path) for path in paths]
+    return _open_rows("parquet", str(root), ParquetFile, files, [root], request, refused=refused)
+
+
+def open_saved_dataset(folder: Path, request: TableRequest) -> TableSource:
+    """Open what `save_to_disk` wrote, of several splits the one called train; raises SourceError."""
+    root = folder.resolve()
+    label = "dataset"
+    if (root / "dataset_dict.json").exists():
+        splits = _read_json(root / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or "train" not in splits:
+            raise SourceError(
+                f"{folder} holds the splits {splits!a}; expected one called train; give one split's folder"
+            )
+        root, label = root / "train", "train"
+    files = []
+    for entry in _data_files(root / "state.json"):
+        try:
+            files.append((label, locate(entry, root, [root])))
+        except InputRejected as rejection:
+            raise SourceError(
+                f"{root}: data file {entry!a} of state.json is missing or unsafe: {rejection.reason}; "
+                "expected a folder as save_to_disk writes it; write it again"
+            ) from rejection
+    return _open_rows("saved dataset", str(root), ArrowStream, files, [root], request, numbered_through=True)
+
+
+def open_hub_dataset(name: str, revision: str | None, request: TableRequest) -> TableSource:
+    """Download the train split of a Hub dataset into the user's Hugging Face cache and open it; raises SourceError."""
+    # Imported here, because it takes a second that no other source needs.
+    import datasets
+    import huggingface_hub.constants
+
+    wanted = name if revision is None else f"{name} at revision {revision}"
+    try:
+        dataset = datasets.load_dataset(name, split="train", revision=revision, keep_in_memory=False)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"{name!r} is no folder or file here, and the Hub dataset {wanted} cannot be loaded: {error}; "
+            "expected a path that exists or the id of a dataset with a train split; correct it, or go online"
+        ) from error
+    files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
+    caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+    roots = [Path(cache).resolve() for cache in caches]
+    return _open_rows("Hub dataset", wanted, ArrowStream, files, roots, request, numbered_through=True)
+
+
+def _open_rows(
+    kind: str,
+    place: str,
+    reader: Callable[[Path], RowFile],
+    files: Sequence[tuple[str, Path]],
+    roots: Sequence[Path],
+    request: TableRequest,
+    *,
+    numbered_through: bool = False,
+    refused: Mapping[str, str] | None = None,
+) -> TableSource:
+    parts: list[_Part] = []
+    samples: list[tuple[int, int, tuple[str, ...]]] = []
+    reasons = dict(refused or {})
+    first_row = 0
+    for label, path in files:
+        if len(samples) == request.max_train_samples:
+            break
+        try:
+            part = _Part(file=reader(path), label=label, first_row=first_row)
+            _check_columns(part.file, request)
+            parts.append(part)
+            for row, cell in _caption_cells(part.file, request):
+                if len(samples) == request.max_train_samples:
+                    break
+                try:
+                    samples.append((len(parts) - 1, row, caption_tuple(cell, needed=request.need_captions)))
+                except InputRejected as rejection:
+                    reasons[_row_name(part, row)] = rejection.reason
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{path} cannot be read: {error}; expected a whole file; write it again") from error
+        if numbered_through:
+            first_row += part.file.starts[-1]
+    refusals = tuple(Refusal(name=readable(name), stage="source", reason=reason) for name, reason in reasons.items())
+    if not samples:
+        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3]) or "it has no rows"
+        raise SourceError(
+            f"{kind} {place} offers no sample ({examples}); expected rows with an image and a caption; correct the data"
+        )
+    captioned = any(captions for _, _, captions in samples)
+    origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
+    return TableSource(
+        description=f"{kind}: {len(samples):,} images from column {request.image_column!r}, {origin}",
+        refused=refusals,
+        parts=parts,
+        samples=samples,
+        images=HeldImages(request.image_column),
+        roots=tuple(roots),
+    )
+
+
+def _check_columns(file: RowFile, request: TableRequest) -> None:
+    wanted = [(request.image_column, is_image_type, "--image-column", "image bytes, or datasets' struct of them")]
+    if request.need_captions or request.caption_column in file.schema.names:
+        wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
+    for column, fits, flag, expected in wanted:
+        index = file.schema.get_field_index(column)
+        if index < 0:
+            found = readable(", ".join(file.schema.names))
+            raise SourceError(f"{file.path} has no column {column!r}; found {found}; name the right one with {flag}")
+        kind = file.schema.field(index).type
+        if not fits(kind):
+            raise SourceError(
+                f"{file.path}: column {column!r} holds {kind}; expected {expected}; name the right one with {flag}"
+            )
+
+
+def _caption_cells(file: RowFile, request: TableRequest) -> Iterator[tuple[int, object]]:
+    for chunk, first in enumerate(file.starts[:-1]):
+        rows = file.starts[chunk + 1] - first
+        if request.caption_column in file.schema.names:
+            cells: Sequence[object] = decode_captions(file.read_chunk(chunk, request.caption_column))
+        else:
+            cells = [None] * rows
+        yield from zip(range(first, first + rows), cells, strict=True)
+
+
+def _digest(images: Images) -> bytes:
+    contents = (images.content(row) for row in range(len(images)))
+    return b"".join(_NO_BYTES if content is None else content_key(content) for content in contents)
+
+
+def _row_name(part: _Part, row: int) -> str:
+    return f"{part.label} row {part.first_row + row}"
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{path} cannot be read: {error}; expected what save_to_disk writes; write it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds no JSON object; expected what save_to_disk writes; write it again")
+    return value
+
+
+def _data_files(state: Path) -> list[str]:
+    entries = _read_json(state).get("_data_files")
+    names = []
+    if isinstance(entries, list):
+        names = [entry["filename"] for entry in entries if isinstance(entry, dict) and "filename" in entry]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{state} names no data files; expected what save_to_disk writes; write it again")
+    return names
