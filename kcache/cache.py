@@ -1,0 +1,237 @@
+"""Opening a finished cache and reading rows of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.formats import zarr
+from kcache.index import CAPTION_BOUNDS, index_dtype, open_index
+from kcache.manifest import Manifest, TableEntry, read_manifest
+from kcache.recipe import Field, Recipe
+from kcache.rows import FieldFiles, gather_fixed, gather_ragged
+from kcache.samples import read_samples
+from kcache.shards import OFFSETS
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Cache"]
+
+Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
+"""Makes an array of unspecified content from its shape and dtype, as `np.empty` does."""
+
+
+class Cache:
+    """A finished cache, opened for reading; `len(cache)` is its number of samples.
+
+    Nothing of it is loaded: files are mapped when first read, and any number of threads may read at once.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, index: Mapping[str, np.ndarray], resolution: int | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.resolution = resolution
+        self._index = index
+        self._files: dict[str, FieldFiles] = {}
+        self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, resolution: int | None = None) -> "Cache":
+        """Open the cache at `path`; `resolution` (pixels) picks the latents when it holds several.
+
+        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError or CacheCorruptError, each saying what is
+        there, what was expected and what to do.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if resolution is not None and f"latents-{resolution}" not in manifest.tables:
+            raise CacheIncompleteError(
+                f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
+                f"run `kcache cache-build SOURCE {folder} --resolution {resolution}`"
+            )
+        index = open_index(folder, manifest)
+        for name, entry in manifest.tables.items():
+            _check_index(folder, name, entry, index[name])
+        return cls(folder, manifest, index, resolution)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, {len(self)} samples, {', '.join(sorted(self.manifest.tables))})"
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipe of each table."""
+        return {name: entry.recipe for name, entry in self.manifest.tables.items()}
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, str | None]]:
+        """Where the encoders came from: {"prior": {"name", "revision"}, "decoder": …}."""
+        return self.manifest.models
+
+    @property
+    def samples_digest(self) -> str:
+        """sha256 (hex) of the samples and their order."""
+        return self.manifest.samples_digest
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the recipes and the samples: equal caches train equal models."""
+        return self.manifest.fingerprint
+
+    @cached_property
+    def samples(self) -> "pyarrow.Table":
+        """The samples: id, name, image_key, captions, caption_keys, width, height."""
+        return read_samples(self.path, self.manifest)
+
+    @property
+    def caption_bounds(self) -> np.ndarray:
+        """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
+        return self._index[CAPTION_BOUNDS]
+
+    def table_of(self, field: str) -> str:
+        """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
+        tables = [name for name, recipe in self.recipes.items() if any(f.name == field for f in recipe.fields)]
+        if self.resolution is not None:
+            tables = [name for name in tables if field != "latents" or name == f"latents-{self.resolution}"]
+        if not tables:
+            known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
+            raise CacheIncompleteError(
+                f"{self.path} holds no {field!r}; found {', '.join(known)}; "
+                f"run `kcache cache-build SOURCE {self.path} --stage all` to add what is missing"
+            )
+        if len(tables) > 1:
+            sides = ", ".join(sorted(name.removeprefix("latents-") for name in tables))
+            raise ConfigError(
+                f"{self.path} holds latents at {sides} pixels; say which: --resolution, or Cache.open(…, resolution=…)"
+            )
+        return tables[0]
+
+    def field(self, name: str) -> Field:
+        """Shape of one row of `name`, and whether it is ragged."""
+        recipe = self.recipes[self.table_of(name)]
+        return next(field for field in recipe.fields if field.name == name)
+
+    def dtype(self, name: str) -> np.dtype[np.generic]:
+        """Dtype of the rows of `name`, as stored."""
+        return np.dtype(self.recipes[self.table_of(name)].stored_dtype)
+
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        caption: int | np.ndarray = 0,
+        *,
+        empty: Empty = np.empty,
+    ) -> dict[str, np.ndarray]:
+        """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
+
+        Fixed fields are (B, …). `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
+        and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
+        `caption` is the number of the caption to take, one for all or one per sample. `empty` makes the arrays from
+        shape and dtype. Every row's checksum is verified.
+        Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
+        that is not there.
+        """
+        numbers = np.asarray(samples, np.int64)
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
+        rows: dict[str, np.ndarray] = {}
+        for name in fields:
+            table = self.table_of(name)
+            positions = self._caption_positions(numbers, caption) if table == "text" else numbers
+            self._read_field(name, positions, rows, empty)
+        return rows
+
+    def field_files(self, name: str) -> FieldFiles:
+        """The files behind `name`, opened when first read."""
+        if name not in self._files:
+            field = self.field(name)
+            entry = self.manifest.tables[self.table_of(name)]
+            folder = self.path / entry.recipe.directory
+            self._files[name] = FieldFiles(
+                [folder / shard.data / zarr.array_file(name, field.shape) for shard in entry.shards],
+                piece_bytes=zarr.CHUNK_ROWS * _unit_bytes(field, self.dtype(name)),
+                gap_bytes=zarr.CHECKSUM_BYTES,
+            )
+        return self._files[name]
+
+    def resident_bytes(self, fields: Sequence[str]) -> int:
+        """Memory that `make_resident(fields)` takes."""
+        return sum(int(self._index[self.table_of(name)][name]["length"].sum(dtype=np.int64)) for name in fields)
+
+    def make_resident(self, fields: Sequence[str]) -> None:
+        """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
+        for name in fields:
+            if name not in self._resident:
+                self._resident[name] = self._gather(name, self._index[self.table_of(name)], np.empty)
+
+    def _read_field(self, name: str, positions: np.ndarray, rows: dict[str, np.ndarray], empty: Empty) -> None:
+        if name in self._resident:
+            rows[name], offsets = _take(self._resident[name], positions, empty)
+        else:
+            rows[name], offsets = self._gather(name, self._index[self.table_of(name)][positions], empty)
+        if offsets is not None:
+            rows[OFFSETS] = offsets
+
+    def _gather(self, name: str, entries: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
+        """The rows that index entries point to, and for a ragged field where each starts, read from the files."""
+        field, dtype, files = self.field(name), self.dtype(name), self.field_files(name)
+        if not field.ragged:
+            fixed = empty((len(entries), *field.shape), dtype)
+            gather_fixed(files, entries["shard"], entries[name], fixed)
+            return fixed, None
+        offsets = np.zeros(len(entries) + 1, np.int64)
+        np.cumsum(entries[name]["length"].astype(np.int64) // _unit_bytes(field, dtype), out=offsets[1:])
+        flat = empty((int(offsets[-1]), *field.shape), dtype)
+        gather_ragged(files, entries["shard"], entries[name], flat)
+        return flat, offsets
+
+    def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
+        starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
+        positions = starts + caption
+        if samples.size and not ((starts <= positions) & (positions < ends)).all():
+            wrong = int(np.flatnonzero(~((starts <= positions) & (positions < ends)))[0])
+            asked = int(positions[wrong] - starts[wrong])
+            raise IndexError(
+                f"caption {asked} asked of sample {samples[wrong]}, which has {ends[wrong] - starts[wrong]}"
+            )
+        return positions
+
+
+def _unit_bytes(field: Field, dtype: np.dtype[np.generic]) -> int:
+    """Bytes of one row, or of one token of a ragged field."""
+    return int(np.prod(field.shape)) * dtype.itemsize
+
+
+def _take(
+    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
+    rows, bounds = resident
+    if bounds is None:
+        out = empty((len(positions), *rows.shape[1:]), rows.dtype)
+        return np.take(rows, positions, axis=0, out=out, mode="clip"), None
+    lengths = bounds[positions + 1] - bounds[positions]
+    offsets = np.zeros(len(positions) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    tokens = np.repeat(bounds[positions] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    flat = empty((len(tokens), *rows.shape[1:]), rows.dtype)
+    return np.take(rows, tokens, axis=0, out=flat, mode="clip"), offsets
+
+
+def _check_index(folder: Path, name: str, entry: TableEntry, array: np.ndarray) -> None:
+    if array.dtype != index_dtype(entry.recipe.fields):
+        raise CacheCorruptError(f"{folder}: the index of {name} has dtype {array.dtype}; build the cache again")
+    missing = [s.data for s in entry.shards if not (folder / entry.recipe.directory / s.data).is_dir()]
+    if missing:
+        raise CacheCorruptError(
+            f"{folder / entry.recipe.directory} lacks {len(missing)} of {len(entry.shards)} shards "
+            f"({', '.join(missing[:3])}); "
+            "build the cache again with its source to encode them anew"
+        )

@@ -1,0 +1,111 @@
+"""The join, done once per build: memory-mapped arrays that say, for every sample, where each of its rows stands.
+
+`index-<digest>/<table>.npy` holds one entry per sample (per caption for `text`), in sample order: the shard's position
+in the manifest and a locator per field. The last entry of `image_embeds` is the all-zero image, that of `text` the
+empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1].
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from kcache.durable import publish, temporary_path, write_npy
+from kcache.errors import CacheCorruptError
+from kcache.manifest import Manifest
+from kcache.recipe import Field, Recipe, canonical_json
+from kcache.shards import LOCATOR, Commit, read_side_file
+
+__all__ = ["CAPTION_BOUNDS", "StoredRows", "index_dtype", "open_index", "stored_rows", "write_index"]
+
+CAPTION_BOUNDS = "captions"
+
+
+def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
+    """Dtype of an index entry: position of the shard in the manifest, then a locator per field."""
+    return np.dtype([("shard", "<u4"), *[(field.name, LOCATOR) for field in fields]])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """The committed rows of one table, findable by key."""
+
+    entries: np.ndarray
+    """(R,) of `index_dtype`, sorted by key."""
+    keys: np.ndarray
+    """(R,) S16, sorted, no key twice."""
+
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
+        wanted = np.frombuffer(b"".join(keys), "S16") if keys else np.empty(0, "S16")
+        if not len(self.keys):
+            return np.full(len(wanted), -1)
+        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[position] == wanted, position, -1)
+
+    def key_set(self) -> frozenset[bytes]:
+        """All keys, as 16 bytes each."""
+        content = self.keys.tobytes()
+        return frozenset(content[i : i + 16] for i in range(0, len(content), 16))
+
+
+def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe) -> StoredRows:
+    """The rows of a table's commits; of a key that was committed twice the later row counts."""
+    parts, keys = [], []
+    with_rows = [commit for commit in commits if commit.rows]
+    for position, commit in enumerate(with_rows):
+        side = read_side_file(folder, commit, recipe)
+        entries = np.empty(len(side), index_dtype(recipe.fields))
+        entries["shard"] = position
+        for field in recipe.fields:
+            entries[field.name] = side[field.name]
+        parts.append(entries)
+        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
+    if not parts:
+        return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"))
+    all_keys = np.concatenate(keys)[::-1]
+    unique, latest = np.unique(all_keys, return_index=True)
+    return StoredRows(np.concatenate(parts)[::-1][latest], unique)
+
+
+def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
+    temporary = temporary_path(cache)
+    temporary.mkdir()
+    for name, array in arrays.items():
+        write_npy(temporary / f"{name}.npy", array)
+    digest = _index_digest(temporary, sorted(arrays))
+    final = cache / f"index-{digest[:16]}"
+    if final.exists():
+        shutil.rmtree(temporary)
+    else:
+        publish(temporary, final)
+    return digest
+
+
+def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
+    folder = cache / manifest.index_folder
+    names = sorted([*manifest.tables, CAPTION_BOUNDS])
+    try:
+        digest = _index_digest(folder, names)
+        if digest != manifest.index_digest:
+            raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+    except (OSError, ValueError) as error:
+        raise CacheCorruptError(
+            f"the index arrays in {folder} are not what was written ({error}); "
+            "build the cache again with its source to write them anew: no row is encoded for that"
+        ) from error
+
+
+def _index_digest(folder: Path, names: Sequence[str]) -> str:
+    sums = []
+    for name in names:
+        content = np.memmap(folder / f"{name}.npy", np.uint8, mode="r")
+        sums.append([name, content.size, crc32c(content)])
+    return hashlib.sha256(canonical_json(sums).encode()).hexdigest()
