@@ -1,0 +1,30 @@
+"""The tiny Kandinsky pair, images and recorded training runs that many tests share."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_memo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Digests that the tests remember stay out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KCACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to read from: prior/, decoder/, data/ and *.npz, as tests/data/oracle/README.md says."""
+    import torch
+    from diffusers import VQModel
+
+    folder = tmp_path_factory.mktemp("oracle", numbered=False)
+    shutil.copytree(Path(__file__).parent / "data" / "oracle", folder, dirs_exist_ok=True)
+    movq = folder / "decoder" / "movq"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        VQModel.from_config(VQModel.load_config(movq)).save_pretrained(movq)
+    return folder
