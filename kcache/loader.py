@@ -1,0 +1,214 @@
+"""Batches for training: the samples in their order, read from the cache ahead of use, as tensors on the device."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from kcache.buffers import BatchMemory
+from kcache.cache import Cache, Empty
+from kcache.errors import CacheMismatchError, ConfigError
+from kcache.noise import draw_choice
+from kcache.order import epoch_order
+
+__all__ = ["Batch", "CacheLoader", "RowReader"]
+
+Batch = dict[str, torch.Tensor]
+
+STATE_VERSION = 1
+FILL_THREADS = 2
+"""Threads that fill batches from a cache: copies and checksums let go of Python's lock, so two keep up with two."""
+PREFETCH_BATCHES = 4
+"""Batches that wait ready: enough to hide one slow read, few enough to stay small."""
+
+
+class RowReader(Protocol):
+    """What the loader reads from: a cache, or the encoders themselves."""
+
+    @property
+    def samples_digest(self) -> str: ...
+
+    @property
+    def caption_bounds(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def read(
+        self, samples: np.ndarray, fields: Sequence[str], caption: np.ndarray, *, empty: Empty
+    ) -> Mapping[str, Any]: ...
+
+
+class CacheLoader:
+    """Batches of `fields` from a cache; iterating gives the rest of one epoch, `forever` epoch after epoch.
+
+    Order, captions and batches are functions of the seed, the epoch and the position alone. Of each run of
+    batch_size × world_size samples, process `rank` takes its batch_size. Tensors are the caller's; their dtype is the
+    stored one. `draws` is called in the filling thread with the samples' turns (B,) int64 and returns arrays that join
+    the batch, e.g. noise. `residency` says where the rows wait: "ram" reads whole tables first, "mmap" maps the files,
+    "auto" takes "ram" when all processes' copies fit into half of the free memory; the attribute tells what was taken.
+    """
+
+    def __init__(
+        self,
+        cache: RowReader,
+        fields: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: str = "full",
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        residency: str = "auto",
+        draws: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
+    ) -> None:
+        if len(cache) == 0:
+            raise ConfigError(
+                "the cache has no samples; expected at least one: see its rejected.jsonl for what was refused"
+            )
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; expected 0 to {world_size - 1}, one less than world_size")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+        if shuffle not in ("full", "block"):
+            raise ConfigError(f"shuffle is {shuffle!r}; expected 'full' or 'block'")
+        self._cache = cache
+        self._fields = list(fields)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._rank = rank
+        self._world_size = world_size
+        self._device = torch.device(device)
+        self._draws = draws
+        self._memory = BatchMemory(keep=PREFETCH_BATCHES + 2)
+        self._consumed = 0
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(cache), shuffle))
+        self.residency = _residency(residency, cache, self._fields, world_size)
+        if self.residency == "ram" and isinstance(cache, Cache):
+            cache.make_resident(self._fields)
+
+    def __len__(self) -> int:
+        """Batches per epoch and process, the last and shorter one included."""
+        return sum(1 for _ in self._epoch_spans(0))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch.
+
+        The last batch is shorter where the samples do not divide; several processes share it out evenly, and leave it
+        out when it has fewer samples than there are processes, so that all of them see equally many batches.
+        """
+        epoch, consumed = divmod(self._consumed, len(self._cache))
+        yield from self._ahead(self._epoch_spans(epoch, consumed))
+        self._consumed = (epoch + 1) * len(self._cache)
+
+    def forever(self) -> Generator[Batch, None, None]:
+        """Full batches without end: an epoch's last samples share a batch with the next one's first."""
+        yield from self._ahead(self._endless_spans())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, as plain JSON values: after the last batch that the caller was given."""
+        epoch, consumed = divmod(self._consumed, len(self._cache))
+        return {
+            "version": STATE_VERSION,
+            "samples_digest": self._cache.samples_digest,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "epoch": epoch,
+            "samples_consumed": consumed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with any number of processes.
+
+        Raises CacheMismatchError for another order.
+        """
+        own = self.state_dict()
+        for name in ("version", "samples_digest", "shuffle", "seed"):
+            if state.get(name) != own[name]:
+                raise CacheMismatchError(
+                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: "
+                    "the order would differ; "
+                    "resume with the same cache, seed and shuffle, or start anew"
+                )
+        self._consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
+
+    def _epoch_spans(self, epoch: int, consumed: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(first, last + 1) turn of this process's batches until the epoch's end, and the turn that all are done at."""
+        together = self._batch_size * self._world_size
+        end = (epoch + 1) * len(self._cache)
+        for start in range(epoch * len(self._cache) + consumed, end, together):
+            share, more = divmod(min(together, end - start), self._world_size)
+            if share == 0:
+                return
+            first = start + self._rank * share + min(self._rank, more)
+            yield first, first + share + (self._rank < more), start + min(together, end - start)
+
+    def _endless_spans(self) -> Iterator[tuple[int, int, int]]:
+        start = self._consumed
+        while True:
+            first = start + self._rank * self._batch_size
+            start += self._batch_size * self._world_size
+            yield first, first + self._batch_size, start
+
+    def _ahead(self, spans: Iterator[tuple[int, int, int]]) -> Iterator[Batch]:
+        """The batches of `spans`, filled ahead in threads; a batch counts as consumed when the caller gets it."""
+        threads = FILL_THREADS if isinstance(self._cache, Cache) else 1
+        with ThreadPoolExecutor(threads, "kcache-loader") as pool:
+            waiting: deque[tuple[Future[Batch], int]] = deque()
+            try:
+                for first, last, done in spans:
+                    waiting.append((pool.submit(self._fill, first, last), done))
+                    if len(waiting) > PREFETCH_BATCHES:
+                        yield self._hand_over(*waiting.popleft())
+                while waiting:
+                    yield self._hand_over(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _hand_over(self, filling: Future[Batch], done: int) -> Batch:
+        batch = filling.result()
+        self._consumed = done
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _fill(self, first: int, last: int) -> Batch:
+        turns = np.arange(first, last)
+        samples = np.concatenate([self._order(epoch)[numbers] for epoch, numbers in self._by_epoch(turns)])
+        counts = self._cache.caption_bounds[samples + 1] - self._cache.caption_bounds[samples]
+        captions = draw_choice(self._seed, turns, counts)
+        arrays = dict(self._cache.read(samples, self._fields, captions, empty=self._memory.empty))
+        if self._draws is not None:
+            arrays.update(self._draws(turns))
+        batch = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        if self._device.type == "cuda":
+            return {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
+
+    def _by_epoch(self, turns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        epochs, numbers = np.divmod(turns, len(self._cache))
+        for epoch in np.unique(epochs).tolist():
+            yield epoch, numbers[epochs == epoch]
+
+
+def _residency(asked: str, cache: RowReader, fields: Sequence[str], copies: int) -> str:
+    if asked not in ("auto", "ram", "mmap"):
+        raise ConfigError(f"residency is {asked!r}; expected 'auto', 'ram' or 'mmap'")
+    if not isinstance(cache, Cache):
+        return "online"
+    if asked != "auto":
+        return asked
+    return "ram" if cache.resident_bytes(fields) * copies <= _available_memory() // 2 else "mmap"
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without pushing others out; 0 where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -1,0 +1,40 @@
+"""What chance decides in training, drawn per sample so that nothing but the seed and the sample's turn can change it.
+
+A sample's turn is its running number in the whole training: optimizer step × global batch + position in the global
+batch. Each draw is a stream of numpy's Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") keyed by (seed, purpose) with the turn in its counter: the same on every device, number of processes, thread
+and residency, and after any interruption.
+"""
+
+import numpy as np
+
+__all__ = ["draw_choice", "draw_noise", "draw_timesteps"]
+
+_NOISE, _TIMESTEP, _CAPTION = 1, 2, 3
+
+
+def _stream(seed: int, purpose: int, turn: int) -> np.random.Generator:
+    # The generator counts in the lowest word of its counter; the turn stands in a higher one, so streams never meet.
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, 0]))
+
+
+def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise for the samples at `turns` (B,) int64 → (B, *shape) float32."""
+    noise = np.empty((len(turns), *shape), np.float32)
+    for row, turn in zip(noise, turns.tolist(), strict=True):
+        _stream(seed, _NOISE, turn).standard_normal(out=row, dtype=np.float32)
+    return noise
+
+
+def draw_timesteps(seed: int, turns: np.ndarray, num_train_timesteps: int) -> np.ndarray:
+    """Uniform timesteps in [0, num_train_timesteps) for the samples at `turns` (B,) int64 → (B,) int64."""
+    draws = [_stream(seed, _TIMESTEP, turn).integers(num_train_timesteps) for turn in turns.tolist()]
+    return np.array(draws, np.int64)
+
+
+def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which of its `counts[i]` captions the sample at `turns[i]` takes, each alike: (B,) int64 → (B,) int64."""
+    choice = np.zeros(len(turns), np.int64)
+    for i in np.flatnonzero(counts > 1).tolist():
+        choice[i] = _stream(seed, _CAPTION, int(turns[i])).integers(int(counts[i]))
+    return choice

@@ -1,0 +1,153 @@
+"""Batches: every sample once an epoch, the same whoever reads them, and exactly resumable."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_synthetic_cache
+
+from kcache import Cache
+from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
+from kcache.loader import CacheLoader
+from kcache.noise import draw_noise
+
+SAMPLES = 23
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    path = tmp_path_factory.mktemp("loader") / "cache"
+    write_synthetic_cache(path, SAMPLES, dim=4, latent_side=2, captions=3, rows_per_shard=8)
+    return Cache.open(path)
+
+
+def numbers(cache: Cache, batches: Iterator[dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Which samples the batches consist of, told from their latents."""
+    known = {row.tobytes(): i for i, row in enumerate(cache.read(range(SAMPLES), ["latents"])["latents"])}
+    return [[known[row.tobytes()] for row in batch["latents"].numpy()] for batch in batches]
+
+
+def test_an_epoch_has_every_sample_once_and_a_short_last_batch(cache: Cache) -> None:
+    loader = CacheLoader(cache, ["latents"], 5)
+    first, second = numbers(cache, iter(loader)), numbers(cache, iter(loader))
+    assert [len(batch) for batch in first] == [5, 5, 5, 5, 3]
+    assert len(loader) == 5
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(SAMPLES))
+    assert first != second
+
+
+def test_forever_never_drops_a_sample_at_an_epochs_end(cache: Cache) -> None:
+    batches = numbers(cache, islice(CacheLoader(cache, ["latents"], 5).forever(), SAMPLES))
+    assert all(len(batch) == 5 for batch in batches)
+    stream = sum(batches, [])
+    for epoch in range(5):
+        assert sorted(stream[epoch * SAMPLES : (epoch + 1) * SAMPLES]) == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize("residency", ["ram", "mmap"])
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_residency_does_not_change_batches(cache: Cache, residency: str, shuffle: str) -> None:
+    fields = ["latents", "image_embeds", "text_embeds", "text_encoder_hidden_states"]
+    plain = CacheLoader(cache, fields, 4, seed=9, shuffle=shuffle, residency="mmap")
+    other = CacheLoader(Cache.open(cache.path), fields, 4, seed=9, shuffle=shuffle, residency=residency)
+    assert other.residency == residency
+    for a, b in zip(plain, other, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_processes_share_what_one_would_read(cache: Cache) -> None:
+    """Two processes of batch 3 read what one of batch 6 reads, in the same order."""
+    one = numbers(cache, islice(CacheLoader(cache, ["latents"], 6).forever(), 10))
+    loaders = [CacheLoader(cache, ["latents"], 3, rank=rank, world_size=2) for rank in (0, 1)]
+    two = [numbers(cache, islice(loader.forever(), 10)) for loader in loaders]
+    assert [a + b for a, b in zip(*two, strict=True)] == one
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(3, 2), (4, 3), (11, 2), (1, 4), (6, 4)])
+def test_processes_see_equally_many_batches_of_an_epoch(cache: Cache, batch_size: int, world_size: int) -> None:
+    ranks = [
+        numbers(cache, iter(CacheLoader(cache, ["latents"], batch_size, rank=r, world_size=world_size)))
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = sum((sum(batches, []) for batches in ranks), [])
+    assert len(seen) == len(set(seen)) > SAMPLES - world_size
+
+
+def test_state_resumes_after_any_batch_with_any_number_of_processes(cache: Cache) -> None:
+    whole = numbers(cache, islice(CacheLoader(cache, ["latents"], 4).forever(), 20))
+    for taken in (0, 1, 5, 6, 11):
+        loader = CacheLoader(cache, ["latents"], 4)
+        running = loader.forever()
+        head = numbers(cache, islice(running, taken))
+        state = loader.state_dict()
+        halves = []
+        for rank in (0, 1):
+            resumed = CacheLoader(cache, ["latents"], 2, rank=rank, world_size=2)
+            resumed.load_state_dict(state)
+            halves.append(numbers(cache, islice(resumed.forever(), 20 - taken)))
+        assert head + [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_resuming_within_an_epoch_gives_its_rest(cache: Cache) -> None:
+    loader = CacheLoader(cache, ["latents"], 5)
+    whole = numbers(cache, iter(CacheLoader(cache, ["latents"], 5)))
+    running = iter(loader)
+    next(running)
+    resumed = CacheLoader(cache, ["latents"], 5)
+    resumed.load_state_dict(loader.state_dict())
+    assert numbers(cache, iter(resumed)) == whole[1:]
+    assert resumed.state_dict()["epoch"] == 1
+
+
+def test_another_order_is_refused(cache: Cache) -> None:
+    state = CacheLoader(cache, ["latents"], 4, seed=1).state_dict()
+    with pytest.raises(CacheMismatchError, match="has seed 1, this loader has 2"):
+        CacheLoader(cache, ["latents"], 4, seed=2).load_state_dict(state)
+    with pytest.raises(CacheMismatchError, match="samples_digest"):
+        CacheLoader(cache, ["latents"], 4, seed=1).load_state_dict({**state, "samples_digest": "0"})
+
+
+def test_captions_are_all_used_and_depend_on_the_turn_alone(cache: Cache) -> None:
+    def embeds(batch_size: int) -> np.ndarray:
+        batches = islice(CacheLoader(cache, ["text_embeds"], batch_size, seed=4).forever(), 60 // batch_size)
+        return np.concatenate([batch["text_embeds"].numpy() for batch in batches])
+
+    assert (embeds(4) == embeds(6)).all()
+    assert len(np.unique(embeds(4), axis=0)) > SAMPLES
+
+
+def test_draws_join_the_batch_by_turn(cache: Cache) -> None:
+    loader = CacheLoader(cache, ["latents"], 4, draws=lambda turns: {"noise": draw_noise(0, turns, (2,))})
+    noise = torch.cat([batch["noise"] for batch in islice(loader.forever(), 8)])
+    assert torch.equal(noise, torch.from_numpy(draw_noise(0, np.arange(32), (2,))))
+
+
+def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path) -> None:
+    write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
+    damaged = Cache.open(tmp_path / "c")
+    file = damaged.field_files("latents").paths[0]
+    content = bytearray(file.read_bytes())
+    content[40] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CacheCorruptError, match="latents/c/0/0/0/0 is corrupt in the row at byte 32"):
+        list(CacheLoader(Cache.open(tmp_path / "c"), ["latents"], 2))
+
+
+def test_leaving_the_loop_early_ends_the_thread(cache: Cache) -> None:
+    import threading
+
+    before = threading.active_count()
+    for _ in CacheLoader(cache, ["latents"], 1).forever():
+        break
+    assert threading.active_count() == before
+
+
+def test_wrong_settings_are_refused(cache: Cache, tmp_path: Path) -> None:
+    for wrong in ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"shuffle": "none"}, {"residency": "tape"}):
+        with pytest.raises(ConfigError, match="expected"):
+            CacheLoader(cache, ["latents"], **{"batch_size": 1, **wrong})

@@ -1,0 +1,47 @@
+"""Draws depend on the seed and the sample's turn, and on nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kcache.noise import draw_choice, draw_noise, draw_timesteps
+
+
+@given(seed=st.integers(0, 2**63), start=st.integers(0, 2**40), cut=st.integers(0, 8))
+def test_a_batch_can_be_cut_anywhere(seed: int, start: int, cut: int) -> None:
+    turns = np.arange(start, start + 8)
+    for draw in (lambda t: draw_noise(seed, t, (3, 2)), lambda t: draw_timesteps(seed, t, 1000)):
+        assert (draw(turns) == np.concatenate([draw(turns[:cut]), draw(turns[cut:])])).all()
+
+
+def test_turns_and_seeds_differ() -> None:
+    noise = draw_noise(0, np.arange(50), (16,))
+    assert len(np.unique(noise)) == noise.size
+    assert (noise != draw_noise(1, np.arange(50), (16,))).all()
+
+
+def test_distributions() -> None:
+    turns = np.arange(20_000)
+    noise = draw_noise(7, turns, (4,))
+    assert noise.dtype == np.float32
+    assert noise.mean() == pytest.approx(0, abs=0.02)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    timesteps = draw_timesteps(7, turns, 10)
+    assert timesteps.dtype == np.int64
+    assert np.bincount(timesteps, minlength=10).min() > 1800
+    assert len(np.bincount(timesteps)) == 10
+
+
+def test_choice_stays_below_the_count_and_uses_all() -> None:
+    counts = np.tile([1, 2, 5], 1000)
+    choice = draw_choice(0, np.arange(3000), counts)
+    assert (choice < counts).all()
+    assert (choice[counts == 1] == 0).all()
+    assert set(choice[counts == 5].tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_values_are_pinned() -> None:
+    """The streams are part of what a seed means: a change of them must be a decision."""
+    assert draw_noise(3, np.array([5]), (2,)).tolist() == [[1.8629230260849, 0.924121081829071]]
+    assert draw_timesteps(3, np.array([5, 6, 7]), 1000).tolist() == [996, 865, 919]
