@@ -1,0 +1,108 @@
+"""A run directory: what a run was told (config.json) and how it went (metrics.jsonl, one line per optimizer step)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kcache.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from kcache.config import TrainConfig
+from kcache.durable import remove_temporary, write_bytes, write_json
+from kcache.errors import CacheMismatchError, RunError
+
+__all__ = ["append_metrics", "check_same_run", "checkpoint_to_resume", "read_metrics", "start_run"]
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+
+_SETTLED = (
+    "stage",
+    "seed",
+    "shuffle",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "snr_gamma",
+    "mixed_precision",
+)
+"""Settings that decide the course of a run; a run that goes on must keep them."""
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that `config` names, or None to start fresh: "latest" starts fresh where there is none yet.
+
+    Raises RunError for a checkpoint that is broken, and for a fresh start where checkpoints of another run are.
+    """
+    run_dir = Path(config.output_dir)
+    if config.resume_from_checkpoint == "latest":
+        return latest_checkpoint(run_dir)
+    if config.resume_from_checkpoint is not None:
+        return open_checkpoint(Path(config.resume_from_checkpoint))
+    steps = checkpoint_steps(run_dir)
+    if steps:
+        raise RunError(
+            f"{run_dir} holds checkpoint-{steps[-1]} of an earlier run; expected a directory without checkpoints; "
+            "go on with that run by --resume-from-checkpoint latest, or choose another --output-dir"
+        )
+    return None
+
+
+def check_same_run(checkpoint: Checkpoint, config: TrainConfig, global_batch: int, tables: Mapping[str, str]) -> None:
+    """Check that going on from `checkpoint` gives the run that was begun, not a mixture of two.
+
+    `global_batch` is in samples per optimizer step, `tables` maps each table that is read to its fingerprint. Raises
+    RunError for other settings, CacheMismatchError for other tables.
+    """
+    begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
+    begun["global batch"] = checkpoint.state["global_batch"]
+    asked = {name: getattr(config, name) for name in _SETTLED} | {"global batch": global_batch}
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in begun if begun[name] != asked[name]]
+    if changed:
+        raise RunError(
+            f"{checkpoint.path} was made with other settings ({', '.join(changed)}); expected those it was begun with; "
+            "resume with them, or start a new run from the trained network of that one"
+        )
+    if checkpoint.state["tables"] != tables:
+        raise CacheMismatchError(
+            f"{checkpoint.path} was trained from tables {_short(checkpoint.state['tables'])}; this cache has "
+            f"{_short(tables)}; resume with the cache it was begun with, or start a new run"
+        )
+
+
+def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) -> None:
+    """Make the run directory: write config.json, and keep of metrics.jsonl the steps up to `first_step`."""
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_temporary(run_dir)
+    write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
+    kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= first_step]
+    write_bytes(run_dir / METRICS_FILE, _lines(kept).encode())
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of each optimizer step, in order; a last line that was cut off is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def append_metrics(run_dir: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add a line per entry to metrics.jsonl."""
+    with (run_dir / METRICS_FILE).open("a") as file:
+        file.write(_lines(entries))
+
+
+def _lines(entries: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _short(tables: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}-{fingerprint[:8]}" for name, fingerprint in sorted(tables.items()))

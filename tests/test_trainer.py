@@ -1,0 +1,265 @@
+"""Training from a real cache: determined, exact in its steps, the same after an interruption and with encoders in the loop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, PriorTransformer
+from safetensors.torch import load_file
+
+from kcache.build import build_cache
+from kcache.cache import Cache
+from kcache.config import BuildConfig, TrainConfig
+from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, RunError
+from kcache.run_directory import read_metrics
+from kcache.trainer import Progress, train
+
+STAGES = ["prior", "decoder"]
+WEIGHTS = {"prior": "prior/diffusion_pytorch_model.safetensors", "decoder": "unet/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.fixture(scope="session")
+def build(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    def build(source: Path | None = None, **settings: Any) -> str:
+        cache = str(tmp_path_factory.mktemp("cache") / "cache")
+        config = {
+            "resolution": (64,),
+            "dtype": "float32",
+            "batch_size": 4,
+            "pretrained_prior_model_name_or_path": str(oracle / "prior"),
+            "pretrained_decoder_model_name_or_path": str(oracle / "decoder"),
+        }
+        build_cache(str(source or oracle / "data"), cache, BuildConfig(**(config | settings)))
+        return cache
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cache(build: Callable[..., str]) -> str:
+    return build()
+
+
+def config(output_dir: Path, stage: str = "prior", **settings: Any) -> TrainConfig:
+    defaults = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 4}
+    return TrainConfig(stage=stage, output_dir=str(output_dir), **(defaults | settings))  # type: ignore[arg-type]
+
+
+def course(run_dir: Path) -> list[tuple[float, float, float]]:
+    return [(entry["loss"], entry["grad_norm"], entry["lr"]) for entry in read_metrics(run_dir)]
+
+
+def assert_equal_weights(first: Path, second: Path, stage: str) -> None:
+    a, b = load_file(first / WEIGHTS[stage]), load_file(second / WEIGHTS[stage])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.step >= step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_steps_are_seven_and_a_resume_and_thirteen(cache: str, tmp_path: Path, stage: str) -> None:
+    settings = {
+        "max_train_steps": 20,
+        "checkpointing_steps": 7,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 3,
+        "snr_gamma": 5.0,
+    }
+    train(cache, config(tmp_path / "whole", stage, **settings))
+    with pytest.raises(Killed):
+        train(cache, config(tmp_path / "parts", stage, **settings), report=kill_at(10))
+    assert len(read_metrics(tmp_path / "parts")) == 10
+    state = json.loads((tmp_path / "parts" / "checkpoint-7" / "state.json").read_text())["state"]
+    assert state["loader"]["samples_consumed"] % len(Cache.open(cache)) != 0
+    result = train(cache, config(tmp_path / "parts", stage, **settings, resume_from_checkpoint="latest"))
+
+    assert result.step == 20
+    assert len(course(tmp_path / "whole")) == 20
+    assert course(tmp_path / "parts") == course(tmp_path / "whole")
+    assert_equal_weights(tmp_path / "parts", tmp_path / "whole", stage)
+
+
+def test_a_run_resumes_from_a_checkpoint_of_another_directory(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "first", max_train_steps=6, checkpointing_steps=3))
+    path = str(tmp_path / "first" / "checkpoint-3")
+    train(cache, config(tmp_path / "second", max_train_steps=6, resume_from_checkpoint=path))
+    assert course(tmp_path / "second") == course(tmp_path / "first")[3:]
+    assert_equal_weights(tmp_path / "second", tmp_path / "first", "prior")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cached_equals_online(oracle: Path, cache: str, tmp_path: Path, stage: str) -> None:
+    train(cache, config(tmp_path / "cached", stage))
+    train(cache, config(tmp_path / "online", stage, online=str(oracle / "data")))
+    assert course(tmp_path / "online") == course(tmp_path / "cached")
+    assert_equal_weights(tmp_path / "online", tmp_path / "cached", stage)
+
+
+def test_a_step_is_the_same_however_its_batch_is_split(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "two", train_batch_size=4, gradient_accumulation_steps=1))
+    train(cache, config(tmp_path / "four", train_batch_size=1, gradient_accumulation_steps=4))
+    for split, whole in zip(course(tmp_path / "four"), course(tmp_path / "two"), strict=True):
+        assert split == pytest.approx(whole, rel=1e-4)
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "one", checkpointing_steps=2))
+    script = (
+        # A process that waits for another for ever would outlive the test.
+        "import faulthandler; faulthandler.dump_traceback_later(120, exit=True)\n"
+        "import sys; from kcache.trainer import train; from kcache.config import TrainConfig\n"
+        "train(sys.argv[1], TrainConfig(stage='prior', output_dir=sys.argv[2], train_batch_size=2, max_train_steps=4, "
+        "checkpointing_steps=2))"
+    )
+    (tmp_path / "script.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "script.py"), cache, str(tmp_path / "two")]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    for two, one in zip(course(tmp_path / "two"), course(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+    # The global batch is the same, so either may go on with the other's checkpoint.
+    path = str(tmp_path / "two" / "checkpoint-2")
+    train(cache, config(tmp_path / "resumed", resume_from_checkpoint=path))
+    assert course(tmp_path / "resumed") == pytest.approx(course(tmp_path / "one")[2:], rel=1e-4)
+
+
+def test_the_learning_rate_follows_its_schedule_to_the_end(cache: str, tmp_path: Path) -> None:
+    settings = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 1e-3, "checkpointing_steps": 6}
+    train(cache, config(tmp_path, max_train_steps=6, **settings))
+    assert [lr for _, _, lr in course(tmp_path)] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    state = json.loads((tmp_path / "checkpoint-6" / "state.json").read_text())["state"]
+    assert state["lr_scheduler"]["_last_lr"] == [0.0]
+
+
+def test_epochs_are_counted_in_samples(cache: str, tmp_path: Path) -> None:
+    samples = len(Cache.open(cache))
+    result = train(cache, config(tmp_path, max_train_steps=None, num_train_epochs=3))
+    assert result.step == -(-3 * samples // 4)
+
+
+def test_nothing_is_left_to_do_at_the_last_step(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=4))
+    before = (tmp_path / WEIGHTS["prior"]).read_bytes()
+    result = train(cache, config(tmp_path, resume_from_checkpoint="latest"))
+    assert (result.step, result.loss) == (4, None)
+    assert (tmp_path / WEIGHTS["prior"]).read_bytes() == before
+    assert len(read_metrics(tmp_path)) == 4
+
+
+def test_latest_starts_fresh_where_there_is_nothing_yet(cache: str, tmp_path: Path) -> None:
+    assert train(cache, config(tmp_path / "new", resume_from_checkpoint="latest")).step == 4
+
+
+def test_bf16_keeps_the_weights_in_float32(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "no"))
+    train(cache, config(tmp_path / "bf16", mixed_precision="bf16"))
+    losses = [loss for loss, _, _ in course(tmp_path / "bf16")]
+    assert losses != [loss for loss, _, _ in course(tmp_path / "no")]
+    assert losses == pytest.approx([loss for loss, _, _ in course(tmp_path / "no")], rel=0.05)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / WEIGHTS["prior"]).values()} == {torch.float32}
+
+
+def test_fp16_without_a_device_for_it_is_refused(cache: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigError, match="--mixed-precision fp16 cannot be used here"):
+        train(cache, config(tmp_path, mixed_precision="fp16"))
+
+
+def test_the_trained_decoder_is_a_pipeline(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "run", "decoder"))
+    pipeline = AutoPipelineForText2Image.from_pretrained(tmp_path / "run")
+    trained = load_file(tmp_path / "run" / WEIGHTS["decoder"])
+    assert all(torch.equal(value, trained[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    cache: str, tmp_path: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def report(progress: Progress) -> None:
+        if progress.step == 10:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(error) as caught:
+        train(cache, config(tmp_path, max_train_steps=40), report=report)
+    assert caught.type is KeyboardInterrupt or caught.value.code == 143  # type: ignore[attr-defined]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-11"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(cache: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="at step [0-9]+ the loss is (nan|inf)"):
+        train(cache, config(tmp_path, learning_rate=1e20, max_train_steps=30, checkpointing_steps=1))
+    good = [entry["step"] for entry in read_metrics(tmp_path)]
+    newest = max(int(path.name.removeprefix("checkpoint-")) for path in tmp_path.glob("checkpoint-*"))
+    assert newest == good[-1] < 30
+
+
+def test_a_fresh_run_does_not_mix_with_an_earlier_one(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(RunError, match="holds checkpoint-4 of an earlier run"):
+        train(cache, config(tmp_path))
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_cache(cache: str, build: Callable[..., str], tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(RunError, match=r"learning_rate: 0\.0001 → 0\.001, global batch: 4 → 2"):
+        train(
+            cache,
+            config(tmp_path, learning_rate=1e-3, gradient_accumulation_steps=1, resume_from_checkpoint="latest"),
+        )
+    with pytest.raises(CacheMismatchError, match="was trained from tables image_embeds-"):
+        train(build(stage="prior", dtype="float16"), config(tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_a_cache_without_the_table_is_refused(build: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(CacheIncompleteError, match="holds no 'latents'"):
+        train(build(stage="prior"), config(tmp_path, "decoder"))
+
+
+def test_a_cache_of_other_encoders_is_refused(oracle: Path, cache: str, tmp_path: Path) -> None:
+    from transformers import CLIPVisionModelWithProjection
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for component in (oracle / "prior").iterdir():
+        (other / component.name).symlink_to(component)
+    (other / "image_encoder").unlink()
+    encoder = CLIPVisionModelWithProjection.from_pretrained(oracle / "prior" / "image_encoder")
+    encoder.visual_projection.weight.data.mul_(2)
+    encoder.save_pretrained(other / "image_encoder")
+    with pytest.raises(CacheMismatchError, match="image_embeds of .* was made by a image_encoder with weights"):
+        train(cache, config(tmp_path / "run", pretrained_prior_model_name_or_path=str(other)))
+
+
+def test_a_network_of_another_width_is_refused(oracle: Path, cache: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for component in (oracle / "prior").iterdir():
+        (other / component.name).symlink_to(component)
+    (other / "prior").unlink()
+    prior = PriorTransformer(num_attention_heads=1, attention_head_dim=8, num_layers=1, embedding_dim=16)
+    prior.save_pretrained(other / "prior")
+    with pytest.raises(CacheMismatchError, match=r"image_embeds of shape \(32,\); .* wants \(16\)"):
+        train(cache, config(tmp_path / "run", pretrained_prior_model_name_or_path=str(other)))
