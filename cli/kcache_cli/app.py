@@ -1,0 +1,58 @@
+"""The `kcache` command: its list of commands, and what becomes of an error."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from kcache.errors import KcacheError
+from kcache_cli.build import cache_build
+from kcache_cli.demo import demo
+from kcache_cli.info import cache_info
+from kcache_cli.sample import sample
+from kcache_cli.train import refuse_cached_flags, train_decoder, train_prior
+
+__all__ = ["app", "dashed", "main"]
+
+app = typer.Typer(
+    name="kcache",
+    help="Run Kandinsky 2.2's frozen encoders once, then train the prior and the decoder from their cached outputs.",
+    epilog="Start with `kcache demo`. Every command explains itself: `kcache cache-build --help`.",
+    no_args_is_help=True,
+    context_settings={"max_content_width": 100},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("cache-build", no_args_is_help=True)(cache_build)
+app.command("cache-info", no_args_is_help=True)(cache_info)
+app.command("train-prior", no_args_is_help=True)(train_prior)
+app.command("train-decoder", no_args_is_help=True)(train_decoder)
+app.command("sample", no_args_is_help=True)(sample)
+app.command("demo")(demo)
+
+
+def dashed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--some_flag=value` spelt `--some-flag=value`; values, and what follows `--`, are kept."""
+    spelt: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return spelt + list(arguments[position:])
+        flag, equals, value = argument.partition("=")
+        spelt.append(flag.replace("_", "-") + equals + value if argument.startswith("--") else argument)
+    return spelt
+
+
+def main() -> None:
+    """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt."""
+    arguments = dashed(sys.argv[1:])
+    try:
+        refuse_cached_flags(arguments)
+        app(args=arguments, prog_name="kcache")
+    except (KcacheError, OSError) as error:
+        if os.environ.get("KCACHE_DEBUG") == "1":
+            traceback.print_exc()
+        else:
+            print(f"kcache: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code if isinstance(error, KcacheError) else 1)

@@ -1,0 +1,113 @@
+"""What the user sees while a command runs: data on stdout, progress and notes on stderr.
+
+On a terminal, progress is one live bar; elsewhere a plain line now and then, so that a log stays readable.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from kcache.build import BuildProgress
+    from kcache.trainer import Progress as TrainProgress
+
+__all__ = ["Report", "bytes_text", "count_text", "duration_text", "note", "say", "show_build", "show_training"]
+
+PLAIN_SECONDS = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def say(text: str) -> None:
+    """Print data, on stdout."""
+    print(text)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """Print a remark, on stderr."""
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+def bytes_text(count: int) -> str:
+    """Bytes for people, in powers of ten: "25.1 MB"."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """A count with its noun: "1 sample", "1,797 samples"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people: "0.4 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Report:
+    """One live bar on a terminal, else a line at most every PLAIN_SECONDS."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._printed = -PLAIN_SECONDS
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, name: str, done: int, total: int, detail: str) -> None:
+        """Say that `done` of `total` steps of the work called `name` are done."""
+        if self._console.is_terminal:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(name, total=total, detail=detail)
+            self._bar.update(self._tasks[name], completed=done, total=total, detail=detail)
+        elif done == total or time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            note(f"{name}: {done:,} of {total:,}, {detail}")
+
+    def note(self, text: str) -> None:
+        """Print a remark above the bar."""
+        if self._console.is_terminal:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            note(text)
+
+
+def show_build(report: Report, progress: "BuildProgress") -> None:
+    """Per table: how many rows are done, rows per second, and what the time goes to."""
+    if progress.message is not None:
+        report.note(progress.message)
+    if progress.total:
+        rate = progress.done / progress.seconds if progress.seconds else 0.0
+        busy = ", ".join(f"{name} {share:.0%}" for name, share in progress.busy.items())
+        detail = f"{rate:,.0f} rows/s" + (f" ({busy})" if busy else "")
+        report.show(progress.table, progress.done, progress.total, detail)
+
+
+def show_training(report: Report, stage: str, progress: "TrainProgress") -> None:
+    """Per optimizer step: loss, learning rate and samples per second."""
+    detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {progress.samples_per_second:,.1f} samples/s"
+    report.show(stage, progress.step, progress.max_steps, detail)

@@ -1,0 +1,66 @@
+"""`kcache sample`: pictures from prompts."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache_cli.progress import say
+
+__all__ = ["sample"]
+
+
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture each.")],
+    *,
+    prior: Annotated[str, typer.Option(help="Run directory, or a prior pipeline's folder or Hub id.")] = PRIOR_REPO,
+    decoder: Annotated[
+        str, typer.Option(help="Run directory, or a decoder pipeline's folder or Hub id.")
+    ] = DECODER_REPO,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the decoder.")] = 50,
+    prior_num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the prior.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="How strongly the decoder follows the image embedding.")] = 4.0,
+    prior_guidance_scale: Annotated[float, typer.Option(help="How strongly the prior follows the prompt.")] = 4.0,
+    height: Annotated[int, typer.Option(min=8, help="Height of the pictures, in pixels.")] = 768,
+    width: Annotated[int, typer.Option(min=8, help="Width of the pictures, in pixels.")] = 768,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the noise; picture i starts from seed + i.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:0; chosen by what there is.")] = None,
+) -> None:
+    """Draw pictures from prompts.
+
+    The stock diffusers pipelines draw, with networks from run directories or published ones.
+
+    \b
+    Examples:
+      kcache sample "a red fox in the snow" --prior runs/prior --decoder runs/decoder
+      kcache sample "a fox" "an owl" --decoder runs/decoder --output-dir pictures --seed 7
+    """
+    from kcache.sampling import sample as draw
+
+    pictures = draw(
+        prompts,
+        prior=prior,
+        decoder=decoder,
+        num_inference_steps=num_inference_steps,
+        prior_num_inference_steps=prior_num_inference_steps,
+        guidance_scale=guidance_scale,
+        prior_guidance_scale=prior_guidance_scale,
+        height=height,
+        width=width,
+        seed=seed,
+        device=device,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        path = output_dir / file_name(number, prompt)
+        picture.save(path)
+        say(str(path))
+
+
+def file_name(number: int, prompt: str) -> str:
+    """A portable name for the picture of a prompt: "0003-a-red-fox.png"."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return f"{number:04}-{words[:60].rstrip('-') or 'picture'}.png"

@@ -1,0 +1,233 @@
+"""The demo's networks: a Kandinsky 2.2 pair, true in architecture, tiny in size, with random weights."""
+
+from collections import Counter
+from collections.abc import Set
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kcache.demo.digits import SIDE, vocabulary
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+    )
+
+__all__ = ["demo_models"]
+
+EMBEDDING = 64
+"""Width of image and text embeddings; the published networks have 1280."""
+TEXT_LENGTH = 16
+"""Tokens of a padded caption; the published networks have 77."""
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+"""Marks of CLIP's tokenizer."""
+
+
+def demo_models(folder: Path) -> tuple[Path, Path]:
+    """Write the prior's and the decoder's pipeline under `folder` and return where they are, the same every time.
+
+    Both are folders in diffusers' layout, which the stock pipelines load.
+    """
+    import torch
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+    prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = _tokenizer()
+        KandinskyV22PriorPipeline(
+            prior=_prior(),
+            image_encoder=_image_encoder(),
+            text_encoder=_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            scheduler=_prior_scheduler(),
+            image_processor=_image_processor(),
+        ).save_pretrained(prior)
+        _name_image_processor(prior / "model_index.json")
+        KandinskyV22Pipeline(unet=_unet(), scheduler=_decoder_scheduler(), movq=_movq()).save_pretrained(decoder)
+    return prior, decoder
+
+
+def _name_image_processor(index: Path) -> None:
+    # diffusers writes the class by the name that transformers falls back to without torchvision; the published
+    # pipelines say CLIPImageProcessor, which loads everywhere.
+    index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), "utf-8")
+
+
+def _tokenizer() -> "CLIPTokenizer":
+    """CLIP's byte-pair tokenizer with a vocabulary of the demo's own: each word of its captions is one token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    merges = _merges({word for caption in vocabulary() for word in caption.split()})
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [
+        START,
+        END,
+        *letters,
+        *(letter + WORD_END for letter in letters),
+        *(left + right for left, right in merges),
+    ]
+    ids = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def _merges(words: Set[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make each of `words` one token: always the most frequent pair (Sennrich et al. 2016).
+
+    Ties go to the first in the alphabet, so that the merges are the same every time.
+    """
+    split = [[*word[:-1], word[-1] + WORD_END] for word in sorted(words)]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for tokens in split for pair in pairwise(tokens)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        split = [_merged(tokens, best) for tokens in split]
+        merges.append(best)
+    return merges
+
+
+def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
+def _text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=EMBEDDING,
+        projection_dim=EMBEDDING,
+        intermediate_size=2 * EMBEDDING,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def _image_encoder() -> "CLIPVisionModelWithProjection":
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=96,
+        projection_dim=EMBEDDING,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def _image_processor() -> "CLIPImageProcessorPil":
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+    )
+
+
+def _prior() -> "PriorTransformer":
+    from diffusers import PriorTransformer
+
+    prior = PriorTransformer(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=2,
+        embedding_dim=EMBEDDING,
+        num_embeddings=TEXT_LENGTH,
+        additional_embeddings=4,
+        added_emb_type="prd",
+        encoder_hid_proj_type="linear",
+    )
+    # Image embeddings of the demo have about unit scale. A new prior divides by a spread of zero.
+    prior.clip_std.data.fill_(1.0)
+    return prior
+
+
+def _prior_scheduler() -> "UnCLIPScheduler":
+    from diffusers import UnCLIPScheduler
+
+    return UnCLIPScheduler(
+        variance_type="fixed_small_log",
+        num_train_timesteps=1000,
+        clip_sample=True,
+        clip_sample_range=5.0,
+        prediction_type="sample",
+        beta_schedule="squaredcos_cap_v2",
+    )
+
+
+def _unet() -> "UNet2DConditionModel":
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        in_channels=4,
+        out_channels=8,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        # Eight channels or more per group: with one per group, normalisation erases each picture's mean colour.
+        norm_num_groups=8,
+        attention_head_dim=32,
+        cross_attention_dim=EMBEDDING,
+        encoder_hid_dim=EMBEDDING,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+        resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )
+
+
+def _decoder_scheduler() -> "DDPMScheduler":
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        beta_schedule="linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        thresholding=True,
+        dynamic_thresholding_ratio=0.995,
+        sample_max_value=2.0,
+        prediction_type="epsilon",
+        variance_type="learned_range",
+    )
+
+
+def _movq() -> "VQModel":
+    from diffusers import VQModel
+
+    return VQModel(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        norm_type="spatial",
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=512,
+        sample_size=SIDE,
+    )

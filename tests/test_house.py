@@ -1,0 +1,97 @@
+"""The house rules that no other test sees: import weight, layers, pins, and nothing that executes what it opens."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TORCH_FREE = PYPROJECT["tool"]["importlinter"]["contracts"][-1]["source_modules"]
+HEAVY = ("accelerate", "datasets", "diffusers", "torch", "transformers")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def best_seconds(command: list[str | Path]) -> float:
+    """The best of a few runs, as anything else that the machine does only adds to it."""
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def test_words_and_store_load_no_torch() -> None:
+    imports = "".join(f"import {module}\n" for module in TORCH_FREE)
+    assert python(f"import sys\n{imports}print([name for name in {HEAVY} if name in sys.modules])") == "[]\n"
+
+
+def test_command_line_loads_no_torch() -> None:
+    assert python(f"import sys, kcache_cli.app\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]\n"
+
+
+def test_import_is_quick() -> None:
+    assert best_seconds([sys.executable, "-c", "import kcache"]) < 0.3
+
+
+def test_help_is_quick() -> None:
+    assert best_seconds([BIN / "kcache", "--help"]) < 0.6
+
+
+def test_imports_go_one_way() -> None:
+    ran = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_constraints_pin_what_is_installed_and_all_of_it() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins == {name: importlib.metadata.version(name).split("+")[0] for name in closure("kcache", {"demo", "dev"})}
+
+
+def closure(name: str, extras: set[str], found: set[str] | None = None) -> set[str]:
+    """The distributions that `name` needs here, and those that they need; not what only CUDA builds of torch need."""
+    found = set() if found is None else found
+    for text in importlib.metadata.requires(name) or []:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}
+        )
+        needed = canonicalize_name(requirement.name)
+        if not applies or needed in found or needed.startswith(("nvidia-", "cuda-")) or needed == "triton":
+            continue
+        found.add(needed)
+        closure(needed, set(requirement.extras), found)
+    return found
+
+
+def test_every_dependency_is_used() -> None:
+    project = PYPROJECT["project"]
+    names = {Requirement(text).name for text in project["dependencies"] + project["optional-dependencies"]["demo"]}
+    modules = {name: {"pillow": "PIL", "scikit-learn": "sklearn"}.get(name, name) for name in names}
+    sources = "\n".join(path.read_text() for path in python_files("kcache", "cli"))
+    unused = [name for name, module in modules.items() if not re.search(rf"(from|import) {module}\b", sources)]
+    assert unused == []
+
+
+@pytest.mark.parametrize("unsafe", [r"torch\.load\(", r"\bpickle\b", r"allow_pickle=True", r"trust_remote_code=True"])
+def test_nothing_that_is_opened_is_executed(unsafe: str) -> None:
+    found = [str(path) for path in python_files("kcache", "cli") if re.search(unsafe, path.read_text())]
+    assert found == []
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
