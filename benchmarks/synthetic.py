@@ -95,8 +95,8 @@ def write_synthetic_cache(
             commit_shard(table, shard.name, recipe, _block(recipe, shard.keys, rng), provenance={"made by": "numpy"})
             for shard in plan.shards()
         ]
-        states[name] = TableState(recipe=recipe, commits=tuple(commits), stored=stored_rows(table, commits, recipe))
-    return assemble(folder, source, candidates, (), states, {"prior": {"name": "synthetic", "revision": None}})
+        states[name] = TableState(recipe=recipe, stored=stored_rows(table, commits, recipe))
+    return assemble(folder, source, candidates, (), states, {"prior": {"name": "synthetic", "revision": None}}, "zarr")
 
 
 def _candidate(source: SyntheticSource, i: int) -> Candidate:

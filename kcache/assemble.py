@@ -13,13 +13,13 @@ from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 from kcache.durable import write_bytes, write_json
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
 from kcache.index import CAPTION_BOUNDS, StoredRows, write_index
-from kcache.manifest import MANIFEST, Manifest, ShardEntry, TableEntry, read_manifest
+from kcache.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.recipe import Recipe
 from kcache.samples import Sample, read_samples, sample_ids, write_samples
-from kcache.shards import Commit, Rejection
+from kcache.shards import Rejection
 from kcache.sources import Refusal, Source
 
-__all__ = ["Candidate", "TableState", "assemble", "whole_samples"]
+__all__ = ["Candidate", "TableState", "assemble", "image_sizes", "whole_samples"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +39,16 @@ class TableState:
     """What is committed of one table."""
 
     recipe: Recipe
-    commits: tuple[Commit, ...]
     stored: StoredRows
+    rejections: tuple[Rejection, ...] = ()
+    next_shard: int = 0
+    """Number that the table's next shard gets."""
 
     @property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
         stored = self.stored.key_set()
-        by_key = {bytes.fromhex(r.key): r for commit in self.commits for r in commit.rejected}
+        by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
 
 
@@ -91,16 +93,19 @@ def assemble(
     refused: Sequence[Refusal],
     tables: Mapping[str, TableState],
     models: Mapping[str, Mapping[str, str | None]],
+    form: str,
 ) -> Manifest:
     """Write samples, index, rejections and, last, the manifest; remove what only the manifest before it used."""
     whole, incomplete = whole_samples(candidates, tables)
-    whole, samples, unreadable = _with_sizes(cache, source, whole)
+    sizes, unreadable = image_sizes(cache, source, whole)
+    whole = [candidate for candidate in whole if candidate.image_key in sizes]
+    samples = _samples(whole, sizes)
     samples_digest = write_samples(cache, samples)
     index_digest = write_index(cache, _index_arrays(whole, tables))
     rejections = sorted({(r.name, r.stage, r.reason) for r in [*refused, *incomplete, *unreadable]})
     _write_rejections(cache, rejections)
     manifest = Manifest(
-        format="zarr",
+        format=form,
         tables={name: _table_entry(state) for name, state in tables.items()},
         samples=len(samples),
         samples_digest=samples_digest,
@@ -123,34 +128,34 @@ def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refu
     return Refusal(name=name, stage=rejection.stage, reason=rejection.reason)
 
 
-def _with_sizes(
+def image_sizes(
     cache: Path, source: Source, candidates: Sequence[Candidate]
-) -> tuple[list[Candidate], list[Sample], list[Refusal]]:
-    known = _known_sizes(cache)
-    whole, sizes, refused = [], [], []
+) -> tuple[dict[bytes, tuple[int, int]], list[Refusal]]:
+    """Width and height by image key, of pictures known before from the cache's samples; and what cannot be read."""
+    known, refused = _known_sizes(cache), []
     for candidate in candidates:
         try:
             if candidate.image_key not in known:
                 known[candidate.image_key] = _upright_size(source.image(candidate.position))
         except InputRejected as error:
             refused.append(Refusal(name=candidate.name, stage=error.stage, reason=error.reason))
-            continue
-        whole.append(candidate)
-        sizes.append(known[candidate.image_key])
-    ids = sample_ids([candidate.image_key for candidate in whole])
-    samples = [
+    return known, refused
+
+
+def _samples(candidates: Sequence[Candidate], sizes: Mapping[bytes, tuple[int, int]]) -> list[Sample]:
+    ids = sample_ids([candidate.image_key for candidate in candidates])
+    return [
         Sample(
             id=i,
             name=c.name,
             image_key=c.image_key,
             captions=c.captions,
             caption_keys=c.caption_keys,
-            width=w,
-            height=h,
+            width=sizes[c.image_key][0],
+            height=sizes[c.image_key][1],
         )
-        for i, c, (w, h) in zip(ids, whole, sizes, strict=True)
+        for i, c in zip(ids, candidates, strict=True)
     ]
-    return whole, samples, refused
 
 
 def _known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
@@ -202,9 +207,7 @@ def _index_arrays(candidates: Sequence[Candidate], tables: Mapping[str, TableSta
 
 
 def _table_entry(state: TableState) -> TableEntry:
-    shards = tuple(
-        ShardEntry(name=c.name, data=c.data, rows=c.rows, bytes=c.bytes) for c in state.commits if c.data is not None
-    )
+    shards = state.stored.shards
     return TableEntry(
         recipe=state.recipe, rows=sum(s.rows for s in shards), bytes=sum(s.bytes for s in shards), shards=shards
     )

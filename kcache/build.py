@@ -10,14 +10,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from kcache.assemble import assemble
+from kcache.assemble import assemble, image_sizes, whole_samples
 from kcache.config import BuildConfig
-from kcache.durable import exclusive, remove_temporary
+from kcache.durable import exclusive, remove, remove_temporary
 from kcache.errors import CacheMismatchError
 from kcache.inventory import Inventory, fetcher, missing_rows, take_inventory
+from kcache.joining import (
+    RESERVED,
+    SAMPLES,
+    TarPacker,
+    joined_keys,
+    joined_recipe,
+    plan_packing,
+    record_rejections,
+)
 from kcache.manifest import MANIFEST
-from kcache.plan import Plan, TablePlan, close_plan, freeze_plan, open_plan
+from kcache.plan import Plan, PlannedShard, close_plan, freeze_plan, open_plan
+from kcache.recipe import Recipe
+from kcache.samples import sample_ids
 from kcache.shards import read_commits
+from kcache.tables import default_rows_per_shard
 
 __all__ = ["BuildPreview", "BuildProgress", "BuildResult", "TableResult", "build_cache", "plan_build"]
 
@@ -75,6 +87,8 @@ class BuildPreview:
 
 Report = Callable[[BuildProgress], None]
 
+_SHARD_FOLDERS = ("image_embeds-", "text-", "latents-", f"{SAMPLES}-", f"{RESERVED}-")
+
 
 def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report | None = None) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
@@ -90,10 +104,17 @@ def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report 
     with exclusive(folder):
         _sweep(folder)
         before = {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in job.states().items()}
-        _encode_missing(job, report)
-        states = job.states()
-        manifest = assemble(folder, job.source, job.candidates, job.refused, states, job.models)
-        close_plan(folder)
+        work = _Work(job, report)
+        _finish_open_plan(job, work)
+        _encode_missing(job, work)
+        if config.format == "webdataset":
+            _pack_missing(job, work)
+        states = job.states() if config.format == "zarr" else job.packed()
+        models, form = job.models, config.format
+        manifest = assemble(folder, job.source, job.candidates, job.refused, states, models, form)
+        if config.format == "webdataset":
+            for recipe in job.recipes.values():
+                remove(folder / recipe.directory)
     tables = {}
     for name, state in states.items():
         now = len(set(job.wanted(name)) & state.stored.key_set())
@@ -128,7 +149,7 @@ def _check_target(folder: Path) -> None:
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
     if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
         foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".tmp-")]
-        if foreign and not any(f.startswith(("image_embeds-", "text-", "latents-")) for f in foreign):
+        if foreign and not any(name.startswith(_SHARD_FOLDERS) for name in foreign):
             raise CacheMismatchError(
                 f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
                 "give an empty or new folder for the cache"
@@ -143,15 +164,35 @@ def _sweep(folder: Path) -> None:
             remove_temporary(table)
 
 
-def _encode_missing(job: Inventory, report: Report | None) -> None:
-    """Finish the open plan, then make and finish another until nothing is missing."""
-    work = _Work(job, report)
+def _finish_open_plan(job: Inventory, work: "_Work") -> None:
+    """Do what is left of an interrupted build's plan, unless it is of recipes that are not wanted any more."""
     plan = open_plan(job.folder)
-    if plan is not None:
-        wanted = {recipe.fingerprint for recipe in job.recipes.values()}
-        if all(table.recipe.fingerprint in wanted for table in plan.tables):
-            work.run(plan)
+    if plan is None:
+        return
+    joined = [joined_recipe(kind, job.recipes) for kind in (RESERVED, SAMPLES)]
+    wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *joined]}
+    if all(table.recipe.fingerprint in wanted for table in plan.tables):
+        work.run(plan)
+    close_plan(job.folder)
+
+
+def _pack_missing(job: Inventory, work: "_Work") -> None:
+    """Plan and pack the tars of all samples that are in none yet, and record what was rejected."""
+    states = job.states()
+    whole, _ = whole_samples(job.candidates, states)
+    recipe = joined_recipe(SAMPLES, job.recipes)
+    rows = job.config.rows_per_shard or default_rows_per_shard(recipe)
+    plan = plan_packing(job.folder, job.recipes, whole, rows)
+    if any(table.keys for table in plan.tables):
+        freeze_plan(job.folder, plan)
+        work.run(plan)
         close_plan(job.folder)
+    rejected = {key: rejection for state in states.values() for key, rejection in state.rejected.items()}
+    record_rejections(job.folder, job.recipes, rejected, job.provenance())
+
+
+def _encode_missing(job: Inventory, work: "_Work") -> None:
+    """Make and finish plans until no row is missing."""
     retry = job.config.retry_rejected
     while True:
         plan = missing_rows(job, job.states(), retry=retry, gone=frozenset(work.gone))
@@ -177,18 +218,40 @@ class _Work:
             folder = self.job.folder / table.recipe.directory
             committed = {commit.name for commit in read_commits(folder, table.recipe)}
             todo = [shard for shard in table.shards() if shard.name not in committed]
-            if todo:
+            if todo and table.recipe.table in (RESERVED, SAMPLES):
+                self._pack(table.recipe.table, todo)
+            elif todo:
                 folder.mkdir(exist_ok=True)
-                self._encode(table, [shard.name for shard in todo], folder)
+                self._encode(table.recipe, todo, folder)
 
-    def _encode(self, table: TablePlan, names: Sequence[str], folder: Path) -> None:
+    def _pack(self, kind: str, shards: Sequence[PlannedShard]) -> None:
+        job, start = self.job, time.perf_counter()
+        states = job.states()
+        whole, _ = whole_samples(job.candidates, states)
+        sizes, _ = image_sizes(job.folder, job.source, whole)
+        ids = sample_ids([candidate.image_key for candidate in whole])
+        by_key = dict(zip(joined_keys(whole), zip(ids, whole, strict=True), strict=True))
+        packer = TarPacker(job.folder, job.recipes, {name: state.stored for name, state in states.items()})
+        total, done = sum(len(shard.keys) for shard in shards), 0
+        for shard in shards:
+            if kind == RESERVED:
+                packer.pack_reserved(shard.name, job.provenance())
+            else:
+                packer.pack_samples(shard, by_key, sizes, job.provenance())
+            done += len(shard.keys)
+            if self.report:
+                progress = BuildProgress(
+                    table=kind, done=done, total=total, seconds=time.perf_counter() - start, busy={"write": 1.0}
+                )
+                self.report(progress)
+
+    def _encode(self, recipe: Recipe, shards: Sequence[PlannedShard], folder: Path) -> None:
         import torch
 
         from kcache.encoders import load_encoder
         from kcache.encoding import Meter, encode_shards
 
-        recipe, job = table.recipe, self.job
-        shards = [shard for shard in table.shards() if shard.name in set(names)]
+        job = self.job
         total = sum(len(shard.keys) for shard in shards)
         _say(self.report, f"loading {recipe.encoder} for {recipe.table}: {total} to encode")
         encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or _default_device()))

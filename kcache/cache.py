@@ -1,6 +1,6 @@
 """Opening a finished cache and reading rows of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
-from kcache.formats import zarr
 from kcache.index import CAPTION_BOUNDS, index_dtype, open_index
 from kcache.manifest import Manifest, TableEntry, read_manifest
 from kcache.recipe import Field, Recipe
-from kcache.rows import FieldFiles, gather_fixed, gather_ragged
+from kcache.rows import Empty, FieldFiles, field_files, gather
 from kcache.samples import read_samples
 from kcache.shards import OFFSETS
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 __all__ = ["Cache"]
-
-Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
-"""Makes an array of unspecified content from its shape and dtype, as `np.empty` does."""
 
 
 class Cache:
@@ -151,14 +147,8 @@ class Cache:
     def field_files(self, name: str) -> FieldFiles:
         """The files behind `name`, opened when first read."""
         if name not in self._files:
-            field = self.field(name)
-            entry = self.manifest.tables[self.table_of(name)]
-            folder = self.path / entry.recipe.directory
-            self._files[name] = FieldFiles(
-                [folder / shard.data / zarr.array_file(name, field.shape) for shard in entry.shards],
-                piece_bytes=zarr.CHUNK_ROWS * _unit_bytes(field, self.dtype(name)),
-                gap_bytes=zarr.CHECKSUM_BYTES,
-            )
+            shards = self.manifest.tables[self.table_of(name)].shards
+            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards)
         return self._files[name]
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
@@ -169,28 +159,15 @@ class Cache:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
         for name in fields:
             if name not in self._resident:
-                self._resident[name] = self._gather(name, self._index[self.table_of(name)], np.empty)
+                self._resident[name] = gather(self.field_files(name), self._index[self.table_of(name)], np.empty)
 
     def _read_field(self, name: str, positions: np.ndarray, rows: dict[str, np.ndarray], empty: Empty) -> None:
         if name in self._resident:
             rows[name], offsets = _take(self._resident[name], positions, empty)
         else:
-            rows[name], offsets = self._gather(name, self._index[self.table_of(name)][positions], empty)
+            rows[name], offsets = gather(self.field_files(name), self._index[self.table_of(name)][positions], empty)
         if offsets is not None:
             rows[OFFSETS] = offsets
-
-    def _gather(self, name: str, entries: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
-        """The rows that index entries point to, and for a ragged field where each starts, read from the files."""
-        field, dtype, files = self.field(name), self.dtype(name), self.field_files(name)
-        if not field.ragged:
-            fixed = empty((len(entries), *field.shape), dtype)
-            gather_fixed(files, entries["shard"], entries[name], fixed)
-            return fixed, None
-        offsets = np.zeros(len(entries) + 1, np.int64)
-        np.cumsum(entries[name]["length"].astype(np.int64) // _unit_bytes(field, dtype), out=offsets[1:])
-        flat = empty((int(offsets[-1]), *field.shape), dtype)
-        gather_ragged(files, entries["shard"], entries[name], flat)
-        return flat, offsets
 
     def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
         starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
@@ -202,11 +179,6 @@ class Cache:
                 f"caption {asked} asked of sample {samples[wrong]}, which has {ends[wrong] - starts[wrong]}"
             )
         return positions
-
-
-def _unit_bytes(field: Field, dtype: np.dtype[np.generic]) -> int:
-    """Bytes of one row, or of one token of a ragged field."""
-    return int(np.prod(field.shape)) * dtype.itemsize
 
 
 def _take(
@@ -228,10 +200,9 @@ def _take(
 def _check_index(folder: Path, name: str, entry: TableEntry, array: np.ndarray) -> None:
     if array.dtype != index_dtype(entry.recipe.fields):
         raise CacheCorruptError(f"{folder}: the index of {name} has dtype {array.dtype}; build the cache again")
-    missing = [s.data for s in entry.shards if not (folder / entry.recipe.directory / s.data).is_dir()]
+    missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
     if missing:
         raise CacheCorruptError(
-            f"{folder / entry.recipe.directory} lacks {len(missing)} of {len(entry.shards)} shards "
-            f"({', '.join(missing[:3])}); "
+            f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} ({', '.join(missing[:3])}); "
             "build the cache again with its source to encode them anew"
         )

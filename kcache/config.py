@@ -31,8 +31,8 @@ class BuildConfig:
 
     stage: Stage = "all"
     """Which trainer the cache is for: "prior" (image_embeds, text), "decoder" (image_embeds, latents) or "all"."""
-    format: Literal["zarr"] = "zarr"
-    """Form of the shards on disk."""
+    format: Literal["zarr", "webdataset"] = "zarr"
+    """Form of the shards on disk: "zarr" is the working cache, "webdataset" joined samples in tars, to publish."""
     resolution: tuple[int, ...] = (768,)
     """Sides of the square pictures, in pixels, whose latents are stored; one table each."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -68,7 +68,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         _check_choice("--stage", self.stage, get_args(Stage))
-        _check_choice("--format", self.format, ("zarr",))
+        _check_choice("--format", self.format, ("zarr", "webdataset"))
         _check_choice("--dtype", self.dtype, ("float16", "float32"))
         _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
         _check_choice("--alpha", self.alpha, ("white", "black", "drop"))

@@ -16,11 +16,11 @@ from crc32c import crc32c
 
 from kcache.durable import publish, temporary_path, write_npy
 from kcache.errors import CacheCorruptError
-from kcache.manifest import Manifest
+from kcache.manifest import Manifest, ShardEntry
 from kcache.recipe import Field, Recipe, canonical_json
 from kcache.shards import LOCATOR, Commit, read_side_file
 
-__all__ = ["CAPTION_BOUNDS", "StoredRows", "index_dtype", "open_index", "stored_rows", "write_index"]
+__all__ = ["CAPTION_BOUNDS", "StoredRows", "index_dtype", "merged_rows", "open_index", "stored_rows", "write_index"]
 
 CAPTION_BOUNDS = "captions"
 
@@ -32,12 +32,14 @@ def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """The committed rows of one table, findable by key."""
+    """The committed rows of one table, findable by key, and the shards that they stand in."""
 
     entries: np.ndarray
     """(R,) of `index_dtype`, sorted by key."""
     keys: np.ndarray
     """(R,) S16, sorted, no key twice."""
+    shards: tuple[ShardEntry, ...]
+    """What the `shard` of an entry is a position in."""
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
@@ -53,23 +55,53 @@ class StoredRows:
         return frozenset(content[i : i + 16] for i in range(0, len(content), 16))
 
 
-def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe) -> StoredRows:
-    """The rows of a table's commits; of a key that was committed twice the later row counts."""
+def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
+    """The rows of a table's commits in `folder`; `part` names the table where shards hold several.
+
+    Of a key that was committed twice the later row counts.
+    """
+    sides, shards = [], []
+    for commit in commits:
+        if commit.data is not None and commit.holds(part):
+            side = read_side_file(folder, commit, recipe, part)
+            size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
+            shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
+            sides.append(side)
+    return _sorted_rows(recipe, sides, shards)
+
+
+def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
+    """The rows of several places as one; of a key that is in two of them the later place's counts."""
+    entries, keys = [], []
+    shards: list[ShardEntry] = []
+    for part in parts:
+        moved = part.entries.copy()
+        moved["shard"] += len(shards)
+        entries.append(moved)
+        keys.append(part.keys)
+        shards += part.shards
+    return _latest(recipe, entries, keys, shards)
+
+
+def _sorted_rows(recipe: Recipe, sides: Sequence[np.ndarray], shards: Sequence[ShardEntry]) -> StoredRows:
     parts, keys = [], []
-    with_rows = [commit for commit in commits if commit.rows]
-    for position, commit in enumerate(with_rows):
-        side = read_side_file(folder, commit, recipe)
+    for position, side in enumerate(sides):
         entries = np.empty(len(side), index_dtype(recipe.fields))
         entries["shard"] = position
         for field in recipe.fields:
             entries[field.name] = side[field.name]
         parts.append(entries)
         keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
-    if not parts:
-        return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"))
-    all_keys = np.concatenate(keys)[::-1]
-    unique, latest = np.unique(all_keys, return_index=True)
-    return StoredRows(np.concatenate(parts)[::-1][latest], unique)
+    return _latest(recipe, parts, keys, shards)
+
+
+def _latest(
+    recipe: Recipe, entries: Sequence[np.ndarray], keys: Sequence[np.ndarray], shards: Sequence[ShardEntry]
+) -> StoredRows:
+    if not entries:
+        return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
+    unique, latest = np.unique(np.concatenate(keys)[::-1], return_index=True)
+    return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
 
 
 def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:

@@ -1,19 +1,20 @@
 """What a build has to do: what the source offers, which tables are wanted, and what of them is committed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kcache.assemble import Candidate, TableState
 from kcache.config import BuildConfig, Stage
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, caption_key, content_key
-from kcache.errors import CacheMismatchError, InputRejected, KcacheError
-from kcache.index import stored_rows
+from kcache.errors import CacheCorruptError, CacheMismatchError, InputRejected, KcacheError
+from kcache.index import merged_rows, stored_rows
+from kcache.joining import packed_states
 from kcache.manifest import MANIFEST, read_manifest
 from kcache.plan import Plan, plan_table
 from kcache.recipe import Recipe, recipe_differences
 from kcache.repositories import Repository, find_repository
-from kcache.shards import read_commits
+from kcache.shards import next_shard, read_commits
 from kcache.sources import Refusal, Source, open_source
 from kcache.tables import decoder_components, default_rows_per_shard, prior_components, table_names, table_recipe
 
@@ -42,8 +43,28 @@ class Inventory:
         return reserved + [c.image_key for c in self.candidates]
 
     def states(self) -> dict[str, TableState]:
-        """What is committed of each table."""
-        return {name: _table_state(self.folder, recipe) for name, recipe in self.recipes.items()}
+        """What is committed of each table, in tables of its own or joined in tars."""
+        states = {name: _table_state(self.folder, recipe) for name, recipe in self.recipes.items()}
+        if self.config.format == "zarr":
+            return states
+        packed = self.packed()
+        return {
+            name: replace(
+                state,
+                stored=merged_rows(state.recipe, [packed[name].stored, state.stored]),
+                rejections=packed[name].rejections + state.rejections,
+            )
+            for name, state in states.items()
+        }
+
+    def packed(self) -> dict[str, TableState]:
+        """What is committed of each table in tars of joined samples, of the manifest's recipes and the wanted."""
+        return packed_states(self.folder, self.recipes, _manifest_recipes(self.folder))
+
+    def provenance(self) -> dict[str, str]:
+        """What the rows that wait to be packed were made with."""
+        commits = [c for recipe in self.recipes.values() for c in read_commits(self.folder / recipe.directory, recipe)]
+        return {name: value for commit in commits for name, value in commit.provenance.items()}
 
     @property
     def models(self) -> dict[str, dict[str, str | None]]:
@@ -60,6 +81,7 @@ def take_inventory(source: str, folder: Path, config: BuildConfig, say: Callable
 
     Raises SourceError, ModelError, ConfigError, or CacheMismatchError for a cache of another schema.
     """
+    _check_form(folder, config)
     tables = _wanted_tables(folder, config)
     opened = open_source(
         source,
@@ -97,6 +119,19 @@ def _wanted_tables(folder: Path, config: BuildConfig) -> list[str]:
     if (folder / MANIFEST).exists():
         names |= dict.fromkeys(_manifest_recipes(folder))
     return list(names)
+
+
+def _check_form(folder: Path, config: BuildConfig) -> None:
+    if (folder / MANIFEST).exists():
+        try:
+            found = read_manifest(folder).format
+        except CacheCorruptError:
+            return
+        if found != config.format:
+            raise CacheMismatchError(
+                f"{folder} is a {found} cache; --format {config.format} was asked for; give --format {found}, or run "
+                f"`kcache cache-convert {folder} NEW --format {config.format}`"
+            )
 
 
 def _stage_of(tables: Sequence[str]) -> Stage:
@@ -142,8 +177,13 @@ def _candidates(source: Source, memo: DigestMemo, rehash: bool) -> tuple[list[Ca
 
 def _table_state(folder: Path, recipe: Recipe) -> TableState:
     table = folder / recipe.directory
-    commits = tuple(read_commits(table, recipe))
-    return TableState(recipe=recipe, commits=commits, stored=stored_rows(table, commits, recipe))
+    commits = read_commits(table, recipe)
+    return TableState(
+        recipe=recipe,
+        stored=stored_rows(table, commits, recipe),
+        rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
+        next_shard=next_shard(commits),
+    )
 
 
 def missing_rows(job: Inventory, states: Mapping[str, TableState], *, retry: bool, gone: frozenset[bytes]) -> Plan:
@@ -158,7 +198,7 @@ def missing_rows(job: Inventory, states: Mapping[str, TableState], *, retry: boo
                 state.stored.key_set(),
                 skipped,
                 rows_per_shard=job.config.rows_per_shard or default_rows_per_shard(state.recipe),
-                first_shard=1 + max((int(commit.name) for commit in state.commits), default=-1),
+                first_shard=state.next_shard,
             )
         )
     return Plan(tables=tuple(tables))

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from kcache.buffers import BatchMemory
-from kcache.cache import Cache, Empty
+from kcache.cache import Cache
 from kcache.errors import CacheMismatchError, ConfigError
 from kcache.noise import draw_choice
 from kcache.order import epoch_order
+from kcache.rows import Empty
 
 __all__ = ["Batch", "CacheLoader", "RowReader"]
 

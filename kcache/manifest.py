@@ -21,6 +21,7 @@ class ShardEntry:
 
     name: str
     data: str
+    """Where its data stands, from the cache's folder: "latents-768-1a2b3c4d/00000", "samples-1a2b3c4d/00000.tar"."""
     rows: int
     bytes: int
 

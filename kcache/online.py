@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kcache.cache import Cache, Empty
+from kcache.cache import Cache
 from kcache.digests import DigestMemo, content_key
 from kcache.encoders import Encoder, load_encoder
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.repositories import Repository, find_repository, weights_digest
+from kcache.rows import Empty
 from kcache.shards import OFFSETS
 from kcache.sources import Source
 from kcache.tables import decoder_components, prior_components

@@ -1,32 +1,43 @@
 """Reading rows: straight out of memory-mapped files into the caller's array, each checked as it is copied."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from crc32c import crc32c
 
 from kcache.errors import CacheCorruptError
+from kcache.formats import format_of
+from kcache.manifest import ShardEntry
+from kcache.recipe import Field
 
-__all__ = ["FieldFiles", "gather_fixed", "gather_ragged"]
+__all__ = ["Empty", "FieldFiles", "RowFile", "field_files", "gather", "unit_bytes"]
+
+Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
+"""Makes an array of unspecified content from its shape and dtype, as `np.empty` does."""
+
+
+class RowFile(NamedTuple):
+    """A file with rows of one field: after every `piece_bytes` of payload stand `gap_bytes` that are none."""
+
+    path: Path
+    piece_bytes: int
+    gap_bytes: int
 
 
 class FieldFiles:
-    """The files that hold one field of a table, one per shard, opened when first read.
+    """The files that hold one field of a table, one per shard, mapped into memory when first read."""
 
-    `piece_bytes` is the number of payload bytes after which the file has a checksum of its own (`gap_bytes` long) that
-    is not payload.
-    """
-
-    def __init__(self, paths: Sequence[Path], *, piece_bytes: int, gap_bytes: int) -> None:
-        self.paths = paths
-        self.piece_bytes = piece_bytes
-        self.gap_bytes = gap_bytes
-        self._content: list[np.ndarray | None] = [None] * len(paths)
+    def __init__(self, field: Field, dtype: np.dtype[np.generic], files: Sequence[RowFile]) -> None:
+        self.field = field
+        self.dtype = dtype
+        self.files = files
+        self._content: list[np.ndarray | None] = [None] * len(files)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def content(self, shard: int) -> np.ndarray:
         """All bytes of a shard's file, (size,) uint8, read-only."""
@@ -36,7 +47,7 @@ class FieldFiles:
         return content
 
     def _open(self, shard: int) -> np.ndarray:
-        path = self.paths[shard]
+        path = self.files[shard].path
         try:
             with path.open("rb") as file:
                 return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -48,24 +59,56 @@ class FieldFiles:
     def pieces(self, shard: int, offset: int, length: int) -> list[np.ndarray]:
         """The payload of a row as the runs of bytes it is made of, gaps left out."""
         content = self.content(shard)
-        period = self.piece_bytes + self.gap_bytes
+        _, piece_bytes, gap_bytes = self.files[shard]
         runs = []
         while length > 0:
-            run = min(length, self.piece_bytes - offset % period)
+            run = min(length, piece_bytes - offset % (piece_bytes + gap_bytes))
             runs.append(content[offset : offset + run])
-            offset += run + self.gap_bytes
+            offset += run + gap_bytes
             length -= run
         return runs
 
     def corrupt(self, shard: int, offset: int, detail: str) -> CacheCorruptError:
         """The error for a row that is not what was committed."""
         return CacheCorruptError(
-            f"{self.paths[shard]} is corrupt in the row at byte {offset}: {detail}; "
+            f"{self.files[shard].path} is corrupt in the row at byte {offset}: {detail}; "
             "remove the commit record (.json) of that shard and build again to encode its rows anew"
         )
 
 
-def gather_fixed(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
+def field_files(cache: Path, field: Field, dtype: np.dtype[np.generic], shards: Sequence[ShardEntry]) -> FieldFiles:
+    """The files that hold `field` in the shards of the cache at `cache`."""
+    files = []
+    for shard in shards:
+        form = format_of(shard.data)
+        files.append(RowFile(cache / form.field_file(shard.data, field), *form.pieces(unit_bytes(field, dtype))))
+    return FieldFiles(field, dtype, files)
+
+
+def unit_bytes(field: Field, dtype: np.dtype[np.generic]) -> int:
+    """Bytes of one row, or of one token of a ragged field."""
+    return int(np.prod(field.shape)) * dtype.itemsize
+
+
+def gather(files: FieldFiles, entries: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows that index entries point to, in an array made by `empty`; each row's checksum is verified.
+
+    Fixed rows are (n, …), None. Ragged ones are (T, …), all tokens behind each other, and (n + 1,) int64: where
+    each row starts. Raises CacheCorruptError when a row's bytes are not the committed ones.
+    """
+    field, dtype, locators = files.field, files.dtype, entries[files.field.name]
+    if not field.ragged:
+        fixed = empty((len(entries), *field.shape), dtype)
+        _gather_fixed(files, entries["shard"], locators, fixed)
+        return fixed, None
+    offsets = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum(locators["length"].astype(np.int64) // unit_bytes(field, dtype), out=offsets[1:])
+    flat = empty((int(offsets[-1]), *field.shape), dtype)
+    _gather_ragged(files, entries["shard"], locators, flat)
+    return flat, offsets
+
+
+def _gather_fixed(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
     """Copy one row per locator into `out` (n, …), checking each: the i-th row comes from file `shards[i]`.
 
     Raises CacheCorruptError when a row's bytes are not the committed ones.
@@ -86,7 +129,7 @@ def gather_fixed(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, ou
             raise files.corrupt(shard, offset, f"crc32c is {crc32c(row):08x}, expected {checksums[i]:08x}")
 
 
-def gather_ragged(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
+def _gather_ragged(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
     """Copy rows of differing length behind each other into `out` (T, …), T being the sum of their tokens.
 
     Raises CacheCorruptError when a row's bytes are not the committed ones.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
-from kcache.durable import publish, temporary_path, write_json, write_npy
+from kcache.durable import publish, remove, temporary_path, write_json, write_npy
 from kcache.errors import CacheCorruptError
 from kcache.formats import zarr
 from kcache.recipe import SCHEMA_VERSION, Field, Recipe
@@ -27,9 +27,13 @@ __all__ = [
     "Rejection",
     "RowBlock",
     "commit_shard",
+    "discard_uncommitted",
+    "next_shard",
     "read_commits",
     "read_side_file",
+    "record_commit",
     "side_dtype",
+    "side_name",
 ]
 
 OFFSETS = "text_offsets"
@@ -84,12 +88,16 @@ class Commit:
     fingerprint: str
     rows: int
     data: str | None
-    """Folder of the data; None when every input was rejected."""
+    """Folder or tar with the data; None when every input was rejected."""
     files: tuple[CommittedFile, ...]
     rejected: tuple[Rejection, ...]
     absent: tuple[str, ...]
     """Keys (hex) that the plan wanted but the source no longer had: neither stored nor rejected."""
     provenance: Mapping[str, str]
+
+    def holds(self, part: str) -> bool:
+        """Whether the shard has rows of the table `part`, which shards of one table ("") always have."""
+        return any(file.path == side_name(self.name, part) for file in self.files)
 
     @property
     def bytes(self) -> int:
@@ -108,31 +116,54 @@ def commit_shard(
     provenance: Mapping[str, str],
 ) -> Commit:
     """Write a shard's data and side file, each under a temporary name first, and last its commit record."""
-    files: list[CommittedFile] = []
-    if len(block.keys):
-        _discard_uncommitted(folder, name)
-        temporary = temporary_path(folder)
-        try:
-            zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
-            publish(temporary, folder / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        write_npy(folder / f"{name}.rows.npy", _side_rows(recipe, block))
-        paths = [p for p in sorted((folder / name).rglob("*")) if p.is_file()] + [folder / f"{name}.rows.npy"]
-        files = [_committed(path, folder) for path in paths]
+    if not len(block.keys):
+        return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
+    discard_uncommitted(folder, name)
+    temporary = temporary_path(folder)
+    try:
+        zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
+        publish(temporary, folder / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    write_npy(folder / side_name(name), _side_rows(recipe, block))
+    paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    return record_commit(
+        folder, name, recipe, rows=len(block.keys), data=name, paths=[*paths, folder / side_name(name)],
+        rejected=rejected, absent=absent, provenance=provenance,
+    )  # fmt: skip
+
+
+def record_commit(
+    folder: Path,
+    name: str,
+    recipe: Recipe,
+    *,
+    rows: int = 0,
+    data: str | None = None,
+    paths: Sequence[Path] = (),
+    rejected: Sequence[Rejection] = (),
+    absent: Sequence[str] = (),
+    provenance: Mapping[str, str],
+) -> Commit:
+    """Write a shard's commit record, which makes the files at `paths` a shard."""
     commit = Commit(
         name=name,
         fingerprint=recipe.fingerprint,
-        rows=len(block.keys),
-        data=name if len(block.keys) else None,
-        files=tuple(files),
+        rows=rows,
+        data=data,
+        files=tuple(_committed(path, folder) for path in paths),
         rejected=tuple(rejected),
         absent=tuple(absent),
         provenance=dict(provenance),
     )
     write_json(folder / f"{name}.json", {"schema_version": SCHEMA_VERSION, **asdict(commit)})
     return commit
+
+
+def side_name(shard: str, part: str = "") -> str:
+    """Name of a shard's side file; `part` names the table where shards hold several."""
+    return f"{shard}.{part}.rows.npy" if part else f"{shard}.rows.npy"
 
 
 def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
@@ -143,12 +174,15 @@ def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
     return [_read_commit(path, recipe) for _, path in names]
 
 
-def read_side_file(folder: Path, commit: Commit, recipe: Recipe) -> np.ndarray:
-    """Key and locators of a shard's rows, checked against the commit record."""
+def next_shard(commits: Sequence[Commit]) -> int:
+    """Number of the shard after the last of `commits`."""
+    return 1 + max((int(commit.name) for commit in commits), default=-1)
+
+
+def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "") -> np.ndarray:
+    """Key and locators of a shard's rows (of the table `part`), checked against the commit record."""
     dtype = side_dtype(recipe.fields)
-    if not commit.rows:
-        return np.empty(0, dtype)
-    path = folder / f"{commit.name}.rows.npy"
+    path = folder / side_name(commit.name, part)
     record = next((file for file in commit.files if file.path == path.name), None)
     try:
         content = path.read_bytes()
@@ -162,8 +196,8 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe) -> np.ndarray:
             f"{path} differs from what was committed (found {len(content)} bytes, crc32c {crc32c(content):08x}); "
             f"remove {commit.name}.json beside it and build again to encode its rows anew"
         )
-    if rows.dtype != dtype or rows.shape != (commit.rows,):
-        raise CacheCorruptError(f"{path} holds {rows.shape} of {rows.dtype}; expected ({commit.rows},) of {dtype}")
+    if rows.dtype != dtype or rows.ndim != 1:
+        raise CacheCorruptError(f"{path} holds {rows.shape} of {rows.dtype}; expected rows of {dtype}")
     return rows
 
 
@@ -186,11 +220,10 @@ def _read_commit(path: Path, recipe: Recipe) -> Commit:
     return commit
 
 
-def _discard_uncommitted(folder: Path, name: str) -> None:
+def discard_uncommitted(folder: Path, name: str) -> None:
     """Remove what a killed builder renamed into place but did not commit."""
-    if (folder / name).exists():
-        shutil.rmtree(folder / name)
-    (folder / f"{name}.rows.npy").unlink(missing_ok=True)
+    for path in [folder / name, *folder.glob(f"{name}.*")]:
+        remove(path)
 
 
 def _group_arrays(block: RowBlock) -> dict[str, np.ndarray]:

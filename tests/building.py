@@ -9,6 +9,10 @@ from kcache.build import BuildResult, build_cache
 from kcache.config import BuildConfig
 
 
+FORM = "zarr"
+"""Form of the caches that are built: a fixture may set it, so that the same tests check both."""
+
+
 def small_config(oracle: Path, **changes: Any) -> BuildConfig:
     """Settings for the tiny pair: 64 pixels, float32 rows, batches of 4, two decode threads."""
     settings: dict[str, Any] = {
@@ -17,6 +21,7 @@ def small_config(oracle: Path, **changes: Any) -> BuildConfig:
         "batch_size": 4,
         "num_workers": 2,
         "device": "cpu",
+        "format": FORM,
         "pretrained_prior_model_name_or_path": str(oracle / "prior"),
         "pretrained_decoder_model_name_or_path": str(oracle / "decoder"),
     }

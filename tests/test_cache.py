@@ -44,7 +44,7 @@ def test_rows_come_in_the_order_asked(folder: Path) -> None:
 def test_rows_are_the_committed_ones(folder: Path) -> None:
     cache = Cache.open(folder)
     entry = cache.manifest.tables["latents-32"]
-    parts = [zarr.open_group(folder / entry.recipe.directory / shard.data)["latents"][:] for shard in entry.shards]
+    parts = [zarr.open_group(folder / shard.data)["latents"][:] for shard in entry.shards]
     assert (cache.read(range(100), ["latents"])["latents"] == np.concatenate(parts)).all()
 
 
@@ -106,7 +106,7 @@ def test_every_flipped_byte_of_a_row_is_noticed(tmp_path: Path, residency: str) 
         ("latents-16", "latents"),
     ]:
         reference = Cache.open(tmp_path / "c")
-        file = reference.field_files(field).paths[0]
+        file = reference.field_files(field).files[0].path
         content = file.read_bytes()
         rng = np.random.default_rng(0)
         size = sum(reference._index[table][field]["length"].tolist())
@@ -127,7 +127,7 @@ def test_every_flipped_byte_of_a_row_is_noticed(tmp_path: Path, residency: str) 
 
 def test_cut_emptied_and_missing_files_are_noticed(tmp_path: Path) -> None:
     write_synthetic_cache(tmp_path / "c", 8, dim=4, latent_side=2)
-    file = Cache.open(tmp_path / "c").field_files("latents").paths[0]
+    file = Cache.open(tmp_path / "c").field_files("latents").files[0].path
     content = file.read_bytes()
     for size in (0, 1, 30, 32 * 7 + 31):
         file.write_bytes(content[:size])

@@ -56,7 +56,7 @@ def test_every_foreign_reader_sees_what_kcache_reads(tmp_path: Path) -> None:
     for entry in manifest.tables.values():
         names = [field.name for field in entry.recipe.fields]
         for shard in entry.shards:
-            group = cache.path / entry.recipe.directory / shard.data
+            group = cache.path / shard.data
             for name in names:
                 seen["zarr"][name].append(zarr.open_group(group, mode="r")[name][:])
                 seen["xarray"][name].append(_xarray(group)[name].to_numpy())

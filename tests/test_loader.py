@@ -130,7 +130,7 @@ def test_draws_join_the_batch_by_turn(cache: Cache) -> None:
 def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path) -> None:
     write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
     damaged = Cache.open(tmp_path / "c")
-    file = damaged.field_files("latents").paths[0]
+    file = damaged.field_files("latents").files[0].path
     content = bytearray(file.read_bytes())
     content[40] ^= 4
     file.write_bytes(content)

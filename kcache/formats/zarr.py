@@ -17,7 +17,16 @@ from crc32c import crc32c
 
 from kcache.recipe import Field
 
-__all__ = ["CHECKSUM_BYTES", "CHUNK_ROWS", "array_file", "row_spans", "write_group"]
+__all__ = [
+    "CHECKSUM_BYTES",
+    "CHUNK_ROWS",
+    "array_file",
+    "field_dimensions",
+    "field_file",
+    "pieces",
+    "row_spans",
+    "write_group",
+]
 
 CHUNK_ROWS = 64
 """Rows of one inner chunk: large enough for foreign readers to stream, small enough for their random reads."""
@@ -29,6 +38,16 @@ CHECKSUM_BYTES = 4
 def array_file(name: str, row_shape: tuple[int, ...]) -> str:
     """Path, inside a shard's group, of the one file that holds the array `name`."""
     return "/".join([name, "c", *["0"] * (1 + len(row_shape))])
+
+
+def field_file(data: str, field: Field) -> str:
+    """Path of the file that holds `field`, given the path of the shard's group."""
+    return f"{data}/{array_file(field.name, field.shape)}"
+
+
+def pieces(unit_bytes: int) -> tuple[int, int]:
+    """Payload bytes of one inner chunk, and the bytes of the checksum behind it."""
+    return CHUNK_ROWS * unit_bytes, CHECKSUM_BYTES
 
 
 def row_spans(starts: np.ndarray, row_bytes: int) -> np.ndarray:
