@@ -1,5 +1,6 @@
 """`kcache demo`: all of it on handwritten digits."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ def demo(
       kcache demo
       kcache demo --output /tmp/demo --steps 20
     """
+    # Networks this small are mostly waiting for each other's threads. Spinning threads make a run several times slower
+    # as soon as the machine does anything else, which would compare that and not the two ways of training.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from kcache.demo.run import run_demo
 
     result = run_demo(output, steps, say=note)

@@ -126,7 +126,6 @@ def _build(output: Path, prior: Path, decoder: Path) -> tuple[float, int]:
         batch_size=BATCH_SIZE,
         pretrained_prior_model_name_or_path=str(prior),
         pretrained_decoder_model_name_or_path=str(decoder),
-        device="cpu",
     )
     result = build_cache(str(output / "pictures"), str(output / "cache"), config)
     return result.seconds, sum(table.bytes for table in result.tables.values())
