@@ -99,7 +99,6 @@ def train(cache: str, config: TrainConfig, *, report: Callable[[Progress], None]
     seconds = time.perf_counter() - begun
     if accelerator.is_main_process:
         _export(run, step)
-    # The process group stays: destroyed while the wrapped objective still refers to it, gloo's threads can deadlock.
     accelerator.wait_for_everyone()
     return TrainResult(
         output_dir=config.output_dir,

@@ -4,6 +4,7 @@ Only the objective and the optimizer are handed to accelerate, for the device, m
 prepared loader would repeat samples to fill its last batch, and a prepared schedule would step once per process.
 """
 
+import atexit
 import math
 import os
 from collections.abc import Mapping
@@ -144,6 +145,7 @@ def prepare_run(cache_path: str, config: TrainConfig) -> TrainingRun:
 def _make_accelerator(config: TrainConfig) -> Accelerator:
     # accelerate keeps the first run's precision for the whole process, and refuses another one.
     AcceleratorState._reset_state(reset_partial_state=True)
+    group_is_ours = not torch.distributed.is_initialized()
     accumulation = GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_plugin=accumulation)
@@ -154,12 +156,21 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
             f"--mixed-precision {config.mixed_precision} cannot be used here: {error}; expected a device that has it; "
             "use bf16, or no for float32"
         ) from error
+    if group_is_ours and torch.distributed.is_initialized():
+        atexit.register(_leave_process_group)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     return accelerator
+
+
+def _leave_process_group() -> None:
+    # At exit, when nothing refers to a prepared objective any more: gloo's threads can deadlock with one that is freed
+    # after its group. And not later: left to the interpreter's own end, they can abort the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:

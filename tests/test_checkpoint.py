@@ -122,9 +122,10 @@ def test_the_oldest_go_only_when_the_new_one_is_there(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_disk)
-        save(tmp_path, 3, network, total_limit=2)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 3, network, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     save(tmp_path, 10, network, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
@@ -160,5 +161,5 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path, network: PriorTransformer
     path = save(tmp_path, 1, network)
     shutil.move(path / "state.json", tmp_path / "state.json")
     (path / "state.json").write_text('{"digest": "", "version": 99}')
-    with pytest.raises(RunError, match="version 99.*version 1"):
+    with pytest.raises(RunError, match=r"version 99.*version 1"):
         open_checkpoint(path)

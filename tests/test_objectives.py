@@ -100,5 +100,5 @@ def test_captions_are_laid_out_with_their_mask() -> None:
 
 def test_a_scheduler_of_another_kind_of_model_is_refused(oracle: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet")
-    with pytest.raises(ModelError, match="'v_prediction'.*'epsilon'"):
+    with pytest.raises(ModelError, match=r"'v_prediction'.*'epsilon'"):
         DecoderObjective(unet, DDPMScheduler(prediction_type="v_prediction"))
