@@ -126,7 +126,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint ({STATE_FILE}: {error.strerror}); expected a folder such as "
             'RUN/checkpoint-500; give its path, or "latest"'
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _broken(path, f"{STATE_FILE} cannot be read ({error!r})") from error
     if version != CHECKPOINT_VERSION:
         raise RunError(
@@ -135,8 +135,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     if digest != _digest(body):
         raise _broken(path, f"{STATE_FILE} differs from what was written")
-    _check_files(path, body["files"])
-    return Checkpoint(path=path, step=body["step"], state=body["state"])
+    try:
+        _check_files(path, body["files"])
+        return Checkpoint(path=path, step=int(body["step"]), state=dict(body["state"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise _broken(path, f"{STATE_FILE} does not say what a checkpoint's does ({error!r})") from error
 
 
 def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: ModelMixin) -> None:

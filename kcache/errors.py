@@ -6,6 +6,7 @@ __all__ = [
     "CacheIncompleteError",
     "CacheMismatchError",
     "CacheNotFoundError",
+    "CacheWriteError",
     "ConfigError",
     "InputRejected",
     "KcacheError",
@@ -58,6 +59,10 @@ class CacheCorruptError(KcacheError, ValueError):
     """Raised when bytes on disk differ from what was committed."""
 
     exit_code = 4
+
+
+class CacheWriteError(KcacheError, OSError):
+    """Raised when the system refuses a write: no room, no permission, a read-only file system."""
 
 
 class RejectedInputsError(KcacheError, ValueError):

@@ -6,17 +6,20 @@ empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions
 """
 
 import hashlib
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
-from kcache.durable import publish, temporary_path, write_npy
+from kcache.arrays import read_npy
+from kcache.durable import publish, remove, temporary_folder, write_npy
 from kcache.errors import CacheCorruptError
-from kcache.manifest import Manifest, ShardEntry
+from kcache.manifest import Manifest, ShardEntry, TableEntry
 from kcache.recipe import Field, Recipe, canonical_json
 from kcache.shards import LOCATOR, Commit, read_side_file
 
@@ -30,7 +33,7 @@ def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
     return np.dtype([("shard", "<u4"), *[(field.name, LOCATOR) for field in fields]])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoredRows:
     """The committed rows of one table, findable by key, and the shards that they stand in."""
 
@@ -51,8 +54,12 @@ class StoredRows:
 
     def key_set(self) -> frozenset[bytes]:
         """All keys, as 16 bytes each."""
-        content = self.keys.tobytes()
-        return frozenset(content[i : i + 16] for i in range(0, len(content), 16))
+        return self._key_set
+
+    @cached_property
+    def _key_set(self) -> frozenset[bytes]:
+        # As V16: numpy would cut zero bytes off the end of an S16.
+        return frozenset(self.keys.view("V16").tolist())
 
 
 def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
@@ -106,17 +113,24 @@ def _latest(
 
 def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
-    temporary = temporary_path(cache)
-    temporary.mkdir()
-    for name, array in arrays.items():
-        write_npy(temporary / f"{name}.npy", array)
-    digest = _index_digest(temporary, sorted(arrays))
-    final = cache / f"index-{digest[:16]}"
-    if final.exists():
-        shutil.rmtree(temporary)
-    else:
-        publish(temporary, final)
+    with temporary_folder(cache) as temporary:
+        for name, array in arrays.items():
+            write_npy(temporary / f"{name}.npy", array)
+        digest = _index_digest(temporary, sorted(arrays))
+        final = cache / f"index-{digest[:16]}"
+        if _holds(final, sorted(arrays), digest):
+            shutil.rmtree(temporary)
+        else:
+            remove(final)  # damaged, if there is anything
+            publish(temporary, final)
     return digest
+
+
+def _holds(folder: Path, names: Sequence[str], digest: str) -> bool:
+    try:
+        return _index_digest(folder, names) == digest
+    except (OSError, ValueError):
+        return False
 
 
 def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -127,12 +141,44 @@ def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         digest = _index_digest(folder, names)
         if digest != manifest.index_digest:
             raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        arrays = {name: read_npy(folder / f"{name}.npy", mapped=True) for name in names}
+        _check_lengths(manifest, arrays)
+        for name, entry in manifest.tables.items():
+            _check_entries(name, entry, arrays[name])
+        return arrays
     except (OSError, ValueError) as error:
         raise CacheCorruptError(
             f"the index arrays in {folder} are not what was written ({error}); "
             "build the cache again with its source to write them anew: no row is encoded for that"
         ) from error
+
+
+def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
+    bounds = arrays[CAPTION_BOUNDS]
+    # Where there are texts every sample has one or more; else none has any.
+    fits = np.greater if "text" in manifest.tables else np.equal
+    well_formed = bounds.dtype == np.int64 and bounds.shape == (manifest.samples + 1,) and bounds[0] == 0
+    if not well_formed or not fits(bounds[1:], bounds[:-1]).all():
+        raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
+    for name in manifest.tables:
+        expected = int(bounds[-1]) + 1 if name == "text" else manifest.samples + (name == "image_embeds")
+        if arrays[name].shape != (expected,):
+            raise ValueError(f"{name}.npy has shape {arrays[name].shape} instead of ({expected},)")
+
+
+def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:
+    """Raise ValueError when entries name shards that are none, or rows of another size than the recipe's."""
+    recipe = entry.recipe
+    if array.dtype != index_dtype(recipe.fields):
+        raise ValueError(f"{name}.npy has dtype {array.dtype} instead of {index_dtype(recipe.fields)}")
+    if len(array) and array["shard"].max() >= len(entry.shards):
+        raise ValueError(f"{name}.npy names shard {array['shard'].max()} of {len(entry.shards)}")
+    for field in recipe.fields:
+        size = math.prod(field.shape) * np.dtype(recipe.stored_dtype).itemsize
+        lengths = array[field.name]["length"]
+        if size >= 1 << 32 or (lengths % size).any() or (not field.ragged and (lengths != size).any()):
+            raise ValueError(f"{name}.npy has rows of {field.name} that are not {field.shape} of {recipe.stored_dtype}")
 
 
 def _index_digest(folder: Path, names: Sequence[str]) -> str:

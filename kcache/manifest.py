@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
-from kcache.recipe import SCHEMA_VERSION, Recipe, canonical_json
+from kcache.recipe import SCHEMA_VERSION, STORED_DTYPES, Recipe, canonical_json
 
-__all__ = ["MANIFEST", "Manifest", "ShardEntry", "TableEntry", "read_manifest"]
+__all__ = ["MANIFEST", "SHARD_NAME", "Manifest", "ShardEntry", "TableEntry", "check_count", "read_manifest"]
 
 MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"[0-9]{5,18}")
+_TABLE_NAME = re.compile(r"image_embeds|text|latents-[1-9][0-9]{0,4}")
+_DATA = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9a-f]{1,8}){1,2}/([0-9]{5,18})(\.tar)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,18 +51,22 @@ class Manifest:
     tables: Mapping[str, TableEntry]
     samples: int
     samples_digest: str
-    """sha256 (hex) of the samples' ids, keys and names, in order; also part of the parquet file's name."""
+    """sha256 (hex) of the samples' ids, keys and names, in order."""
+    samples_file_digest: str
+    """sha256 (hex) of the bytes of the parquet file with the samples; also part of its name."""
     index_digest: str
     """sha256 (hex) of the index arrays; also part of the index folder's name."""
     rejected: int
     """Inputs of the source that are not in the cache; rejected.jsonl names each."""
+    rejected_digest: str
+    """sha256 (hex) of the bytes of rejected.jsonl."""
     models: Mapping[str, Mapping[str, str | None]]
     """Where the encoders came from: {"prior": {"name": …, "revision": …}, "decoder": …}. Shown, never compared."""
 
     @property
     def samples_file(self) -> str:
         """Name of the parquet file with one row per sample."""
-        return f"samples-{self.samples_digest[:16]}.parquet"
+        return f"samples-{self.samples_file_digest[:16]}.parquet"
 
     @property
     def index_folder(self) -> str:
@@ -91,7 +100,7 @@ def read_manifest(cache: Path) -> Manifest:
     try:
         data = json.loads(content)
         version = data["schema_version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheCorruptError(
             f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
         ) from error
@@ -102,7 +111,7 @@ def read_manifest(cache: Path) -> Manifest:
         )
     try:
         return _from_json(data)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
 
 
@@ -113,10 +122,46 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     data.pop("schema_version")
     tables = {}
     for name, entry in data.pop("tables").items():
-        shards = tuple(ShardEntry(**shard) for shard in entry["shards"])
+        shards = tuple(_shard(shard) for shard in entry["shards"])
         recipe = Recipe.from_json(entry["recipe"])
+        if not _TABLE_NAME.fullmatch(name) or recipe.table != name or recipe.stored_dtype not in STORED_DTYPES:
+            raise ValueError(f"{name!a} is no table of {recipe.stored_dtype!a} rows")
+        check_count(entry["rows"], entry["bytes"])
         tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
-    return Manifest(tables=tables, **data)
+    manifest = Manifest(tables=tables, **data)
+    _check(manifest)
+    return manifest
+
+
+def _shard(data: Mapping[str, Any]) -> ShardEntry:
+    shard = ShardEntry(**data)
+    place = _DATA.fullmatch(shard.data)
+    # Part of a path: it must not be able to lead out of the cache.
+    if not SHARD_NAME.fullmatch(shard.name) or place is None or place[2] != shard.name:
+        raise ValueError(f"shard {shard.name!a} with data in {shard.data!a}")
+    check_count(shard.rows, shard.bytes)
+    return shard
+
+
+def _check(manifest: Manifest) -> None:
+    check_count(manifest.samples, manifest.rejected)
+    for digest in (
+        manifest.samples_digest,
+        manifest.samples_file_digest,
+        manifest.rejected_digest,
+        manifest.index_digest,
+    ):
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{digest!a} is no digest")
+    for role, model in manifest.models.items():
+        if not isinstance(model["name"], str) or not isinstance(model["revision"], str | None):
+            raise ValueError(f"{model!a} says not where the {role} comes from")
+
+
+def check_count(*counts: object) -> None:
+    """Raise ValueError for what a file gives as a number of rows or bytes and cannot be one."""
+    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+        raise ValueError(f"{counts!a} are no counts")
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:

@@ -5,6 +5,7 @@ open plan of a cache. A plan is created once and never cut again, so a build tha
 and ends with the same bytes.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -14,13 +15,28 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.durable import publish, sync_folder, temporary_path, write_json, write_npy
-from kcache.errors import CacheBusyError, CacheCorruptError
+from kcache.arrays import read_npy
+from kcache.durable import publish, sync_folder, temporary_folder, temporary_path, write_json, write_npy, writing
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheWriteError
+from kcache.manifest import check_count
 from kcache.recipe import SCHEMA_VERSION, Recipe, canonical_json
 
-__all__ = ["Plan", "PlannedShard", "TablePlan", "close_plan", "freeze_plan", "open_plan", "plan_table", "shard_name"]
+__all__ = [
+    "CLAIMS",
+    "Plan",
+    "PlannedShard",
+    "TablePlan",
+    "claims_folder",
+    "close_plan",
+    "freeze_plan",
+    "open_plan",
+    "plan_table",
+    "shard_name",
+]
 
 KEY_BYTES = 16
+CLAIMS = "claims"
+"""Name of the folder beside an open plan where builders claim its shards."""
 
 
 def shard_name(number: int) -> str:
@@ -60,6 +76,11 @@ class Plan:
     tables: tuple[TablePlan, ...]
 
     @property
+    def keys(self) -> tuple[bytes, ...]:
+        """All inputs, table after table."""
+        return tuple(key for table in self.tables for key in table.keys)
+
+    @property
     def digest(self) -> str:
         """sha256 (hex) of the recipes, cuts and keys."""
         digest = hashlib.sha256()
@@ -85,22 +106,22 @@ def plan_table(
 
 def freeze_plan(cache: Path, plan: Plan) -> None:
     """Make `plan` the cache's open plan, in one step; raises CacheBusyError when there is one already."""
-    temporary = temporary_path(cache)
-    folder = temporary / plan.digest[:16]
-    folder.mkdir(parents=True)
-    for table in plan.tables:
-        keys = np.frombuffer(b"".join(table.keys), np.uint8).reshape(-1, KEY_BYTES)
-        write_npy(folder / f"{table.recipe.table}.keys.npy", keys)
-    tables = [_table_json(table) for table in plan.tables]
-    write_json(folder / "plan.json", {"schema_version": SCHEMA_VERSION, "digest": plan.digest, "tables": tables})
-    sync_folder(temporary)
-    try:
-        publish(temporary, cache / "plans")
-    except OSError as error:
-        shutil.rmtree(temporary)
-        raise CacheBusyError(
-            f"{cache / 'plans'} holds a plan already ({error.strerror}); build again to finish it"
-        ) from error
+    size = len(plan.keys) * KEY_BYTES
+    with writing(cache / "plans", size), temporary_folder(cache) as temporary:
+        folder = temporary / plan.digest[:16]
+        (folder / CLAIMS).mkdir(parents=True)
+        for table in plan.tables:
+            keys = np.frombuffer(b"".join(table.keys), np.uint8).reshape(-1, KEY_BYTES)
+            write_npy(folder / f"{table.recipe.table}.keys.npy", keys)
+        tables = [_table_json(table) for table in plan.tables]
+        write_json(folder / "plan.json", {"schema_version": SCHEMA_VERSION, "digest": plan.digest, "tables": tables})
+        sync_folder(temporary)
+        try:
+            publish(temporary, cache / "plans")
+        except CacheWriteError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise CacheBusyError(f"{cache / 'plans'} holds a plan already; build again to finish it") from error
+            raise
 
 
 def open_plan(cache: Path) -> Plan | None:
@@ -113,20 +134,26 @@ def open_plan(cache: Path) -> Plan | None:
         plan = Plan(tables=tuple(_read_table(folders[0], table) for table in data["tables"]))
         if plan.digest != data["digest"]:
             raise ValueError("its digest does not match its content")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(
             f"the open plan in {plans} cannot be read ({error}); remove {plans} and build again"
         ) from error
     return plan
 
 
+def claims_folder(cache: Path, plan: Plan) -> Path:
+    """Where builders claim the shards of an open plan; it goes with the plan."""
+    return cache / "plans" / plan.digest[:16] / CLAIMS
+
+
 def close_plan(cache: Path) -> None:
     """Remove the open plan: its work is done, or it is of recipes that nobody wants any more."""
     if (cache / "plans").is_dir():
         done = temporary_path(cache)
-        (cache / "plans").rename(done)
-        sync_folder(cache)
-        shutil.rmtree(done)
+        with writing(cache / "plans"):
+            (cache / "plans").rename(done)
+            sync_folder(cache)
+            shutil.rmtree(done)
 
 
 def _table_json(table: TablePlan) -> Mapping[str, object]:
@@ -140,9 +167,12 @@ def _table_json(table: TablePlan) -> Mapping[str, object]:
 
 def _read_table(folder: Path, data: Mapping[str, object]) -> TablePlan:
     recipe = Recipe.from_json(data["recipe"])  # type: ignore[arg-type]  # a wrong type raises TypeError, which the caller expects
-    keys = np.load(folder / f"{recipe.table}.keys.npy", allow_pickle=False)
+    keys = read_npy(folder / f"{recipe.table}.keys.npy")
     if keys.dtype != np.uint8 or keys.shape != (data["rows"], KEY_BYTES):
         raise ValueError(f"{recipe.table}.keys.npy holds {keys.shape} of {keys.dtype}")
+    check_count(data["first_shard"], data["rows_per_shard"])
+    if not data["rows_per_shard"]:
+        raise ValueError("its shards have no rows")
     content = keys.tobytes()
     split = tuple(content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
     return TablePlan(

@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["SCHEMA_VERSION", "Field", "Recipe", "canonical_json", "recipe_differences"]
+__all__ = ["SCHEMA_VERSION", "STORED_DTYPES", "Field", "Recipe", "canonical_json", "recipe_differences"]
 
 SCHEMA_VERSION = 1
 """Raised by one whenever the bytes on disk of an unchanged recipe would change."""
+
+STORED_DTYPES = ("float16", "float32")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9]{1,6})?")
+_MAX_SIZE = 1 << 24
+"""Above any side of a row; with it, no product of sizes that a file claims is beyond reason."""
 
 
 def canonical_json(value: Any) -> str:
@@ -59,13 +65,20 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Recipe":
-        """The recipe that `to_json` wrote; raises KeyError or TypeError on foreign data."""
+        """The recipe that `to_json` wrote; raises KeyError, TypeError or ValueError on foreign data."""
         values = dict(data)
         values["batch_shape"] = tuple(values["batch_shape"])
         values["fields"] = tuple(
             Field(name=f["name"], shape=tuple(f["shape"]), ragged=f["ragged"]) for f in values["fields"]
         )
-        return cls(**values)
+        recipe = cls(**values)
+        # These two become parts of paths.
+        for name in (recipe.table, *(field.name for field in recipe.fields)):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!a} is no name of a table or field")
+        if not all(type(size) is int and 0 < size < _MAX_SIZE for field in recipe.fields for size in field.shape):
+            raise ValueError(f"field shapes {[field.shape for field in recipe.fields]!a}")
+        return recipe
 
     @property
     def fingerprint(self) -> str:

@@ -72,7 +72,7 @@ class FieldFiles:
         """The error for a row that is not what was committed."""
         return CacheCorruptError(
             f"{self.files[shard].path} is corrupt in the row at byte {offset}: {detail}; "
-            "remove the commit record (.json) of that shard and build again to encode its rows anew"
+            "`kcache cache-verify CACHE --source SOURCE --repair` encodes such rows again"
         )
 
 
@@ -101,11 +101,24 @@ def gather(files: FieldFiles, entries: np.ndarray, empty: Empty) -> tuple[np.nda
         fixed = empty((len(entries), *field.shape), dtype)
         _gather_fixed(files, entries["shard"], locators, fixed)
         return fixed, None
+    _check_lengths(files, entries["shard"], locators)
     offsets = np.zeros(len(entries) + 1, np.int64)
     np.cumsum(locators["length"].astype(np.int64) // unit_bytes(field, dtype), out=offsets[1:])
     flat = empty((int(offsets[-1]), *field.shape), dtype)
     _gather_ragged(files, entries["shard"], locators, flat)
     return flat, offsets
+
+
+def _check_lengths(files: FieldFiles, shards: np.ndarray, locators: np.ndarray) -> None:
+    """Raise CacheCorruptError for a row longer than its file, before memory is taken for it."""
+    used, of_row = np.unique(shards, return_inverse=True)
+    sizes = np.array([files.content(shard).size for shard in used.tolist()], np.int64)
+    too_long = np.flatnonzero(locators["length"] > sizes[of_row])
+    if len(too_long):
+        row, size = locators[too_long[0]], int(sizes[of_row[too_long[0]]])
+        raise files.corrupt(
+            int(shards[too_long[0]]), int(row["offset"]), f"it has {row['length']} bytes, the file {size}"
+        )
 
 
 def _gather_fixed(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:

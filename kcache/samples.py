@@ -56,27 +56,44 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def write_samples(cache: Path, samples: Sequence[Sample]) -> str:
-    """Write the samples under the name that their digest gives; returns the digest."""
+def _schema() -> "pyarrow.Schema":
+    """The columns of the parquet file."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "id": pa.string(),
+            "name": pa.string(),
+            "image_key": pa.binary(16),
+            "captions": pa.list_(pa.string()),
+            "caption_keys": pa.list_(pa.binary(16)),
+            "width": pa.int32(),
+            "height": pa.int32(),
+        }
+    )
+
+
+def _flat(column: "pyarrow.ChunkedArray") -> list["pyarrow.Array"]:
+    """The values in the lists of a column, none where it holds no lists."""
+    import pyarrow as pa
+
+    return [chunk.flatten() for chunk in column.chunks] if pa.types.is_list(column.type) else []
+
+
+def write_samples(cache: Path, samples: Sequence[Sample]) -> tuple[str, str]:
+    """Write the samples under the name that their bytes give; returns the samples' digest and the file's."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    digest = samples_digest(samples)
-    path = cache / f"samples-{digest[:16]}.parquet"
-    if not path.exists():
-        columns = {
-            "id": pa.array([s.id for s in samples], pa.string()),
-            "name": pa.array([s.name for s in samples], pa.string()),
-            "image_key": pa.array([s.image_key for s in samples], pa.binary(16)),
-            "captions": pa.array([list(s.captions) for s in samples], pa.list_(pa.string())),
-            "caption_keys": pa.array([list(s.caption_keys) for s in samples], pa.list_(pa.binary(16))),
-            "width": pa.array([s.width for s in samples], pa.int32()),
-            "height": pa.array([s.height for s in samples], pa.int32()),
-        }
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer, compression="zstd")
-        write_bytes(path, buffer.getvalue())
-    return digest
+    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in _schema()]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_schema()), buffer, compression="zstd")
+    content = buffer.getvalue()
+    file_digest = hashlib.sha256(content).hexdigest()
+    path = cache / f"samples-{file_digest[:16]}.parquet"
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+    return samples_digest(samples), file_digest
 
 
 def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
@@ -86,8 +103,17 @@ def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
 
     path = cache / manifest.samples_file
     try:
-        table = pq.read_table(path, memory_map=False)
-    except (OSError, pa.ArrowInvalid) as error:
+        content = path.read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != manifest.samples_file_digest:
+            raise ValueError(f"its sha256 is {found[:16]}…, the manifest says {manifest.samples_file_digest[:16]}…")
+        # Arrow's threads may still hold `content` when a short process ends, and then abort it.
+        table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
+        if not table.schema.equals(_schema()):
+            raise ValueError(f"its columns are {table.schema.to_string(show_schema_metadata=False)}")
+        table.validate(full=True)  # parquet's strings need not be UTF-8
+        if any(part.null_count for column in table.columns for part in (column, *_flat(column))):
+            raise ValueError("values are missing in it")
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
     if len(table) != manifest.samples:
         raise CacheCorruptError(f"{path} has {len(table)} samples; the manifest says {manifest.samples}; build again")

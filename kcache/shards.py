@@ -4,20 +4,25 @@ In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr gro
 length and crc32c of every row and field) and `00042.json` (the commit record, written last).
 """
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
-from kcache.durable import publish, remove, temporary_path, write_json, write_npy
+from kcache.arrays import read_npy
+from kcache.durable import publish, remove, temporary_path, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.formats import zarr
-from kcache.recipe import SCHEMA_VERSION, Field, Recipe
+from kcache.manifest import SHARD_NAME, check_count
+from kcache.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json
 
 __all__ = [
     "LOCATOR",
@@ -29,11 +34,15 @@ __all__ = [
     "commit_shard",
     "discard_uncommitted",
     "next_shard",
+    "read_commit",
     "read_commits",
     "read_side_file",
     "record_commit",
+    "record_json",
+    "record_rejections",
     "side_dtype",
     "side_name",
+    "write_commit",
 ]
 
 OFFSETS = "text_offsets"
@@ -41,6 +50,9 @@ OFFSETS = "text_offsets"
 
 LOCATOR = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4")])
 """Where one row of one field stands in its file: offset and payload length in bytes, crc32c of the payload."""
+
+_HEX_KEY = re.compile(r"[0-9a-f]{32}")
+_FILE_PATH = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
 def side_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
@@ -120,12 +132,13 @@ def commit_shard(
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
     temporary = temporary_path(folder)
-    try:
-        zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
-        publish(temporary, folder / name)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with writing(folder / name, sum(array.nbytes for array in _group_arrays(block).values())):
+        try:
+            zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
+            publish(temporary, folder / name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     write_npy(folder / side_name(name), _side_rows(recipe, block))
     paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
     return record_commit(
@@ -157,8 +170,32 @@ def record_commit(
         absent=tuple(absent),
         provenance=dict(provenance),
     )
-    write_json(folder / f"{name}.json", {"schema_version": SCHEMA_VERSION, **asdict(commit)})
+    write_commit(folder, commit)
     return commit
+
+
+def write_commit(folder: Path, commit: Commit) -> None:
+    """Write a commit record, which makes the files that it names a shard."""
+    write_json(folder / f"{commit.name}.json", record_json(commit))
+
+
+def record_json(commit: Commit) -> dict[str, Any]:
+    """The commit record as it stands on disk, with the sha256 of all that it says."""
+    body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(commit)}))
+    return {**body, "digest": _digest(body)}
+
+
+def record_rejections(
+    folder: Path, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
+) -> None:
+    """Commit, as a shard without rows, the rejections that no commit record in `folder` names yet."""
+    commits = read_commits(folder, recipe)
+    known = {rejection.key for commit in commits for rejection in commit.rejected}
+    new = {rejection.key: rejection for rejection in rejected if rejection.key not in known}
+    if new:
+        folder.mkdir(exist_ok=True)
+        rejections = [new[key] for key in sorted(new)]
+        record_commit(folder, f"{next_shard(commits):05d}", recipe, rejected=rejections, provenance=provenance)
 
 
 def side_name(shard: str, part: str = "") -> str:
@@ -170,8 +207,8 @@ def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
     """The commits of a table in order of shard number; raises CacheCorruptError for a damaged or foreign record."""
     if not folder.is_dir():
         return []
-    names = sorted((int(path.stem), path) for path in folder.glob("*.json") if path.stem.isdecimal())
-    return [_read_commit(path, recipe) for _, path in names]
+    names = sorted((int(path.stem), path) for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem))
+    return [_read_commit_of(recipe, path) for _, path in names]
 
 
 def next_shard(commits: Sequence[Commit]) -> int:
@@ -186,7 +223,7 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     record = next((file for file in commit.files if file.path == path.name), None)
     try:
         content = path.read_bytes()
-        rows = np.load(path, allow_pickle=False)
+        rows = read_npy(path)
     except (OSError, ValueError) as error:
         raise CacheCorruptError(
             f"{path} cannot be read ({error}); remove {commit.name}.json beside it and build again"
@@ -201,23 +238,56 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     return rows
 
 
-def _read_commit(path: Path, recipe: Recipe) -> Commit:
+def _read_commit_of(recipe: Recipe, path: Path) -> Commit:
+    commit = read_commit(path)
+    if commit.fingerprint != recipe.fingerprint:
+        raise CacheCorruptError(
+            f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
+            f"expected {recipe.fingerprint[:8]}; remove it and build again"
+        )
+    return commit
+
+
+def read_commit(path: Path) -> Commit:
+    """The commit record at `path`; raises CacheCorruptError when it is not as it was written."""
     try:
         data = json.loads(path.read_bytes())
+        if data.pop("digest") != _digest(data):
+            raise ValueError("its digest does not match its content")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise ValueError("written by another version of kcache")
         data["files"] = tuple(CommittedFile(**file) for file in data["files"])
         data["rejected"] = tuple(Rejection(**rejection) for rejection in data["rejected"])
         data["absent"] = tuple(data["absent"])
         commit = Commit(**data)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _check(commit)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(f"commit record {path} cannot be read ({error}); remove it and build again") from error
-    if commit.name != path.stem or commit.fingerprint != recipe.fingerprint:
-        raise CacheCorruptError(
-            f"commit record {path} is of shard {commit.name}, fingerprint {commit.fingerprint[:8]}; "
-            f"expected {path.stem}, {recipe.fingerprint[:8]}; remove it and build again"
-        )
+    if commit.name != path.stem:
+        raise CacheCorruptError(f"commit record {path} is of shard {commit.name}; remove it and build again")
     return commit
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def _check(commit: Commit) -> None:
+    """Raise ValueError or TypeError for a record that could lead out of the folder, or is not of the right types."""
+    name = commit.name
+    if not SHARD_NAME.fullmatch(name) or commit.data not in (None, name, f"{name}.tar"):
+        raise ValueError(f"shard {name!a} with data in {commit.data!a}")
+    check_count(commit.rows, *(count for file in commit.files for count in (file.bytes, file.crc32c)))
+    for path in (file.path for file in commit.files):
+        if not _FILE_PATH.fullmatch(path) or ".." in path.split("/"):
+            raise ValueError(f"{path!a} is no file of a shard")
+    for key in (*commit.absent, *(rejection.key for rejection in commit.rejected)):
+        if not _HEX_KEY.fullmatch(key):
+            raise ValueError(f"{key!a} is no key")
+    texts = [commit.fingerprint, *commit.provenance.values()]
+    texts += [text for rejection in commit.rejected for text in (rejection.stage, rejection.reason)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("its fingerprint, provenance, stages or reasons are not text")
 
 
 def discard_uncommitted(folder: Path, name: str) -> None:

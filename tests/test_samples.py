@@ -28,7 +28,7 @@ def test_any_parquet_reader_sees_the_samples(tmp_path: Path) -> None:
         id="00", name="a.png", image_key=bytes(16), captions=("one", "zwei — 二"), caption_keys=(bytes(16), b"k" * 16),
         width=3, height=4,
     )  # fmt: skip
-    digest = write_samples(tmp_path, [sample])
+    _, digest = write_samples(tmp_path, [sample])
     [row] = pq.read_table(tmp_path / f"samples-{digest[:16]}.parquet").to_pylist()
     assert row == {
         "id": "00",

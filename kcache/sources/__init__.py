@@ -1,20 +1,23 @@
-"""Where samples come from: folders of images, datasets of rows, and the Hugging Face Hub."""
+"""Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub."""
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from kcache.errors import SourceError
 from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
 from kcache.sources.protocol import Refusal, Source
 from kcache.sources.table import SAVED_DATASET_NAMES, TableRequest, open_hub_dataset, open_parquet, open_saved_dataset
+from kcache.sources.tars import expand_braces, is_tar_name, open_tars
 
 __all__ = ["Refusal", "Source", "open_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EXPECTED = (
     "a folder of images with metadata.jsonl or metadata.csv (columns file_name and text), a folder of x.jpg with "
-    "x.txt, parquet files, a folder written by save_to_disk, or the id of a Hub dataset (owner/name)"
+    "x.txt, webdataset tars (a folder of them, or {00000..00099}.tar), parquet files, a folder written by "
+    "save_to_disk, or the id of a Hub dataset (owner/name)"
 )
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def open_source(
@@ -46,19 +49,35 @@ def open_source(
                 return open_saved_dataset(path, request)
             return _open_folder(list_folder(path), request)
         if path.is_file():
-            if path.suffix != ".parquet":
-                raise SourceError(f"{spec!r} is a file, but no .parquet file; expected {_EXPECTED}; give its folder")
-            return open_parquet(path.parent.resolve(), [path.name], {}, request)
+            return _open_file(path, request)
+        if "{" in spec and not _URL.match(spec):
+            return open_tars(expand_braces(spec), {}, request)
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
+    if _URL.match(spec):
+        raise SourceError(
+            f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
+        )
     if _HUB_ID.fullmatch(spec):
         return open_hub_dataset(spec, revision, request)
     raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
 
 
+def _open_file(path: Path, request: TableRequest) -> Source:
+    if is_tar_name(path.name):
+        return open_tars([(path.name, path)], {}, request)
+    if path.suffix != ".parquet":
+        raise SourceError(f"{path} is a file, but no .parquet file and no .tar; expected {_EXPECTED}; give its folder")
+    return open_parquet(path.parent.resolve(), [path.name], {}, request)
+
+
 def _open_folder(listing: FolderListing, request: TableRequest) -> Source:
-    if any(PurePosixPath(path).name in METADATA_NAMES for path in listing.files):
+    if any(path.rpartition("/")[2] in METADATA_NAMES for path in listing.files):
         return open_imagefolder(listing, request.caption_column, request.max_train_samples, request.need_captions)
+    tars = sorted(path for path in listing.files if is_tar_name(path))
+    if tars:
+        refused = listing.refused | dict.fromkeys(listing.images, "an image beside tars, which it is not in")
+        return open_tars([(path, listing.root / path) for path in tars], refused, request)
     parquet = sorted(path for path in listing.files if path.endswith(".parquet"))
     if parquet:
         refused = listing.refused | dict.fromkeys(listing.images, "an image beside parquet files, which it is not in")

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from kcache.errors import InputRejected
+from kcache.sources.paths import MAX_TEXT_BYTES, read_file
 
-__all__ = ["caption_file", "caption_tuple"]
+__all__ = ["caption_file", "caption_lines", "caption_tuple"]
 
 
 def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
@@ -23,18 +24,23 @@ def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
 
 
 def caption_file(path: Path) -> tuple[str, ...]:
-    """The captions in a text file: each line that is not blank is one; a blank file is one empty caption.
+    """The captions in a text file, as `caption_lines` takes them; raises InputRejected."""
+    try:
+        content = read_file(path, MAX_TEXT_BYTES)
+    except InputRejected as rejection:
+        raise InputRejected("source", f"caption file {path.name!a}: {rejection.reason}") from rejection
+    return caption_lines(content, path.name)
+
+
+def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
+    """The captions in text called `name`: each line that is not blank is one; blank text is one empty caption.
 
     Raises InputRejected.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputRejected("source", f"caption file {path.name!a} cannot be read: {error.strerror}") from error
-    try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputRejected("source", f"caption file {path.name!a} is not UTF-8 text: {error}") from error
+        raise InputRejected("source", f"caption file {name!a} is not UTF-8 text: {error}") from error
     # Not str.splitlines: it also cuts at characters that stand inside captions, such as U+2028.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     captions = [line.strip() for line in lines if line.strip()]

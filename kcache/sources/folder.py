@@ -11,10 +11,18 @@ from pathlib import Path, PurePosixPath
 from kcache.digests import DigestMemo, content_key
 from kcache.errors import InputRejected, SourceError
 from kcache.sources.captions import caption_file, caption_tuple
-from kcache.sources.paths import locate, readable
+from kcache.sources.paths import MAX_IMAGE_BYTES, locate, read_file, readable
 from kcache.sources.protocol import Refusal
 
-__all__ = ["METADATA_NAMES", "FolderListing", "FolderSource", "list_folder", "open_imagefolder", "open_pairs"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "METADATA_NAMES",
+    "FolderListing",
+    "FolderSource",
+    "list_folder",
+    "open_imagefolder",
+    "open_pairs",
+]
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 # fmt: off
@@ -64,10 +72,7 @@ class FolderSource:
         return self.samples[i][1]
 
     def image(self, i: int) -> bytes:
-        try:
-            return (self.root / self.samples[i][0]).read_bytes()
-        except OSError as error:
-            raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+        return read_file(self.root / self.samples[i][0], MAX_IMAGE_BYTES)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         try:
@@ -121,7 +126,7 @@ def open_imagefolder(
     listing: FolderListing, caption_column: str, max_train_samples: int | None, need_captions: bool
 ) -> FolderSource:
     """Join the images of a folder with the rows of its metadata files; raises SourceError when no sample is left."""
-    metadata = sorted(path for path in listing.files if PurePosixPath(path).name in METADATA_NAMES)
+    metadata = sorted(path for path in listing.files if path.rpartition("/")[2] in METADATA_NAMES)
     samples: dict[str, tuple[str, ...]] = {}
     refused = dict(listing.refused)
     columns: set[str] = set()

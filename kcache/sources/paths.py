@@ -7,7 +7,12 @@ from pathlib import Path
 
 from kcache.errors import InputRejected
 
-__all__ = ["locate", "readable"]
+__all__ = ["MAX_IMAGE_BYTES", "MAX_TEXT_BYTES", "locate", "read_file", "readable"]
+
+MAX_IMAGE_BYTES = 1 << 29
+"""Largest image file, undecoded: what the decoder's limit on pixels leaves room for, 8 bytes each, uncompressed."""
+MAX_TEXT_BYTES = 1 << 20
+"""Largest file of captions of one image; text encoders read a few hundred bytes of it."""
 
 
 def locate(name: str, folder: Path, roots: Sequence[Path]) -> Path:
@@ -40,6 +45,18 @@ def locate(name: str, folder: Path, roots: Sequence[Path]) -> Path:
     if not stat.S_ISREG(mode):
         raise InputRejected("source", "not a regular file")
     return path
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """All bytes of a file; raises InputRejected when it cannot be read or has more than `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise InputRejected("source", f"it has {size:,} bytes, more than {limit:,}")
+            return file.read()
+    except OSError as error:
+        raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
 
 def readable(path: str) -> str:

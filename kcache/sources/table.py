@@ -21,7 +21,7 @@ from kcache.sources.arrow_files import (
     is_image_type,
 )
 from kcache.sources.captions import caption_tuple
-from kcache.sources.paths import locate, readable
+from kcache.sources.paths import MAX_IMAGE_BYTES, locate, read_file, readable
 from kcache.sources.protocol import Refusal
 
 __all__ = [
@@ -89,12 +89,7 @@ class TableSource:
     def image(self, i: int) -> bytes:
         images, row = self._chunk(i)
         content = images.content(row)
-        if content is not None:
-            return content
-        try:
-            return self._image_path(images, row).read_bytes()
-        except OSError as error:
-            raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+        return read_file(self._image_path(images, row), MAX_IMAGE_BYTES) if content is None else content
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         part, row, _ = self.samples[i]

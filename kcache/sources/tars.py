@@ -1,0 +1,296 @@
+"""webdataset tars: image and caption of a sample are members of one key, as webdataset and img2dataset write them."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kcache.digests import DigestMemo, content_key
+from kcache.errors import InputRejected, SourceError
+from kcache.sources.captions import caption_lines, caption_tuple
+from kcache.sources.folder import IMAGE_SUFFIXES
+from kcache.sources.paths import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, readable
+from kcache.sources.protocol import Refusal
+from kcache.sources.table import TableRequest
+from kcache.sources.tar_members import Member, list_members
+
+__all__ = ["TarSource", "expand_braces", "is_tar_name", "open_tars"]
+
+_TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
+_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
+_MAX_TARS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    tar: int
+    key: str
+    offset: int
+    size: int
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TarSource:
+    """Samples in tars, in the order of the tars and in each as they stand there; a `Source`."""
+
+    description: str
+    refused: tuple[Refusal, ...]
+    tars: Sequence[tuple[str, Path]]
+    """What each tar is called in names, and its file."""
+    samples: Sequence[_Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, i: int) -> str:
+        sample = self.samples[i]
+        return readable(f"{self.tars[sample.tar][0]}/{sample.key}")
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return self.samples[i].captions
+
+    def image(self, i: int) -> bytes:
+        sample = self.samples[i]
+        return _content(self.tars[sample.tar][1], sample.offset, sample.size)
+
+    def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+        sample = self.samples[i]
+        part = f"content_key of {sample.size} bytes at {sample.offset}"
+        try:
+            return memo.digest(self.tars[sample.tar][1], part, lambda: content_key(self.image(i)), rehash)
+        except OSError as error:
+            raise InputRejected("source", f"the tar cannot be read: {error.strerror}") from error
+
+
+@dataclass(slots=True)
+class _Group:
+    """The members of one key."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    """By all that follows the key and its dot, in lower case."""
+    problem: str | None = None
+
+    def add(self, suffix: str, member: Member, *, beside: bool) -> None:
+        if suffix in self.members:
+            self.problem = f"two members {member.name!a} in one tar; write the tar again with one of them"
+        elif self.members and not beside:
+            self.problem = f"{member.name!a} stands apart from the other members of its key; write them side by side"
+        self.members.setdefault(suffix, member)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been found in the tars so far."""
+
+    samples: list[_Sample] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    origins: Counter[str] = field(default_factory=Counter)
+    """Where captions came from, and how often."""
+
+
+def is_tar_name(name: str) -> bool:
+    """Whether a file is called like a tar, compressed ones included."""
+    return _TAR_NAME.search(name.lower()) is not None
+
+
+def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], request: TableRequest) -> TarSource:
+    """Open tars given as (what to call it, file); raises SourceError when they offer no sample.
+
+    The caption of a sample is its .txt member, else what its .json member has in the caption column or in "caption".
+    Where a folder has _stats.json files, as img2dataset writes one when a tar is finished, a tar without is refused.
+    """
+    found = _Found(refused=dict(refused))
+    unfinished = _unfinished([path for _, path in tars])
+    for number, (label, path) in enumerate(tars):
+        if len(found.samples) == request.max_train_samples:
+            break
+        try:
+            if path in unfinished:
+                raise InputRejected(
+                    "source", f"unfinished: there is no {path.stem}_stats.json beside it, as finished tars there have"
+                )
+            _read_tar(number, label, path, request, found)
+        except InputRejected as rejection:
+            found.refused[label] = rejection.reason
+        except OSError as error:
+            found.refused[label] = f"cannot be read: {error.strerror}"
+    refusals = tuple(Refusal(name=readable(n), stage="source", reason=r) for n, r in sorted(found.refused.items()))
+    if not found.samples:
+        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3]) or "they are empty"
+        raise SourceError(
+            f"{len(tars)} webdataset tars offer no sample ({examples}); expected plain tars with members such as "
+            "0001.jpg and 0001.txt side by side; correct the tars"
+        )
+    used = len({sample.tar for sample in found.samples})
+    origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
+    return TarSource(
+        description=f"webdataset: {len(found.samples):,} images in {used:,} tar{'s' if used != 1 else ''}, {origin}",
+        refused=refusals,
+        tars=tars,
+        samples=found.samples,
+    )
+
+
+def expand_braces(spec: str) -> list[tuple[str, Path]]:
+    """The files that a pattern such as "shards/{00000..00099}.tar" or "{a,b}/{0..9}.tar" means, and what to call each.
+
+    They are called by their path from the last folder before the first brace. Raises SourceError.
+    """
+    folder = spec[: spec.find("{")].rpartition("/")
+    start = len(folder[0]) + len(folder[1])
+    tars = [(text[start:], Path(text)) for text in _expansions(spec)]
+    if len(tars) == 1 or not all(label.endswith(".tar") for label, _ in tars):
+        raise SourceError(f"{spec!r} is no pattern for tars; expected one such as {{00000..00099}}.tar; correct it")
+    missing = [label for label, path in tars if not path.is_file()]
+    if missing:
+        raise SourceError(
+            f"{len(missing):,} of the {len(tars):,} tars that {spec!r} stands for are missing, such as {missing[0]}; "
+            "expected all of them; correct the pattern or restore the files"
+        )
+    return tars
+
+
+def _expansions(spec: str) -> list[str]:
+    texts = [""]
+    position = 0
+    for braces in _BRACES.finditer(spec):
+        choices = _choices(braces[1])
+        if len(choices) * len(texts) > _MAX_TARS:
+            raise SourceError(f"{spec!r} stands for more than {_MAX_TARS:,} files; expected fewer; correct the range")
+        between = spec[position : braces.start()]
+        texts = [text + between + choice for text in texts for choice in choices]
+        position = braces.end()
+    return [text + spec[position:] for text in texts]
+
+
+def _choices(body: str) -> Sequence[str]:
+    numbers = _RANGE.fullmatch(body)
+    if numbers is None:
+        return body.split(",") if "," in body else [f"{{{body}}}"]
+    first, last = numbers.groups()
+    padded = any(len(text) > 1 and text.startswith("0") for text in numbers.groups())
+    width = max(len(first), len(last)) if padded else 1
+    step = 1 if int(first) <= int(last) else -1
+    values = range(int(first), int(last) + step, step)
+    # One more than is allowed tells the caller, without making a list of what a slip of the finger may ask for.
+    return [f"{value:0{width}d}" for value in values[: _MAX_TARS + 1]]
+
+
+def _unfinished(paths: Sequence[Path]) -> set[Path]:
+    stats: dict[Path, set[str]] = {}
+    for folder in {path.parent for path in paths}:
+        with os.scandir(folder) as entries:
+            stats[folder] = {entry.name for entry in entries if entry.name.endswith("_stats.json")}
+    return {path for path in paths if stats[path.parent] and f"{path.stem}_stats.json" not in stats[path.parent]}
+
+
+def _read_tar(number: int, label: str, path: Path, request: TableRequest, found: _Found) -> None:
+    if path.suffix.lower() != ".tar":
+        raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
+    listing = list_members(path)
+    if listing.damage is not None and not listing.members:
+        raise InputRejected("source", f"not a plain tar, or damaged from the start: {listing.damage}")
+    groups = _groups(label, listing.members, found.refused)
+    if listing.damage is not None:
+        last = next(reversed(groups), None)
+        found.refused[label] = f"damaged or cut short ({listing.damage}); what followed {last!a} is lost"
+        if last is not None:
+            groups[last].problem = "may be incomplete, as the tar is damaged or cut short behind it"
+    for key, group in groups.items():
+        if len(found.samples) == request.max_train_samples:
+            break
+        try:
+            image = _image(group)
+            captions, origin = _captions(path, group, request)
+        except InputRejected as rejection:
+            found.refused[f"{label}/{key}"] = rejection.reason
+            continue
+        found.samples.append(_Sample(tar=number, key=key, offset=image.offset, size=image.size, captions=captions))
+        if captions:
+            found.origins[origin] += 1
+
+
+def _groups(label: str, members: Sequence[Member], refused: dict[str, str]) -> dict[str, _Group]:
+    groups: dict[str, _Group] = {}
+    before = None
+    for member in members:
+        if _hidden(member.name):
+            continue
+        split = _KEY.fullmatch(member.name)
+        if split is None:
+            refused[f"{label}/{member.name}"] = "no extension; expected a name such as 0001.jpg"
+            continue
+        key, suffix = split.groups()
+        groups.setdefault(key, _Group()).add(suffix.lower(), member, beside=key == before)
+        before = key
+    return groups
+
+
+def _hidden(name: str) -> bool:
+    """Whether a member does not belong to a sample: hidden, or __x__, where webdataset keeps notes about the tar."""
+    base = name.rpartition("/")[2]
+    return base.startswith(".") or re.match(r"__[^/]*__(/|$)", name) is not None
+
+
+def _image(group: _Group) -> Member:
+    if group.problem is not None:
+        raise InputRejected("source", group.problem)
+    images = [suffix for suffix in group.members if suffix in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        what = "several images" if images else "no image"
+        suffixes = ascii(", ".join(images or group.members))[1:-1][:60]
+        raise InputRejected("source", f"{what} among its members ({suffixes}); a key ends at the first dot")
+    return _checked(group.members[images[0]], MAX_IMAGE_BYTES)
+
+
+def _checked(member: Member, limit: int) -> Member:
+    if member.problem is not None:
+        raise InputRejected("source", f"{member.name!a}: {member.problem}")
+    if member.size > limit:
+        raise InputRejected("source", f"{member.name!a} has {member.size:,} bytes, more than {limit:,}")
+    return member
+
+
+def _captions(path: Path, group: _Group, request: TableRequest) -> tuple[tuple[str, ...], str]:
+    """The captions of a sample, and where they stood."""
+    if (text := group.members.get("txt")) is not None:
+        _checked(text, MAX_TEXT_BYTES)
+        return caption_lines(_content(path, text.offset, text.size), text.name), ".txt members"
+    if (about := group.members.get("json")) is not None:
+        _checked(about, MAX_TEXT_BYTES)
+        row = _json_object(about.name, _content(path, about.offset, about.size))
+        column = next((name for name in (request.caption_column, "caption") if name in row), None)
+        if column is not None:
+            return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
+    if request.need_captions:
+        columns = " or ".join(sorted({repr(request.caption_column), "'caption'"}))
+        raise InputRejected("source", f"no captions: no .txt member beside it, and no .json member with {columns}")
+    return (), ""
+
+
+def _json_object(name: str, content: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputRejected("source", f"{name!a} is not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise InputRejected("source", f"{name!a} holds no JSON object")
+    return value
+
+
+def _content(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise InputRejected("source", f"the tar cannot be read: {error.strerror}") from error
+    if len(content) != size:
+        raise InputRejected("source", "the tar has become shorter since it was opened")
+    return content
