@@ -1,25 +1,37 @@
 """From committed shards to a finished cache: whole samples, the join, the rejections, the manifest."""
 
+import hashlib
 import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from kcache.card import write_card
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
-from kcache.durable import write_bytes, write_json
+from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
-from kcache.index import CAPTION_BOUNDS, StoredRows, write_index
+from kcache.index import CAPTION_BOUNDS, StoredRows, stored_rows, write_index
 from kcache.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.recipe import Recipe
 from kcache.samples import Sample, read_samples, sample_ids, write_samples
-from kcache.shards import Rejection
+from kcache.shards import Rejection, next_shard, read_commits
 from kcache.sources import Refusal, Source
 
-__all__ = ["Candidate", "TableState", "assemble", "image_sizes", "whole_samples"]
+__all__ = [
+    "Candidate",
+    "TableState",
+    "assemble",
+    "finish_cache",
+    "image_sizes",
+    "table_state",
+    "wanted_keys",
+    "whole_samples",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +46,7 @@ class Candidate:
     caption_keys: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TableState:
     """What is committed of one table."""
 
@@ -44,12 +56,32 @@ class TableState:
     next_shard: int = 0
     """Number that the table's next shard gets."""
 
-    @property
+    @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
         stored = self.stored.key_set()
         by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
+
+
+def table_state(cache: Path, recipe: Recipe) -> TableState:
+    """What is committed of a table in a folder of its own."""
+    folder = cache / recipe.directory
+    commits = read_commits(folder, recipe)
+    return TableState(
+        recipe=recipe,
+        stored=stored_rows(folder, commits, recipe),
+        rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
+        next_shard=next_shard(commits),
+    )
+
+
+def wanted_keys(table: str, samples: Sequence[Candidate] | Sequence[Sample]) -> list[bytes]:
+    """The keys that `table` holds when it holds all of `samples`, in their order, the reserved row first."""
+    if table == "text":
+        return [EMPTY_CAPTION_KEY, *(key for sample in samples for key in sample.caption_keys)]
+    reserved = [ZERO_IMAGE_KEY] if table == "image_embeds" else []
+    return reserved + [sample.image_key for sample in samples]
 
 
 def whole_samples(
@@ -72,7 +104,7 @@ def whole_samples(
         if reasons:
             refused.append(reasons[0])
             continue
-        if text_keys is None:
+        if text_keys is None or (candidate.caption_keys and text_keys[0].issuperset(candidate.caption_keys)):
             whole.append(candidate)
             continue
         kept = [i for i, key in enumerate(candidate.caption_keys) if key in text_keys[0]]
@@ -95,26 +127,42 @@ def assemble(
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
 ) -> Manifest:
-    """Write samples, index, rejections and, last, the manifest; remove what only the manifest before it used."""
+    """Finish the cache of those candidates whose rows are all in `tables`; the others are refused."""
     whole, incomplete = whole_samples(candidates, tables)
     sizes, unreadable = image_sizes(cache, source, whole)
     whole = [candidate for candidate in whole if candidate.image_key in sizes]
-    samples = _samples(whole, sizes)
-    samples_digest = write_samples(cache, samples)
-    index_digest = write_index(cache, _index_arrays(whole, tables))
-    rejections = sorted({(r.name, r.stage, r.reason) for r in [*refused, *incomplete, *unreadable]})
-    _write_rejections(cache, rejections)
+    return finish_cache(cache, _samples(whole, sizes), [*refused, *incomplete, *unreadable], tables, models, form)
+
+
+def finish_cache(
+    cache: Path,
+    samples: Sequence[Sample],
+    refused: Sequence[Refusal],
+    tables: Mapping[str, TableState],
+    models: Mapping[str, Mapping[str, str | None]],
+    form: str,
+) -> Manifest:
+    """Write samples, index, rejections, card and, last, the manifest; remove what only the manifest before it used.
+
+    The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
+    """
+    samples_digest, samples_file_digest = write_samples(cache, samples)
+    index_digest = write_index(cache, _index_arrays(samples, tables))
+    rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
+    rejected_digest = _write_rejections(cache, rejections)
     manifest = Manifest(
         format=form,
         tables={name: _table_entry(state) for name, state in tables.items()},
         samples=len(samples),
         samples_digest=samples_digest,
+        samples_file_digest=samples_file_digest,
         index_digest=index_digest,
         rejected=len(rejections),
+        rejected_digest=rejected_digest,
         models=models,
     )
-    if _current(cache) != manifest:
-        write_json(cache / MANIFEST, manifest.to_json())
+    write_card(cache, manifest, max((len(sample.captions) for sample in samples), default=1))
+    _write_changed(cache / MANIFEST, json_bytes(manifest.to_json()))
     _remove_superseded(cache, manifest)
     return manifest
 
@@ -188,13 +236,13 @@ def _current(cache: Path) -> Manifest | None:
         return None  # none yet, or damaged: either way it is written anew
 
 
-def _index_arrays(candidates: Sequence[Candidate], tables: Mapping[str, TableState]) -> dict[str, np.ndarray]:
-    image_keys = [candidate.image_key for candidate in candidates]
-    counts = [len(candidate.caption_keys) if "text" in tables else 0 for candidate in candidates]
+def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, np.ndarray]:
+    image_keys = [sample.image_key for sample in samples]
+    counts = [len(sample.caption_keys) if "text" in tables else 0 for sample in samples]
     arrays = {CAPTION_BOUNDS: np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)}
     for name, state in tables.items():
         if name == "text":
-            keys = [key for candidate in candidates for key in candidate.caption_keys] + [EMPTY_CAPTION_KEY]
+            keys = [key for sample in samples for key in sample.caption_keys] + [EMPTY_CAPTION_KEY]
         else:
             keys = image_keys + ([ZERO_IMAGE_KEY] if name == "image_embeds" else [])
         positions = state.stored.find(keys)
@@ -213,10 +261,15 @@ def _table_entry(state: TableState) -> TableEntry:
     )
 
 
-def _write_rejections(cache: Path, rejections: Sequence[tuple[str, str, str]]) -> None:
+def _write_rejections(cache: Path, rejections: Sequence[tuple[str, str, str]]) -> str:
+    """Write rejected.jsonl; returns the sha256 (hex) of its bytes."""
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
-    path = cache / "rejected.jsonl"
+    _write_changed(cache / "rejected.jsonl", content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_changed(path: Path, content: bytes) -> None:
     if not path.exists() or path.read_bytes() != content:
         write_bytes(path, content)
 

@@ -5,50 +5,35 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kcache.assemble import assemble, image_sizes, whole_samples
+from kcache.assemble import TableState, assemble, whole_samples
+from kcache.builder import Builder, BuildProgress, Report, unfinished
+from kcache.claims import TURN, Patience, holder, turn, worker_place
 from kcache.config import BuildConfig
-from kcache.durable import exclusive, remove, remove_temporary
-from kcache.errors import CacheMismatchError
-from kcache.inventory import Inventory, fetcher, missing_rows, take_inventory
-from kcache.joining import (
-    RESERVED,
-    SAMPLES,
-    TarPacker,
-    joined_keys,
-    joined_recipe,
-    plan_packing,
-    record_rejections,
-)
-from kcache.manifest import MANIFEST
-from kcache.plan import Plan, PlannedShard, close_plan, freeze_plan, open_plan
-from kcache.recipe import Recipe
-from kcache.samples import sample_ids
-from kcache.shards import read_commits
+from kcache.durable import remove, remove_temporary, shared, writing
+from kcache.errors import CacheBusyError, CacheMismatchError
+from kcache.inventory import Inventory, missing_rows, take_inventory, why_missing
+from kcache.joining import RESERVED, SAMPLES, joined_recipe, plan_packing
+from kcache.manifest import MANIFEST, Manifest
+from kcache.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
+from kcache.processes import is_gone
+from kcache.shards import record_rejections
 from kcache.tables import default_rows_per_shard
 
-__all__ = ["BuildPreview", "BuildProgress", "BuildResult", "TableResult", "build_cache", "plan_build"]
-
-REPORT_SECONDS = 0.2
-"""How often progress is reported, at most."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildProgress:
-    """Where a build stands in the table it is working on."""
-
-    table: str
-    done: int
-    total: int
-    seconds: float
-    """Time spent on this table so far."""
-    busy: Mapping[str, float]
-    """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
-    message: str | None = None
+__all__ = [
+    "BuildPreview",
+    "BuildProgress",
+    "BuildResult",
+    "TableResult",
+    "build_cache",
+    "complete",
+    "plan_build",
+    "survey",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +41,7 @@ class TableResult:
     """What a build did for one table."""
 
     encoded: int
+    """Rows that the samples use and that came while this build ran, by whichever builder."""
     present: int
     """Rows that the samples use and that were there before."""
     bytes: int
@@ -82,10 +68,10 @@ class BuildPreview:
     refused: int
     missing: Mapping[str, int]
     """Rows to encode, by table."""
+    why: Mapping[str, str]
+    """In words, by table; "" where no row is missing."""
     notes: tuple[str, ...]
 
-
-Report = Callable[[BuildProgress], None]
 
 _SHARD_FOLDERS = ("image_embeds-", "text-", "latents-", f"{SAMPLES}-", f"{RESERVED}-")
 
@@ -93,32 +79,37 @@ _SHARD_FOLDERS = ("image_embeds-", "text-", "latents-", f"{SAMPLES}-", f"{RESERV
 def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report | None = None) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
-    An interrupted build goes on where it stopped. Inputs that cannot be cached are named in rejected.jsonl. Raises
-    SourceError, ModelError, ConfigError, CacheBusyError, CacheMismatchError or CacheCorruptError.
+    An interrupted build goes on where it stopped, and several processes may build one cache together. Inputs that
+    cannot be cached are named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
+    CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
-    start = time.perf_counter()
-    folder = Path(cache)
-    _check_target(folder)
-    job = take_inventory(source, folder, config, partial(_say, report))
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
-        _sweep(folder)
-        before = {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in job.states().items()}
-        work = _Work(job, report)
-        _finish_open_plan(job, work)
-        _encode_missing(job, work)
-        if config.format == "webdataset":
-            _pack_missing(job, work)
-        states = job.states() if config.format == "zarr" else job.packed()
-        models, form = job.models, config.format
-        manifest = assemble(folder, job.source, job.candidates, job.refused, states, models, form)
-        if config.format == "webdataset":
-            for recipe in job.recipes.values():
-                remove(folder / recipe.directory)
-    tables = {}
-    for name, state in states.items():
-        now = len(set(job.wanted(name)) & state.stored.key_set())
-        tables[name] = TableResult(encoded=now - before[name], present=before[name], bytes=manifest.tables[name].bytes)
+    return complete(survey(source, cache, config, partial(_say, report)), report=report)
+
+
+def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
+    """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
+    start, folder, before = time.perf_counter(), job.folder, None
+    place = worker_place(job.config.worker, os.environ)
+    patience = Patience(alone=place[1] == 1, say=partial(_say, report))
+    builder = Builder(job, place, patience, report)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with shared(folder):
+        while True:
+            with turn(folder, patience):
+                _sweep(folder)
+                plan = _plan_to_join(job)
+                states = job.states()  # after that: while a plan is open, others commit
+                before = before or _counts(job, states)
+                plan = plan or _new_plan(job, states, builder.seen)
+                if plan is None:
+                    manifest = _assemble(job, states)
+                    break
+            builder.work_off(plan)
+    tables = {
+        name: TableResult(encoded=count - before[name], present=before[name], bytes=manifest.tables[name].bytes)
+        for name, count in _counts(job, states).items()
+    }
     return BuildResult(
         cache=str(folder),
         samples=manifest.samples,
@@ -129,26 +120,44 @@ def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report 
     )
 
 
+def _counts(job: Inventory, states: Mapping[str, TableState]) -> dict[str, int]:
+    """Rows, by table, that the samples use and that are there."""
+    return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in states.items()}
+
+
 def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
     """What `build_cache` would do, without writing anything into the cache."""
-    folder = Path(cache)
-    _check_target(folder)
-    job = take_inventory(source, folder, config, partial(_say, None))
-    plan = missing_rows(job, job.states(), retry=config.retry_rejected, gone=frozenset())
+    job = survey(source, cache, config, partial(_say, None))
+    states = job.states()
+    plan = missing_rows(job, states, retry=config.retry_rejected, seen={})
     return BuildPreview(
         samples=len(job.candidates),
         refused=len(job.refused),
         missing={table.recipe.table: len(table.keys) for table in plan.tables},
+        why=why_missing(job, states, plan),
         notes=job.notes,
     )
+
+
+def survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], None]) -> Inventory:
+    """What a build of `cache` has to know, once it is clear that it may write there."""
+    folder = Path(cache)
+    _check_target(folder)
+    return take_inventory(source, folder, config, say)
 
 
 def _check_target(folder: Path) -> None:
     """Refuse to write into a folder that is something else."""
     if folder.exists() and not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
+    links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
+    if links:
+        raise CacheMismatchError(
+            f"{folder} holds the link {min(links)}, through which a build would write elsewhere; "
+            "expected a folder that owns its files; put what it leads to in its place"
+        )
     if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
-        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".tmp-")]
+        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith((".tmp-", TURN))]
         if foreign and not any(name.startswith(_SHARD_FOLDERS) for name in foreign):
             raise CacheMismatchError(
                 f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
@@ -164,121 +173,63 @@ def _sweep(folder: Path) -> None:
             remove_temporary(table)
 
 
-def _finish_open_plan(job: Inventory, work: "_Work") -> None:
-    """Do what is left of an interrupted build's plan, unless it is of recipes that are not wanted any more."""
+def _new_plan(job: Inventory, states: Mapping[str, TableState], seen: Mapping[str, set[bytes]]) -> Plan | None:
+    """A plan, frozen, for what is missing; None when nothing is."""
+    plan = missing_rows(job, states, retry=job.config.retry_rejected, seen=seen)
+    if job.config.format == "webdataset" and not plan.keys:
+        whole, _ = whole_samples(job.candidates, states)
+        rows = job.config.rows_per_shard or default_rows_per_shard(joined_recipe(SAMPLES, job.recipes))
+        plan = plan_packing(job.folder, job.recipes, whole, rows)
+    if not plan.keys:
+        return None
+    freeze_plan(job.folder, plan)
+    return plan
+
+
+def _plan_to_join(job: Inventory) -> Plan | None:
+    """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
     plan = open_plan(job.folder)
     if plan is None:
-        return
+        return None
     joined = [joined_recipe(kind, job.recipes) for kind in (RESERVED, SAMPLES)]
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *joined]}
-    if all(table.recipe.fingerprint in wanted for table in plan.tables):
-        work.run(plan)
+    ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
+    known = all(
+        set(job.wanted(table.recipe.table)).issuperset(table.keys)
+        for table in plan.tables
+        if table.recipe.table in job.recipes
+    )
+    if not (ours and known):
+        _refuse_beside_others(job.folder, plan, "from another source" if ours else "with other settings")
+    if ours and unfinished(job.folder, plan):
+        return plan
     close_plan(job.folder)
+    return None
 
 
-def _pack_missing(job: Inventory, work: "_Work") -> None:
-    """Plan and pack the tars of all samples that are in none yet, and record what was rejected."""
-    states = job.states()
-    whole, _ = whole_samples(job.candidates, states)
+def _refuse_beside_others(folder: Path, plan: Plan, how: str) -> None:
+    claims = claims_folder(folder, plan)
+    for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
+        other = holder(claim)
+        if other is not None and not is_gone(other):
+            raise CacheBusyError(
+                f"{folder} is being built {how} by {other} (see {claim}); expected builders of one cache to be given "
+                "the same source and settings; wait for that one to end, or stop it: what it has committed is kept"
+            )
+
+
+def _assemble(job: Inventory, states: Mapping[str, TableState]) -> Manifest:
+    """Write what makes the committed rows a cache; every builder comes to the same bytes."""
+    if job.config.format == "zarr":
+        return assemble(job.folder, job.source, job.candidates, job.refused, states, job.models, "zarr")
     recipe = joined_recipe(SAMPLES, job.recipes)
-    rows = job.config.rows_per_shard or default_rows_per_shard(recipe)
-    plan = plan_packing(job.folder, job.recipes, whole, rows)
-    if any(table.keys for table in plan.tables):
-        freeze_plan(job.folder, plan)
-        work.run(plan)
-        close_plan(job.folder)
-    rejected = {key: rejection for state in states.values() for key, rejection in state.rejected.items()}
-    record_rejections(job.folder, job.recipes, rejected, job.provenance())
-
-
-def _encode_missing(job: Inventory, work: "_Work") -> None:
-    """Make and finish plans until no row is missing."""
-    retry = job.config.retry_rejected
-    while True:
-        plan = missing_rows(job, job.states(), retry=retry, gone=frozenset(work.gone))
-        if not any(table.keys for table in plan.tables):
-            return
-        freeze_plan(job.folder, plan)
-        work.run(plan)
-        close_plan(job.folder)
-        retry = False
-
-
-@dataclass
-class _Work:
-    """Encodes plans, one table at a time so that one encoder is in memory at a time."""
-
-    job: Inventory
-    report: Report | None
-    gone: set[bytes] = field(default_factory=set)
-
-    def run(self, plan: Plan) -> None:
-        """Encode the shards of `plan` that are not committed yet."""
-        for table in plan.tables:
-            folder = self.job.folder / table.recipe.directory
-            committed = {commit.name for commit in read_commits(folder, table.recipe)}
-            todo = [shard for shard in table.shards() if shard.name not in committed]
-            if todo and table.recipe.table in (RESERVED, SAMPLES):
-                self._pack(table.recipe.table, todo)
-            elif todo:
-                folder.mkdir(exist_ok=True)
-                self._encode(table.recipe, todo, folder)
-
-    def _pack(self, kind: str, shards: Sequence[PlannedShard]) -> None:
-        job, start = self.job, time.perf_counter()
-        states = job.states()
-        whole, _ = whole_samples(job.candidates, states)
-        sizes, _ = image_sizes(job.folder, job.source, whole)
-        ids = sample_ids([candidate.image_key for candidate in whole])
-        by_key = dict(zip(joined_keys(whole), zip(ids, whole, strict=True), strict=True))
-        packer = TarPacker(job.folder, job.recipes, {name: state.stored for name, state in states.items()})
-        total, done = sum(len(shard.keys) for shard in shards), 0
-        for shard in shards:
-            if kind == RESERVED:
-                packer.pack_reserved(shard.name, job.provenance())
-            else:
-                packer.pack_samples(shard, by_key, sizes, job.provenance())
-            done += len(shard.keys)
-            if self.report:
-                progress = BuildProgress(
-                    table=kind, done=done, total=total, seconds=time.perf_counter() - start, busy={"write": 1.0}
-                )
-                self.report(progress)
-
-    def _encode(self, recipe: Recipe, shards: Sequence[PlannedShard], folder: Path) -> None:
-        import torch
-
-        from kcache.encoders import load_encoder
-        from kcache.encoding import Meter, encode_shards
-
-        job = self.job
-        total = sum(len(shard.keys) for shard in shards)
-        _say(self.report, f"loading {recipe.encoder} for {recipe.table}: {total} to encode")
-        encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or _default_device()))
-        meter, start, count, reported = Meter(), time.perf_counter(), 0, 0.0
-
-        def done(inputs: int) -> None:
-            nonlocal count, reported
-            count += inputs
-            now = time.perf_counter()
-            if self.report and (now - reported >= REPORT_SECONDS or count == total):
-                reported = now
-                progress = BuildProgress(
-                    table=recipe.table, done=count, total=total, seconds=now - start, busy=meter.shares()
-                )
-                self.report(progress)
-
-        workers = job.config.num_workers or os.cpu_count() or 1
-        fetch = fetcher(job.source, job.candidates)
-        self.gone |= encode_shards(encoder, folder, shards, fetch, workers=workers, meter=meter, done=done)
-
-
-def _default_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    rejected = [rejection for state in states.values() for rejection in state.rejected.values()]
+    record_rejections(job.folder / recipe.directory, recipe, rejected, job.provenance())
+    packed = job.packed()
+    manifest = assemble(job.folder, job.source, job.candidates, job.refused, packed, job.models, "webdataset")
+    for staged in job.recipes.values():
+        remove(job.folder / staged.directory)
+    return manifest
 
 
 def _say(report: Report | None, message: str) -> None:

@@ -1,5 +1,6 @@
 """Writing so that a reader sees a file or folder whole or not at all, also after a crash or a power cut."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,35 +13,77 @@ from typing import Any
 
 import numpy as np
 
-from kcache.errors import CacheBusyError
+from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
+from kcache.processes import from_label, is_gone, this_process
 
 __all__ = [
+    "create_bytes",
     "exclusive",
+    "json_bytes",
     "publish",
     "remove",
     "remove_temporary",
+    "shared",
     "sync_folder",
+    "temporary_folder",
     "temporary_path",
     "write_bytes",
     "write_json",
     "write_npy",
+    "writing",
 ]
 
 TEMPORARY_PREFIX = ".tmp-"
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
+
 
 def temporary_path(folder: Path) -> Path:
-    """A name in `folder` that no other process uses; whatever stands under it is never read."""
-    return folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+    """A name in `folder` that nothing else uses, with the process that uses it; what stands there is never read."""
+    return folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{this_process().label}"
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` under a temporary name, to be published in the block; gone when the block fails."""
+    folder = temporary_path(parent)
+    with writing(folder):
+        folder.mkdir()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what interrupted writers left in `folder`; call it only while holding the folder's cache exclusively."""
+    """Remove what writers left in `folder` that have certainly ended; what a living one is writing stays."""
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
+        if owner is None or not is_gone(owner):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+@contextmanager
+def writing(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn a failure of the system into CacheWriteError: `path`, its `size` in bytes, the room there and what to do."""
+    try:
+        yield
+    except KcacheError:
+        raise
+    except OSError as error:
+        existing = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(existing).free
+        takes = f"it takes {size:,} bytes, " if size is not None else ""
+        raise CacheWriteError(
+            f"{path} could not be written ({error.strerror or error}): {takes}{free:,} bytes are free in {existing}; "
+            "make room or permit writing there and start again: what was finished is kept"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,6 +100,11 @@ def publish(temporary: Path, final: Path) -> None:
 
     A file takes the place of the one before it in one step; a folder must not stand there yet.
     """
+    with writing(final):
+        _rename(temporary, final)
+
+
+def _rename(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     sync_folder(final.parent)
 
@@ -64,62 +112,113 @@ def publish(temporary: Path, final: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, link or folder so that no reader ever sees a part of it; nothing there is fine."""
     condemned = temporary_path(path.parent)
-    try:
-        path.rename(condemned)
-    except FileNotFoundError:
-        return
-    if condemned.is_dir() and not condemned.is_symlink():
-        shutil.rmtree(condemned)
-    else:
-        condemned.unlink()
+    with writing(path):
+        try:
+            path.rename(condemned)
+        except FileNotFoundError:
+            return
+        if condemned.is_dir() and not condemned.is_symlink():
+            shutil.rmtree(condemned)
+        else:
+            condemned.unlink()
 
 
 @contextmanager
-def _writing(final: Path) -> Iterator[Any]:
+def _writing(final: Path, size: int) -> Iterator[Any]:
     temporary = temporary_path(final.parent)
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(final, size):
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _rename(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_bytes(final: Path, content: bytes) -> None:
-    """Write a file durably, in one step as seen by readers."""
-    with _writing(final) as file:
+    """Write a file durably, in one step as seen by readers; raises CacheWriteError."""
+    with _writing(final, len(content)) as file:
         file.write(content)
 
 
+def json_bytes(value: Any) -> bytes:
+    """A value as the text of a JSON file: sorted keys, two spaces, so that equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def write_json(final: Path, value: Any) -> None:
-    """Write a JSON file durably: sorted keys, two spaces, so that equal values give equal bytes."""
-    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(final, text.encode() + b"\n")
+    """Write a JSON file durably, as `json_bytes` puts it."""
+    write_bytes(final, json_bytes(value))
 
 
 def write_npy(final: Path, array: np.ndarray) -> None:
     """Write an array as a .npy file durably; arrays of Python objects are refused."""
-    with _writing(final) as file:
+    with _writing(final, array.nbytes) as file:
         np.save(file, array, allow_pickle=False)
+
+
+def create_bytes(final: Path, content: bytes) -> bool:
+    """Write a file durably where there is none; returns False where there is one, also when two try at once.
+
+    A reader sees it whole, but on file systems without hard links, where it may find it empty for a moment.
+    """
+    temporary = temporary_path(final.parent)
+    with writing(final, len(content)):
+        try:
+            _write_new(temporary, content)
+            final.hardlink_to(temporary)  # fails where a name exists, on network file systems too
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            try:
+                _write_new(final, content)
+            except FileExistsError:
+                return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one writing process; the kernel lets go when that process ends, however it ends.
+    """Hold `folder` alone; the kernel lets go when this process ends, however it ends.
 
-    Raises CacheBusyError when another process holds it.
+    On a network file system this holds among the processes of one machine. Raises CacheBusyError when another process
+    holds the folder, alone or `shared`.
     """
+    with _held(folder, fcntl.LOCK_EX, "its only user"):
+        yield
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Hold `folder` together with others who do the same; raises CacheBusyError when a process holds it `exclusive`."""
+    with _held(folder, fcntl.LOCK_SH, "no one to hold it alone"):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, kind: int, expected: str) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheBusyError(
-                f"{folder} is being written by another process; expected to be its only writer; "
-                "wait for that build to end, or stop it: what it has committed is kept"
+                f"{folder} is being written by another process; expected {expected}; "
+                "wait for that one to end, or stop it: what it has committed is kept"
             ) from None
         yield
     finally:

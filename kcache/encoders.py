@@ -1,21 +1,25 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from diffusers import VQModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from kcache.errors import InputRejected, ModelError
 from kcache.pixels import clip_pixels, clip_processor, decode_image, movq_pixels
 from kcache.recipe import Recipe
 from kcache.repositories import Repository
 
-__all__ = ["Encoder", "ImageEncoder", "LatentsEncoder", "TextEncoder", "load_encoder"]
+__all__ = ["Encoder", "ImageEncoder", "LatentsEncoder", "TextEncoder", "load_encoder", "load_tokenizer"]
 
 Rows = dict[str, torch.Tensor]
 
@@ -103,7 +107,7 @@ class TextEncoder:
     def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
         self.recipe = recipe
         self.batch_size = recipe.batch_shape[0]
-        self._tokenizer = _load_tokenizer(prior)
+        self._tokenizer = load_tokenizer(prior)
         # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
         self._lock = threading.Lock()
         self._network = _Frozen(CLIPTextModelWithProjection, prior, "text_encoder", recipe, device)
@@ -197,9 +201,10 @@ def _load_network(
     # diffusers and transformers name the argument differently.
     dtype_name = "torch_dtype" if kind is VQModel else "dtype"
     try:
-        network, loading = kind.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
-        )
+        with _without_bars():
+            network, loading = kind.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
     # Both libraries fill what the file lacks with random numbers.
@@ -215,7 +220,28 @@ def _load_network(
     return network.eval().requires_grad_(False).to(device)
 
 
-def _load_tokenizer(prior: Repository) -> CLIPTokenizer:
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' own progress bars off the screen, and leave them as the user has set them."""
+    switches = [
+        (library.disable_progress_bar, library.enable_progress_bar)
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    hub_bars = not are_progress_bars_disabled()  # transformers turns these on and off with its own
+    for disable, _ in switches:
+        disable()
+    try:
+        yield
+    finally:
+        for _, enable in switches:
+            enable()
+        if not hub_bars:
+            disable_progress_bars()
+
+
+def load_tokenizer(prior: Repository) -> CLIPTokenizer:
+    """The tokenizer of a prior repository; raises ModelError."""
     path = prior.path / "tokenizer"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)

@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -88,49 +90,48 @@ class _OpenShard:
 def encode_shards(
     encoder: Encoder,
     folder: Path,
-    shards: Sequence[PlannedShard],
+    shards: Iterator[PlannedShard],
     fetch: Fetch,
     *,
     workers: int,
     meter: Meter,
     done: Callable[[int], None],
-) -> set[bytes]:
-    """Encode and commit `shards` of the table in `folder`; returns the keys whose content was gone from the source.
+) -> None:
+    """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
     `done` is called with the number of inputs dealt with since the last call.
     """
     recipe = encoder.recipe
     made_by = provenance(encoder)
-    gone: set[bytes] = set()
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
         inputs = _prepared(pool, encoder, shards, fetch, ahead=workers + 2 * encoder.batch_size)
-        writing: Future[Any] | None = None
+        committing: Future[Any] | None = None
         try:
-            for shard in shards:
-                rows = _encode_shard(encoder, shard, inputs, meter, done)
-                gone.update(bytes.fromhex(key) for key in rows.absent)
-                if writing is not None:
-                    meter.timed("write", writing.result)
-                writing = writer.submit(
+            for shard, group in groupby(inputs, key=itemgetter(0)):
+                decoded = (future for _, future in group)
+                rows = _encode_shard(encoder, shard, decoded, meter, done, committing)
+                if committing is not None:
+                    meter.timed("write", committing.result)
+                committing = writer.submit(
                     commit_shard, folder, shard.name, recipe, rows.block(recipe),
                     rejected=rows.rejected, absent=rows.absent, provenance=made_by,
                 )  # fmt: skip
-            if writing is not None:
-                meter.timed("write", writing.result)
+            if committing is not None:
+                meter.timed("write", committing.result)
         finally:
             pool.shutdown(cancel_futures=True)
-    return gone
 
 
 def _prepared(
-    pool: ThreadPoolExecutor, encoder: Encoder, shards: Sequence[PlannedShard], fetch: Fetch, ahead: int
-) -> Iterator[Future[_Input]]:
-    """A future per planned input, in plan order, at most `ahead` of them under way."""
-    under_way: deque[Future[_Input]] = deque()
-    for key in (key for shard in shards for key in shard.keys):
-        under_way.append(pool.submit(_prepare, encoder, key, fetch))
-        if len(under_way) > ahead:
-            yield under_way.popleft()
+    pool: ThreadPoolExecutor, encoder: Encoder, shards: Iterator[PlannedShard], fetch: Fetch, ahead: int
+) -> Iterator[tuple[PlannedShard, Future[_Input]]]:
+    """A future per planned input with the shard it is of, in plan order, at most `ahead` of them under way."""
+    under_way: deque[tuple[PlannedShard, Future[_Input]]] = deque()
+    for shard in shards:
+        for key in shard.keys:
+            under_way.append((shard, pool.submit(_prepare, encoder, key, fetch)))
+            if len(under_way) > ahead:
+                yield under_way.popleft()
     yield from under_way
 
 
@@ -145,8 +146,14 @@ def _prepare(encoder: Encoder, key: bytes, fetch: Fetch) -> _Input:
 
 
 def _encode_shard(
-    encoder: Encoder, shard: PlannedShard, inputs: Iterator[Future[_Input]], meter: Meter, done: Callable[[int], None]
+    encoder: Encoder,
+    shard: PlannedShard,
+    inputs: Iterator[Future[_Input]],
+    meter: Meter,
+    done: Callable[[int], None],
+    committing: Future[Any] | None,
 ) -> _OpenShard:
+    """The rows of `shard`; stops as soon as it turns out that the shard before, `committing`, cannot be written."""
     rows = _OpenShard()
     batch: list[_Input] = []
     for position in range(len(shard.keys)):
@@ -160,6 +167,8 @@ def _encode_shard(
         if batch and (len(batch) == encoder.batch_size or position == len(shard.keys) - 1):
             meter.timed("encode", partial(_encode_batch, encoder, batch, rows))
             batch = []
+            if committing is not None and committing.done():
+                committing.result()
         done(1)
     return rows
 

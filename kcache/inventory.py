@@ -1,24 +1,25 @@
 """What a build has to do: what the source offers, which tables are wanted, and what of them is committed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kcache.assemble import Candidate, TableState
+from kcache.assemble import Candidate, TableState, table_state, wanted_keys
 from kcache.config import BuildConfig, Stage
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, caption_key, content_key
 from kcache.errors import CacheCorruptError, CacheMismatchError, InputRejected, KcacheError
-from kcache.index import merged_rows, stored_rows
+from kcache.index import merged_rows
 from kcache.joining import packed_states
 from kcache.manifest import MANIFEST, read_manifest
 from kcache.plan import Plan, plan_table
 from kcache.recipe import Recipe, recipe_differences
 from kcache.repositories import Repository, find_repository
-from kcache.shards import next_shard, read_commits
+from kcache.samples import read_samples
+from kcache.shards import read_commits
 from kcache.sources import Refusal, Source, open_source
 from kcache.tables import decoder_components, default_rows_per_shard, prior_components, table_names, table_recipe
 
-__all__ = ["Inventory", "fetcher", "missing_rows", "take_inventory"]
+__all__ = ["Inventory", "acceptable", "fetcher", "missing_rows", "take_inventory", "why_missing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,11 @@ class Inventory:
 
     def wanted(self, table: str) -> list[bytes]:
         """The keys that `table` should hold, in sample order, the reserved row first."""
-        if table == "text":
-            return [EMPTY_CAPTION_KEY, *(key for c in self.candidates for key in c.caption_keys)]
-        reserved = [ZERO_IMAGE_KEY] if table == "image_embeds" else []
-        return reserved + [c.image_key for c in self.candidates]
+        return wanted_keys(table, self.candidates)
 
     def states(self) -> dict[str, TableState]:
         """What is committed of each table, in tables of its own or joined in tars."""
-        states = {name: _table_state(self.folder, recipe) for name, recipe in self.recipes.items()}
+        states = {name: table_state(self.folder, recipe) for name, recipe in self.recipes.items()}
         if self.config.format == "zarr":
             return states
         packed = self.packed()
@@ -168,6 +166,10 @@ def _candidates(source: Source, memo: DigestMemo, rehash: bool) -> tuple[list[Ca
         except InputRejected as error:
             refused.append(Refusal(name=source.name(i), stage=error.stage, reason=error.reason))
             continue
+        if key == ZERO_IMAGE_KEY:
+            reason = "no image, but the text that stands for all-zero pixels"
+            refused.append(Refusal(name=source.name(i), stage="source", reason=reason))
+            continue
         keys = tuple(caption_key(caption) for caption in captions)
         candidates.append(
             Candidate(position=i, name=source.name(i), image_key=key, captions=captions, caption_keys=keys)
@@ -175,26 +177,29 @@ def _candidates(source: Source, memo: DigestMemo, rehash: bool) -> tuple[list[Ca
     return candidates, refused
 
 
-def _table_state(folder: Path, recipe: Recipe) -> TableState:
-    table = folder / recipe.directory
-    commits = read_commits(table, recipe)
-    return TableState(
-        recipe=recipe,
-        stored=stored_rows(table, commits, recipe),
-        rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
-        next_shard=next_shard(commits),
-    )
+def acceptable(candidates: Sequence[Candidate], states: Mapping[str, TableState]) -> list[Candidate]:
+    """Those that can become samples: no table has rejected the image, nor all the captions."""
+    images = frozenset[bytes]().union(*(state.rejected for name, state in states.items() if name != "text"))
+    captions = states["text"].rejected if "text" in states else {}
+    return [
+        c
+        for c in candidates
+        if c.image_key not in images and not (c.caption_keys and all(key in captions for key in c.caption_keys))
+    ]
 
 
-def missing_rows(job: Inventory, states: Mapping[str, TableState], *, retry: bool, gone: frozenset[bytes]) -> Plan:
-    """The plan for all that no table has yet; `gone` are keys whose content the source no longer gave."""
+def missing_rows(
+    job: Inventory, states: Mapping[str, TableState], *, retry: bool, seen: Mapping[str, Collection[bytes]]
+) -> Plan:
+    """The plan for all that no table has yet; `seen` are keys, by table, that this build has dealt with already."""
+    candidates = job.candidates if retry else acceptable(job.candidates, states)
     tables = []
     for name, state in states.items():
-        skipped = gone if retry else gone | state.rejected.keys()
+        skipped = {*seen.get(name, ()), *(() if retry else state.rejected)}
         tables.append(
             plan_table(
                 state.recipe,
-                job.wanted(name),
+                wanted_keys(name, candidates),
                 state.stored.key_set(),
                 skipped,
                 rows_per_shard=job.config.rows_per_shard or default_rows_per_shard(state.recipe),
@@ -204,15 +209,58 @@ def missing_rows(job: Inventory, states: Mapping[str, TableState], *, retry: boo
     return Plan(tables=tuple(tables))
 
 
-def fetcher(source: Source, candidates: Sequence[Candidate]) -> Callable[[bytes], bytes | str | None]:
-    """A function from a key to its content, None where the source no longer gives the content of that key."""
+def why_missing(job: Inventory, states: Mapping[str, TableState], plan: Plan) -> dict[str, str]:
+    """For each table of `plan`, in words, why the rows that it lacks are missing; "" where none is."""
+    recipes, known = _manifest_recipes(job.folder), _known_keys(job.folder)
+    reasons = {}
+    for table in plan.tables:
+        name, keys = table.recipe.table, set(table.keys) - {EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY}
+        inputs = "caption" if name == "text" else "image"
+        retried = len(keys & states[name].rejected.keys())
+        lost = len((keys & known) - states[name].rejected.keys()) if name in recipes else 0
+        found = recipes.get(name, table.recipe)
+        if not table.keys:
+            reasons[name] = ""
+        elif found != table.recipe:
+            differences = "; ".join(recipe_differences(found, table.recipe))
+            reasons[name] = f"the table in the cache is of another recipe ({differences})"
+        elif name not in recipes:
+            left = "what an interrupted build left to do" if len(states[name].stored.keys) else "the table is new"
+            reasons[name] = f"{left}: {_counted(len(keys), inputs)}"
+        else:
+            counts = {
+                "new or edited since the last build": len(keys) - lost - retried,
+                "whose rows are lost": lost,
+                "rejected before, to be tried again": retried,
+            }
+            parts = [f"{_counted(count, inputs)} {what}" for what, count in counts.items() if count]
+            reasons[name] = ", ".join(parts) or "the reserved row is lost"
+    return reasons
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _known_keys(folder: Path) -> frozenset[bytes]:
+    """Keys of the images and captions of the samples that the cache has."""
+    try:
+        samples = read_samples(folder, read_manifest(folder))
+    except KcacheError:
+        return frozenset()
+    captions = (key for keys in samples["caption_keys"].to_pylist() for key in keys)
+    return frozenset(samples["image_key"].to_pylist()).union(captions)
+
+
+def fetcher(source: Source, candidates: Sequence[Candidate], table: str) -> Callable[[bytes], bytes | str | None]:
+    """A function from a key of `table` to its content, None where the source no longer gives that content."""
+    # One or the other: a file that holds the text of a caption has that caption's key.
+    if table == "text":
+        captions = {key: text for c in candidates for key, text in zip(c.caption_keys, c.captions, strict=True)}
+        return {**captions, EMPTY_CAPTION_KEY: ""}.get
     images = {candidate.image_key: candidate.position for candidate in candidates}
-    captions = {key: text for c in candidates for key, text in zip(c.caption_keys, c.captions, strict=True)}
-    captions[EMPTY_CAPTION_KEY] = ""
 
     def fetch(key: bytes) -> bytes | str | None:
-        if key in captions:
-            return captions[key]
         if key not in images:
             return None
         content = source.image(images[key])

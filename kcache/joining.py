@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
+from kcache.arrays import read_npy
 from kcache.assemble import Candidate, TableState
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, content_key
-from kcache.durable import publish, temporary_path, write_npy
-from kcache.errors import CacheIncompleteError
+from kcache.durable import publish, temporary_path, write_npy, writing
+from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.formats.webdataset import JoinedSample, write_tar
 from kcache.index import StoredRows, merged_rows, stored_rows
-from kcache.plan import Plan, PlannedShard, plan_table, shard_name
+from kcache.plan import Plan, PlannedShard, plan_table
 from kcache.recipe import Field, Recipe, canonical_json
 from kcache.rows import FieldFiles, field_files, gather
 from kcache.samples import sample_ids
@@ -40,9 +41,9 @@ __all__ = [
     "TarPacker",
     "joined_keys",
     "joined_recipe",
+    "packed_keys",
     "packed_states",
     "plan_packing",
-    "record_rejections",
 ]
 
 SAMPLES = "samples"
@@ -100,42 +101,44 @@ def plan_packing(
     for kind, wanted in ((RESERVED, [_RESERVED_KEY]), (SAMPLES, joined_keys(candidates))):
         recipe = joined_recipe(kind, recipes)
         commits = read_commits(cache / recipe.directory, recipe)
-        packed = {key for commit in commits for key in _packed_keys(cache / recipe.directory, commit)}
+        packed = {key for commit in commits for key in packed_keys(cache / recipe.directory, commit)}
         first = next_shard(commits)
         tables.append(plan_table(recipe, wanted, packed, (), rows_per_shard=rows_per_shard, first_shard=first))
     return Plan(tables=tuple(tables))
 
 
-def _packed_keys(folder: Path, commit: Commit) -> list[bytes]:
+def packed_keys(folder: Path, commit: Commit) -> list[bytes]:
+    """The joined keys of the samples in a tar, in order; [] for a record of rejections."""
     if commit.data is None:
         return []
-    content = np.load(folder / side_name(commit.name), allow_pickle=False).tobytes()
+    path = folder / side_name(commit.name)
+    try:
+        content = read_npy(path).tobytes()
+    except (OSError, ValueError) as error:
+        raise CacheCorruptError(
+            f"{path} cannot be read ({error}); remove {commit.name}.json beside it and build again"
+        ) from error
     return [content[i : i + 16] for i in range(0, len(content), 16)]
 
 
-def record_rejections(
-    cache: Path, recipes: Mapping[str, Recipe], rejected: Mapping[bytes, Rejection], provenance: Mapping[str, str]
-) -> None:
-    """Commit, as a shard without rows, the rejections that no tar's commit record names yet."""
-    recipe = joined_recipe(SAMPLES, recipes)
-    folder = cache / recipe.directory
-    commits = read_commits(folder, recipe)
-    known = {rejection.key for commit in commits for rejection in commit.rejected}
-    new = [rejected[key] for key in sorted(rejected) if key.hex() not in known]
-    if new:
-        folder.mkdir(exist_ok=True)
-        record_commit(folder, shard_name(next_shard(commits)), recipe, rejected=new, provenance=provenance)
-
-
 class TarPacker:
-    """Packs samples into committed tars, reading their rows from wherever they stand in the cache."""
+    """Packs samples into committed tars of `cache`, reading their rows from wherever they stand in `rows_from`."""
 
-    def __init__(self, cache: Path, recipes: Mapping[str, Recipe], stored: Mapping[str, StoredRows]) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        recipes: Mapping[str, Recipe],
+        stored: Mapping[str, StoredRows],
+        rows_from: Path | None = None,
+    ) -> None:
+        """`stored` are the rows in the cache at `rows_from`, None being the one that is written."""
         self._cache = cache
         self._recipes = dict(sorted(recipes.items()))
         self._stored = stored
         self._files: dict[tuple[str, str], FieldFiles] = {
-            (table, field.name): field_files(cache, field, np.dtype(recipe.stored_dtype), stored[table].shards)
+            (table, field.name): field_files(
+                rows_from or cache, field, np.dtype(recipe.stored_dtype), stored[table].shards
+            )
             for table, recipe in self._recipes.items()
             for field in recipe.fields
         }
@@ -210,12 +213,14 @@ class TarPacker:
             return
         discard_uncommitted(folder, name)
         temporary = temporary_path(folder)
-        try:
-            placed = write_tar(temporary, samples)
-            publish(temporary, folder / f"{name}.tar")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        size = sum(row.nbytes for sample in samples for rows in sample.rows.values() for row in rows)
+        with writing(folder / f"{name}.tar", size):
+            try:
+                placed = write_tar(temporary, samples)
+                publish(temporary, folder / f"{name}.tar")
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         paths = [folder / f"{name}.tar", folder / side_name(name)]
         write_npy(paths[1], np.frombuffer(b"".join(joined), np.uint8).reshape(-1, 16))
         for table, table_recipe in self._recipes.items():
@@ -224,8 +229,15 @@ class TarPacker:
                 paths.append(folder / side_name(name, table))
                 write_npy(paths[-1], side)
         record_commit(
-            folder, name, recipe, rows=len(samples), data=f"{name}.tar", paths=paths, absent=absent, provenance=provenance,
-        )  # fmt: skip
+            folder,
+            name,
+            recipe,
+            rows=len(samples),
+            data=f"{name}.tar",
+            paths=paths,
+            absent=absent,
+            provenance=provenance,
+        )
 
 
 def _reserved_key(table: str) -> bytes | None:

@@ -8,7 +8,6 @@ from typing import Any
 from kcache.build import BuildResult, build_cache
 from kcache.config import BuildConfig
 
-
 FORM = "zarr"
 """Form of the caches that are built: a fixture may set it, so that the same tests check both."""
 

@@ -1,14 +1,26 @@
 """Writing: whole under the final name or not there, also when the writer fails in the middle."""
 
+import errno
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kcache.durable import exclusive, remove, remove_temporary, temporary_path, write_bytes, write_json, write_npy
-from kcache.errors import CacheBusyError
+from kcache.durable import (
+    create_bytes,
+    exclusive,
+    remove,
+    remove_temporary,
+    shared,
+    temporary_path,
+    write_bytes,
+    write_json,
+    write_npy,
+)
+from kcache.errors import CacheBusyError, CacheWriteError
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -31,8 +43,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     calls: list[str] = []
     fsync, rename = os.fsync, Path.rename
     kinds = {False: "sync file", True: "sync folder"}
@@ -51,12 +61,51 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
     assert calls == ["sync file", "rename", "sync folder"]
 
 
-def test_leftovers_go_and_everything_else_stays(tmp_path: Path) -> None:
-    temporary_path(tmp_path).mkdir()
-    temporary_path(tmp_path).write_text("half")
+def _leave(folder: Path) -> None:
+    temporary_path(folder).mkdir()
+    temporary_path(folder).write_text("half")
+
+
+def test_leftovers_of_the_dead_go_and_everything_else_stays(tmp_path: Path) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=_leave, args=(tmp_path,))
+    writer.start()
+    writer.join()
+    assert len(list(tmp_path.iterdir())) == 2
+    mine = temporary_path(tmp_path)
+    mine.write_text("being written")
+    (tmp_path / ".tmp-of-somebody-else").write_text("")
     (tmp_path / "kept").write_text("whole")
     remove_temporary(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"kept", mine.name, ".tmp-of-somebody-else"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_created_once(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    assert create_bytes(tmp_path / "file", b"first")
+    assert not create_bytes(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_several_may_share_what_one_may_not_hold_alone(tmp_path: Path) -> None:
+    with shared(tmp_path), shared(tmp_path), pytest.raises(CacheBusyError, match="its only user"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path), pytest.raises(CacheBusyError, match="no one to hold it alone"), shared(tmp_path):
+        pass
+
+
+def test_a_refused_write_names_the_path_and_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        CacheWriteError, match=r"folder could not be written \(Is a directory\): it takes 7 bytes, [\d,]+"
+    ):
+        write_bytes(tmp_path / "folder", b"content")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:

@@ -1,34 +1,48 @@
-"""Builders killed at random moments: the cache ends up with the same bytes as if nothing had happened."""
+"""Builders killed at random moments and at steps of their writing: the cache ends as if nothing had happened.
+
+All steps, and more random moments: python benchmarks/kills.py
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from building import copy_pictures, digests
+import pytest
 
-from kcache import Cache
-
-KILLS = 30
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kills.py"
 
 
-def test_a_killed_build_ends_with_the_bytes_of_an_uninterrupted_one(oracle: Path, tmp_path: Path) -> None:
-    source = copy_pictures(oracle, tmp_path / "pictures", 8)
-    (source / "img_03.png").write_bytes(b"no picture")
-    caches = tmp_path / "caches"
-    caches.mkdir()
-    script = Path(__file__).parent / "killed_builds.py"
+@pytest.fixture(scope="module")
+def outcome() -> dict[str, Any]:
+    """What the script says of 16 random kills, a kill at every 61st step, and 8 stops, over both forms."""
+    arguments = ["--random", "16", "--every", "61", "--stops", "8", "--together", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(script), str(source), str(caches), str(oracle), str(KILLS)],
+        [sys.executable, str(SCRIPT), *arguments],
         check=False, capture_output=True, text=True, env=environment, timeout=280,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    outcome = json.loads(run.stdout.splitlines()[-1])
-    assert outcome["kills"] == KILLS
-    expected = digests(caches / "uninterrupted")
-    for number in range(outcome["finished"]):
-        assert digests(caches / f"killed-{number}") == expected, f"killed-{number} differs"
-    keys = Cache.open(caches / "killed-0").samples["image_key"].to_pylist()
-    assert len(keys) == len(set(keys)) == 7
+    assert run.stdout, run.stderr[-3000:]
+    return json.loads(run.stdout)["results"]
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+@pytest.mark.parametrize("kind", ["steps_of_a_first_build", "steps_of_an_incremental_build", "random"])
+def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
+    outcome: dict[str, Any], form: str, kind: str
+) -> None:
+    result = outcome[form][kind]
+    assert result["kills"] >= 5
+    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_stopped_build_clears_up_and_goes_on_later(outcome: dict[str, Any], form: str) -> None:
+    result = outcome[form]["stops"]
+    assert set(result["codes"]) <= {"0", str(128 + signal.SIGINT), str(128 + signal.SIGTERM)}
+    assert len(result["codes"]) > 1
+    assert result["left_behind"] == []
+    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
