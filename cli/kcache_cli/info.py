@@ -1,7 +1,6 @@
 """`kcache cache-info`: what is in a cache."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from kcache_cli.progress import bytes_text, count_text, say
 __all__ = ["cache_info"]
 
 SHOWN_REJECTED = 10
-"""Rejected inputs that are named one by one; --json names them all."""
+"""Rejected inputs that are named one by one; more are counted by reason, and --json names them all."""
 
 
 def cache_info(
@@ -26,60 +25,60 @@ def cache_info(
       kcache cache-info caches/photos-768
       kcache cache-info caches/photos-768 --json | jq .tables
     """
-    about = describe(Path(cache))
+    from kcache.info import describe
+
+    about = describe(cache)
     if as_json:
         say(json.dumps(about, indent=2, ensure_ascii=False))
     else:
         _print(about)
 
 
-def describe(cache: Path) -> dict[str, Any]:
-    """All that cache-info says, as plain JSON values; raises the errors of Cache.open."""
-    from kcache import Cache
-
-    manifest = Cache.open(cache).manifest
-    tables = {
-        name: {
-            "rows": entry.rows,
-            "bytes": entry.bytes,
-            "shards": len(entry.shards),
-            "fingerprint": entry.recipe.fingerprint,
-            "recipe": entry.recipe.to_json(),
-        }
-        for name, entry in sorted(manifest.tables.items())
-    }
-    return {
-        "cache": str(cache),
-        "format": manifest.format,
-        "samples": manifest.samples,
-        "bytes": sum(entry.bytes for entry in manifest.tables.values()),
-        "fingerprint": manifest.fingerprint,
-        "models": {role: dict(model) for role, model in manifest.models.items()},
-        "tables": tables,
-        "rejected": _rejected(cache),
-    }
-
-
-def _rejected(cache: Path) -> list[dict[str, Any]]:
-    path = cache / "rejected.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _print(about: dict[str, Any]) -> None:
+    if about["format"] is None:
+        say(f"{about['cache']}: not finished yet")
+        _print_build(about["build"])
+        return
     size = bytes_text(about["bytes"])
     say(f"{about['cache']}: {count_text(about['samples'], 'sample')}, {size}, {about['format']}")
     for role, model in sorted(about["models"].items()):
         say(f"  {role}: {model['name']}" + (f" at {model['revision'][:12]}" if model["revision"] else ""))
+    if about["captions"]:
+        say(f"  captions of a sample: {_statistics_text(about['captions'])}")
+    if about["tokens"]:
+        say(f"  tokens of a caption: {_statistics_text(about['tokens'])}")
+    if about["orphaned_bytes"]:
+        say(f"  {bytes_text(about['orphaned_bytes'])} that no sample uses: `kcache cache-gc --compact` frees them")
+    _print_build(about["build"])
     for name, table in about["tables"].items():
         _print_table(name, table)
+    _print_rejected(about)
+
+
+def _print_build(build: dict[str, Any]) -> None:
+    if build["unfinished"]:
+        tables = [f"{name} {table['done']:,} of {table['planned']:,}" for name, table in build["tables"].items()]
+        say(f"  a build is unfinished ({', '.join(tables)}): run the same `kcache cache-build` again to finish it")
+
+
+def _statistics_text(values: dict[str, float]) -> str:
+    """Smallest to largest in one line; the mean alone where all are equal."""
+    if values["min"] == values["max"]:
+        return f"{values['min']}"
+    middle = f"mean {values['mean']:.1f}, median {values['p50']:g}, 99 % up to {values['p99']:g}"
+    return f"{values['min']} to {values['max']}, {middle}"
+
+
+def _print_rejected(about: dict[str, Any]) -> None:
     rejected = about["rejected"]
     say(f"\n{count_text(len(rejected), 'input')} rejected" if rejected else "\nnothing rejected")
-    for refusal in rejected[:SHOWN_REJECTED]:
-        say(f"  {refusal['name']}: {refusal['stage']}: {refusal['reason']}")
-    if len(rejected) > SHOWN_REJECTED:
-        say(f"  … and {len(rejected) - SHOWN_REJECTED:,} more: {about['cache']}/rejected.jsonl")
+    if len(rejected) <= SHOWN_REJECTED:
+        for refusal in rejected:
+            say(f"  {refusal['name']}: {refusal['stage']}: {refusal['reason']}")
+        return
+    for group in about["rejected_by"][:SHOWN_REJECTED]:
+        say(f"  {group['count']:,} × {group['stage']}: {group['reason']}")
+    say(f"  {about['cache']}/rejected.jsonl names each")
 
 
 def _print_table(name: str, table: dict[str, Any]) -> None:

@@ -1,0 +1,44 @@
+"""`kcache cache-gc`: remove from a cache what is no part of it any more."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from kcache_cli.progress import bytes_text, count_text, note, say
+
+__all__ = ["cache_gc"]
+
+
+def cache_gc(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    *,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Also write shards again that hold rows which no sample uses.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Remove what building left behind: rows of edited inputs, tables of other recipes, files of killed builders.
+
+    Samples and rows stay what they are, and building again has nothing to do. Run it while nothing trains from the
+    cache.
+
+    \b
+    Examples:
+      kcache cache-gc caches/photos-768 --dry-run
+      kcache cache-gc caches/photos-768 --compact
+    """
+    from kcache.collect import collect_garbage
+
+    garbage = collect_garbage(cache, compact=compact, dry_run=dry_run)
+    if as_json:
+        say(json.dumps(dataclasses.asdict(garbage), indent=2))
+        return
+    for path in garbage.paths:
+        note(path)
+    did = "would be " if dry_run else ""
+    say(f"{count_text(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
+    if garbage.unused_bytes and not compact:
+        say(f"about {bytes_text(garbage.unused_bytes)} of unused rows in shards that stay; --compact frees them too")

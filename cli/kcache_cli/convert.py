@@ -1,0 +1,40 @@
+"""`kcache cache-convert`: the same cache in the other form."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from kcache_cli.progress import bytes_text, count_text, say
+
+__all__ = ["cache_convert"]
+
+
+def cache_convert(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the finished cache to read.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],
+    *,
+    form: Annotated[
+        str, typer.Option("--format", metavar="<zarr|webdataset>", help="Form of the new cache's shards on disk.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a cache again in another form, without encoding anything.
+
+    Samples, recipes and fingerprint stay the same, so both caches train equal models. The source of the pictures is not
+    needed. Interrupted, the same command finishes the work.
+
+    \b
+    Examples:
+      kcache cache-convert caches/photos-768 published/photos-768 --format webdataset
+      kcache cache-convert published/photos-768 caches/photos-768 --format zarr
+    """
+    from kcache.convert import convert
+
+    manifest = convert(cache, new, form)
+    size = sum(entry.bytes for entry in manifest.tables.values())
+    if as_json:
+        about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
+        say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
+    else:
+        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")

@@ -1,0 +1,36 @@
+"""`kcache cache-merge`: several caches made one."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from kcache_cli.progress import bytes_text, count_text, say
+
+__all__ = ["cache_merge"]
+
+
+def cache_merge(
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Folders of the finished caches to merge.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make one cache of several that have equal recipes, without encoding anything.
+
+    The same image with the same captions is one sample; with other captions it gets them all. Shards are hard-linked
+    where the file system can, so that they take no space twice. Interrupted, the same command finishes the work.
+
+    \b
+    Examples:
+      kcache cache-merge caches/all caches/photos caches/paintings
+    """
+    from kcache.merge import merge
+
+    manifest = merge(new, caches)
+    size = sum(entry.bytes for entry in manifest.tables.values())
+    if as_json:
+        about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
+        say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
+    else:
+        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
