@@ -1,5 +1,6 @@
 """A finished cache of random rows, written without encoders: for measuring and testing what reads caches."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from kcache.recipe import Field, Recipe
 from kcache.shards import RowBlock, commit_shard
 from kcache.sources import Refusal
 
-__all__ = ["SyntheticSource", "synthetic_recipe", "write_synthetic_cache"]
+__all__ = ["SyntheticSource", "random_rows", "synthetic_recipe", "write_synthetic_cache"]
 
 
 class SyntheticSource:
@@ -64,6 +65,7 @@ def write_synthetic_cache(
     rows_per_shard: int = 3456,
     captions: int = 1,
     seed: int = 0,
+    refused: Sequence[Refusal] = (),
 ) -> Manifest:
     """Write `samples` samples of random normal rows; captions have 4 to 30 tokens. Returns the manifest."""
     folder.mkdir(parents=True)
@@ -92,11 +94,15 @@ def write_synthetic_cache(
         table.mkdir()
         plan = plan_table(recipe, keys, (), (), rows_per_shard=rows_per_shard, first_shard=0)
         commits = [
-            commit_shard(table, shard.name, recipe, _block(recipe, shard.keys, rng), provenance={"made by": "numpy"})
+            commit_shard(
+                table, shard.name, recipe, random_rows(recipe, shard.keys, rng), provenance={"made by": "numpy"}
+            )
             for shard in plan.shards()
         ]
         states[name] = TableState(recipe=recipe, stored=stored_rows(table, commits, recipe))
-    return assemble(folder, source, candidates, (), states, {"prior": {"name": "synthetic", "revision": None}}, "zarr")
+    return assemble(
+        folder, source, candidates, refused, states, {"prior": {"name": "synthetic", "revision": None}}, "zarr"
+    )
 
 
 def _candidate(source: SyntheticSource, i: int) -> Candidate:
@@ -106,7 +112,8 @@ def _candidate(source: SyntheticSource, i: int) -> Candidate:
     return Candidate(position=i, name=source.name(i), image_key=image_key, captions=captions, caption_keys=keys)
 
 
-def _block(recipe: Recipe, keys: tuple[bytes, ...], rng: np.random.Generator) -> RowBlock:
+def random_rows(recipe: Recipe, keys: tuple[bytes, ...], rng: np.random.Generator) -> RowBlock:
+    """Rows of random normal numbers for `keys`; ragged ones have 4 to 30 tokens."""
     lengths = rng.integers(4, 31, len(keys))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     arrays = {

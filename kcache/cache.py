@@ -1,6 +1,8 @@
 """Opening a finished cache and reading rows of it."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
-from kcache.index import CAPTION_BOUNDS, index_dtype, open_index
+from kcache.index import CAPTION_BOUNDS, open_index
 from kcache.manifest import Manifest, TableEntry, read_manifest
 from kcache.recipe import Field, Recipe
-from kcache.rows import Empty, FieldFiles, field_files, gather
+from kcache.rows import Empty, FieldFiles, field_files, gather, unit_bytes
 from kcache.samples import read_samples
+from kcache.selection import Column, matching_samples
 from kcache.shards import OFFSETS
 
 if TYPE_CHECKING:
@@ -27,11 +30,20 @@ class Cache:
     Nothing of it is loaded: files are mapped when first read, and any number of threads may read at once.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: Mapping[str, np.ndarray], resolution: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        index: Mapping[str, np.ndarray],
+        resolution: int | None,
+        selected: np.ndarray | None = None,
+    ) -> None:
+        """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
         self.path = path
         self.manifest = manifest
         self.resolution = resolution
         self._index = index
+        self._selected = selected
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
 
@@ -51,11 +63,11 @@ class Cache:
             )
         index = open_index(folder, manifest)
         for name, entry in manifest.tables.items():
-            _check_index(folder, name, entry, index[name])
+            _check_shards(folder, name, entry)
         return cls(folder, manifest, index, resolution)
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return len(self.caption_bounds) - 1
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {len(self)} samples, {', '.join(sorted(self.manifest.tables))})"
@@ -73,22 +85,53 @@ class Cache:
     @property
     def samples_digest(self) -> str:
         """sha256 (hex) of the samples and their order."""
-        return self.manifest.samples_digest
+        digest = self.manifest.samples_digest
+        if self._selected is None:
+            return digest
+        return hashlib.sha256(digest.encode() + self._selected.astype("<i8").tobytes()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the recipes and the samples: equal caches train equal models."""
-        return self.manifest.fingerprint
+        return replace(self.manifest, samples_digest=self.samples_digest).fingerprint
 
     @cached_property
     def samples(self) -> "pyarrow.Table":
         """The samples: id, name, image_key, captions, caption_keys, width, height."""
-        return read_samples(self.path, self.manifest)
+        table = read_samples(self.path, self.manifest)
+        return table if self._selected is None else table.take(self._selected)
 
     @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
         return self._index[CAPTION_BOUNDS]
+
+    def where(self, expression: str) -> "Cache":
+        """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
+
+        Columns are id, name, captions, width, height, n_captions (captions of the sample) and tokens (of its longest
+        caption). Nothing is written or copied but the index. Raises ConfigError for an expression that is not
+        understood, see `kcache.selection`, or holds for no sample.
+        """
+        numbers = matching_samples(expression, self._columns())
+        if not len(numbers):
+            raise ConfigError(f"{expression!r} holds for none of the {len(self)} samples of {self.path}; loosen it")
+        return self.select(numbers)
+
+    def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
+        """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
+        numbers = self._checked(samples)
+        if np.array_equal(numbers, np.arange(len(self))):
+            return self
+        starts, counts = self.caption_bounds[numbers], np.diff(self.caption_bounds)[numbers]
+        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        captions = np.repeat(starts - bounds[:-1], counts) + np.arange(bounds[-1])
+        index = {CAPTION_BOUNDS: bounds}
+        for table in self.recipes:
+            positions, entries = captions if table == "text" else numbers, self._index[table]
+            index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
+        selected = numbers if self._selected is None else self._selected[numbers]
+        return Cache(self.path, self.manifest, index, self.resolution, selected)
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
@@ -123,24 +166,29 @@ class Cache:
         fields: Sequence[str],
         caption: int | np.ndarray = 0,
         *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
         empty: Empty = np.empty,
     ) -> dict[str, np.ndarray]:
         """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
 
         Fixed fields are (B, …). `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
         and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
-        `caption` is the number of the caption to take, one for all or one per sample. `empty` makes the arrays from
-        shape and dtype. Every row's checksum is verified.
+        `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
+        bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
+        condition left out, as classifier-free guidance needs it. `empty` makes the arrays from shape and dtype. Every
+        row's checksum is verified.
         Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
         that is not there.
         """
-        numbers = np.asarray(samples, np.int64)
-        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
+        numbers = self._checked(samples)
+        dropped = {"text": drop_caption, "image_embeds": drop_image}
         rows: dict[str, np.ndarray] = {}
         for name in fields:
             table = self.table_of(name)
             positions = self._caption_positions(numbers, caption) if table == "text" else numbers
+            if (mask := dropped.get(table)) is not None:
+                positions = np.where(mask, self._rows_in_use(table), positions)  # where the reserved row stands
             self._read_field(name, positions, rows, empty)
         return rows
 
@@ -160,6 +208,35 @@ class Cache:
         for name in fields:
             if name not in self._resident:
                 self._resident[name] = gather(self.field_files(name), self._index[self.table_of(name)], np.empty)
+
+    def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        numbers = np.asarray(samples, np.int64)
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
+        return numbers
+
+    def _rows_in_use(self, table: str) -> int:
+        """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
+        return int(self.caption_bounds[-1]) if table == "text" else len(self)
+
+    def _columns(self) -> dict[str, Callable[[], Column]]:
+        """What `where` may name."""
+        columns: dict[str, Callable[[], Column]] = {
+            name: lambda name=name: self.samples[name].to_pylist()  # type: ignore[misc]
+            for name in ("id", "name", "captions")
+        }
+        for name in ("width", "height"):
+            columns[name] = lambda name=name: self.samples[name].to_numpy()  # type: ignore[misc]
+        columns["n_captions"] = lambda: np.array([len(captions) for captions in self.samples["captions"].to_pylist()])
+        if "text" in self.recipes:
+            columns["tokens"] = self._most_tokens
+        return columns
+
+    def _most_tokens(self) -> np.ndarray:
+        """Tokens of each sample's longest caption, (N,) int64."""
+        name = "text_encoder_hidden_states"
+        tokens = self._index["text"][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
+        return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
 
     def _read_field(self, name: str, positions: np.ndarray, rows: dict[str, np.ndarray], empty: Empty) -> None:
         if name in self._resident:
@@ -197,9 +274,7 @@ def _take(
     return np.take(rows, tokens, axis=0, out=flat, mode="clip"), offsets
 
 
-def _check_index(folder: Path, name: str, entry: TableEntry, array: np.ndarray) -> None:
-    if array.dtype != index_dtype(entry.recipe.fields):
-        raise CacheCorruptError(f"{folder}: the index of {name} has dtype {array.dtype}; build the cache again")
+def _check_shards(folder: Path, name: str, entry: TableEntry) -> None:
     missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
     if missing:
         raise CacheCorruptError(

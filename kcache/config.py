@@ -20,6 +20,16 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}")
 
 
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {value}; expected a probability, 0 to 1")
+
+
+def _is_place(worker: str) -> bool:
+    index, _, count = worker.partition("/")
+    return index.isdecimal() and count.isdecimal() and int(index) < int(count)
+
+
 def _check_at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and value < least:
         raise ConfigError(f"{name} is {value}; expected {least} or more")
@@ -61,6 +71,10 @@ class BuildConfig:
     """What transparent pixels are laid on; "drop" ignores transparency as the upstream scripts do."""
     device: str | None = None
     """Where the encoders run, e.g. "cuda:0"; None takes CUDA, then MPS, then the CPU."""
+    worker: str | None = None
+    """Which of several builders of one cache this is, "I/N" counted from 0; None asks torchrun's or Slurm's variables.
+
+    It only decides which shards this builder begins with: any number of builders may come and go."""
     rehash: bool = False
     """Read every file again to digest it, instead of trusting an unchanged (inode, size, mtime, ctime)."""
     retry_rejected: bool = False
@@ -76,6 +90,10 @@ class BuildConfig:
         _check_at_least("--num-workers", self.num_workers, 1)
         _check_at_least("--rows-per-shard", self.rows_per_shard, 1)
         _check_at_least("--max-train-samples", self.max_train_samples, 1)
+        if self.worker is not None and not _is_place(self.worker):
+            raise ConfigError(
+                f"--worker is {self.worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4"
+            )
         if not self.resolution:
             raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")
         for side in self.resolution:
@@ -103,8 +121,18 @@ class TrainConfig:
     """Branch, tag or commit of the Hub repositories."""
     resolution: int | None = None
     """Which latents table the decoder reads, in pixels; None takes the only one there is."""
+    where: str | None = None
+    """Train only on samples for which this holds, e.g. "width >= 512 and tokens <= 40"; see `Cache.where`."""
+    caption_dropout: float = 0.0
+    """Share of samples that the prior sees without their caption, for classifier-free guidance."""
+    image_dropout: float = 0.0
+    """Share of samples that the decoder sees without their image_embeds, for classifier-free guidance."""
     online: str | None = None
     """A source: run the frozen encoders in the loop instead of reading their rows (the baseline, and the proof)."""
+    image_column: str = "image"
+    """Column of the `online` source that holds the image."""
+    caption_column: str = "text"
+    """Column of the `online` source that holds the captions; those trained on are the cache's."""
     seed: int = 0
     """Decides order, captions, noise and timesteps."""
     train_batch_size: int = 1
@@ -156,6 +184,17 @@ class TrainConfig:
         _check_choice("--shuffle", self.shuffle, ("full", "block"))
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             _check_at_least("--" + name.replace("_", "-"), getattr(self, name), 1)
+        _check_probability("--caption-dropout", self.caption_dropout)
+        _check_probability("--image-dropout", self.image_dropout)
+        if self.stage == "decoder" and self.caption_dropout:
+            raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
+        if self.stage == "prior" and self.image_dropout:
+            raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")
+        if self.online is None and (self.image_column, self.caption_column) != ("image", "text"):
+            raise ConfigError(
+                "--image-column and --caption-column say how to read the source of --online; without it the cache "
+                "decides what is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
+            )
         _check_at_least("--max-train-steps", self.max_train_steps, 1)
         _check_at_least("--checkpoints-total-limit", self.checkpoints_total_limit, 1)
         _check_at_least("--lr-warmup-steps", self.lr_warmup_steps, 0)

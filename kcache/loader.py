@@ -13,7 +13,7 @@ import torch
 from kcache.buffers import BatchMemory
 from kcache.cache import Cache
 from kcache.errors import CacheMismatchError, ConfigError
-from kcache.noise import draw_choice
+from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout
 from kcache.order import epoch_order
 from kcache.rows import Empty
 
@@ -40,7 +40,14 @@ class RowReader(Protocol):
     def __len__(self) -> int: ...
 
     def read(
-        self, samples: np.ndarray, fields: Sequence[str], caption: np.ndarray, *, empty: Empty
+        self,
+        samples: np.ndarray,
+        fields: Sequence[str],
+        caption: np.ndarray,
+        *,
+        drop_caption: np.ndarray,
+        drop_image: np.ndarray,
+        empty: Empty,
     ) -> Mapping[str, Any]: ...
 
 
@@ -50,8 +57,10 @@ class CacheLoader:
     Order, captions and batches are functions of the seed, the epoch and the position alone. Of each run of
     batch_size × world_size samples, process `rank` takes its batch_size. Tensors are the caller's; their dtype is the
     stored one. `draws` is called in the filling thread with the samples' turns (B,) int64 and returns arrays that join
-    the batch, e.g. noise. `residency` says where the rows wait: "ram" reads whole tables first, "mmap" maps the files,
-    "auto" takes "ram" when all processes' copies fit into half of the free memory; the attribute tells what was taken.
+    the batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes with the empty
+    caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where the rows wait:
+    "ram" reads whole tables first, "mmap" maps the files, "auto" takes "ram" when all processes' copies fit into half
+    of the free memory; the attribute tells what was taken.
     """
 
     def __init__(
@@ -66,6 +75,8 @@ class CacheLoader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         residency: str = "auto",
+        caption_dropout: float = 0.0,
+        image_dropout: float = 0.0,
         draws: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
     ) -> None:
         if len(cache) == 0:
@@ -78,6 +89,9 @@ class CacheLoader:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
         if shuffle not in ("full", "block"):
             raise ConfigError(f"shuffle is {shuffle!r}; expected 'full' or 'block'")
+        for name, dropout in (("caption_dropout", caption_dropout), ("image_dropout", image_dropout)):
+            if not 0 <= dropout <= 1:
+                raise ConfigError(f"{name} is {dropout}; expected a probability, 0 to 1")
         self._cache = cache
         self._fields = list(fields)
         self._batch_size = batch_size
@@ -86,6 +100,8 @@ class CacheLoader:
         self._rank = rank
         self._world_size = world_size
         self._device = torch.device(device)
+        self._caption_dropout = caption_dropout
+        self._image_dropout = image_dropout
         self._draws = draws
         self._memory = BatchMemory(keep=PREFETCH_BATCHES + 2)
         self._consumed = 0
@@ -135,7 +151,7 @@ class CacheLoader:
                 raise CacheMismatchError(
                     f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: "
                     "the order would differ; "
-                    "resume with the same cache, seed and shuffle, or start anew"
+                    "resume with the same cache, selection of samples, seed and shuffle, or start anew"
                 )
         self._consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
 
@@ -182,7 +198,15 @@ class CacheLoader:
         samples = np.concatenate([self._order(epoch)[numbers] for epoch, numbers in self._by_epoch(turns)])
         counts = self._cache.caption_bounds[samples + 1] - self._cache.caption_bounds[samples]
         captions = draw_choice(self._seed, turns, counts)
-        arrays = dict(self._cache.read(samples, self._fields, captions, empty=self._memory.empty))
+        rows = self._cache.read(
+            samples,
+            self._fields,
+            captions,
+            drop_caption=draw_caption_dropout(self._seed, turns, self._caption_dropout),
+            drop_image=draw_image_dropout(self._seed, turns, self._image_dropout),
+            empty=self._memory.empty,
+        )
+        arrays = dict(rows)
         if self._draws is not None:
             arrays.update(self._draws(turns))
         batch = {name: torch.as_tensor(array) for name, array in arrays.items()}

@@ -8,9 +8,9 @@ and residency, and after any interruption.
 
 import numpy as np
 
-__all__ = ["draw_choice", "draw_noise", "draw_timesteps"]
+__all__ = ["draw_caption_dropout", "draw_choice", "draw_image_dropout", "draw_noise", "draw_timesteps"]
 
-_NOISE, _TIMESTEP, _CAPTION = 1, 2, 3
+_NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT = 1, 2, 3, 4, 5
 
 
 def _stream(seed: int, purpose: int, turn: int) -> np.random.Generator:
@@ -38,3 +38,19 @@ def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(counts > 1).tolist():
         choice[i] = _stream(seed, _CAPTION, int(turns[i])).integers(int(counts[i]))
     return choice
+
+
+def draw_caption_dropout(seed: int, turns: np.ndarray, probability: float) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 train without their caption, each with `probability` → (B,) bool."""
+    return _draw_dropout(seed, _CAPTION_DROPOUT, turns, probability)
+
+
+def draw_image_dropout(seed: int, turns: np.ndarray, probability: float) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 train without their image, each with `probability` → (B,) bool."""
+    return _draw_dropout(seed, _IMAGE_DROPOUT, turns, probability)
+
+
+def _draw_dropout(seed: int, purpose: int, turns: np.ndarray, probability: float) -> np.ndarray:
+    if probability == 0:
+        return np.zeros(len(turns), np.bool_)
+    return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)

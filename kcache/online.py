@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from kcache.cache import Cache
 from kcache.digests import DigestMemo, content_key
@@ -50,6 +51,7 @@ class OnlineEncoders:
         self._positions = _positions(source, self._keys)
         tables = {cache.table_of(name) for name in fields}
         self._encoders = {table: _load(cache, table, device) for table in tables}
+        self._reserved: dict[str, dict[str, torch.Tensor]] = {}
         self._decoders = ThreadPoolExecutor(num_workers or os.cpu_count() or 1, "kcache-decode")
 
     def __len__(self) -> int:
@@ -71,20 +73,50 @@ class OnlineEncoders:
         fields: Sequence[str],
         caption: int | np.ndarray = 0,
         *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
         empty: Empty = np.empty,
     ) -> dict[str, torch.Tensor]:
         """Rows of `fields` for `samples`, named and shaped as `Cache.read` gives them, just encoded.
 
-        The encoders make their own tensors, so `empty` is not called.
+        The reserved inputs are encoded once. The encoders make their own tensors, so `empty` is not called.
         """
-        numbers = np.asarray(samples, np.int64).tolist()
-        captions = np.broadcast_to(caption, len(numbers)).tolist()
+        numbers = np.asarray(samples, np.int64)
+        captions = np.broadcast_to(caption, len(numbers))
+        dropped = {"text": drop_caption, "image_embeds": drop_image}
         rows: dict[str, torch.Tensor] = {}
         for table in dict.fromkeys(self._cache.table_of(name) for name in fields):
-            contents = self._contents(table, numbers, captions)
-            encoded = _encode(self._encoders[table], contents, self._decoders)
+            mask = dropped.get(table)
+            kept = np.ones(len(numbers), np.bool_) if mask is None else ~mask
+            contents = self._contents(table, numbers[kept].tolist(), captions[kept].tolist())
+            parts = _encode(self._encoders[table], contents, self._decoders)
+            if not kept.all():
+                parts.append(self._reserved_row(table))
+            encoded = _joined(parts)
+            if not kept.all():
+                encoded = self._take(encoded, np.where(kept, np.cumsum(kept) - 1, kept.sum()))
             rows |= {name: value for name, value in encoded.items() if name in fields or name == OFFSETS}
         return rows
+
+    def _reserved_row(self, table: str) -> dict[str, torch.Tensor]:
+        if table not in self._reserved:
+            encoder = self._encoders[table]
+            self._reserved[table] = encoder.encode([encoder.reserved()])
+        return self._reserved[table]
+
+    def _take(self, rows: dict[str, torch.Tensor], positions: np.ndarray) -> dict[str, torch.Tensor]:
+        """The rows at `positions` (n,), in that order."""
+        offsets = rows.pop(OFFSETS, None)
+        taken = {}
+        for name, values in rows.items():
+            if offsets is not None and self._cache.field(name).ragged:
+                runs = values.split(offsets.diff().tolist())
+                taken[name] = torch.cat([runs[position] for position in positions.tolist()])
+            else:
+                taken[name] = values[positions]
+        if offsets is not None:
+            taken[OFFSETS] = functional.pad(offsets.diff()[positions].cumsum(0), (1, 0))
+        return taken
 
     def _contents(self, table: str, samples: list[int], captions: list[int]) -> list[Callable[[], bytes | str]]:
         if table == "text":
@@ -144,21 +176,19 @@ def _repository(cache: Cache, role: str, components: Sequence[str]) -> Repositor
 
 def _encode(
     encoder: Encoder, contents: Sequence[Callable[[], bytes | str]], pool: ThreadPoolExecutor
-) -> dict[str, torch.Tensor]:
+) -> list[dict[str, torch.Tensor]]:
     prepared: list[Any] = list(pool.map(lambda content: encoder.prepare(content()), contents))
-    parts = [
+    return [
         encoder.encode(prepared[start : start + encoder.batch_size])
         for start in range(0, len(prepared), encoder.batch_size)
     ]
-    return {name: _joined(name, [part[name] for part in parts]) for name in parts[0]}
 
 
-def _joined(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    if name != OFFSETS:
-        # Rows as the cache has them: convolutions hand out channels-last tensors, and the layout decides rounding
-        # later on.
-        return torch.cat(list(parts)).contiguous()
-    joined = [parts[0]]
-    for part in parts[1:]:
-        joined.append(part[1:] + joined[-1][-1])
-    return torch.cat(joined)
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows of several encoded batches as those of one."""
+    # Rows as the cache has them: convolutions hand out channels-last tensors, and the layout decides rounding later on.
+    rows = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0] if name != OFFSETS}
+    if OFFSETS in parts[0]:
+        lengths = torch.cat([part[OFFSETS].diff() for part in parts])
+        rows[OFFSETS] = functional.pad(lengths.cumsum(0), (1, 0))
+    return rows

@@ -30,6 +30,8 @@ _SETTLED = (
     "max_grad_norm",
     "snr_gamma",
     "mixed_precision",
+    "caption_dropout",
+    "image_dropout",
 )
 """Settings that decide the course of a run; a run that goes on must keep them."""
 

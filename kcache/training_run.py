@@ -111,6 +111,8 @@ def prepare_run(cache_path: str, config: TrainConfig) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config)
     accelerator = _make_accelerator(config)
     cache = Cache.open(cache_path, config.resolution)
+    if config.where is not None:
+        cache = cache.where(config.where)
     base = _find_base(cache, config)
     objective = _load_objective(config, base, checkpoint)
     check_contract(cache, objective, base)
@@ -220,7 +222,13 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
 
     rows: RowReader = cache
     if config.online is not None:
-        rows = OnlineEncoders(cache, open_source(config.online, need_captions=False), fields, accelerator.device)
+        source = open_source(
+            config.online,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            need_captions=False,
+        )
+        rows = OnlineEncoders(cache, source, fields, accelerator.device)
     return CacheLoader(
         rows,
         fields,
@@ -231,6 +239,8 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         world_size=accelerator.num_processes,
         device=accelerator.device,
         residency=config.residency,
+        caption_dropout=config.caption_dropout,
+        image_dropout=config.image_dropout,
         draws=draws,
     )
 

@@ -121,6 +121,28 @@ def test_captions_are_all_used_and_depend_on_the_turn_alone(cache: Cache) -> Non
     assert len(np.unique(embeds(4), axis=0)) > SAMPLES
 
 
+@pytest.mark.parametrize("residency", ["ram", "mmap"])
+def test_dropout_takes_the_reserved_rows_and_changes_nothing_else(cache: Cache, residency: str) -> None:
+    fields = ["latents", "image_embeds", "text_embeds", "text_encoder_hidden_states"]
+
+    def stream(**dropout: float) -> list[dict[str, torch.Tensor]]:
+        loader = CacheLoader(Cache.open(cache.path), fields, 1, seed=2, residency=residency, **dropout)
+        return list(islice(loader.forever(), 200))
+
+    drop = np.array([True])
+    reserved = cache.read([0], fields, drop_caption=drop, drop_image=drop)
+    dropped = {"caption": 0, "image": 0}
+    for plain, other in zip(stream(), stream(caption_dropout=0.25, image_dropout=0.5), strict=True):
+        assert torch.equal(plain["latents"], other["latents"])
+        for condition, names in {"caption": fields[2:], "image": fields[1:2]}.items():
+            is_reserved = [np.array_equal(other[name], reserved[name]) for name in names]
+            assert len(set(is_reserved)) == 1
+            dropped[condition] += is_reserved[0]
+            assert is_reserved[0] or all(torch.equal(plain[name], other[name]) for name in names)
+    assert 35 <= dropped["caption"] <= 65
+    assert 80 <= dropped["image"] <= 120
+
+
 def test_draws_join_the_batch_by_turn(cache: Cache) -> None:
     loader = CacheLoader(cache, ["latents"], 4, draws=lambda turns: {"noise": draw_noise(0, turns, (2,))})
     noise = torch.cat([batch["noise"] for batch in islice(loader.forever(), 8)])
@@ -148,6 +170,12 @@ def test_leaving_the_loop_early_ends_the_thread(cache: Cache) -> None:
 
 
 def test_wrong_settings_are_refused(cache: Cache, tmp_path: Path) -> None:
-    for wrong in ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"shuffle": "none"}, {"residency": "tape"}):
+    for wrong in (
+        {"batch_size": 0},
+        {"rank": 2, "world_size": 2},
+        {"shuffle": "none"},
+        {"residency": "tape"},
+        {"image_dropout": 2},
+    ):
         with pytest.raises(ConfigError, match="expected"):
             CacheLoader(cache, ["latents"], **{"batch_size": 1, **wrong})

@@ -5,13 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcache.noise import draw_choice, draw_noise, draw_timesteps
+from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout, draw_noise, draw_timesteps
 
 
 @given(seed=st.integers(0, 2**63), start=st.integers(0, 2**40), cut=st.integers(0, 8))
 def test_a_batch_can_be_cut_anywhere(seed: int, start: int, cut: int) -> None:
     turns = np.arange(start, start + 8)
-    for draw in (lambda t: draw_noise(seed, t, (3, 2)), lambda t: draw_timesteps(seed, t, 1000)):
+    for draw in (
+        lambda t: draw_noise(seed, t, (3, 2)),
+        lambda t: draw_timesteps(seed, t, 1000),
+        lambda t: draw_choice(seed, t, np.full(len(t), 7)),
+        lambda t: draw_caption_dropout(seed, t, 0.5),
+        lambda t: draw_image_dropout(seed, t, 0.5),
+    ):
         assert (draw(turns) == np.concatenate([draw(turns[:cut]), draw(turns[cut:])])).all()
 
 
@@ -41,7 +47,27 @@ def test_choice_stays_below_the_count_and_uses_all() -> None:
     assert set(choice[counts == 5].tolist()) == {0, 1, 2, 3, 4}
 
 
+def test_dropouts_have_their_probability_and_are_independent() -> None:
+    turns = np.arange(10_000)
+    caption, image = draw_caption_dropout(3, turns, 0.1), draw_image_dropout(3, turns, 0.1)
+    assert caption.dtype == image.dtype == np.bool_
+    assert caption.mean() == pytest.approx(0.1, abs=0.01)
+    assert image.mean() == pytest.approx(0.1, abs=0.01)
+    assert (caption & image).mean() == pytest.approx(0.01, abs=0.005)
+    assert not draw_caption_dropout(3, turns, 0.0).any()
+    assert draw_image_dropout(3, turns, 1.0).all()
+
+
+def test_a_higher_probability_drops_more_and_keeps_what_was_dropped() -> None:
+    few, more = (draw_caption_dropout(0, np.arange(1000), probability) for probability in (0.1, 0.3))
+    assert (more | ~few).all()
+    assert more.sum() > few.sum()
+
+
 def test_values_are_pinned() -> None:
     """The streams are part of what a seed means: a change of them must be a decision."""
     assert draw_noise(3, np.array([5]), (2,)).tolist() == [[1.8629230260849, 0.924121081829071]]
     assert draw_timesteps(3, np.array([5, 6, 7]), 1000).tolist() == [996, 865, 919]
+    assert draw_choice(3, np.arange(12), np.full(12, 5)).tolist() == [0, 4, 2, 2, 4, 1, 0, 4, 1, 2, 0, 4]
+    assert np.flatnonzero(draw_caption_dropout(3, np.arange(40), 0.1)).tolist() == [26, 28, 33]
+    assert np.flatnonzero(draw_image_dropout(3, np.arange(40), 0.1)).tolist() == [0, 35, 37]
