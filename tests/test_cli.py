@@ -19,9 +19,12 @@ from kcache_cli import app as cli
 from kcache_cli.build import BUILD_HELP
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
 from kcache_cli.sample import file_name
-from kcache_cli.train import DECODER_HELP, TRAIN_HELP
+from kcache_cli.train import DECODER_HELP, PRIOR_HELP
 
-COMMANDS = ("cache-build", "cache-info", "train-prior", "train-decoder", "sample", "demo")
+COMMANDS = (
+    "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
+    "train-prior", "train-decoder", "sample", "demo",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +96,8 @@ def test_every_command_shows_examples(command: str) -> None:
 def test_every_setting_is_a_flag() -> None:
     train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
     assert set(BUILD_HELP) == {field.name for field in dataclasses.fields(BuildConfig)}
-    assert set(DECODER_HELP) == train_fields
-    assert set(TRAIN_HELP) == train_fields - {"resolution"}
+    assert set(DECODER_HELP) == train_fields - {"caption_dropout"}
+    assert set(PRIOR_HELP) == train_fields - {"resolution", "image_dropout"}
 
 
 def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +157,21 @@ def test_rejected_inputs_are_named(run: Any, inputs: Path, tmp_path: Path) -> No
 
 def test_dry_run_writes_nothing(run: Any, inputs: Path, tmp_path: Path) -> None:
     ran = run(*build_arguments(inputs, tmp_path / "cache"), "--dry-run")
-    assert "latents-32: 4 rows to encode" in ran.out
+    assert "latents-32: 4 rows to encode (the table is new: 4 images)" in ran.out
+    assert "decoder: saves " in ran.out
     assert not (tmp_path / "cache").exists()
+
+
+def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_path: Path) -> None:
+    cache, tars, merged = (str(tmp_path / name) for name in ("cache", "tars", "merged"))
+    run(*build_arguments(inputs, tmp_path / "cache"))
+    assert run("cache-convert", cache, tars, "--format", "webdataset").out.startswith(f"{tars}: 4 samples")
+    assert json.loads(run("cache-merge", merged, cache, cache, "--json").out)["samples"] == 4
+    (tmp_path / "merged" / ".tmp-1-dead").write_bytes(b"half a file")
+    assert "1 path would be removed" in run("cache-gc", merged, "--dry-run").out
+    assert json.loads(run("cache-gc", merged, "--json").out)["paths"] == [".tmp-1-dead"]
+    assert run("cache-convert", cache, str(tmp_path / "new"), "--format", "tar").status == 1
+    assert run("cache-merge", str(tmp_path / "new"), cache, tars).status == 1
 
 
 def test_errors_are_one_message_and_an_exit_code(run: Any, tmp_path: Path) -> None:

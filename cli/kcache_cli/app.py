@@ -1,6 +1,7 @@
 """The `kcache` command: its list of commands, and what becomes of an error."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,10 +10,14 @@ import typer
 
 from kcache.errors import KcacheError
 from kcache_cli.build import cache_build
+from kcache_cli.collect import cache_gc
+from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
 from kcache_cli.info import cache_info
+from kcache_cli.merge import cache_merge
 from kcache_cli.sample import sample
 from kcache_cli.train import refuse_cached_flags, train_decoder, train_prior
+from kcache_cli.verify import cache_verify
 
 __all__ = ["app", "dashed", "main"]
 
@@ -27,6 +32,10 @@ app = typer.Typer(
 )
 app.command("cache-build", no_args_is_help=True)(cache_build)
 app.command("cache-info", no_args_is_help=True)(cache_info)
+app.command("cache-verify", no_args_is_help=True)(cache_verify)
+app.command("cache-convert", no_args_is_help=True)(cache_convert)
+app.command("cache-merge", no_args_is_help=True)(cache_merge)
+app.command("cache-gc", no_args_is_help=True)(cache_gc)
 app.command("train-prior", no_args_is_help=True)(train_prior)
 app.command("train-decoder", no_args_is_help=True)(train_decoder)
 app.command("sample", no_args_is_help=True)(sample)
@@ -45,7 +54,11 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt."""
+    """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt.
+
+    Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     arguments = dashed(sys.argv[1:])
     try:
         refuse_cached_flags(arguments)

@@ -13,7 +13,8 @@ from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
-    from kcache.build import BuildPreview, BuildResult
+    from kcache.build import BuildResult
+    from kcache.estimate import BuildEstimate
 
 __all__ = ["BUILD_HELP", "cache_build"]
 
@@ -34,6 +35,7 @@ BUILD_HELP = {
     "dtype": "Dtype of the stored rows.",
     "rows_per_shard": "Rows of one shard. What makes about 256 MB when left out.",
     "num_workers": "Threads that decode images. One per core when left out.",
+    "worker": "Which of several builders this is, as I/N counted from 0. Asked of torchrun or Slurm when left out.",
     "rehash": "Read every file again, instead of trusting that an unchanged size and time mean unchanged content.",
     "retry_rejected": "Try again the inputs that an earlier build rejected.",
 }
@@ -43,11 +45,18 @@ BUILD_HELP = {
 def cache_build(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Folder of images, saved dataset, parquet files, or Hub dataset id."),
+        typer.Argument(
+            metavar="SOURCE", help="Folder of images, webdataset tars, saved dataset, parquet files, or Hub dataset id."
+        ),
     ],
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache; made when it does not exist.")],
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be encoded, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be encoded and why, how long it takes and what it saves; write nothing."
+        ),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when any input was rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **settings: Any,
@@ -55,23 +64,30 @@ def cache_build(
     """Encode what is missing from a cache.
 
     Where nothing is missing that takes seconds. A build may be interrupted at any moment and run again: what was
-    committed is kept. Inputs that cannot be encoded are named in CACHE/rejected.jsonl, with the reason, and cost
-    nothing else.
+    committed is kept. Several processes may build one cache together, on one machine or many. Inputs that cannot be
+    encoded are named in CACHE/rejected.jsonl, with the reason, and cost nothing else.
 
     \b
     Examples:
       kcache cache-build photos/ caches/photos-768
       kcache cache-build photos/ caches/photos --resolution 512 --resolution 768 --mixed-precision fp16
       kcache cache-build lambdalabs/naruto-blip-captions caches/naruto --stage prior --dry-run
+      torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
     """
-    from kcache.build import build_cache, plan_build
+    from kcache.build import build_cache
 
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
-        _print_preview(plan_build(source, cache, config), as_json)
+        from kcache.estimate import estimate_build
+
+        _print_estimate(estimate_build(source, cache, config, say=note), config.batch_size, as_json)
         return
-    with Report() as report:
-        result = build_cache(source, cache, config, report=partial(show_build, report))
+    try:
+        with Report() as report:
+            result = build_cache(source, cache, config, report=partial(show_build, report))
+    except (KeyboardInterrupt, SystemExit):
+        note(f"stopped; what was committed to {cache} is kept: run the same command to go on")
+        raise
     _print_result(result, as_json)
     if strict and result.rejected:
         raise RejectedInputsError(
@@ -79,14 +95,22 @@ def cache_build(
         )
 
 
-def _print_preview(preview: "BuildPreview", as_json: bool) -> None:
+def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> None:
     if as_json:
-        say(json.dumps(dataclasses.asdict(preview), indent=2))
+        say(json.dumps(dataclasses.asdict(estimate), indent=2))
         return
-    for table, missing in preview.missing.items():
-        say(f"{table}: {count_text(missing, 'row')} to encode" if missing else f"{table}: 0 to do")
-    for line in preview.notes:
+    for line in estimate.notes:
         note(line)
+    for name, table in estimate.tables.items():
+        size = f", {bytes_text(table.bytes)}" if table.bytes else ""
+        todo = f"{count_text(table.missing, 'row')} to encode ({table.why}){size}, {duration_text(table.seconds)}"
+        say(f"{name}: {todo}" if table.missing else f"{name}: 0 to do")
+        if table.unused:
+            say(f"{name}: {count_text(table.unused, 'row')} that no sample uses any more: see `kcache cache-gc`")
+    say(f"{bytes_text(estimate.bytes)} to write, about {duration_text(estimate.seconds)}")
+    for stage, saving in estimate.savings.items():
+        step = f"{saving.sample_seconds * batch:.2g} s a step of {batch}"
+        say(f"{stage}: saves {step} against --online, pays back after {saving.epochs:.2g} epochs")
 
 
 def _print_result(result: "BuildResult", as_json: bool) -> None:

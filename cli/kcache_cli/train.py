@@ -12,7 +12,7 @@ from kcache.errors import ConfigError
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, say, show_training
 
-__all__ = ["TRAIN_HELP", "refuse_cached_flags", "train_decoder", "train_prior"]
+__all__ = ["DECODER_HELP", "PRIOR_HELP", "refuse_cached_flags", "train_decoder", "train_prior"]
 
 TRAIN_HELP = {
     "output_dir": "Run directory: configuration, metrics, checkpoints and the trained network.",
@@ -42,18 +42,23 @@ TRAIN_HELP = {
     "shuffle": "A new permutation of all samples each epoch, or of blocks of neighbours for slow disks.",
     "seed": "Decides order, captions, noise and timesteps.",
     "deterministic": "Use only deterministic CUDA kernels, so that a run can be repeated bit for bit.",
+    "where": 'Train only on samples for which this holds, such as "width >= 512 and tokens <= 40".',
     "online": "A source, as for cache-build: run the frozen encoders in the loop instead of reading their rows.",
+    "image_column": "Column of the --online source that holds the image.",
+    "caption_column": "Column of the --online source that holds the captions.",
+}
+PRIOR_HELP = TRAIN_HELP | {
+    "caption_dropout": "Share of samples that come without their caption, for classifier-free guidance.",
 }
 DECODER_HELP = TRAIN_HELP | {
     "resolution": "Which latents to read, by their side in pixels. The only ones there are when left out.",
+    "image_dropout": "Share of samples that come without their image embedding, for classifier-free guidance.",
 }
 
 DECIDED_BY_CACHE = (
     "--dataset-name",
     "--dataset-config-name",
     "--train-data-dir",
-    "--image-column",
-    "--caption-column",
     "--max-train-samples",
 )
 """Flags of diffusers' training scripts that say what the cache already is."""
@@ -61,7 +66,7 @@ DECIDED_BY_CACHE = (
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache to train from.")]
 
 
-@with_flags(TrainConfig, TRAIN_HELP)
+@with_flags(TrainConfig, PRIOR_HELP)
 def train_prior(cache: CacheArgument, **settings: Any) -> None:
     """Train the prior: from caption to image embedding.
 
