@@ -29,7 +29,7 @@ class Progress:
     """How far a run has come."""
 
     step: int
-    """Optimizer steps done, those of earlier sessions of the run included."""
+    """Optimizer steps done, those of earlier starts of the run included."""
     max_steps: int
     loss: float
     """Mean over the steps since the last report."""
@@ -45,7 +45,7 @@ class TrainResult:
 
     output_dir: str
     step: int
-    """Optimizer steps done, those of earlier sessions of the run included."""
+    """Optimizer steps done, those of earlier starts of the run included."""
     loss: float | None
     """Mean over the last steps reported; None when nothing was left to do."""
     seconds: float

@@ -61,7 +61,7 @@ class TrainingRun:
     """Samples per optimizer step, of all processes and accumulated batches."""
     max_steps: int
     first_step: int = 0
-    """Optimizer steps done by earlier sessions of the run."""
+    """Optimizer steps done by earlier starts of the run."""
 
     @property
     def output_dir(self) -> Path:

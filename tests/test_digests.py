@@ -52,7 +52,7 @@ def test_captions_share_a_key_only_when_equal(first: str, second: str) -> None:
 
 
 @pytest.mark.usefixtures("later")
-def test_unchanged_file_is_read_once_across_sessions(tmp_path: Path) -> None:
+def test_unchanged_file_is_read_once_across_runs(tmp_path: Path) -> None:
     file, reader = tmp_path / "a.png", Reader()
     file.write_bytes(b"a")
     for _ in range(3):
