@@ -83,7 +83,10 @@ def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report 
     cannot be cached are named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
     CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
-    return complete(survey(source, cache, config, partial(_say, report)), report=report)
+    job = survey(source, cache, config, partial(_say, report))
+    for note in job.notes:
+        _say(report, note)
+    return complete(job, report=report)
 
 
 def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
@@ -116,7 +119,7 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
         rejected=manifest.rejected,
         tables=tables,
         seconds=time.perf_counter() - start,
-        notes=job.notes,
+        notes=(job.source.description, *job.notes),
     )
 
 
@@ -135,7 +138,7 @@ def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
         refused=len(job.refused),
         missing={table.recipe.table: len(table.keys) for table in plan.tables},
         why=why_missing(job, states, plan),
-        notes=job.notes,
+        notes=(job.source.description, *job.notes),
     )
 
 

@@ -116,7 +116,7 @@ def estimate_build(
         bytes=size if config.format == "zarr" else _tar_bytes(job, tokens),
         seconds=seconds,
         savings=_savings(job, tables, seconds),
-        notes=job.notes,
+        notes=(job.source.description, *job.notes),
     )
 
 

@@ -35,6 +35,7 @@ class Inventory:
     decoder: Repository | None
     recipes: Mapping[str, Recipe]
     notes: tuple[str, ...]
+    """Which tables of the cache are of another recipe than the wanted one, in words."""
 
     def wanted(self, table: str) -> list[bytes]:
         """The keys that `table` should hold, in sample order, the reserved row first."""
@@ -107,7 +108,7 @@ def take_inventory(source: str, folder: Path, config: BuildConfig, say: Callable
         prior=prior,
         decoder=decoder,
         recipes=recipes,
-        notes=(opened.description, *_recipe_notes(folder, recipes)),
+        notes=tuple(_recipe_notes(folder, recipes)),
     )
 
 
@@ -153,7 +154,7 @@ def _recipe_notes(folder: Path, recipes: Mapping[str, Recipe]) -> list[str]:
     for name, found in _manifest_recipes(folder).items():
         if found.fingerprint != recipes[name].fingerprint:
             differences = "; ".join(recipe_differences(found, recipes[name]))
-            notes.append(f"{name} in the cache is of another recipe and is encoded anew ({differences})")
+            notes.append(f"{name} in the cache is of another recipe, its rows are not used ({differences})")
     return notes
 
 

@@ -101,8 +101,8 @@ def test_captions_are_optional_when_not_needed(tmp_path: Path) -> None:
     [
         (None, "no caption"),
         ([], "no caption"),
-        (7, "an? int"),
-        ({"en": "a"}, "a dict"),
+        (7, "of type int"),
+        ({"en": "a"}, "of type dict"),
         (["fine", None], "NoneType"),
         ("nul \0 inside", "NUL"),
         ("half \ud83d pair", "lone surrogate"),
@@ -114,6 +114,11 @@ def test_bad_caption_costs_its_image_only(tmp_path: Path, caption: object, reaso
     source = open_source(str(tmp_path))
     assert offered(source) == {"b.jpg": ("good",)}
     assert re.search(reason, reasons(source)["a.jpg"])
+
+
+def test_one_image_is_not_called_several(tmp_path: Path) -> None:
+    write(tmp_path, {"metadata.jsonl": metadata({"file_name": "a.jpg", "text": "a"}), "a.jpg": b""})
+    assert open_source(str(tmp_path)).description.startswith("imagefolder: 1 image, captions")
 
 
 def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path) -> None:

@@ -99,8 +99,6 @@ def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> Non
     if as_json:
         say(json.dumps(dataclasses.asdict(estimate), indent=2))
         return
-    for line in estimate.notes:
-        note(line)
     for name, table in estimate.tables.items():
         size = f", {bytes_text(table.bytes)}" if table.bytes else ""
         todo = f"{count_text(table.missing, 'row')} to encode ({table.why}){size}, {duration_text(table.seconds)}"
@@ -117,8 +115,6 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
     if as_json:
         say(json.dumps(dataclasses.asdict(result), indent=2))
         return
-    for line in result.notes:
-        note(line)
     for name, table in result.tables.items():
         say(f"{name}: {table.encoded:,} encoded, {table.present:,} present before, {bytes_text(table.bytes)}")
     if not any(table.encoded for table in result.tables.values()):

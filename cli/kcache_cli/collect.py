@@ -42,3 +42,7 @@ def cache_gc(
     say(f"{count_text(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
     if garbage.unused_bytes and not compact:
         say(f"about {bytes_text(garbage.unused_bytes)} of unused rows in shards that stay; --compact frees them too")
+    elif garbage.unused_bytes:
+        say(
+            f"about {bytes_text(garbage.unused_bytes)} would be freed by writing shards again without their unused rows"
+        )

@@ -109,9 +109,10 @@ def _compare(
 def show_verify(report: Report, progress: "VerifyProgress") -> None:
     """Megabytes read, their rate and the time left."""
     rate = progress.done / progress.seconds if progress.seconds else 0.0
-    left = duration_text((progress.total - progress.done) / rate) if rate else "unknown time"
+    left = duration_text(max(0, progress.total - progress.done) / rate) if rate else "unknown time"
     detail = f"MB, {rate / 1e9:.2f} GB/s, {left} left"
-    report.show("verify", progress.done // 10**6, progress.total // 10**6, detail)
+    # Rounded up, so that a small cache has something to be done, too.
+    report.show("verify", -(-progress.done // 10**6), -(-progress.total // 10**6), detail)
 
 
 def _about(result: "VerifyResult") -> dict[str, Any]:

@@ -49,7 +49,9 @@ def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
 
 def _check_caption(caption: object) -> None:
     if not isinstance(caption, str):
-        raise InputRejected("source", f"caption is {_short(caption)}, a {type(caption).__name__}; expected a string")
+        raise InputRejected(
+            "source", f"caption is {_short(caption)}, of type {type(caption).__name__}; expected a string"
+        )
     if "\0" in caption:
         raise InputRejected("source", f"caption {_short(caption)} contains a NUL character; remove it")
     try:

@@ -199,7 +199,7 @@ def _folder_source(
             "each, a.txt beside a.jpg"
         )
     chosen = sorted(samples.items())[:max_train_samples]
-    description = f"{kind}: {len(chosen):,} images, {origin}"
+    description = f"{kind}: {len(chosen):,} image{'s' if len(chosen) != 1 else ''}, {origin}"
     return FolderSource(description=description, refused=refusals, root=root, samples=chosen)
 
 

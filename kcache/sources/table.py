@@ -224,8 +224,9 @@ def _open_rows(
         )
     captioned = any(captions for _, _, captions in samples)
     origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
+    plural = "s" if len(samples) != 1 else ""
     return TableSource(
-        description=f"{kind}: {len(samples):,} images from column {request.image_column!r}, {origin}",
+        description=f"{kind}: {len(samples):,} image{plural} from column {request.image_column!r}, {origin}",
         refused=refusals,
         parts=parts,
         samples=samples,

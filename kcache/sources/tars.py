@@ -127,10 +127,11 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
             f"{len(tars)} webdataset tars offer no sample ({examples}); expected plain tars with members such as "
             "0001.jpg and 0001.txt side by side; correct the tars"
         )
-    used = len({sample.tar for sample in found.samples})
+    images, used = len(found.samples), len({sample.tar for sample in found.samples})
+    counts = f"{images:,} image{'s' if images != 1 else ''} in {used:,} tar{'s' if used != 1 else ''}"
     origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
     return TarSource(
-        description=f"webdataset: {len(found.samples):,} images in {used:,} tar{'s' if used != 1 else ''}, {origin}",
+        description=f"webdataset: {counts}, {origin}",
         refused=refusals,
         tars=tars,
         samples=found.samples,
