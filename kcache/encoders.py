@@ -1,21 +1,18 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from diffusers import VQModel
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
-from transformers.utils import logging as transformers_logging
 
 from kcache.errors import InputRejected, ModelError
 from kcache.pixels import clip_pixels, clip_processor, decode_image, movq_pixels
+from kcache.pretrained import load_pretrained
 from kcache.recipe import Recipe
 from kcache.repositories import Repository
 
@@ -197,47 +194,11 @@ class _Frozen:
 def _load_network(
     kind: type[Any], repository: Repository, component: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    path = repository.path / component
-    # diffusers and transformers name the argument differently.
-    dtype_name = "torch_dtype" if kind is VQModel else "dtype"
-    try:
-        with _without_bars():
-            network, loading = kind.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
-    # Both libraries fill what the file lacks with random numbers.
-    lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]]
-    if lacking:
-        raise ModelError(
-            f"{path} lacks weights of {kind.__name__}, or has them in other shapes: {', '.join(lacking[:3])} "
-            f"({len(lacking)} in all); expected those that its config.json describes; fetch the repository again"
-        )
+    network = load_pretrained(kind, repository.path / component, dtype)
     if kind is VQModel:
         # Only the encoder half is used.
         del network.decoder, network.quantize, network.post_quant_conv
     return network.eval().requires_grad_(False).to(device)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the libraries' own progress bars off the screen, and leave them as the user has set them."""
-    switches = [
-        (library.disable_progress_bar, library.enable_progress_bar)
-        for library in (diffusers_logging, transformers_logging)
-        if library.is_progress_bar_enabled()
-    ]
-    hub_bars = not are_progress_bars_disabled()  # transformers turns these on and off with its own
-    for disable, _ in switches:
-        disable()
-    try:
-        yield
-    finally:
-        for _, enable in switches:
-            enable()
-        if not hub_bars:
-            disable_progress_bars()
 
 
 def load_tokenizer(prior: Repository) -> CLIPTokenizer:

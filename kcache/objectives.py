@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kcache.errors import ModelError
+from kcache.packing import allow_packing, predict_packed
 
 __all__ = ["Batch", "DecoderObjective", "Objective", "PriorObjective"]
 
@@ -28,8 +29,12 @@ class PriorObjective(torch.nn.Module):
     noised_field = "image_embeds"
     """The field that noise is added to: noise has the shape of its rows."""
 
-    def __init__(self, prior: PriorTransformer) -> None:
+    def __init__(self, prior: PriorTransformer, *, packed: bool = True) -> None:
+        """`packed` runs the network on valid tokens only, with the same result; see `kcache.packing`."""
         super().__init__()
+        if packed:
+            allow_packing(prior)
+        self._packed = packed
         # Constants of the model, kept as parameters: forward never uses them, and data-parallel training stops with an
         # error at parameters that want a gradient and get none.
         prior.clip_mean.requires_grad_(False)
@@ -49,25 +54,34 @@ class PriorObjective(torch.nn.Module):
         }
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean loss of a batch, a float32 scalar.
+        """The mean loss of a batch, a float32 scalar, weighted by `snr_gamma` (see `_weighted_mse`).
+
+        The arguments are those of `predict`.
+        """
+        return _weighted_mse(*self.predict(batch, noise, timesteps), self.scheduler, timesteps, snr_gamma)
+
+    def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network predicts, and what it should: the normalised image_embeds, both (B, D).
 
         `batch`: image_embeds (B, D), text_embeds (B, D), text_encoder_hidden_states (T, D) with the valid tokens of all
         captions behind each other, text_offsets (B + 1,) int64: caption i is tokens text_offsets[i] to text_offsets[i
         + 1]. `noise` (B, D) float32, `timesteps` (B,) int64. Rows may be float16.
         """
-        image_embeds = batch["image_embeds"].float()
-        hidden_states, mask = pad_text(
-            batch["text_encoder_hidden_states"].float(), batch["text_offsets"], self.network.config.num_embeddings
-        )
-        target = (image_embeds - self.network.clip_mean) / self.network.clip_std
-        prediction = self.network(
-            self.scheduler.add_noise(target, noise, timesteps),
+        network, offsets = self.network, batch["text_offsets"]
+        text_embeds, hidden_states = batch["text_embeds"].float(), batch["text_encoder_hidden_states"].float()
+        target = (batch["image_embeds"].float() - network.clip_mean) / network.clip_std
+        noisy = self.scheduler.add_noise(target, noise, timesteps)
+        if self._packed:
+            return predict_packed(network, noisy, timesteps, text_embeds, hidden_states, offsets), target
+        hidden_states, mask = pad_text(hidden_states, offsets, network.config.num_embeddings)
+        prediction = network(
+            noisy,
             timestep=timesteps,
-            proj_embedding=batch["text_embeds"].float(),
+            proj_embedding=text_embeds,
             encoder_hidden_states=hidden_states,
             attention_mask=mask,
         ).predicted_image_embedding
-        return _weighted_mse(prediction, target, self.scheduler, timesteps, snr_gamma)
+        return prediction, target
 
     forward = loss
 
@@ -97,7 +111,14 @@ class DecoderObjective(torch.nn.Module):
         return {"image_embeds": (config.encoder_hid_dim,), "latents": (config.in_channels, None, None)}
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean loss of a batch, a float32 scalar.
+        """The mean loss of a batch, a float32 scalar, weighted by `snr_gamma` (see `_weighted_mse`).
+
+        The arguments are those of `predict`.
+        """
+        return _weighted_mse(*self.predict(batch, noise, timesteps), self.scheduler, timesteps, snr_gamma)
+
+    def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network predicts, and what it should: the noise, both (B, 4, h, w).
 
         `batch`: image_embeds (B, D), latents (B, 4, h, w). `noise` (B, 4, h, w) float32, `timesteps` (B,) int64. Rows
         may be float16. The network's last four channels predict a variance; nothing trains them, as in the upstream
@@ -110,7 +131,7 @@ class DecoderObjective(torch.nn.Module):
             encoder_hidden_states=None,
             added_cond_kwargs={"image_embeds": batch["image_embeds"].float()},
         ).sample[:, : latents.shape[1]]
-        return _weighted_mse(prediction, noise, self.scheduler, timesteps, snr_gamma)
+        return prediction, noise
 
     forward = loss
 

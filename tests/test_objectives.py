@@ -12,9 +12,9 @@ from kcache.errors import ModelError
 from kcache.objectives import DecoderObjective, Objective, PriorObjective, pad_text
 
 
-def load_objective(oracle: Path, stage: str) -> Objective:
+def load_objective(oracle: Path, stage: str, *, packed: bool = True) -> Objective:
     if stage == "prior":
-        return PriorObjective(PriorTransformer.from_pretrained(oracle / "prior", subfolder="prior"))
+        return PriorObjective(PriorTransformer.from_pretrained(oracle / "prior", subfolder="prior"), packed=packed)
     unet = UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet")
     return DecoderObjective(unet, DDPMScheduler.from_pretrained(oracle / "decoder", subfolder="scheduler"))
 

@@ -19,6 +19,10 @@ def sample(
     decoder: Annotated[
         str, typer.Option(help="Run directory, or a decoder pipeline's folder or Hub id.")
     ] = DECODER_REPO,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Run directory or file of a LoRA, of either network; may be repeated.", metavar="<str>"),
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the decoder.")] = 50,
     prior_num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the prior.")] = 25,
@@ -31,12 +35,13 @@ def sample(
 ) -> None:
     """Draw pictures from prompts.
 
-    The stock diffusers pipelines draw, with networks from run directories or published ones.
+    The stock diffusers pipelines draw, with networks from run directories or published ones, and with LoRAs added.
 
     \b
     Examples:
       kcache sample "a red fox in the snow" --prior runs/prior --decoder runs/decoder
       kcache sample "a fox" "an owl" --decoder runs/decoder --output-dir pictures --seed 7
+      kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
     """
     from kcache.sampling import sample as draw
 
@@ -44,6 +49,7 @@ def sample(
         prompts,
         prior=prior,
         decoder=decoder,
+        lora=lora or (),
         num_inference_steps=num_inference_steps,
         prior_num_inference_steps=prior_num_inference_steps,
         guidance_scale=guidance_scale,

@@ -1,0 +1,61 @@
+"""Networks from files: whole, of safetensors only, and without the libraries' progress bars."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from kcache.errors import ModelError
+
+__all__ = ["load_pretrained", "without_bars"]
+
+
+def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
+    """The network of class `kind` in the folder `path`, on the CPU in `dtype`.
+
+    Raises ModelError when it cannot be loaded or lacks weights.
+    """
+    # diffusers and transformers name the argument differently.
+    dtype_name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
+    try:
+        with without_bars():
+            network, loading = kind.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
+    # Both libraries fill what the file lacks with random numbers.
+    lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]]
+    if lacking:
+        raise ModelError(
+            f"{path} lacks weights of {kind.__name__}, or has them in other shapes: {', '.join(lacking[:3])} "
+            f"({len(lacking)} in all); expected those that its config.json describes; fetch the repository again"
+        )
+    return network
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the libraries' own progress bars off the screen, and leave them as the user has set them."""
+    switches = [
+        (library.disable_progress_bar, library.enable_progress_bar)
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    hub_bars = not are_progress_bars_disabled()  # transformers turns these on and off with its own
+    for disable, _ in switches:
+        disable()
+    try:
+        yield
+    finally:
+        for _, enable in switches:
+            enable()
+        if not hub_bars:
+            disable_progress_bars()
