@@ -1,9 +1,8 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, in a folder that is whole or not there.
 
-`checkpoint-500/` holds the network in diffusers' layout (`prior/` or `unet/`, loadable by `from_pretrained`),
-`optimizer.safetensors` with the optimizer's tensors by parameter name, and `state.json` with everything else and with
-the size and sha256 of every other file. There are no random states: order, noise and timesteps follow from seed and
-position.
+`checkpoint-500/` holds what the run writes there, and `state.json` with the rest of the run's state and with the size
+and sha256 of every other file: it is written last and seals the folder. There are no random states: order, noise and
+timesteps follow from seed and position.
 """
 
 import hashlib
@@ -11,14 +10,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from diffusers import ModelMixin
-from safetensors.torch import load_file, save_file
 
 from kcache.durable import publish, remove, sync_folder, temporary_path, write_json
 from kcache.errors import RunError
@@ -29,16 +24,13 @@ __all__ = [
     "checkpoint_steps",
     "latest_checkpoint",
     "open_checkpoint",
-    "restore_optimizer",
     "save_checkpoint",
-    "trainable_parameters",
 ]
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1
 STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,23 +47,20 @@ class Checkpoint:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    *,
-    network_name: str,
-    network: ModelMixin,
-    optimizer: torch.optim.Optimizer,
+    write: Callable[[Path], None],
     state: Mapping[str, Any],
     total_limit: int | None = None,
 ) -> Path:
     """Write checkpoint-`step` into `run_dir` and only then remove the oldest beyond `total_limit`.
 
-    `state` is what `Checkpoint.state` will return: JSON values only. A checkpoint of the same step is replaced.
+    `write` puts the files into the folder that it is given. `state` is what `Checkpoint.state` will return: JSON values
+    only. A checkpoint of the same step is replaced.
     """
     final = run_dir / f"checkpoint-{step}"
     temporary = temporary_path(run_dir)
     try:
         temporary.mkdir()
-        network.save_pretrained(temporary / network_name)
-        save_file(_optimizer_tensors(optimizer, network), temporary / OPTIMIZER_FILE)
+        write(temporary)
         body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
         body = json.loads(canonical_json(body))
         write_json(temporary / STATE_FILE, {**body, "digest": _digest(body)})
@@ -142,38 +131,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if isinstance(error, RunError):
             raise
         raise _broken(path, f"{STATE_FILE} does not say what a checkpoint's does ({error!r})") from error
-
-
-def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, network: ModelMixin) -> None:
-    """Give `optimizer`, made over `trainable_parameters(network)`, the checkpoint's tensors; its settings stay its own.
-
-    Raises RunError when the checkpoint's parameters are not the network's.
-    """
-    stored: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(checkpoint.path / OPTIMIZER_FILE).items():
-        name, _, entry = key.rpartition(".")
-        stored.setdefault(name, {})[entry] = tensor
-    names = list(trainable_parameters(network))
-    foreign = stored.keys() - set(names)
-    if foreign:
-        raise RunError(
-            f"{checkpoint.path / OPTIMIZER_FILE} has {len(foreign)} parameters that the network does not train, "
-            f"such as {min(foreign)}; expected those of {type(network).__name__}; resume with the stage that wrote it"
-        )
-    # Parameters without an entry have never had a gradient, as the optimizer would have made one.
-    state = {index: stored[name] for index, name in enumerate(names) if name in stored}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def trainable_parameters(network: ModelMixin) -> dict[str, torch.nn.Parameter]:
-    """The parameters that learn, by name, in the order in which the optimizer holds them."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, network: ModelMixin) -> dict[str, torch.Tensor]:
-    names = list(trainable_parameters(network))
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}.{entry}": tensor for i, entries in state.items() for entry, tensor in entries.items()}
 
 
 def _sync_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -119,10 +119,14 @@ class TrainConfig:
     """Folder or Hub id of the decoder pipeline; None takes the one that the cache was built with."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repositories."""
+    cache_dir: str | None = None
+    """Where downloaded repositories are kept; None takes the Hub's own place (HF_HOME)."""
     resolution: int | None = None
     """Which latents table the decoder reads, in pixels; None takes the only one there is."""
     where: str | None = None
     """Train only on samples for which this holds, e.g. "width >= 512 and tokens <= 40"; see `Cache.where`."""
+    val_fraction: float = 0.0
+    """Share of images held out for validation: the same ones in every run, whatever is added to the cache."""
     caption_dropout: float = 0.0
     """Share of samples that the prior sees without their caption, for classifier-free guidance."""
     image_dropout: float = 0.0
@@ -155,18 +159,56 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm before each optimizer step."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's state in 8 bits, by bitsandbytes."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights: it becomes the result, the raw weights stay beside it."""
+    ema_decay: float = 0.9999
+    """Share of itself that the average keeps in a step, reached after some thousand steps of warm-up."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank and leave the network's own weights; None trains those."""
+    lora_alpha: float | None = None
+    """The adapters' output is scaled by alpha / rank; None takes the rank, which scales by 1."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs that are zeroed in training."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the layers that get adapters; empty takes all projections of the attention."""
     snr_gamma: float | None = None
     """Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5.0 is the paper's value, None weighs all alike."""
     mixed_precision: MixedPrecision = "no"
     """Autocast dtype of forward and backward; weights and optimizer stay float32."""
     allow_tf32: bool = False
     """Let float32 matrix products use TF32 on CUDA."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
+    packing: bool = True
+    """Run the prior on valid tokens only and leave padding out: the same result from a quarter of the arithmetic."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Who computes attention: torch's scaled_dot_product_attention, or xformers."""
     checkpointing_steps: int = 500
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = None
     """Keep only the newest so many checkpoints; None keeps all."""
     resume_from_checkpoint: str | None = None
     """A checkpoint's path, or "latest"."""
+    validation_epochs: int = 5
+    """Passes over the samples between validations; there is always one at the end."""
+    validation_steps: int | None = None
+    """Optimizer steps between validations; overrides validation_epochs."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts that are drawn at each validation, always from the same noise."""
+    num_validation_images: int = 1
+    """Pictures per validation prompt."""
+    report_to: str = "tensorboard"
+    """Tracker beside metrics.jsonl, by accelerate's name: tensorboard (if installed), wandb, …, "all" or "none"."""
+    tracker_project_name: str = "text2image-fine-tune"
+    """What the tracker calls the project."""
+    logging_dir: str = "logs"
+    """Folder in the run directory for trackers that write files."""
+    push_to_hub: bool = False
+    """Upload the result when training is done; the token comes from HF_TOKEN or `hf auth login`."""
+    hub_model_id: str | None = None
+    """Repository to upload to; None takes the run directory's name, under the token's owner."""
     residency: Literal["auto", "ram", "mmap"] = "auto"
     """Where the rows wait: whole tables in RAM, or memory-mapped files; "auto" decides by size."""
     shuffle: Literal["full", "block"] = "full"
@@ -180,6 +222,7 @@ class TrainConfig:
         _check_choice("stage", self.stage, ("prior", "decoder"))
         _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
         _check_choice("--lr-scheduler", self.lr_scheduler, get_args(LrScheduler))
+        _check_choice("--attention", self.attention, ("sdpa", "xformers"))
         _check_choice("--residency", self.residency, ("auto", "ram", "mmap"))
         _check_choice("--shuffle", self.shuffle, ("full", "block"))
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
@@ -196,6 +239,26 @@ class TrainConfig:
                 "decides what is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
             )
         _check_at_least("--max-train-steps", self.max_train_steps, 1)
+        _check_at_least("--validation-epochs", self.validation_epochs, 1)
+        _check_at_least("--validation-steps", self.validation_steps, 1)
+        _check_at_least("--num-validation-images", self.num_validation_images, 1)
+        _check_at_least("--lora-rank", self.lora_rank, 1)
+        _check_probability("--val-fraction", self.val_fraction)
+        _check_probability("--ema-decay", self.ema_decay)
+        _check_probability("--lora-dropout", self.lora_dropout)
+        self._check_lora()
         _check_at_least("--checkpoints-total-limit", self.checkpoints_total_limit, 1)
         _check_at_least("--lr-warmup-steps", self.lr_warmup_steps, 0)
         _check_at_least("--seed", self.seed, 0)
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is not None:
+            return
+        given = {
+            "--lora-alpha": self.lora_alpha is not None,
+            "--lora-dropout": self.lora_dropout > 0,
+            "--lora-target-modules": bool(self.lora_target_modules),
+        }
+        for flag, is_given in given.items():
+            if is_given:
+                raise ConfigError(f"{flag} is for adapters; expected a --lora-rank beside it, e.g. --lora-rank 16")

@@ -4,17 +4,14 @@ Beside the trained network stand the base repository's other components, as link
 `model_index.json`, which is written last: the folder is a pipeline only once it is whole.
 """
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import ModelMixin
 
-from kcache.durable import publish, remove, temporary_path, write_bytes, write_json
+from kcache.durable import publish, remove, temporary_path, write_json
 from kcache.repositories import Repository, component_config
 
 __all__ = ["COMPONENTS", "export_run"]
@@ -37,37 +34,11 @@ _COMPONENT_CLASSES = {
     "movq": ("diffusers", "VQModel"),
 }
 
-_LOAD_PRIOR = """\
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-prior = DiffusionPipeline.from_pretrained({run!r})
-components = {{"prior_" + name: component for name, component in prior.components.items()}}
-pipeline = AutoPipelineForText2Image.from_pretrained({decoder!r}, **components)
-image = pipeline("a red fox in the snow").images[0]
-"""
-_LOAD_DECODER = """\
-from diffusers import AutoPipelineForText2Image
+def export_run(run_dir: Path, network_name: str, network: ModelMixin, base: Repository, *, copy: bool = False) -> None:
+    """Make `run_dir` a pipeline: the trained network, the other components of `base`, and model_index.json.
 
-pipeline = AutoPipelineForText2Image.from_pretrained({run!r})
-image = pipeline("a red fox in the snow").images[0]
-"""
-
-
-def export_run(
-    run_dir: Path,
-    network_name: str,
-    network: ModelMixin,
-    base: Repository,
-    *,
-    counterpart: str,
-    copy: bool = False,
-    facts: Mapping[str, Any],
-) -> None:
-    """Make `run_dir` a pipeline: the trained network, the other components of `base`, README.md and model_index.json.
-
-    `network_name` is "prior" or "unet". `counterpart` is the repository of the other half of Kandinsky 2.2, for the
-    README, where AutoPipelineForText2Image looks up the prior of a decoder. `copy` takes copies of the other components
-    instead of links. `facts` are lines of the README about the run.
+    `network_name` is "prior" or "unet". `copy` takes copies of the other components instead of links.
     """
     (run_dir / "model_index.json").unlink(missing_ok=True)
     temporary = temporary_path(run_dir)
@@ -76,7 +47,6 @@ def export_run(
     others = [name for name in COMPONENTS[network_name] if name != network_name]
     for name in others:
         _place(base.path / name, run_dir / name, copy)
-    write_bytes(run_dir / "README.md", _readme(run_dir, network_name, base, counterpart, copy, facts).encode())
     write_json(run_dir / "model_index.json", _model_index(network_name, base))
 
 
@@ -105,42 +75,3 @@ def _model_index(network_name: str, base: Repository) -> dict[str, Any]:
         "_diffusers_version": diffusers.__version__,
         **{name: list(classes[name]) for name in COMPONENTS[network_name]},
     }
-
-
-def _readme(
-    run_dir: Path, network_name: str, base: Repository, counterpart: str, copy: bool, facts: Mapping[str, Any]
-) -> str:
-    run = os.fspath(run_dir.resolve())
-    other = os.fspath(Path(counterpart).resolve()) if Path(counterpart).is_dir() else counterpart
-    front: dict[str, Any] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["kandinsky", "kcache"],
-    }
-    if base.revision is not None:
-        front["base_model"] = base.name
-    if network_name == "unet":
-        # diffusers reads this line to find the prior that goes with a decoder.
-        front["prior"] = [other]
-    load = _LOAD_PRIOR if network_name == "prior" else _LOAD_DECODER
-    others = ", ".join(f"`{name}/`" for name in COMPONENTS[network_name] if name != network_name)
-    origin = f"{base.name} at {base.revision}" if base.revision else os.fspath(base.path)
-    kept = "copies" if copy else "links to those"
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-            "---",
-            "",
-            f"# Kandinsky 2.2 {'prior' if network_name == 'prior' else 'decoder'}, fine-tuned with kcache",
-            "",
-            f"`{network_name}/` was trained here. {others} are unchanged: {kept} of {origin}.",
-            "",
-            *(f"* {name}: {value}" for name, value in facts.items()),
-            "",
-            "```python",
-            load.format(run=run, decoder=other).rstrip(),
-            "```",
-            "",
-        ]
-    )

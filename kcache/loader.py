@@ -128,6 +128,11 @@ class CacheLoader:
         """Full batches without end: an epoch's last samples share a batch with the next one's first."""
         yield from self._ahead(self._endless_spans())
 
+    @property
+    def consumed(self) -> int:
+        """Samples that the caller was given, of all processes and epochs together."""
+        return self._consumed
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain JSON values: after the last batch that the caller was given."""
         epoch, consumed = divmod(self._consumed, len(self._cache))

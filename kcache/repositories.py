@@ -53,8 +53,12 @@ class Repository:
     """The commit that a Hub repository was resolved to; None for a folder."""
 
 
-def find_repository(name_or_path: str, revision: str | None, components: Sequence[str]) -> Repository:
+def find_repository(
+    name_or_path: str, revision: str | None, components: Sequence[str], cache_dir: str | None = None
+) -> Repository:
     """The repository with the components named, downloaded first unless it is a local folder or in the Hub's cache.
+
+    `cache_dir` is where that is, if not in the Hub's own place.
 
     Raises ModelError when it cannot be had or lacks a component.
     """
@@ -62,7 +66,7 @@ def find_repository(name_or_path: str, revision: str | None, components: Sequenc
     if folder.is_dir():
         repository = Repository(name=name_or_path, path=folder.resolve(), revision=None)
     else:
-        snapshot = _download(name_or_path, revision, components)
+        snapshot = _download(name_or_path, revision, components, cache_dir)
         repository = Repository(name=name_or_path, path=snapshot, revision=snapshot.name)
     missing = [name for name in components if not _config_path(repository, name).is_file()]
     if missing:
@@ -126,7 +130,7 @@ def tokenizer_digest(repository: Repository) -> str:
     return _json_digest({"files": files, "config": _lasting(component_config(repository, "tokenizer"))})
 
 
-def _download(name: str, revision: str | None, components: Sequence[str]) -> Path:
+def _download(name: str, revision: str | None, components: Sequence[str], cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{component}/*.{ending}" for component in components for ending in ("safetensors", "txt")]
@@ -134,6 +138,7 @@ def _download(name: str, revision: str | None, components: Sequence[str]) -> Pat
         snapshot = snapshot_download(
             name,
             revision=revision,
+            cache_dir=cache_dir,
             allow_patterns=["*.json", *patterns],
             ignore_patterns=["*.fp16.*", "*.non_ema.*"],
         )

@@ -1,6 +1,10 @@
-"""A run directory: what a run was told (config.json) and how it went (metrics.jsonl, one line per optimizer step)."""
+"""A run directory: what a run was told, and how it went.
+
+config.json holds the settings, metrics.jsonl one line per optimizer step, validation.jsonl one per validation.
+"""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +15,21 @@ from kcache.config import TrainConfig
 from kcache.durable import remove_temporary, write_bytes, write_json
 from kcache.errors import CacheMismatchError, RunError
 
-__all__ = ["append_metrics", "check_same_run", "checkpoint_to_resume", "read_metrics", "start_run"]
+__all__ = [
+    "append_metrics",
+    "append_validation",
+    "check_same_run",
+    "checkpoint_to_resume",
+    "read_metrics",
+    "read_validation",
+    "start_run",
+]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 
 _SETTLED = (
     "stage",
@@ -30,8 +45,16 @@ _SETTLED = (
     "max_grad_norm",
     "snr_gamma",
     "mixed_precision",
+    "val_fraction",
     "caption_dropout",
     "image_dropout",
+    "use_8bit_adam",
+    "use_ema",
+    "ema_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
 )
 """Settings that decide the course of a run; a run that goes on must keep them."""
 
@@ -58,47 +81,82 @@ def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
 def check_same_run(checkpoint: Checkpoint, config: TrainConfig, global_batch: int, tables: Mapping[str, str]) -> None:
     """Check that going on from `checkpoint` gives the run that was begun, not a mixture of two.
 
-    `global_batch` is in samples per optimizer step, `tables` maps each table that is read to its fingerprint. Raises
-    RunError for other settings, CacheMismatchError for other tables.
+    `global_batch` is in samples per optimizer step; another number of processes may change it, which is said in a
+    warning. `tables` maps each table that is read to its fingerprint. Raises RunError for other settings,
+    CacheMismatchError for other tables.
     """
-    begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
-    begun["global batch"] = checkpoint.state["global_batch"]
-    asked = {name: getattr(config, name) for name in _SETTLED} | {"global batch": global_batch}
-    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in begun if begun[name] != asked[name]]
+    try:
+        begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
+        begun_batch, begun_tables = int(checkpoint.state["global_batch"]), dict(checkpoint.state["tables"])
+        int(checkpoint.state["samples_seen"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{checkpoint.path} does not say how its run was set up ({error!r}); expected the settings of this version "
+            "of kcache; resume with the one that wrote it"
+        ) from error
+    asked = json.loads(json.dumps({name: getattr(config, name) for name in _SETTLED}))
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in _SETTLED if begun[name] != asked[name]]
     if changed:
         raise RunError(
             f"{checkpoint.path} was made with other settings ({', '.join(changed)}); expected those it was begun with; "
             "resume with them, or start a new run from the trained network of that one"
         )
-    if checkpoint.state["tables"] != tables:
+    if begun_tables != tables:
         raise CacheMismatchError(
-            f"{checkpoint.path} was trained from tables {_short(checkpoint.state['tables'])}; this cache has "
+            f"{checkpoint.path} was trained from tables {_short(begun_tables)}; this cache has "
             f"{_short(tables)}; resume with the cache it was begun with, or start a new run"
+        )
+    if begun_batch != global_batch:
+        logger.warning(
+            "%s was made with %d samples per step, this run takes %d: the samples go on in their order, but a step is "
+            "another; to keep it, choose --train-batch-size and --gradient-accumulation-steps that, times the number "
+            "of processes, give what it was",
+            checkpoint.path,
+            begun_batch,
+            global_batch,
         )
 
 
 def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) -> None:
-    """Make the run directory: write config.json, and keep of metrics.jsonl the steps up to `first_step`."""
+    """Make the run directory: write config.json, and keep of the lines of earlier starts those up to `first_step`."""
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary(run_dir)
     write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
-    kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= first_step]
-    write_bytes(run_dir / METRICS_FILE, _lines(kept).encode())
+    for name in (METRICS_FILE, VALIDATION_FILE):
+        kept = [entry for entry in _read(run_dir / name) if entry["step"] <= first_step]
+        write_bytes(run_dir / name, _lines(kept).encode())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says of each optimizer step, in order; a last line that was cut off is left out."""
-    path = run_dir / METRICS_FILE
+    return _read(run_dir / METRICS_FILE)
+
+
+def read_validation(run_dir: Path) -> list[dict[str, Any]]:
+    """What validation.jsonl says of each validation, in order; a last line that was cut off is left out."""
+    return _read(run_dir / VALIDATION_FILE)
+
+
+def append_metrics(run_dir: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add a line per entry to metrics.jsonl."""
+    _append(run_dir / METRICS_FILE, entries)
+
+
+def append_validation(run_dir: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to validation.jsonl."""
+    _append(run_dir / VALIDATION_FILE, [entry])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
-def append_metrics(run_dir: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Add a line per entry to metrics.jsonl."""
-    with (run_dir / METRICS_FILE).open("a") as file:
+def _append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
         file.write(_lines(entries))
 
 

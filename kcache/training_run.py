@@ -4,11 +4,11 @@ Only the objective and the optimizer are handed to accelerate, for the device, m
 prepared loader would repeat samples to fill its last batch, and a prepared schedule would step once per process.
 """
 
-import atexit
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,43 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
-from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 
 import kcache
+from kcache.accelerator import make_accelerator
+from kcache.attention import check_attention
 from kcache.cache import Cache
-from kcache.checkpoint import Checkpoint, restore_optimizer, save_checkpoint, trainable_parameters
-from kcache.config import TrainConfig
+from kcache.checkpoint import Checkpoint, save_checkpoint
+from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
 from kcache.contract import check_contract
-from kcache.errors import ConfigError
+from kcache.errors import KcacheError, RunError
 from kcache.export import COMPONENTS
+from kcache.heldout import split_by_key
 from kcache.loader import CacheLoader, RowReader
+from kcache.network import load_objective, save_network
 from kcache.noise import draw_noise, draw_timesteps
-from kcache.objectives import DecoderObjective, Objective, PriorObjective
+from kcache.objectives import Objective
 from kcache.online import OnlineEncoders
+from kcache.optimizer import (
+    check_optimizer,
+    make_average,
+    make_optimizer,
+    optimizer_tensors,
+    restore_average,
+    restore_optimizer,
+    trainable_parameters,
+)
 from kcache.repositories import Repository, find_repository
 from kcache.run_directory import check_same_run, checkpoint_to_resume, start_run
 from kcache.sources import open_source
 
 __all__ = ["TrainingRun", "prepare_run"]
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "ema.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -60,6 +76,10 @@ class TrainingRun:
     global_batch: int
     """Samples per optimizer step, of all processes and accumulated batches."""
     max_steps: int
+    average: EMAModel | None = None
+    """The moving average of what learns, when one is kept."""
+    held_out: Cache | None = None
+    """The samples that are validated on and never trained on."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
 
@@ -68,62 +88,102 @@ class TrainingRun:
         """The run directory."""
         return Path(self.config.output_dir)
 
+    @property
+    def network(self) -> ModelMixin:
+        """The network that learns, as it is saved."""
+        return self.raw_objective.network
+
+    @property
+    def counterpart(self) -> str:
+        """The repository of the half that does not learn: the one named, the cache's, or the published one."""
+        config = self.config
+        if config.stage == "prior":
+            half, given, published = "decoder", config.pretrained_decoder_model_name_or_path, DECODER_REPO
+        else:
+            half, given, published = "prior", config.pretrained_prior_model_name_or_path, PRIOR_REPO
+        return given or str(self.cache.models.get(half, {}).get("name") or published)
+
+    @cached_property
+    def learning(self) -> list[torch.nn.Parameter]:
+        """The parameters that learn."""
+        return list(trainable_parameters(self.network).values())
+
     def save(self, step: int) -> None:
         """Write a checkpoint after optimizer step `step`; for the main process."""
         scaler = self.accelerator.scaler
         state = {
             "config": asdict(self.config),
             "global_batch": self.global_batch,
+            "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "loader": self.loader.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "grad_scaler": None if scaler is None else scaler.state_dict(),
         }
-        save_checkpoint(
-            self.output_dir,
-            step,
-            network_name=self.raw_objective.network_name,
-            network=self.raw_objective.network,
-            optimizer=self.optimizer,
-            state=state,
-            total_limit=self.config.checkpoints_total_limit,
-        )
+        save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
+
+    def _write_tensors(self, folder: Path) -> None:
+        save_network(self.network, self.raw_objective.network_name, folder)
+        save_file(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE)
+        if self.average is not None:
+            names = trainable_parameters(self.network)
+            save_file(dict(zip(names, self.average.shadow_params, strict=True)), folder / AVERAGE_FILE)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take back from `checkpoint` what `save` put there; the network was loaded from it already."""
+        """Take back from `checkpoint` what `save` put there; the network was loaded from it already.
+
+        Raises RunError when something of it is missing or does not fit.
+        """
         state = checkpoint.state
-        check_same_run(checkpoint, self.config, self.global_batch, self.tables)
-        restore_optimizer(checkpoint, self.optimizer, self.raw_objective.network)
-        self.loader.load_state_dict(state["loader"])
-        self.lr_scheduler.load_state_dict(dict(state["lr_scheduler"]))
-        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        restore_optimizer(checkpoint.path / OPTIMIZER_FILE, self.optimizer, self.network)
+        if self.average is not None:
+            restore_average(checkpoint.path / AVERAGE_FILE, self.average, self.network, checkpoint.step)
+        try:
+            self.loader.load_state_dict(state["loader"])
+            self.lr_scheduler.load_state_dict(dict(state["lr_scheduler"]))
+            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        except KcacheError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"{checkpoint.path} does not hold the state of such a run ({error!r}); expected what a run with these "
+                "settings writes; resume from another checkpoint"
+            ) from error
         self.first_step = checkpoint.step
 
 
-def prepare_run(cache_path: str, config: TrainConfig) -> TrainingRun:
-    """Find, check and load everything that training from `cache_path` needs, and make the run directory.
+def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
+    """Find, check and load everything that training from `cache` needs, and make the run directory.
 
     Raises the KcacheError of whatever is missing or does not fit together.
     """
+    check_optimizer(config)
+    check_attention(config.attention, config.stage)
     checkpoint = checkpoint_to_resume(config)
-    accelerator = _make_accelerator(config)
-    cache = Cache.open(cache_path, config.resolution)
-    if config.where is not None:
-        cache = cache.where(config.where)
+    accelerator = make_accelerator(config)
+    cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
-    objective = _load_objective(config, base, checkpoint)
+    objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_contract(cache, objective, base)
+    tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = config.max_train_steps or math.ceil(config.num_train_epochs * len(cache) / global_batch)
-    prepared, optimizer = accelerator.prepare(objective.train(), _make_optimizer(objective, config, accelerator))
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, global_batch, tables)
+    to_see = config.num_train_epochs * len(cache)
+    max_steps = config.max_train_steps or _steps_until(to_see, global_batch, checkpoint)
+    objective.to(accelerator.device)
+    # Made where the weights lie, and before the objective is wrapped.
+    average = make_average(objective.network, config) if config.use_ema else None
+    made = make_optimizer(objective.network, config, accelerator.device)
+    prepared, optimizer = accelerator.prepare(objective.train(), made)
     run = TrainingRun(
         config=config,
         cache=cache,
-        tables={name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)},
+        tables=tables,
         base=base,
         accelerator=accelerator,
         raw_objective=objective,
@@ -136,6 +196,8 @@ def prepare_run(cache_path: str, config: TrainConfig) -> TrainingRun:
         loader=_make_loader(cache, objective, config, accelerator),
         global_batch=global_batch,
         max_steps=max_steps,
+        average=average,
+        held_out=held_out,
     )
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -144,35 +206,19 @@ def prepare_run(cache_path: str, config: TrainConfig) -> TrainingRun:
     return run
 
 
-def _make_accelerator(config: TrainConfig) -> Accelerator:
-    # accelerate keeps the first run's precision for the whole process, and refuses another one.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    group_is_ours = not torch.distributed.is_initialized()
-    accumulation = GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_plugin=accumulation)
-        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("on a CPU, accelerate would silently take float32")
-    except ValueError as error:
-        raise ConfigError(
-            f"--mixed-precision {config.mixed_precision} cannot be used here: {error}; expected a device that has it; "
-            "use bf16, or no for float32"
-        ) from error
-    if group_is_ours and torch.distributed.is_initialized():
-        atexit.register(_leave_process_group)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if config.deterministic:
-        # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
-    return accelerator
+def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cache, Cache | None]:
+    """The samples to train on, and those held out, if any."""
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache, config.resolution)
+    if config.where is not None:
+        opened = opened.where(config.where)
+    return split_by_key(opened, config.val_fraction) if config.val_fraction else (opened, None)
 
 
-def _leave_process_group() -> None:
-    # At exit, when nothing refers to a prepared objective any more: gloo's threads can deadlock with one that is freed
-    # after its group. And not later: left to the interpreter's own end, they can abort the process.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None) -> int:
+    """Optimizer steps until `samples` have been seen, those before the checkpoint counted as they were."""
+    if checkpoint is None:
+        return math.ceil(samples / global_batch)
+    return checkpoint.step + math.ceil(max(0, samples - checkpoint.state["samples_seen"]) / global_batch)
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
@@ -183,30 +229,9 @@ def _find_base(cache: Cache, config: TrainConfig) -> Repository:
         name, components = config.pretrained_decoder_model_name_or_path, COMPONENTS["unet"]
         cache.table_of("latents")
     if name is not None:
-        return find_repository(name, config.revision, components)
+        return find_repository(name, config.revision, components, config.cache_dir)
     origin = cache.models[config.stage]
-    return find_repository(str(origin["name"]), config.revision or origin["revision"], components)
-
-
-def _load_objective(config: TrainConfig, repository: Repository, checkpoint: Checkpoint | None) -> Objective:
-    folder = repository.path if checkpoint is None else checkpoint.path
-    settings = {"use_safetensors": True, "local_files_only": True}
-    if config.stage == "prior":
-        return PriorObjective(PriorTransformer.from_pretrained(folder, subfolder="prior", **settings))
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **settings)
-    scheduler = DDPMScheduler.from_pretrained(repository.path, subfolder="scheduler", local_files_only=True)
-    return DecoderObjective(unet, scheduler)
-
-
-def _make_optimizer(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        trainable_parameters(objective.network).values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=accelerator.device.type == "cuda",
-    )
+    return find_repository(str(origin["name"]), config.revision or origin["revision"], components, config.cache_dir)
 
 
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
@@ -249,6 +274,7 @@ def _facts(run: TrainingRun) -> dict[str, Any]:
     return {
         "cache": {"path": os.fspath(run.cache.path.resolve()), "samples": len(run.cache), "tables": dict(run.tables)},
         "base": {"name": run.base.name, "revision": run.base.revision},
+        "counterpart": run.counterpart,
         "global_batch": run.global_batch,
         "max_steps": run.max_steps,
         "residency": run.loader.residency,

@@ -1,8 +1,9 @@
 """The tiny Kandinsky pair, images and recorded training runs that many tests share."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,30 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(4)
         VQModel.from_config(VQModel.load_config(movq)).save_pretrained(movq)
     return folder
+
+
+@pytest.fixture(scope="session")
+def build(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Builds a cache of the recorded pictures, with the settings it is given, and returns its path."""
+    from kcache.build import build_cache
+    from kcache.config import BuildConfig
+
+    def build(source: Path | None = None, **settings: Any) -> str:
+        cache = str(tmp_path_factory.mktemp("cache") / "cache")
+        config = {
+            "resolution": (64,),
+            "dtype": "float32",
+            "batch_size": 4,
+            "pretrained_prior_model_name_or_path": str(oracle / "prior"),
+            "pretrained_decoder_model_name_or_path": str(oracle / "decoder"),
+        }
+        build_cache(str(source or oracle / "data"), cache, BuildConfig(**(config | settings)))
+        return cache
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cache(build: Callable[..., str]) -> str:
+    """A finished cache of the recorded pictures, float32, all tables."""
+    return build()

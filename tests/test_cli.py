@@ -15,11 +15,13 @@ from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError
+from kcache.verify import VerifyProgress
 from kcache_cli import app as cli
 from kcache_cli.build import BUILD_HELP
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
 from kcache_cli.sample import file_name
 from kcache_cli.train import DECODER_HELP, PRIOR_HELP
+from kcache_cli.verify import show_verify
 
 COMMANDS = (
     "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
@@ -96,7 +98,7 @@ def test_every_command_shows_examples(command: str) -> None:
 def test_every_setting_is_a_flag() -> None:
     train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
     assert set(BUILD_HELP) == {field.name for field in dataclasses.fields(BuildConfig)}
-    assert set(DECODER_HELP) == train_fields - {"caption_dropout"}
+    assert set(DECODER_HELP) == train_fields - {"caption_dropout", "packing"}
     assert set(PRIOR_HELP) == train_fields - {"resolution", "image_dropout"}
 
 
@@ -113,21 +115,6 @@ def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert ran.status == 0
     assert calls == [("s", "c", BuildConfig(resolution=(512, 768), max_train_samples=3, rehash=True))]
-
-
-def test_flags_reach_the_training_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kcache.trainer
-
-    calls = []
-
-    def train(cache: str, config: TrainConfig, *, report: Any) -> Any:
-        calls.append((cache, config))
-        return kcache.trainer.TrainResult(output_dir="r", step=2, loss=0.5, seconds=1.0, samples_per_second=4.0)
-
-    monkeypatch.setattr(kcache.trainer, "train", train)
-    ran = run("train-decoder", "c", "--output_dir", "r", "--resolution=64", "--snr-gamma", "5")
-    assert calls == [("c", TrainConfig(stage="decoder", output_dir="r", resolution=64, snr_gamma=5.0))]
-    assert json.loads(ran.out)["step"] == 2
 
 
 def test_build_then_nothing_to_do_then_info(run: Any, inputs: Path, tmp_path: Path) -> None:
@@ -174,6 +161,31 @@ def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_pat
     assert run("cache-merge", str(tmp_path / "new"), cache, tars).status == 1
 
 
+def test_another_recipe_is_said_once_and_before_the_work(run: Any, inputs: Path, tmp_path: Path) -> None:
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    run(*arguments)
+    said = run(*arguments, "--dtype", "float32").err
+    notes = ["imagefolder: 4 images", *(f"{name} in the cache is of another recipe" for name in ("latents-32", "text"))]
+    assert [said.count(note) for note in notes] == [1, 1, 1]
+    assert max(map(said.index, notes)) < said.index("loading ")
+    planned = run(*arguments, "--dtype", "float32", "--alpha", "drop", "--dry-run")
+    assert (planned.out + planned.err).count("preprocess.alpha: white → drop") == 2
+
+
+def test_a_rehearsed_compaction_says_what_it_would_free(run: Any, inputs: Path, tmp_path: Path) -> None:
+    pictures, cache = tmp_path / "pictures", str(tmp_path / "cache")
+    write_digits(pictures, 2)
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    arguments[1] = str(pictures)
+    run(*arguments, "--stage", "decoder")
+    (pictures / "0001.png").write_bytes((pictures / "0000.png").read_bytes())
+    run(*arguments, "--stage", "decoder")
+    planned = run("cache-gc", cache, "--compact", "--dry-run").out
+    assert "0 paths would be removed" in planned
+    assert "would be freed by writing shards again without their unused rows" in planned
+    assert "0 paths removed" not in run("cache-gc", cache, "--compact").out
+
+
 def test_errors_are_one_message_and_an_exit_code(run: Any, tmp_path: Path) -> None:
     ran = run("cache-info", str(tmp_path / "nothing"))
     assert ran.status == 1
@@ -215,12 +227,6 @@ def test_settings_that_contradict_are_refused(run: Any) -> None:
     assert "--batch-size is 0; expected 1 or more" in ran.err
 
 
-def test_flags_that_the_cache_decides_are_refused_with_the_line_to_type(run: Any) -> None:
-    ran = run("train-prior", "c", "--output_dir=r", "--train_data_dir=photos")
-    assert ran.status == 1
-    assert "kcache cache-build SOURCE CACHE" in ran.err
-
-
 def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kcache.build, "build_cache", lambda *_, **__: result_of(rejected=2))
     ran = run("cache-build", "s", "c", "--strict", "--json")
@@ -240,6 +246,12 @@ def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.Cap
         "text: 1 of 1,000, 500 rows/s (encode 90%)",
         "text: 1,000 of 1,000, 500 rows/s (encode 90%)",
     ]
+
+
+def test_a_small_cache_is_not_verified_as_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Report() as report:
+        show_verify(report, VerifyProgress(done=34_842, total=34_800, seconds=0.5))
+    assert capsys.readouterr().err == "verify: 1 of 1, MB, 0.00 GB/s, 0.0 s left\n"
 
 
 def test_numbers_for_people() -> None:

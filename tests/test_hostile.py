@@ -409,6 +409,7 @@ def test_no_change_of_a_manifest_escapes(built: Path, data: st.DataObject, tmp_p
 def checkpoint(tmp_path: Path, marker: Path) -> Path:
     """A checkpoint as the trainer writes it, of a network of one layer."""
     from diffusers import PriorTransformer
+    from safetensors.torch import save_file
 
     from kcache.checkpoint import save_checkpoint
 
@@ -420,10 +421,14 @@ def checkpoint(tmp_path: Path, marker: Path) -> Path:
         num_embeddings=2,
         additional_embeddings=4,
     )
-    optimizer = torch.optim.AdamW(network.parameters())
     run = tmp_path / "inside" / "run"
     run.mkdir()
-    return save_checkpoint(run, 3, network_name="prior", network=network, optimizer=optimizer, state={"config": {}})
+
+    def write(folder: Path) -> None:
+        network.save_pretrained(folder / "prior")
+        save_file({"proj_in.weight.exp_avg": torch.zeros(4, 4)}, folder / "optimizer.safetensors")
+
+    return save_checkpoint(run, 3, write, {"config": {}})
 
 
 def test_planted_pickles_in_a_checkpoint_are_never_opened(checkpoint: Path, marker: Path) -> None:

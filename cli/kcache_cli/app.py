@@ -15,8 +15,9 @@ from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
 from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
+from kcache_cli.renamed import translated
 from kcache_cli.sample import sample
-from kcache_cli.train import refuse_cached_flags, train_decoder, train_prior
+from kcache_cli.train import train_decoder, train_prior
 from kcache_cli.verify import cache_verify
 
 __all__ = ["app", "dashed", "main"]
@@ -36,8 +37,9 @@ app.command("cache-verify", no_args_is_help=True)(cache_verify)
 app.command("cache-convert", no_args_is_help=True)(cache_convert)
 app.command("cache-merge", no_args_is_help=True)(cache_merge)
 app.command("cache-gc", no_args_is_help=True)(cache_gc)
-app.command("train-prior", no_args_is_help=True)(train_prior)
-app.command("train-decoder", no_args_is_help=True)(train_decoder)
+# Surplus arguments reach the commands, which know what people mean by them.
+app.command("train-prior", no_args_is_help=True, context_settings={"allow_extra_args": True})(train_prior)
+app.command("train-decoder", no_args_is_help=True, context_settings={"allow_extra_args": True})(train_decoder)
 app.command("sample", no_args_is_help=True)(sample)
 app.command("demo")(demo)
 
@@ -59,10 +61,8 @@ def main() -> None:
     Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    arguments = dashed(sys.argv[1:])
     try:
-        refuse_cached_flags(arguments)
-        app(args=arguments, prog_name="kcache")
+        app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
     except (KcacheError, OSError) as error:
         if os.environ.get("KCACHE_DEBUG") == "1":
             traceback.print_exc()

@@ -33,7 +33,9 @@ def with_flags(settings: type, helps: Mapping[str, str]) -> Callable[[Command], 
 
 
 def _option(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
-    metavar = None
+    metavar, flag = None, "--" + name.replace("_", "-")
+    if hint is bool:  # what a file of flags turns on, the command line can turn off
+        flag += "/--no-" + flag.removeprefix("--")
     if get_origin(hint) is tuple:  # an option that may be repeated
         (item, *_) = get_args(hint)
         hint, metavar = GenericAlias(list, (item,)), f"<{item.__name__}>"
@@ -41,5 +43,5 @@ def _option(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[hint, typer.Option("--" + name.replace("_", "-"), help=text, metavar=metavar)],
+        annotation=Annotated[hint, typer.Option(flag, help=text, metavar=metavar, show_default=hint is not bool)],
     )

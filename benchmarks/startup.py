@@ -1,0 +1,89 @@
+"""How long a run takes from its command to its first optimizer step, from a cache and with encoders in the loop.
+
+    python benchmarks/startup.py --output startup.json
+
+Each start is a process of its own that trains for one step, timed from outside to the moment when the step is done. The
+two ways take turns; the first start of all is left out, as it warms the page cache and remembers digests. Networks are
+the demo's unless --prior and --decoder name others. Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import machine
+
+from kcache.build import build_cache
+from kcache.config import BuildConfig
+from kcache.demo.digits import SIDE, write_digits
+from kcache.demo.tiny import demo_models
+
+START = """
+import sys, time
+from kcache.config import TrainConfig
+from kcache.trainer import train
+imported = time.monotonic()
+stage, cache, output, online = sys.argv[1:]
+config = TrainConfig(stage=stage, output_dir=output, online=online or None, max_train_steps=1, report_to="none")
+train(cache, config, report=lambda progress: print(imported, time.monotonic()))
+"""
+
+
+def start(stage: str, cache: Path, output: Path, online: str) -> dict[str, float]:
+    """Seconds from the start of a process to its imports, from there to its first step, and both."""
+    before = time.monotonic()
+    command = [sys.executable, "-c", START, stage, str(cache), str(output), online]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    imported, stepped = map(float, told.split())
+    return {"imports": imported - before, "first step": stepped - imported, "all": stepped - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--resolution", type=int, default=SIDE)
+    parser.add_argument("--prior", help="folder or Hub id; the demo's when left out")
+    parser.add_argument("--decoder", help="folder or Hub id; the demo's when left out")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    arguments = parser.parse_args()
+    seconds: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        os.environ["KCACHE_HOME"] = str(folder / "home")
+        write_digits(folder / "pictures", arguments.images)
+        prior, decoder = demo_models(folder / "models")
+        config = BuildConfig(
+            resolution=(arguments.resolution,),
+            pretrained_prior_model_name_or_path=arguments.prior or str(prior),
+            pretrained_decoder_model_name_or_path=arguments.decoder or str(decoder),
+        )
+        build_cache(str(folder / "pictures"), str(folder / "cache"), config)
+        for number in range(arguments.rounds + 1):
+            for stage in ("prior", "decoder"):
+                for way, online in (("cached", ""), ("online", str(folder / "pictures"))):
+                    output = folder / f"{stage}-{way}-{number}"
+                    times = start(stage, folder / "cache", output, online)
+                    if number:
+                        seconds.setdefault(f"{stage}, {way}", []).append(times)
+    results = {
+        name: {part: round(statistics.median(times[part] for times in runs), 2) for part in runs[0]}
+        for name, runs in seconds.items()
+    }
+    print(f"{'':18}{'imports':>10}{'first step':>12}{'all':>8}  seconds")
+    for name, row in results.items():
+        print(f"{name:18}{row['imports']:>10}{row['first step']:>12}{row['all']:>8}")
+    settings = {"images": arguments.images, "rounds": arguments.rounds, "resolution": arguments.resolution}
+    if arguments.output:
+        report = {"benchmark": "startup", "machine": machine(), "settings": settings, "results": results}
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

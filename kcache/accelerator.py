@@ -1,0 +1,80 @@
+"""Where a run computes and what it is watched by: processes, device, precision and trackers, by accelerate."""
+
+import atexit
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin
+
+from kcache.config import TrainConfig
+from kcache.errors import ConfigError
+
+__all__ = ["choose_trackers", "make_accelerator"]
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of a run: the launcher's processes and device, the precision and the trackers of `config`.
+
+    Raises ConfigError for a precision that the device does not have, and for a tracker that is not installed.
+    """
+    # accelerate keeps the first run's precision for the whole process, and refuses another one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    group_is_ours = not torch.distributed.is_initialized()
+    accumulation = GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=choose_trackers(config.report_to) or None,
+            project_dir=Path(config.output_dir) / config.logging_dir,
+        )
+        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("on a CPU, accelerate would silently take float32")
+    except ValueError as error:
+        raise ConfigError(
+            f"--mixed-precision {config.mixed_precision} cannot be used here: {error}; expected a device that has it; "
+            "use bf16, or no for float32"
+        ) from error
+    if group_is_ours and torch.distributed.is_initialized():
+        atexit.register(_leave_process_group)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if config.deterministic:
+        # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    return accelerator
+
+
+def choose_trackers(report_to: str) -> list[str]:
+    """accelerate's names of the trackers that `report_to` asks for: one, "all" that are installed, or "none".
+
+    Without tensorboard, which is asked for when nothing else is, there is none. Raises ConfigError for another tracker
+    that is not installed or not known.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to == "all":
+        return installed
+    if report_to == "none" or report_to in installed:
+        return [] if report_to == "none" else [report_to]
+    if report_to == "tensorboard":
+        logger.info("tensorboard is not installed; metrics.jsonl and loss.png are written all the same")
+        return []
+    known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+    raise ConfigError(
+        f"--report-to is {report_to!r}; found {', '.join(installed) or 'no tracker'} installed; expected one of "
+        f"{known}, all or none; install its package or choose another"
+    )
+
+
+def _leave_process_group() -> None:
+    # At exit, when nothing refers to a prepared objective any more: gloo's threads can deadlock with one that is freed
+    # after its group. And not later: left to the interpreter's own end, they can abort the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

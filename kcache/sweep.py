@@ -1,0 +1,217 @@
+"""A sweep: several runs that differ in some settings, one after another over one opened cache, and their comparison.
+
+The runs are [[run]] tables of a TOML file. Each goes into a folder of the sweep's output directory, where sweep.json,
+sweep.md and sweep.png compare them after every run. A run that is finished is not run again, one that was interrupted
+goes on, and one that fails is reported while the others go on.
+"""
+
+import gc
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kcache.cache import Cache
+from kcache.config import TrainConfig
+from kcache.durable import write_bytes, write_json
+from kcache.errors import ConfigError, KcacheError, RunError
+from kcache.run_log import Progress
+from kcache.settings import read_toml, settings_from
+from kcache.sweep_report import SweptRun, comparison_table, plot_runs, swept_run
+from kcache.trainer import train
+
+__all__ = ["PlannedRun", "SweepResult", "SweptRun", "plan_sweep", "run_sweep"]
+
+SWEEP_FILE = "sweep.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHARED = ("stage", "output_dir", "resolution", "resume_from_checkpoint")
+"""Settings that the runs of a sweep cannot differ in: they read one cache, and have folders and checkpoints of their
+own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a sweep, as it will be trained."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that its table gives."""
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep came to."""
+
+    output_dir: str
+    runs: tuple[SweptRun, ...]
+    table: str = field(repr=False)
+    """The comparison, in Markdown."""
+
+
+def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
+    """The runs that the TOML file at `path` asks for: `config` with what each [[run]] table changes.
+
+    Raises ConfigError for a file without runs, names that are missing, repeated or no names of folders, and settings
+    that do not exist, do not fit or that runs of one sweep cannot differ in.
+    """
+    table = read_toml(path)
+    tables = table.pop("run", None)
+    if table or not isinstance(tables, list) or not tables or not all(isinstance(run, dict) for run in tables):
+        raise ConfigError(
+            f"{path} has {', '.join(table) or 'no runs'}; expected a [[run]] table per run and nothing else, such as "
+            '[[run]] name = "slow" learning_rate = 1e-5 on lines of their own; settings that all runs share are flags'
+        )
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise ConfigError(
+            f"--resume-from-checkpoint {config.resume_from_checkpoint} was given beside --sweep; expected none: every "
+            "run goes on from its own latest checkpoint; leave it out"
+        )
+    runs = tuple(_plan_run(path, number, run, config) for number, run in enumerate(tables, start=1))
+    _check_distinct(path, "name", [run.name for run in runs])
+    uploaded = [run.config.hub_model_id for run in runs if run.config.push_to_hub]
+    _check_distinct(path, "hub_model_id", [name for name in uploaded if name is not None])
+    return runs
+
+
+def _check_distinct(path: Path, what: str, values: Sequence[str]) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise ConfigError(
+            f"{path}: several runs have the {what} {', '.join(map(repr, repeated))}, and would overwrite each other; "
+            f"give each run a {what} of its own"
+        )
+
+
+def _plan_run(path: Path, number: int, table: Mapping[str, Any], config: TrainConfig) -> PlannedRun:
+    name = table.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{path}: run {number} has the name {name!r}; expected letters, digits, dots, dashes and underscores: it "
+            'names a folder; write name = "slow"'
+        )
+    where = f"{path}, run {name!r}"
+    shared = [key for key in table if key.replace("-", "_") in _SHARED]
+    if shared:
+        raise ConfigError(
+            f"{where}: runs of one sweep cannot differ in {', '.join(shared)}; take it out, or give a flag"
+        )
+    allowed = {field.name for field in fields(TrainConfig)}
+    given = {key: value for key, value in table.items() if key != "name"}
+    settings = settings_from(given, TrainConfig, allowed, where=where)
+    run_dir = str(Path(config.output_dir) / name)
+    try:
+        own = replace(config, **settings, output_dir=run_dir, resume_from_checkpoint="latest")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return PlannedRun(name=name, settings=settings, config=own)
+
+
+def run_sweep(
+    cache: str | Path,
+    config: TrainConfig,
+    sweep: Path,
+    *,
+    report: Callable[[str, Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> SweepResult:
+    """Train every run of the TOML file `sweep` that is not finished, and compare them all.
+
+    `config` holds what the runs share, and in `output_dir` the sweep's directory. `report` is called with a run's name
+    and progress, `say` with a line whenever a run is begun, left out or has failed. A run fails by a KcacheError or by
+    what the system or torch raises, such as a lack of memory; on several processes, which cannot be brought back into
+    step, that ends the sweep. Raises ConfigError for a plan that cannot be, see `plan_sweep`, and RunError when a
+    finished run was trained otherwise than it is planned now, both before anything is trained.
+    """
+    planned = plan_sweep(sweep, config)
+    opened = Cache.open(cache, config.resolution)
+    folder = Path(config.output_dir)
+    records = _read_records(folder / SWEEP_FILE)
+    finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
+    tell = say if say is not None and _is_main_process() else lambda text: None
+    runs: list[SweptRun] = []
+    for run in planned:
+        if run.name in finished:
+            tell(f"{run.name}: finished before, not run again")
+            runs.append(_swept(run))
+        else:
+            tell(f"{run.name}: " + (", ".join(f"{name} {value}" for name, value in run.settings.items()) or "as given"))
+            runs.append(_train(run, opened, report, tell))
+        records[run.name] = {"cache": opened.fingerprint, "config": asdict(run.config), "run": asdict(runs[-1])}
+        result = SweepResult(output_dir=config.output_dir, runs=tuple(runs), table=comparison_table(runs, config))
+        if _is_main_process():
+            _write(folder, records, result)
+    return result
+
+
+def _train(
+    run: PlannedRun, cache: Cache, report: Callable[[str, Progress], None] | None, tell: Callable[[str], None]
+) -> SweptRun:
+    try:
+        train(cache, run.config, report=None if report is None else partial(report, run.name))
+        return _swept(run)
+    except (KcacheError, OSError, RuntimeError) as error:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tell(f"{run.name} failed: {reason}")
+        return _swept(run, error=reason)
+    finally:
+        # Networks and optimizers refer to themselves: without this the next run's would stand beside them in memory.
+        gc.collect()
+
+
+def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
+    return swept_run(run.name, run.settings, Path(run.config.output_dir), error)
+
+
+def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> bool:
+    """Whether the run was trained to its end; raises RunError when that was with other settings or rows."""
+    run_dir = folder / run.name
+    if record is None or record["run"]["error"] is not None or not run_dir.is_dir():
+        return False
+    begun, asked = record["config"], json.loads(json.dumps(asdict(run.config)))
+    # A sweep's directory may be moved, and may be older than a setting.
+    compared = [name for name in asked if name in begun and name != "output_dir"]
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in compared if begun[name] != asked[name]]
+    if record["cache"] != fingerprint:
+        changed.append(f"cache: {record['cache'][:16]} → {fingerprint[:16]}")
+    if changed:
+        raise RunError(
+            f"{run_dir} was trained with other settings than the sweep gives now ({', '.join(changed)}); expected the "
+            "same, to compare it without training it again; give the run another name, or remove the folder"
+        )
+    return True
+
+
+def _read_records(path: Path) -> dict[str, Any]:
+    """What sweep.json says of each run by its name, runs included that the sweep no longer has."""
+    if not path.exists():
+        return {}
+    try:
+        records: dict[str, Any] = json.loads(path.read_bytes())["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error!r}); expected what an earlier sweep wrote; remove it: runs then go on "
+            "from their checkpoints"
+        ) from error
+    return records
+
+
+def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SWEEP_FILE, {"runs": records})
+    write_bytes(folder / "sweep.md", (result.table + "\n").encode())
+    plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})
+
+
+def _is_main_process() -> bool:
+    # By what launchers set, as processes know nothing of each other before the first run.
+    return int(os.environ.get("RANK", "0")) == 0

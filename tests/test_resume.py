@@ -1,0 +1,96 @@
+"""A run that was interrupted anywhere goes on as if it had not been, bit for bit, and from nothing else."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
+
+from kcache.checkpoint import open_checkpoint
+from kcache.errors import RunError
+from kcache.trainer import train
+
+STEPS = 12
+ALL = {
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": STEPS,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "use_ema": True,
+}
+
+
+@pytest.mark.parametrize(("stage", "lora_rank"), [("prior", None), ("decoder", None), ("prior", 2)])
+def test_every_step_is_one_to_go_on_from(cache: str, tmp_path: Path, stage: str, lora_rank: int | None) -> None:
+    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank}
+    whole, last = tmp_path / "whole", f"checkpoint-{STEPS}"
+    train(cache, config(whole, stage, **settings, checkpointing_steps=1))
+    weights = WEIGHTS[stage] if lora_rank is None else LORA_WEIGHTS
+    for step in range(1, STEPS):
+        part, path = tmp_path / f"from-{step}", str(whole / f"checkpoint-{step}")
+        train(cache, config(part, stage, **settings, checkpointing_steps=STEPS, resume_from_checkpoint=path))
+        assert course(part) == course(whole)[step:]
+        for name in (f"{last}/{weights}", f"{last}/optimizer.safetensors", f"{last}/ema.safetensors", weights):
+            assert_equal_tensors(part / name, whole / name)
+        assert_equal_tensors(part / "raw" / weights, whole / "raw" / weights)
+        shutil.rmtree(part)
+
+
+def test_the_average_is_the_result_and_the_raw_weights_stay_beside_it(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "plain"))
+    train(cache, config(tmp_path / "averaged", use_ema=True))
+    assert course(tmp_path / "averaged") == course(tmp_path / "plain")
+    assert_equal_tensors(tmp_path / "averaged" / "raw" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
+    with pytest.raises(AssertionError):
+        assert_equal_tensors(tmp_path / "averaged" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
+
+
+def plant_pickles(folder: Path, marker: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(marker),)
+
+    for name in ("optimizer.bin", "random_states_0.pkl", "scheduler.bin", "prior/diffusion_pytorch_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+
+
+def test_a_planted_pickle_is_not_run(cache: str, tmp_path: Path) -> None:
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2}
+    train(cache, config(tmp_path / "run", **settings))
+    marker = tmp_path / "run-by-a-pickle"
+    plant_pickles(tmp_path / "run" / "checkpoint-2", marker)
+    path = str(tmp_path / "run" / "checkpoint-2")
+    train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=path))
+    assert course(tmp_path / "again") == course(tmp_path / "run")[2:]
+    assert not marker.exists()
+
+
+def reseal(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Make a checkpoint whose state is another, and which nevertheless passes for whole."""
+    from kcache.checkpoint import _digest
+
+    body = json.loads((checkpoint / "state.json").read_text())
+    del body["digest"]
+    body["state"] = state
+    (checkpoint / "state.json").write_text(json.dumps({**body, "digest": _digest(body)}))
+
+
+@pytest.mark.parametrize("lacking", ["config", "global_batch", "tables", "loader", "lr_scheduler", "samples_seen"])
+def test_a_state_that_lacks_something_is_refused_in_one_message(cache: str, tmp_path: Path, lacking: str) -> None:
+    settings = {"max_train_steps": None, "num_train_epochs": 1, "checkpointing_steps": 2}
+    train(cache, config(tmp_path, **settings))
+    checkpoint = tmp_path / "checkpoint-2"
+    state = {name: value for name, value in open_checkpoint(checkpoint).state.items() if name != lacking}
+    reseal(checkpoint, state)
+    with pytest.raises(RunError, match=lacking):
+        train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=str(checkpoint)))
+
+
+def test_an_average_cannot_be_taken_up_halfway(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(RunError, match="use_ema: False → True"):
+        train(cache, config(tmp_path, use_ema=True, resume_from_checkpoint="latest"))
