@@ -132,3 +132,9 @@ def unsafe_parts(code: str) -> list[str]:
 
 def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_the_readme_maps_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    modules = [path.name for path in (ROOT / "kcache").glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in modules if name not in readme] == []
