@@ -6,10 +6,15 @@ A fresh array of some megabytes costs a page fault per 4 kB when it is first wri
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
 __all__ = ["BatchMemory"]
+
+
+def _block(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
 
 
 class BatchMemory:
@@ -18,9 +23,13 @@ class BatchMemory:
     Safe in threads. A tensor made by `torch.from_numpy` holds such a reference, so tensors are the caller's to keep.
     """
 
-    def __init__(self, keep: int) -> None:
-        """`keep` is how many unused blocks of one size wait for reuse; more are given back to the system."""
+    def __init__(self, keep: int, new_block: Callable[[int], np.ndarray] = _block) -> None:
+        """`keep` is how many unused blocks of one size wait for reuse; more are given back to the system.
+
+        `new_block` makes a block, (size,) uint8, when none is free: of pinned memory, for example.
+        """
         self._keep = keep
+        self._new_block = new_block
         self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
         self._lock = threading.Lock()
 
@@ -31,7 +40,7 @@ class BatchMemory:
             waiting = self._free[size]
             block = waiting.pop() if waiting else None
         if block is None:
-            block = np.empty(size, np.uint8)
+            block = self._new_block(size)
         array = np.ndarray(shape, dtype, buffer=block)
         weakref.finalize(array, self._take_back, block).atexit = False
         return array

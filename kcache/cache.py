@@ -13,7 +13,7 @@ from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.index import CAPTION_BOUNDS, open_index
 from kcache.manifest import Manifest, TableEntry, read_manifest
 from kcache.recipe import Field, Recipe
-from kcache.rows import Empty, FieldFiles, field_files, gather, unit_bytes
+from kcache.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
 from kcache.samples import read_samples
 from kcache.selection import Column, matching_samples
 from kcache.shards import OFFSETS
@@ -46,6 +46,8 @@ class Cache:
         self._selected = selected
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._asked: dict[str, np.ndarray] = {}
+        self._stays: dict[str, bool] = {}
 
     @classmethod
     def open(cls, path: str | Path, resolution: int | None = None) -> "Cache":
@@ -177,20 +179,49 @@ class Cache:
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
         condition left out, as classifier-free guidance needs it. `empty` makes the arrays from shape and dtype. Every
-        row's checksum is verified.
+        row's checksum is verified: each time, or once by `make_resident`.
         Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
         that is not there.
         """
+        rows: dict[str, np.ndarray] = {}
+        positions = self.positions(samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image)
+        for name in fields:
+            rows[name], offsets = self._read_field(name, positions[name], empty)
+            if offsets is not None:
+                rows[OFFSETS] = offsets
+        return rows
+
+    def positions(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        caption: int | np.ndarray = 0,
+        *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
         numbers = self._checked(samples)
         dropped = {"text": drop_caption, "image_embeds": drop_image}
-        rows: dict[str, np.ndarray] = {}
+        positions = {}
         for name in fields:
             table = self.table_of(name)
-            positions = self._caption_positions(numbers, caption) if table == "text" else numbers
+            positions[name] = self._caption_positions(numbers, caption) if table == "text" else numbers
             if (mask := dropped.get(table)) is not None:
-                positions = np.where(mask, self._rows_in_use(table), positions)  # where the reserved row stands
-            self._read_field(name, positions, rows, empty)
-        return rows
+                # where the reserved row stands
+                positions[name] = np.where(mask, self._rows_in_use(table), positions[name])
+        return positions
+
+    def table_rows(self, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows `first` to `last` of the table of `name`, in the order of `positions`, every checksum verified.
+
+        Fixed rows are (n, …), None; ragged ones (T, …) and (n + 1,) int64, where each of them starts.
+        """
+        return gather(self.field_files(name), self._index[self.table_of(name)][first:last], np.empty)
+
+    def table_length(self, name: str) -> int:
+        """Rows that `positions` can name for a field: one per sample, or per caption, and the reserved one."""
+        return len(self._index[self.table_of(name)])
 
     def field_files(self, name: str) -> FieldFiles:
         """The files behind `name`, opened when first read."""
@@ -207,7 +238,16 @@ class Cache:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
         for name in fields:
             if name not in self._resident:
-                self._resident[name] = gather(self.field_files(name), self._index[self.table_of(name)], np.empty)
+                self._resident[name] = self.table_rows(name, 0, self.table_length(name))
+
+    def make_mapped(self, fields: Sequence[str], *, stays: bool) -> None:
+        """Prepare for random reads of `fields` from mapped files: a read then asks the disk for all its rows at once.
+
+        With `stays`, for files that fit into memory, it asks for a row only once.
+        """
+        for name in fields:
+            self._stays[name] = stays
+            self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
 
     def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
         numbers = np.asarray(samples, np.int64)
@@ -238,13 +278,16 @@ class Cache:
         tokens = self._index["text"][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
         return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
 
-    def _read_field(self, name: str, positions: np.ndarray, rows: dict[str, np.ndarray], empty: Empty) -> None:
+    def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
-            rows[name], offsets = _take(self._resident[name], positions, empty)
-        else:
-            rows[name], offsets = gather(self.field_files(name), self._index[self.table_of(name)][positions], empty)
-        if offsets is not None:
-            rows[OFFSETS] = offsets
+            return _take(self._resident[name], positions, empty)
+        files, entries = self.field_files(name), self._index[self.table_of(name)][positions]
+        if name in self._asked:
+            asked = self._asked[name]
+            if not asked[positions].all():
+                files.will_need(entries[~asked[positions]])
+                asked[positions] = self._stays[name]
+        return gather(files, entries, empty)
 
     def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
         starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
@@ -263,15 +306,9 @@ def _take(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
     rows, bounds = resident
-    if bounds is None:
-        out = empty((len(positions), *rows.shape[1:]), rows.dtype)
-        return np.take(rows, positions, axis=0, out=out, mode="clip"), None
-    lengths = bounds[positions + 1] - bounds[positions]
-    offsets = np.zeros(len(positions) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    tokens = np.repeat(bounds[positions] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    flat = empty((len(tokens), *rows.shape[1:]), rows.dtype)
-    return np.take(rows, tokens, axis=0, out=flat, mode="clip"), offsets
+    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
+    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
+    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets
 
 
 def _check_shards(folder: Path, name: str, entry: TableEntry) -> None:

@@ -209,8 +209,8 @@ class TrainConfig:
     """Upload the result when training is done; the token comes from HF_TOKEN or `hf auth login`."""
     hub_model_id: str | None = None
     """Repository to upload to; None takes the run directory's name, under the token's owner."""
-    residency: Literal["auto", "ram", "mmap"] = "auto"
-    """Where the rows wait: whole tables in RAM, or memory-mapped files; "auto" decides by size."""
+    residency: Literal["auto", "gpu", "ram", "mmap"] = "auto"
+    """Where the rows wait: whole tables on the GPU or in RAM, or memory-mapped files; "auto" decides by size."""
     shuffle: Literal["full", "block"] = "full"
     """A new permutation of all samples each epoch, or of blocks of neighbours for slow disks."""
     deterministic: bool = False
@@ -223,7 +223,7 @@ class TrainConfig:
         _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
         _check_choice("--lr-scheduler", self.lr_scheduler, get_args(LrScheduler))
         _check_choice("--attention", self.attention, ("sdpa", "xformers"))
-        _check_choice("--residency", self.residency, ("auto", "ram", "mmap"))
+        _check_choice("--residency", self.residency, ("auto", "gpu", "ram", "mmap"))
         _check_choice("--shuffle", self.shuffle, ("full", "block"))
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             _check_at_least("--" + name.replace("_", "-"), getattr(self, name), 1)

@@ -4,28 +4,32 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from kcache.buffers import BatchMemory
 from kcache.cache import Cache
 from kcache.errors import CacheMismatchError, ConfigError
 from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout
 from kcache.order import epoch_order
+from kcache.residency import DeviceTables, available_memory, choose_residency
 from kcache.rows import Empty
+from kcache.upload import Upload
 
 __all__ = ["Batch", "CacheLoader", "RowReader"]
 
 Batch = dict[str, torch.Tensor]
 
 STATE_VERSION = 1
-FILL_THREADS = 2
-"""Threads that fill batches from a cache: copies and checksums let go of Python's lock, so two keep up with two."""
-PREFETCH_BATCHES = 4
-"""Batches that wait ready: enough to hide one slow read, few enough to stay small."""
+FILL_THREADS = {"gpu": 2, "ram": 2, "mmap": 1, "online": 1}
+"""Threads that fill batches, by residency. One np.take holds no lock of Python's while it copies: alone, in two threads
+that each had a core, it ran at 1.5 times the speed of one. In this loader, on two cores busy with other work, two
+threads were not faster for "ram" (0.48 and 0.71 of np.take's speed, with one 0.71 and 0.72). Copies out of mapped files
+take the lock for each row, and two threads were slower there (0.32 and 0.38, with one 0.48 and 0.50)."""
+PREFETCH_BATCHES = 2
+"""Batches that wait ready: enough to hide one slow read, few enough that their memory stays in the processor's cache:
+a copy into four blocks in turn took 1.26 times as long as into one, into eight 1.37 times."""
 
 
 class RowReader(Protocol):
@@ -59,8 +63,10 @@ class CacheLoader:
     stored one. `draws` is called in the filling thread with the samples' turns (B,) int64 and returns arrays that join
     the batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes with the empty
     caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where the rows wait:
-    "ram" reads whole tables first, "mmap" maps the files, "auto" takes "ram" when all processes' copies fit into half
-    of the free memory; the attribute tells what was taken.
+    "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files. "auto" takes "gpu"
+    on CUDA when they fit into half of the device's free memory, "ram" when all processes' copies fit into half of the
+    host's; the attribute tells what was taken. Each row's checksum is verified: by "gpu" and "ram" when they read the
+    tables, by "mmap" each time.
     """
 
     def __init__(
@@ -103,12 +109,22 @@ class CacheLoader:
         self._caption_dropout = caption_dropout
         self._image_dropout = image_dropout
         self._draws = draws
-        self._memory = BatchMemory(keep=PREFETCH_BATCHES + 2)
+        self._upload = Upload(self._device, keep=PREFETCH_BATCHES + 2)
         self._consumed = 0
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(cache), shuffle))
-        self.residency = _residency(residency, cache, self._fields, world_size)
-        if self.residency == "ram" and isinstance(cache, Cache):
+        self.residency = choose_residency(residency, cache, self._fields, world_size, self._device)
+        self._tables: DeviceTables | None = None
+        if isinstance(cache, Cache):
+            self._settle(cache)
+
+    def _settle(self, cache: Cache) -> None:
+        """Bring the rows to where they are to wait."""
+        if self.residency == "gpu":
+            self._tables = DeviceTables(cache, self._fields, self._device)
+        elif self.residency == "ram":
             cache.make_resident(self._fields)
+        else:
+            cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= available_memory())
 
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""
@@ -180,8 +196,7 @@ class CacheLoader:
 
     def _ahead(self, spans: Iterator[tuple[int, int, int]]) -> Iterator[Batch]:
         """The batches of `spans`, filled ahead in threads; a batch counts as consumed when the caller gets it."""
-        threads = FILL_THREADS if isinstance(self._cache, Cache) else 1
-        with ThreadPoolExecutor(threads, "kcache-loader") as pool:
+        with ThreadPoolExecutor(FILL_THREADS[self.residency], "kcache-loader") as pool:
             waiting: deque[tuple[Future[Batch], int]] = deque()
             try:
                 for first, last, done in spans:
@@ -196,49 +211,40 @@ class CacheLoader:
     def _hand_over(self, filling: Future[Batch], done: int) -> Batch:
         batch = filling.result()
         self._consumed = done
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        self._upload.receive(batch)
+        return batch if self._tables is None else self._tables.take(batch)
 
     def _fill(self, first: int, last: int) -> Batch:
-        turns = np.arange(first, last)
-        samples = np.concatenate([self._order(epoch)[numbers] for epoch, numbers in self._by_epoch(turns)])
-        counts = self._cache.caption_bounds[samples + 1] - self._cache.caption_bounds[samples]
-        captions = draw_choice(self._seed, turns, counts)
-        rows = self._cache.read(
-            samples,
-            self._fields,
-            captions,
-            drop_caption=draw_caption_dropout(self._seed, turns, self._caption_dropout),
-            drop_image=draw_image_dropout(self._seed, turns, self._image_dropout),
-            empty=self._memory.empty,
-        )
-        arrays = dict(rows)
+        turns, samples = np.arange(first, last), self._samples(first, last)
+        bounds = self._cache.caption_bounds
+        captions = draw_choice(self._seed, turns, bounds[samples + 1] - bounds[samples])
+        drop_caption = draw_caption_dropout(self._seed, turns, self._caption_dropout)
+        drop_image = draw_image_dropout(self._seed, turns, self._image_dropout)
+        arrays: dict[str, Any]
+        if self._tables is not None and isinstance(self._cache, Cache):
+            positions = self._cache.positions(
+                samples, self._fields, captions, drop_caption=drop_caption, drop_image=drop_image
+            )
+            arrays = self._tables.numbers(positions)
+        else:
+            rows = self._cache.read(
+                samples,
+                self._fields,
+                captions,
+                drop_caption=drop_caption,
+                drop_image=drop_image,
+                empty=self._upload.memory.empty,
+            )
+            arrays = dict(rows)
         if self._draws is not None:
             arrays.update(self._draws(turns))
-        batch = {name: torch.as_tensor(array) for name, array in arrays.items()}
-        if self._device.type == "cuda":
-            return {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
-        return batch
+        return self._upload.send(arrays)
 
-    def _by_epoch(self, turns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        epochs, numbers = np.divmod(turns, len(self._cache))
-        for epoch in np.unique(epochs).tolist():
-            yield epoch, numbers[epochs == epoch]
-
-
-def _residency(asked: str, cache: RowReader, fields: Sequence[str], copies: int) -> str:
-    if asked not in ("auto", "ram", "mmap"):
-        raise ConfigError(f"residency is {asked!r}; expected 'auto', 'ram' or 'mmap'")
-    if not isinstance(cache, Cache):
-        return "online"
-    if asked != "auto":
-        return asked
-    return "ram" if cache.resident_bytes(fields) * copies <= _available_memory() // 2 else "mmap"
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without pushing others out; 0 where the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    def _samples(self, first: int, last: int) -> np.ndarray:
+        """The samples whose turns are `first` to `last`, of one epoch or of several."""
+        parts = []
+        while first < last:
+            epoch, number = divmod(first, len(self._cache))
+            parts.append(self._order(epoch)[number : number + last - first])
+            first += len(parts[-1])
+        return np.concatenate(parts)

@@ -13,10 +13,13 @@ from kcache.formats import format_of
 from kcache.manifest import ShardEntry
 from kcache.recipe import Field
 
-__all__ = ["Empty", "FieldFiles", "RowFile", "field_files", "gather", "unit_bytes"]
+__all__ = ["Empty", "FieldFiles", "RowFile", "field_files", "gather", "token_numbers", "unit_bytes"]
 
 Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
 """Makes an array of unspecified content from its shape and dtype, as `np.empty` does."""
+
+_TOGETHER = 64
+"""Rows that are copied by one call and then verified, while they are still in the processor's cache."""
 
 
 class RowFile(NamedTuple):
@@ -34,27 +37,48 @@ class FieldFiles:
         self.field = field
         self.dtype = dtype
         self.files = files
-        self._content: list[np.ndarray | None] = [None] * len(files)
+        self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def content(self, shard: int) -> np.ndarray:
         """All bytes of a shard's file, (size,) uint8, read-only."""
-        content = self._content[shard]
-        if content is None:
-            content = self._content[shard] = self._open(shard)
-        return content
+        return self._mapped(shard)[1]
 
-    def _open(self, shard: int) -> np.ndarray:
+    def _mapped(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            mapped = self._maps[shard] = self._open(shard)
+        return mapped
+
+    def _open(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         path = self.files[shard].path
         try:
             with path.open("rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mapped, np.frombuffer(mapped, np.uint8)
         except (OSError, ValueError) as error:
             raise CacheCorruptError(
                 f"{path} cannot be read ({error}); expected a committed shard's data there"
             ) from error
+
+    def will_need(self, entries: np.ndarray) -> None:
+        """Have the rows that index entries point to read from the disk, all at once, without waiting for them.
+
+        Without this each page that is not in memory is waited for alone, and much around it read in vain: 0.04 GB/s
+        where the disk gives 0.6 to 0.9 GB/s in sequence, and 0.7 to 0.9 with it, in random batches of 64 rows of 74 kB.
+        """
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        locators = entries[self.field.name]
+        # The system wants offsets in whole pages. Of a row beyond the end of its file `gather` tells.
+        starts = locators["offset"] // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = locators["offset"] - starts + locators["length"]
+        for shard, start, length in zip(entries["shard"].tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            mapped, content = self._mapped(shard)
+            if start < content.size:
+                mapped.madvise(mmap.MADV_WILLNEED, start, length)
 
     def pieces(self, shard: int, offset: int, length: int) -> list[np.ndarray]:
         """The payload of a row as the runs of bytes it is made of, gaps left out."""
@@ -96,17 +120,20 @@ def gather(files: FieldFiles, entries: np.ndarray, empty: Empty) -> tuple[np.nda
     Fixed rows are (n, …), None. Ragged ones are (T, …), all tokens behind each other, and (n + 1,) int64: where
     each row starts. Raises CacheCorruptError when a row's bytes are not the committed ones.
     """
-    field, dtype, locators = files.field, files.dtype, entries[files.field.name]
-    if not field.ragged:
-        fixed = empty((len(entries), *field.shape), dtype)
-        _gather_fixed(files, entries["shard"], locators, fixed)
-        return fixed, None
-    _check_lengths(files, entries["shard"], locators)
-    offsets = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum(locators["length"].astype(np.int64) // unit_bytes(field, dtype), out=offsets[1:])
-    flat = empty((int(offsets[-1]), *field.shape), dtype)
-    _gather_ragged(files, entries["shard"], locators, flat)
-    return flat, offsets
+    field, unit = files.field, unit_bytes(files.field, files.dtype)
+    shards, locators = entries["shard"], entries[field.name]
+    if field.ragged:
+        _check_lengths(files, shards, locators)
+    bounds = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum(locators["length"] if field.ragged else np.full(len(entries), unit), out=bounds[1:])
+    out = empty((int(bounds[-1]) // unit if field.ragged else len(entries), *field.shape), files.dtype)
+    flat = out.reshape(-1).view(np.uint8)
+    for first in range(0, len(entries), _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        ends = bounds[first : first + _TOGETHER + 1]
+        _copy(files, shards[rows], locators["offset"][rows], ends, flat)
+        _verify(files, shards[rows], locators[rows], ends, flat)
+    return out, bounds // unit if field.ragged else None
 
 
 def _check_lengths(files: FieldFiles, shards: np.ndarray, locators: np.ndarray) -> None:
@@ -121,46 +148,47 @@ def _check_lengths(files: FieldFiles, shards: np.ndarray, locators: np.ndarray) 
         )
 
 
-def _gather_fixed(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
-    """Copy one row per locator into `out` (n, …), checking each: the i-th row comes from file `shards[i]`.
+def _copy(files: FieldFiles, shards: np.ndarray, offsets: np.ndarray, bounds: np.ndarray, flat: np.ndarray) -> None:
+    """Copy rows, the i-th from file `shards[i]` at `offsets[i]`, to the bytes bounds[i] to bounds[i + 1] of `flat`.
 
-    Raises CacheCorruptError when a row's bytes are not the committed ones.
+    Raises CacheCorruptError when a file ends before a row does.
     """
-    rows = out.reshape(len(out), -1).view(np.uint8)
-    row_bytes = rows.shape[1]
-    offsets = locators["offset"].tolist()
-    checksums = locators["crc32c"].tolist()
-    contents = {shard: files.content(shard) for shard in np.unique(shards).tolist()}
-    for i, shard in enumerate(shards.tolist()):
-        offset = offsets[i]
-        source = contents[shard][offset : offset + row_bytes]
-        if source.size != row_bytes:
-            raise files.corrupt(shard, offset, f"the file ends {row_bytes - source.size} bytes before the row does")
-        row = rows[i]
-        row[:] = source
-        if crc32c(row) != checksums[i]:
-            raise files.corrupt(shard, offset, f"crc32c is {crc32c(row):08x}, expected {checksums[i]:08x}")
+    places = list(zip(shards.tolist(), offsets.tolist(), np.diff(bounds).tolist(), strict=True))
+    if files.field.ragged:
+        pieces = [piece for place in places for piece in files.pieces(*place)]
+    else:  # a fixed row is never interrupted
+        contents = {shard: files.content(shard) for shard in set(shards.tolist())}
+        pieces = [contents[shard][offset : offset + length] for shard, offset, length in places]
+    if sum(map(len, pieces)) != bounds[-1] - bounds[0]:
+        _raise_cut(files, places)
+    # One call for all rows: after an assignment per row, two filling threads would wait for each other's release of
+    # Python's lock. Measured with two threads on two cores: 0.70 of np.take's speed per row, 0.96 in one call.
+    np.concatenate(pieces, out=flat[bounds[0] : bounds[-1]])
 
 
-def _gather_ragged(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, out: np.ndarray) -> None:
-    """Copy rows of differing length behind each other into `out` (T, …), T being the sum of their tokens.
+def _raise_cut(files: FieldFiles, places: Sequence[tuple[int, int, int]]) -> None:
+    for shard, offset, length in places:
+        missing = length - sum(map(len, files.pieces(shard, offset, length)))
+        if missing:
+            raise files.corrupt(shard, offset, f"the file ends {missing} bytes before the row does")
 
-    Raises CacheCorruptError when a row's bytes are not the committed ones.
+
+def _verify(files: FieldFiles, shards: np.ndarray, locators: np.ndarray, bounds: np.ndarray, flat: np.ndarray) -> None:
+    """Raise CacheCorruptError when one of the copied rows is not what was committed."""
+    ends = bounds.tolist()
+    for i, expected in enumerate(locators["crc32c"].tolist()):
+        found = crc32c(flat[ends[i] : ends[i + 1]])
+        if found != expected:
+            detail = f"crc32c is {found:08x}, expected {expected:08x}"
+            raise files.corrupt(int(shards[i]), int(locators["offset"][i]), detail)
+
+
+def token_numbers(bounds: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens the ragged rows at `positions` (n,) consist of, row i being the tokens bounds[i] to bounds[i + 1].
+
+    Returns (T,) and (n + 1,), int64: the tokens' numbers, and where each of the n rows starts among them.
     """
-    flat = out.reshape(-1).view(np.uint8)
-    position = 0
-    for shard, offset, length, checksum in zip(
-        shards.tolist(),
-        locators["offset"].tolist(),
-        locators["length"].tolist(),
-        locators["crc32c"].tolist(),
-        strict=True,
-    ):
-        start = position
-        for piece in files.pieces(shard, offset, length):
-            flat[position : position + piece.size] = piece
-            position += piece.size
-        if position - start != length:
-            raise files.corrupt(shard, offset, f"the file ends {start + length - position} bytes before the row does")
-        if crc32c(flat[start:position]) != checksum:
-            raise files.corrupt(shard, offset, f"crc32c is {crc32c(flat[start:position]):08x}, expected {checksum:08x}")
+    lengths = bounds[positions + 1] - bounds[positions]
+    offsets = np.zeros(len(positions) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return np.repeat(bounds[positions] - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets

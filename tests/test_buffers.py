@@ -42,3 +42,17 @@ def test_arrays_have_the_shape_asked_and_never_overlap(shapes: list[tuple[int, i
         assert array.shape == shape
         assert array.flags.c_contiguous
         assert (array == number).all()
+
+
+def test_blocks_are_made_only_when_none_is_free() -> None:
+    made = []
+
+    def new_block(size: int) -> np.ndarray:
+        made.append(size)
+        return np.empty(size, np.uint8)
+
+    memory = BatchMemory(keep=2, new_block=new_block)
+    for _ in range(5):
+        first, second = memory.empty((100, 100), FLOAT), memory.empty((100, 100), FLOAT)
+        del first, second
+    assert len(made) == 2

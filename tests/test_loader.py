@@ -3,18 +3,33 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import write_synthetic_cache
 
 from kcache import Cache
+from kcache.convert import convert
 from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
 from kcache.noise import draw_noise
 
 SAMPLES = 23
+FIELDS = ["latents", "image_embeds", "text_embeds", "text_encoder_hidden_states"]
+
+
+class Reread:
+    """A cache that the loader does not know for one: it has no residency, every row is read and verified anew."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.read, self.samples_digest, self.caption_bounds = cache.read, cache.samples_digest, cache.caption_bounds
+
+    def __len__(self) -> int:
+        return SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +62,36 @@ def test_forever_never_drops_a_sample_at_an_epochs_end(cache: Cache) -> None:
         assert sorted(stream[epoch * SAMPLES : (epoch + 1) * SAMPLES]) == list(range(SAMPLES))
 
 
-@pytest.mark.parametrize("residency", ["ram", "mmap"])
-@pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_residency_does_not_change_batches(cache: Cache, residency: str, shuffle: str) -> None:
-    fields = ["latents", "image_embeds", "text_embeds", "text_encoder_hidden_states"]
-    plain = CacheLoader(cache, fields, 4, seed=9, shuffle=shuffle, residency="mmap")
-    other = CacheLoader(Cache.open(cache.path), fields, 4, seed=9, shuffle=shuffle, residency=residency)
-    assert other.residency == residency
-    for a, b in zip(plain, other, strict=True):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture(scope="module")
+def tars(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    path = tmp_path_factory.mktemp("loader") / "tars"
+    convert(cache.path, path, "webdataset", rows_per_shard=8)
+    return Cache.open(path)
+
+
+@given(
+    residency=st.sampled_from(["gpu", "ram", "mmap"]),
+    form=st.sampled_from(["zarr", "webdataset"]),
+    shuffle=st.sampled_from(["full", "block"]),
+    fields=st.lists(st.sampled_from(FIELDS), min_size=1, unique=True),
+    batch_size=st.integers(1, 2 * SAMPLES),
+    seed=st.integers(0, 2**32),
+    caption_dropout=st.sampled_from([0.0, 0.4]),
+    image_dropout=st.sampled_from([0.0, 0.4]),
+)
+@settings(max_examples=40, deadline=None)  # threads and files, on machines that are busy
+def test_residency_and_format_do_not_change_batches(
+    cache: Cache, tars: Cache, residency: str, form: str, fields: list[str], **wishes: Any
+) -> None:
+    """Two epochs: "mmap" does not verify the second again. `read`, which keeps nothing, gives what is expected."""
+    chosen = Cache.open((cache if form == "zarr" else tars).path)
+    loader = CacheLoader(chosen, fields, residency=residency, **wishes)
+    plain = CacheLoader(cast(Cache, Reread(cache)), fields, **wishes)
+    assert loader.residency == residency
+    for _ in range(2):
+        for a, b in zip(plain, loader, strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def test_processes_share_what_one_would_read(cache: Cache) -> None:
@@ -121,7 +156,7 @@ def test_captions_are_all_used_and_depend_on_the_turn_alone(cache: Cache) -> Non
     assert len(np.unique(embeds(4), axis=0)) > SAMPLES
 
 
-@pytest.mark.parametrize("residency", ["ram", "mmap"])
+@pytest.mark.parametrize("residency", ["gpu", "ram", "mmap"])
 def test_dropout_takes_the_reserved_rows_and_changes_nothing_else(cache: Cache, residency: str) -> None:
     fields = ["latents", "image_embeds", "text_embeds", "text_encoder_hidden_states"]
 
@@ -149,7 +184,8 @@ def test_draws_join_the_batch_by_turn(cache: Cache) -> None:
     assert torch.equal(noise, torch.from_numpy(draw_noise(0, np.arange(32), (2,))))
 
 
-def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("residency", ["gpu", "ram", "mmap"])
+def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path, residency: str) -> None:
     write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
     damaged = Cache.open(tmp_path / "c")
     file = damaged.field_files("latents").files[0].path
@@ -157,7 +193,24 @@ def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path) -> None:
     content[40] ^= 4
     file.write_bytes(content)
     with pytest.raises(CacheCorruptError, match="latents/c/0/0/0/0 is corrupt in the row at byte 32"):
-        list(CacheLoader(Cache.open(tmp_path / "c"), ["latents"], 2))
+        list(CacheLoader(Cache.open(tmp_path / "c"), ["latents"], 2, residency=residency))
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_mapped_rows_are_verified_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Whether the tables fit into memory or not."""
+    monkeypatch.setattr("kcache.loader.available_memory", lambda: free)
+    write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
+    opened = Cache.open(tmp_path / "c")
+    loader = CacheLoader(opened, ["latents"], 2, residency="mmap")
+    list(loader)
+    file = opened.field_files("latents").files[0].path
+    content = file.read_bytes()
+    with file.open("r+b") as damaged:  # in place: the loader has mapped this very file
+        damaged.seek(40)
+        damaged.write(bytes([content[40] ^ 4]))
+    with pytest.raises(CacheCorruptError, match="is corrupt in the row at byte 32"):
+        list(loader)
 
 
 def test_leaving_the_loop_early_ends_the_thread(cache: Cache) -> None:

@@ -61,7 +61,7 @@ TRAIN_HELP = {
     "logging_dir": "Folder in the run directory for trackers that write files.",
     "push_to_hub": "Upload the result to the Hub when training is done; set HF_TOKEN, or run `hf auth login`, before.",
     "hub_model_id": "Repository to upload to, such as me/fox. Yours, named like the run directory, when left out.",
-    "residency": "Where the rows wait: whole tables in RAM, or memory-mapped files. `auto` decides by size.",
+    "residency": "Where the rows wait: whole tables on the GPU or in RAM, or mapped files. `auto` decides by size.",
     "shuffle": "A new permutation of all samples each epoch, or of blocks of neighbours for slow disks.",
     "seed": "Decides order, captions, noise and timesteps.",
     "deterministic": "Use only deterministic CUDA kernels, so that a run can be repeated bit for bit.",
