@@ -20,7 +20,7 @@ from kcache.config import TrainConfig
 from kcache.durable import write_bytes
 from kcache.errors import ModelError
 from kcache.grid import captioned_grid, png_bytes
-from kcache.pretrained import without_bars
+from kcache.pretrained import cast_pipeline, without_bars
 from kcache.repositories import Repository, component_config
 from kcache.validation import evaluating
 
@@ -232,10 +232,7 @@ def _load(pipeline: type[Any], repository: Repository, dtype: torch.dtype, **giv
             "name a repository that works, or leave --validation-prompts out"
         ) from error
     loaded.set_progress_bar_config(disable=True)
-    for component in loaded.components.values():
-        if isinstance(component, torch.nn.Module):
-            # Not diffusers' own `to`, which warns of modules that must stay in float32 also where there are none.
-            torch.nn.Module.to(component, dtype)
+    cast_pipeline(loaded, dtype)
     return loaded
 
 

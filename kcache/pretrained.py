@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from kcache.errors import ModelError
 
-__all__ = ["load_pretrained", "without_bars"]
+__all__ = ["cast_pipeline", "load_pretrained", "without_bars"]
 
 
 def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
@@ -39,6 +39,14 @@ def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
             f"({len(lacking)} in all); expected those that its config.json describes; fetch the repository again"
         )
     return network
+
+
+def cast_pipeline(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Bring the networks of a pipeline into `dtype`."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            # Not diffusers' own `to`, which warns of modules that must stay in float32 also where there are none.
+            torch.nn.Module.to(component, dtype)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kcache.adapters import adapted_network, fuse_lora, load_lora
 from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.export import COMPONENTS
+from kcache.pretrained import cast_pipeline, without_bars
 from kcache.repositories import Repository, find_repository
 
 if TYPE_CHECKING:
@@ -111,14 +112,16 @@ def _load(
     adapters: Sequence[Path],
 ) -> KandinskyV22PriorPipeline | KandinskyV22Pipeline:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    loaded = pipeline.from_pretrained(repository.path, use_safetensors=True, local_files_only=True)
+    with without_bars():
+        loaded = pipeline.from_pretrained(repository.path, use_safetensors=True, local_files_only=True)
     for path in adapters:
         load_lora(loaded.components[network], path)
         # Fused in float32, as float16 would round once more; and a layer with one matrix draws faster than with three.
         fuse_lora(loaded.components[network])
     # Bars are for terminals: None hides them elsewhere.
     loaded.set_progress_bar_config(disable=None)
-    return loaded.to(device, dtype)
+    cast_pipeline(loaded, dtype)
+    return loaded.to(device)
 
 
 def _by_network(lora: Sequence[str]) -> Mapping[str, list[Path]]:
