@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint format
+RESULTS := benchmarks/results
+# torch's threads spin while they wait, and would take the cores that the loader's threads need.
+BENCH := CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks
+
+.PHONY: demo test lint format bench bench-gpu
 
 demo: $(STAMP)
 	$(BIN)/kcache demo
@@ -17,6 +21,24 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every benchmark on the CPU with scale models, some ten minutes on two idle cores.
+bench: $(STAMP)
+	$(BENCH)/train_step.py --stage prior --batch-size 16 --output $(RESULTS)
+	$(BENCH)/train_step.py --stage prior --batch-size 16 --lora-rank 16 --output $(RESULTS)
+	$(BENCH)/train_step.py --stage decoder --batch-size 4 --images 64 --output $(RESULTS)
+	$(BENCH)/train_step.py --stage decoder --batch-size 4 --images 64 --lora-rank 16 --output $(RESULTS)
+	$(BENCH)/build.py --images 64 --output $(RESULTS)
+	$(BENCH)/end_to_end.py --stage prior --images 128 --output $(RESULTS)
+	$(BENCH)/end_to_end.py --stage decoder --images 32 --batch-size 4 --output $(RESULTS)
+	$(BENCH)/growth.py --output $(RESULTS)
+	$(BENCH)/loader.py --output $(RESULTS)/loader-cpu.json
+	$(BENCH)/parity.py --output $(RESULTS)/parity-cpu.json
+	$(BENCH)/report.py $(RESULTS)
+
+# Every benchmark that needs a GPU, with networks of the published size and random weights, ten minutes at most.
+bench-gpu: $(STAMP)
+	PYTHON=$(BIN)/python benchmarks/gpu.sh full $(RESULTS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

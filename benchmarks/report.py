@@ -1,0 +1,216 @@
+"""One page of tables and pictures from the JSON files of benchmarks/results/.
+
+    python benchmarks/report.py
+    python benchmarks/report.py FOLDER
+
+Writes README.md into the folder, and beside it train_step-cpu.png, loader-cpu.png and growth-cpu.png, or -gpu. Numbers
+are those of the files; nothing is measured here.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plots import draw_growth, draw_loader, draw_train_steps
+
+__all__ = ["main"]
+
+Report = Mapping[str, Any]
+TITLES = {
+    "train_step": "A training step",
+    "end_to_end": "A whole training, with the build",
+    "build": "Building a cache",
+    "loader": "The loader",
+    "growth": "Growth",
+    "parity": "Cached against online",
+}
+"""Heading of each benchmark, in the order of the page."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table: the first column holds names, the others numbers."""
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def number(value: float | None, form: str = ",.1f", unit: str = "") -> str:
+    """`value` in the format `form`; nothing where there is none."""
+    return "" if value is None else format(value, form) + unit
+
+
+def case_title(case: Report) -> str:
+    """What a case of the training step was, in words."""
+    size = f", {case['resolution']} pixels" if case["resolution"] else ""
+    learns = f"LoRA rank {case['lora_rank']}" if case["lora_rank"] else "whole network"
+    return f"{case['model_size']} {case['stage']}{size}, batch size {case['batch_size']}, {learns}"
+
+
+def train_step_lines(report: Report) -> list[str]:
+    """A table for each case."""
+    lines = []
+    for case in report["results"]:
+        lines += [f"**{case_title(case)}**, mixed precision {case['mixed_precision']}, {case['workers']} workers", ""]
+        if "out_of_memory" in case:
+            lines += ["Out of memory.", ""]
+            continue
+        head = ["", "images/s", "step, ms", "waiting", "of compute only", "GPU busy", "peak memory, GB", "first loss"]
+        slow = sorted({name for ups in case["speed_up"].values() for name in ups})
+        head += [f"against {name}" for name in slow]
+        rows = []
+        for name, row in case["ways"].items():
+            peak = row.get("peak_memory_bytes")
+            cells = [name, number(row["images_per_second"]), number(row["step_milliseconds"])]
+            cells += [number(row.get("waiting_share"), ".1%"), number(row.get("of_compute_only"), ".3f")]
+            cells += [number(row["gpu_busy_share"], ".1%"), number(None if peak is None else peak / 1e9, ".2f")]
+            cells.append(number(row.get("loss"), ".5f"))
+            cells += [number(case["speed_up"].get(name, {}).get(other), ".2f", "×") for other in slow]
+            rows.append(cells)
+        if upstream := case.get("upstream"):
+            told = [number(upstream.get("images_per_second")), number(upstream.get("step_milliseconds"))]
+            rows.append(["upstream's script", *told, *[""] * (len(head) - 3)])
+        lines += table(head, rows)
+    return lines
+
+
+def end_to_end_lines(report: Report) -> list[str]:
+    """What was measured, then what is extrapolated."""
+    results, settings = report["results"], report["settings"]
+    totals: Mapping[str, Mapping[str, float]] = results["extrapolated_seconds"]
+    epochs = list(next(iter(totals.values())))
+    lines = [
+        f"**{settings['model_size']} {settings['stage']}**, {settings['images']} images, {settings['epochs']} and "
+        f"{2 * settings['epochs']} epochs measured; the build took {results['build_seconds']} s. Totals with the build "
+        "are extrapolated linearly.",
+        "",
+    ]
+    rows = []
+    for way, row in results["ways"].items():
+        even = "" if way == "cached" else number(results["break_even_epochs"][way], ".2f") or "never"
+        cells = [way, number(row["epoch_seconds"], ".3f"), number(row["epoch_cost"], ".3g"), even]
+        rows.append([*cells, *(number(totals[way][count]) for count in epochs)])
+    head = ["", "epoch, s", "cost of an epoch", "paid back after", *(f"{count} epochs, s" for count in epochs)]
+    return lines + table(head, rows)
+
+
+def build_lines(report: Report) -> list[str]:
+    """Tables and whole builds."""
+    rows = [
+        [
+            name, *(number(rate) for rate in row["rows_per_second"].values()), number(row["of_encoder_alone"], ".3f"),
+            *(number(share, ".1%") for share in row["shares"].values()),
+        ]
+        for name, row in report["results"]["tables"].items()
+    ]  # fmt: skip
+    head = ["rows/s", "encoder alone", "decoding alone", "build", "of encoder alone", "waits for inputs", "encodes"]
+    lines = table([*head, "waits for the disk"], rows)
+    rows = [
+        [form, number(row["seconds"], ".2f"), number(row["images_per_second"]), number(row["of_encoders_alone"], ".3f")]
+        for form, row in report["results"]["builds"].items()
+    ]
+    return lines + table(["whole build", "seconds", "images/s", "of encoders alone"], rows)
+
+
+def loader_lines(report: Report) -> list[str]:
+    """A table for each form of a cache."""
+    lines = []
+    for form, ways in report["results"].items():
+        rows = [
+            [
+                name, number(row["rows_per_second"], ",.0f"), number(row["gigabytes_per_second"], ".2f"),
+                number(row["cpu_seconds_per_gigabyte"], ".3f"), number(row["ratio"], ".3f"),
+            ]
+            for name, row in ways.items()
+        ]  # fmt: skip
+        lines += table([form, "rows/s", "GB/s", "CPU s/GB", "of the first"], rows)
+    return lines
+
+
+def growth_lines(report: Report) -> list[str]:
+    """Sizes, then verdicts."""
+    rows = [
+        [
+            f"{size['samples']:,} rows, {residency}", number(size["bytes"] / 1e6), number(row["open_seconds"] * 1e3),
+            number(row["first_batch_seconds"] * 1e3), number(row["memory_bytes"] / 1e6),
+            number(row["batch_milliseconds"], ".3f"),
+        ]
+        for size in report["results"]["sizes"]
+        for residency, row in size["residencies"].items()
+    ]  # fmt: skip
+    lines = table(["", "cache, MB", "open, ms", "first batch, ms", "memory, MB", "batch, ms"], rows)
+    growth = report["results"]["growth"].items()
+    rows = [[name, row["grows"], f"{row['slope']}", f"{row['slope_over_all']}"] for name, row in growth]
+    return lines + table(["", "grows", "slope at the end", "slope over all"], rows)
+
+
+def parity_lines(report: Report) -> list[str]:
+    """Largest differences, by precision."""
+    pairs = ("against online", "against float32 online")
+    rows = [
+        [
+            f"{row['stage']}, {row['encoders']} encoders, {row['rows']} rows",
+            *(f"{row[pair][what]:.1e}" for pair in pairs for what in ("loss", "weight")),
+        ]
+        for row in report["results"]
+    ]
+    return table(["", *(f"{what}, {pair}" for pair in pairs for what in ("loss", "weight"))], rows)
+
+
+LINES: dict[str, Callable[[Report], list[str]]] = {
+    "train_step": train_step_lines,
+    "end_to_end": end_to_end_lines,
+    "build": build_lines,
+    "loader": loader_lines,
+    "growth": growth_lines,
+    "parity": parity_lines,
+}
+
+
+def page(found: Mapping[Path, Report], pictures: Sequence[Path]) -> str:
+    """The page of all `found` reports, with `pictures` where they belong."""
+    lines = ["# What was measured", "", "Written by `python benchmarks/report.py` from the JSON files beside it.", ""]
+    for benchmark, title in TITLES.items():
+        for kind in ("gpu", "cpu"):
+            files = [path for path in found if is_of(path, found[path], benchmark, kind)]
+            if not files:
+                continue
+            lines += [f"## {title}, {kind.upper()}", ""]
+            lines += [f"![{title}]({path.name})\n" for path in pictures if path.stem == f"{benchmark}-{kind}"]
+            for path in files:
+                facts = ", ".join(f"{name} {value}" for name, value in found[path]["machine"].items())
+                lines += [f"[{path.name}]({path.name}): {facts}.", ""]
+                lines += [f"`{found[path]['command']}`", ""] if "command" in found[path] else []
+                lines += LINES[benchmark](found[path])
+    others = [path for path in found if found[path].get("benchmark") not in TITLES]
+    if others:
+        lines += ["## Other results", "", *(f"- [{path.name}]({path.name})" for path in others), ""]
+    return "\n".join(lines)
+
+
+def is_of(path: Path, report: Report, benchmark: str, kind: str) -> bool:
+    """Whether the report at `path` is of `benchmark` on `kind`, "cpu" or "gpu"."""
+    return report.get("benchmark") == benchmark and path.stem.endswith(f"-{kind}")
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "results")
+    folder = parser.parse_args(given).folder
+    # The prior first, and whole networks before adapters.
+    paths = sorted(folder.glob("*.json"), key=lambda path: ("decoder" in path.stem, "lora" in path.stem, path.name))
+    found = {path: json.loads(path.read_text()) for path in paths}
+    pictures = []
+    for benchmark, draw in (("train_step", draw_train_steps), ("loader", draw_loader), ("growth", draw_growth)):
+        for kind in ("gpu", "cpu"):
+            reports = [report for path, report in found.items() if is_of(path, report, benchmark, kind)]
+            if reports:
+                pictures.append(folder / f"{benchmark}-{kind}.png")
+                draw(reports, pictures[-1])
+    (folder / "README.md").write_text(page(found, pictures), encoding="utf-8")
+    for path in (folder / "README.md", *pictures):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The benchmarks run to their end, say what report.py shows, and conclude rightly; how fast things are is not tested.
+
+Every script runs once with the least work that it takes, on the scale model.
+"""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import cut
+from device import covered, device_kind
+from end_to_end import break_even
+from growth import verdict
+from models import make_network, read_configs
+from outcome import write_outcome
+from report import TITLES
+from train_step import speed_ups
+from upstream import time_upstream
+from workload import open_workload
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL = "--images 4 --image-side 64"
+RUNS = {
+    "train_step-prior": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --workers 1",
+    "train_step-decoder-64-lora2": f"--stage decoder {SMALL} --resolution 64 --batch-size 2 --steps 1 --rounds 1 "
+    "--workers 1 --lora-rank 2",
+    "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
+    "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
+    "growth": "--sizes 500 5000 --batches 2 --rounds 1",
+}
+UPSTREAM = """
+import sys
+from tqdm import tqdm
+steps = int(sys.argv[sys.argv.index("--max_train_steps") + 1])
+for step in tqdm(range(steps), desc="Steps"):
+    if step == {last}:
+        raise SystemExit("no more steps")
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all benchmarks write into one folder, and the page that report.py makes of it."""
+    folder, kept = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("kept")
+    for name, words in RUNS.items():
+        script, *_ = name.split("-")
+        keep = ["--folder", str(kept)] if script != "growth" else []
+        importlib.import_module(script).main([*words.split(), *keep, "--output", str(folder)])
+    size = "--rows 256 --batch-size 8 --batches 2 --slow-batches 1 --rounds 1 --format zarr"
+    command = [sys.executable, BENCHMARKS / "loader.py", *size.split(), "--output", folder / "loader-cpu.json"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (folder / "parity-cpu.json").write_bytes((BENCHMARKS / "results" / "parity-cpu.json").read_bytes())
+    importlib.import_module("report").main([str(folder)])
+    return folder
+
+
+def outcome(results: Path, name: str) -> dict[str, Any]:
+    return json.loads((results / f"{name}-{device_kind()}.json").read_text())
+
+
+def test_results_say_where_and_how_they_were_measured(results: Path) -> None:
+    for name in RUNS:
+        found = outcome(results, name)
+        assert {"cpu", "date", "commit", "torch", "torch_threads"} <= found["machine"].keys()
+        assert found["benchmark"] == name.split("-")[0]
+        assert found["command"]
+        assert "output" not in found["settings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cached", "online"),
+    [
+        (
+            "train_step-prior",
+            {"cached, packed", "cached, not packed"},
+            {"online, packed", "online, not packed", "online, not packed, in step"},
+        ),
+        ("train_step-decoder-64-lora2", {"cached"}, {"online", "online, in step"}),
+    ],
+)
+def test_a_training_step_is_compared_in_all_ways(results: Path, name: str, cached: set[str], online: set[str]) -> None:
+    (case,) = outcome(results, name)["results"]
+    limits = {way.replace("cached", "compute only") for way in cached}
+    assert case["ways"].keys() == cached | online | limits | {"encoders only"}
+    assert {fast: set(slow) for fast, slow in case["speed_up"].items()} == dict.fromkeys(cached, online)
+    trained = [row for way, row in case["ways"].items() if way != "encoders only"]
+    assert all(row["images_per_second"] > 0 and 0 <= row["waiting_share"] <= 1 for row in trained)
+    assert all(row["peak_memory_bytes"] is None or row["peak_memory_bytes"] > 0 for row in trained)
+    # Same samples, noise and weights: rows were rounded to float16 in the cache, and nothing else differs.
+    losses = [row["loss"] for row in trained]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+
+
+def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
+    found = outcome(results, "build")["results"]
+    assert {name: table["rows"] for name, table in found["tables"].items()} == {
+        "image_embeds": 5, "text": 5, "latents-64": 4
+    }  # fmt: skip
+    for table in found["tables"].values():
+        assert table["rows_per_second"].keys() == {"encoder alone", "decoding alone", "build"}
+        assert sum(table["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert {form: build["samples"] for form, build in found["builds"].items()} == {"zarr": 4, "webdataset": 4}
+
+
+def test_a_whole_training_is_extrapolated_linearly(results: Path) -> None:
+    found = outcome(results, "end_to_end-prior")["results"]
+    for way, row in found["ways"].items():
+        before = row["around_seconds"] + (found["build_seconds"] if way == "cached" else 0.0)
+        assert found["extrapolated_seconds"][way]["100"] == pytest.approx(before + 100 * row["epoch_seconds"], abs=0.02)
+        assert row["epoch_cost"] == pytest.approx(row["epoch_seconds"] / 1000, abs=1e-6)
+        assert math.isfinite(row["loss"])
+    assert found["break_even_epochs"].keys() == {"online", "online, not packed"}
+
+
+def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
+    found = outcome(results, "growth")["results"]
+    assert [size["samples"] for size in found["sizes"]] == [500, 5000]
+    assert len(found["growth"]) == 9
+    assert found["growth"]["bytes"]["grows"] == "linear"
+
+
+def test_report_shows_every_benchmark(results: Path) -> None:
+    page = (results / "README.md").read_text()
+    assert all(f"\n## {title}, " in page for title in TITLES.values())
+    for picture in ("train_step", "loader", "growth"):
+        assert (results / f"{picture}-cpu.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture}-cpu.png)" in page
+    (case,) = outcome(results, "train_step-prior")["results"]
+    assert f"| cached, packed | {case['ways']['cached, packed']['images_per_second']:,.1f} |" in page
+
+
+def test_full_networks_are_as_large_as_the_published_ones() -> None:
+    sizes = {
+        component: sum(parameter.numel() for parameter in make_network(component, settings, "meta").parameters())
+        for component, settings in read_configs("full").items()
+    }
+    assert sizes == {
+        "prior": 1_026_225_920,
+        "image_encoder": 1_844_907_264,
+        "text_encoder": 694_659_840,
+        "unet": 1_253_057_288,
+        "movq": 67_832_495,
+    }
+
+
+def test_speed_ups_are_medians_of_rounds() -> None:
+    turns = {"cached": [(1.0, 0.0), (2.0, 0.0), (1.0, 0.0)], "online": [(3.0, 0.0), (4.0, 0.0), (9.0, 0.0)]}
+    assert speed_ups(turns) == {"cached": {"online": 3.0}}
+
+
+def test_break_even_counts_the_build_and_both_starts() -> None:
+    cached, online = {"epoch": 2.0, "around": 5.0}, {"epoch": 6.0, "around": 1.0}
+    epochs = break_even(20.0, cached, online)
+    assert epochs == 6.0
+    assert 20 + 5 + epochs * 2 == 1 + epochs * 6
+    assert break_even(20.0, online, cached) is None
+    assert break_even(0.0, cached, online | {"around": 9.0}) == 0.0
+
+
+@pytest.mark.parametrize(("power", "word"), [(0.0, "flat"), (0.5, "slower than linear"), (1.0, "linear")])
+def test_growth_is_judged_by_the_largest_caches(power: float, word: str) -> None:
+    samples = [10.0, 100.0, 1000.0]
+    found = verdict(samples, [5.0, *(n**power for n in samples[1:])])
+    assert found["grows"] == word
+    assert found["slope"] == pytest.approx(power)
+
+
+def test_time_covered_by_overlapping_spans_is_counted_once() -> None:
+    assert covered([]) == 0.0
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (2.6, 2.9)]) == 4.0
+
+
+def test_shards_are_cut_without_losing_rows() -> None:
+    shards = list(cut([bytes([n]) for n in range(5)], 2))
+    assert [shard.name for shard in shards] == ["00000", "00001", "00002"]
+    assert b"".join(key for shard in shards for key in shard.keys) == bytes(range(5))
+
+
+def test_outcome_goes_into_the_file_that_is_named(tmp_path: Path) -> None:
+    write_outcome(tmp_path / "mine.json", "build", {"output": tmp_path, "images": 4}, [1])
+    found = json.loads((tmp_path / "mine.json").read_text())
+    assert (found["settings"], found["results"]) == ({"images": 4}, [1])
+    write_outcome(None, "build", {}, [])
+
+
+@pytest.mark.parametrize("last", [2, 99])
+def test_upstream_is_timed_by_its_progress_bar(last: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UPSTREAM.format(last=last))
+    arguments = Namespace(
+        model_size="tiny", images=2, image_side=16, folder=tmp_path, mixed_precision="no", upstream_script=script,
+        steps=2, workers=1, lora_rank=None, gradient_checkpointing=False,
+    )  # fmt: skip
+    with open_workload(arguments) as workload:
+        told = time_upstream(arguments, workload, 64, 2)
+    assert ("images_per_second" in told) == (last == 99)
+    assert ("no more steps" in str(told)) == (last == 2)
+
+
+def test_a_case_that_does_not_fit_into_memory_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    train_step = importlib.import_module("train_step")
+    monkeypatch.setattr(train_step, "measure_case", full)
+    train_step.main(["--stage", "prior", "--images", "1", "--image-side", "16", "--output", str(tmp_path)])
+    (case,) = outcome(tmp_path, "train_step-prior")["results"]
+    assert case["out_of_memory"]
+    importlib.import_module("report").main([str(tmp_path)])
+    assert "Out of memory." in (tmp_path / "README.md").read_text()
+    assert "out of memory" in capsys.readouterr().out
