@@ -6,7 +6,7 @@
 Writes caches of random rows without encoders, and reads each in fresh processes, in both residencies: "mmap" leaves the
 rows where they are, "ram" reads whole tables first. Rows are tiny (64 bytes, and 16 for each token), so that what is
 measured is what comes with every sample, whatever its rows weigh. All files are in the page cache, as they were just
-written. "mmap" verifies a row when it is first read, so that small caches, which are read again and again, look faster.
+written. "mmap" maps pages when they are first read, so that small caches, which are read again and again, look faster.
 
 Each quantity is called flat or linear by the slope of a straight line through (log rows, log quantity): 0 is flat, 1 is
 linear. The line goes through the two largest caches, as small ones are all overhead; the slope over all is told beside

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,21 +19,34 @@ __all__ = ["choose_trackers", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
+_SPLITTING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""What accelerate's launcher sets for the ways of training that give each process only a part of the weights."""
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of a run: the launcher's processes and device, the precision and the trackers of `config`.
 
-    Raises ConfigError for a precision that the device does not have, and for a tracker that is not installed.
+    Raises ConfigError for a precision that the device does not have, for a tracker that is not installed, and when the
+    launcher was told to split the weights among the processes.
     """
+    _check_whole_weights()
+    trackers = choose_trackers(config.report_to)
     # accelerate keeps the first run's precision for the whole process, and refuses another one.
     AcceleratorState._reset_state(reset_partial_state=True)
     group_is_ours = not torch.distributed.is_initialized()
     accumulation = GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
     try:
         accelerator = Accelerator(
+            # Several processes on a machine without an accelerator: left to itself, each would think it was alone.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=accumulation,
-            log_with=choose_trackers(config.report_to) or None,
+            log_with=trackers or None,
             project_dir=Path(config.output_dir) / config.logging_dir,
         )
         if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -44,6 +58,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ) from error
     if group_is_ours and torch.distributed.is_initialized():
         atexit.register(_leave_process_group)
+    # Of a gradient of a 1×1 convolution, whose strides along the sides of length 1 may be any: it lies in memory as its
+    # weight does.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
@@ -71,6 +88,16 @@ def choose_trackers(report_to: str) -> list[str]:
         f"--report-to is {report_to!r}; found {', '.join(installed) or 'no tracker'} installed; expected one of "
         f"{known}, all or none; install its package or choose another"
     )
+
+
+def _check_whole_weights() -> None:
+    asked = [name for variable, name in _SPLITTING.items() if os.environ.get(variable, "").lower() == "true"]
+    if asked:
+        raise ConfigError(
+            f"accelerate is set up for {', '.join(asked)}, which gives each process a part of the weights; expected "
+            "data parallelism, each process with all of them, as checkpoints are written from one; run `accelerate "
+            "config` again and answer no to it, or launch with torchrun: torchrun --nproc-per-node 8 -m kcache_cli …"
+        )
 
 
 def _leave_process_group() -> None:

@@ -1,5 +1,6 @@
 """What a build and a training run are told to do: frozen settings, named like the flags that set them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,8 +32,18 @@ def _is_place(worker: str) -> bool:
 
 
 def _check_at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
+    if value is not None and not least <= value < math.inf:
         raise ConfigError(f"{name} is {value}; expected {least} or more")
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}; expected a number above 0")
+
+
+def _check_below_one(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value}; expected 0 or more, and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,17 +252,36 @@ class TrainConfig:
         _check_at_least("--max-train-steps", self.max_train_steps, 1)
         _check_at_least("--validation-epochs", self.validation_epochs, 1)
         _check_at_least("--validation-steps", self.validation_steps, 1)
+        if self.validation_steps is not None and not (self.val_fraction or self.validation_prompts):
+            raise ConfigError(
+                "--validation-steps says when, but not what to look at; expected --val-fraction, --validation-prompts "
+                "or both beside it"
+            )
         _check_at_least("--num-validation-images", self.num_validation_images, 1)
-        _check_at_least("--lora-rank", self.lora_rank, 1)
         _check_probability("--val-fraction", self.val_fraction)
         _check_probability("--ema-decay", self.ema_decay)
-        _check_probability("--lora-dropout", self.lora_dropout)
         self._check_lora()
+        self._check_optimizer()
         _check_at_least("--checkpoints-total-limit", self.checkpoints_total_limit, 1)
-        _check_at_least("--lr-warmup-steps", self.lr_warmup_steps, 0)
         _check_at_least("--seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"--seed is {self.seed}; expected a number below 2^63")
+
+    def _check_optimizer(self) -> None:
+        _check_at_least("--learning-rate", self.learning_rate, 0)
+        _check_at_least("--lr-warmup-steps", self.lr_warmup_steps, 0)
+        _check_below_one("--adam-beta1", self.adam_beta1)
+        _check_below_one("--adam-beta2", self.adam_beta2)
+        _check_at_least("--adam-weight-decay", self.adam_weight_decay, 0)
+        _check_at_least("--adam-epsilon", self.adam_epsilon, 0)
+        # No gradient is scaled down to nothing, as 0 would have it: whoever wants none scaled gives a large one.
+        _check_positive("--max-grad-norm", self.max_grad_norm)
+        _check_positive("--snr-gamma", self.snr_gamma)
 
     def _check_lora(self) -> None:
+        _check_at_least("--lora-rank", self.lora_rank, 1)
+        _check_positive("--lora-alpha", self.lora_alpha)
+        _check_below_one("--lora-dropout", self.lora_dropout)
         if self.lora_rank is not None:
             return
         given = {

@@ -1,16 +1,17 @@
 """What a run is judged by while it goes on: the loss on held-out samples, pictures of fixed prompts, and its curves."""
 
 import math
+from typing import TYPE_CHECKING
 
 from kcache.curves import plot_run
-from kcache.export import COMPONENTS
 from kcache.optimizer import averaged
-from kcache.pictures import PromptPictures, save_pictures
-from kcache.repositories import Repository, find_repository
 from kcache.run_directory import append_validation
 from kcache.run_log import RunLog
 from kcache.training_run import TrainingRun
 from kcache.validation import Validation
+
+if TYPE_CHECKING:
+    from kcache.pictures import PromptPictures
 
 __all__ = ["Judge"]
 
@@ -41,12 +42,7 @@ class Judge:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
-        self._pictures = None
-        if config.validation_prompts and accelerator.is_main_process:
-            self._pictures = PromptPictures(
-                config, run.base, _find_counterpart(run), _picture_side(run), accelerator.device
-            )
-            self._pictures.prepare()
+        self._pictures = _make_pictures(run)
 
     def is_due(self, step: int) -> bool:
         """Whether to look after optimizer step `step`; the same in all processes."""
@@ -65,6 +61,8 @@ class Judge:
                 if run.accelerator.is_main_process:
                     append_validation(run.output_dir, entry)
             if self._pictures is not None:
+                from kcache.pictures import save_pictures
+
                 drawn = self._pictures.draw(network)
                 save_pictures(run.output_dir, step, drawn, self._pictures.prompts)
                 self._log.track_pictures(step, drawn)
@@ -72,12 +70,15 @@ class Judge:
             plot_run(run.output_dir)
 
 
-def _find_counterpart(run: TrainingRun) -> Repository:
-    half, components = ("decoder", "unet") if run.config.stage == "prior" else ("prior", "prior")
-    origin = run.cache.models.get(half, {})
-    # A --revision is of the repository that is trained, and names nothing in this one.
-    revision = origin.get("revision") if origin.get("name") == run.counterpart else None
-    return find_repository(run.counterpart, revision, COMPONENTS[components], run.config.cache_dir)
+def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
+    if run.counterpart is None or not run.accelerator.is_main_process:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.pictures import PromptPictures
+
+    pictures = PromptPictures(run.config, run.base, run.counterpart, _picture_side(run), run.accelerator.device)
+    pictures.prepare()
+    return pictures
 
 
 def _picture_side(run: TrainingRun) -> int:

@@ -8,9 +8,9 @@ and residency, and after any interruption.
 
 import numpy as np
 
-__all__ = ["draw_caption_dropout", "draw_choice", "draw_image_dropout", "draw_noise", "draw_timesteps"]
+__all__ = ["draw_caption_dropout", "draw_choice", "draw_image_dropout", "draw_noise", "draw_seed", "draw_timesteps"]
 
-_NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT = 1, 2, 3, 4, 5
+_NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = 1, 2, 3, 4, 5, 6
 
 
 def _stream(seed: int, purpose: int, turn: int) -> np.random.Generator:
@@ -48,6 +48,11 @@ def draw_caption_dropout(seed: int, turns: np.ndarray, probability: float) -> np
 def draw_image_dropout(seed: int, turns: np.ndarray, probability: float) -> np.ndarray:
     """Which samples at `turns` (B,) int64 train without their image, each with `probability` → (B,) bool."""
     return _draw_dropout(seed, _IMAGE_DROPOUT, turns, probability)
+
+
+def draw_seed(seed: int, turn: int) -> int:
+    """A seed below 2⁶³ for a generator that the network itself draws from, as the dropout of adapters does."""
+    return int(_stream(seed, _SEED, turn).integers(2**63))
 
 
 def _draw_dropout(seed: int, purpose: int, turns: np.ndarray, probability: float) -> np.ndarray:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from kcache.adapters import fuse_lora, load_lora
+from kcache.curves import plot_run
 from kcache.durable import publish, remove, temporary_path, write_bytes
 from kcache.export import export_run
 from kcache.modelcard import model_card
 from kcache.network import load_network, save_network
 from kcache.optimizer import averaged
+from kcache.run_directory import read_metrics
 from kcache.training_run import TrainingRun
 
 __all__ = ["leave_result"]
@@ -17,12 +19,14 @@ RAW_FOLDER = "raw"
 
 
 def leave_result(run: TrainingRun) -> None:
-    """Write the result into the run directory: a pipeline that diffusers loads or a LoRA file, and README.md.
+    """Write the result into the run directory: a pipeline that diffusers loads or a LoRA file, README.md and loss.png.
 
     With a moving average of the weights that is the result, and raw/ holds the weights as they are. With adapters and
     --export-pipeline there is a pipeline, too, whose network has them fused into its weights.
     """
     config, name = run.config, run.raw_objective.network_name
+    if read_metrics(run.output_dir):  # none when a run goes on in another directory from its last step
+        plot_run(run.output_dir)
     if run.average is not None:
         _save(run, run.output_dir / RAW_FOLDER)
     with averaged(run.average, run.network):

@@ -62,38 +62,39 @@ _SETTLED = (
 def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `config` names, or None to start fresh: "latest" starts fresh where there is none yet.
 
-    Raises RunError for a checkpoint that is broken, and for a fresh start where checkpoints of another run are.
+    It may be a path, or the name of one in the run directory. Raises RunError for a checkpoint that is broken, of a run
+    with other settings or past the last step, and for a start where checkpoints of another run are.
     """
-    run_dir = Path(config.output_dir)
-    if config.resume_from_checkpoint == "latest":
-        return latest_checkpoint(run_dir)
-    if config.resume_from_checkpoint is not None:
-        return open_checkpoint(Path(config.resume_from_checkpoint))
+    run_dir, name = Path(config.output_dir), config.resume_from_checkpoint
+    if name == "latest":
+        checkpoint = latest_checkpoint(run_dir)
+    else:
+        path = None if name is None else Path(name)
+        if path is not None and not path.exists() and (run_dir / path).is_dir():
+            path = run_dir / path
+        checkpoint = None if path is None else open_checkpoint(path)
+        _check_alone(run_dir, path)
+    if checkpoint is not None:
+        _check_settings(checkpoint, config)
+    return checkpoint
+
+
+def _check_alone(run_dir: Path, begin: Path | None) -> None:
+    """Check that a run that begins with checkpoint `begin`, or fresh, does not mix with another one in `run_dir`."""
     steps = checkpoint_steps(run_dir)
-    if steps:
+    if steps and (begin is None or begin.resolve().parent != run_dir.resolve()):
         raise RunError(
             f"{run_dir} holds checkpoint-{steps[-1]} of an earlier run; expected a directory without checkpoints; "
             "go on with that run by --resume-from-checkpoint latest, or choose another --output-dir"
         )
-    return None
 
 
-def check_same_run(checkpoint: Checkpoint, config: TrainConfig, global_batch: int, tables: Mapping[str, str]) -> None:
-    """Check that going on from `checkpoint` gives the run that was begun, not a mixture of two.
-
-    `global_batch` is in samples per optimizer step; another number of processes may change it, which is said in a
-    warning. `tables` maps each table that is read to its fingerprint. Raises RunError for other settings,
-    CacheMismatchError for other tables.
-    """
+def _check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Check that `config` gives the run that was begun, and asks for no step before the checkpoint."""
     try:
         begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
-        begun_batch, begun_tables = int(checkpoint.state["global_batch"]), dict(checkpoint.state["tables"])
-        int(checkpoint.state["samples_seen"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{checkpoint.path} does not say how its run was set up ({error!r}); expected the settings of this version "
-            "of kcache; resume with the one that wrote it"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise _unknown(checkpoint, error) from error
     asked = json.loads(json.dumps({name: getattr(config, name) for name in _SETTLED}))
     changed = [f"{name}: {begun[name]} → {asked[name]}" for name in _SETTLED if begun[name] != asked[name]]
     if changed:
@@ -101,6 +102,32 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, global_batch: in
             f"{checkpoint.path} was made with other settings ({', '.join(changed)}); expected those it was begun with; "
             "resume with them, or start a new run from the trained network of that one"
         )
+    if config.max_train_steps is not None and config.max_train_steps < checkpoint.step:
+        raise RunError(
+            f"{checkpoint.path} comes after step {checkpoint.step}; expected one no later than --max-train-steps "
+            f"{config.max_train_steps}; resume from an earlier one, or ask for more steps"
+        )
+
+
+def _unknown(checkpoint: Checkpoint, error: Exception) -> RunError:
+    return RunError(
+        f"{checkpoint.path} does not say how its run was set up ({error!r}); expected the settings of this version of "
+        "kcache; resume with the one that wrote it"
+    )
+
+
+def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[str, str]) -> None:
+    """Check that going on from `checkpoint` reads what was read before.
+
+    `tables` maps each table that is read to its fingerprint. `global_batch` is in samples per optimizer step; another
+    number of processes may change it, which is said in a warning. Raises CacheMismatchError for other tables, RunError
+    when the checkpoint does not say.
+    """
+    try:
+        begun_batch, begun_tables = int(checkpoint.state["global_batch"]), dict(checkpoint.state["tables"])
+        int(checkpoint.state["samples_seen"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unknown(checkpoint, error) from error
     if begun_tables != tables:
         raise CacheMismatchError(
             f"{checkpoint.path} was trained from tables {_short(begun_tables)}; this cache has "

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "RunLog"]
 
+LOG_STEPS = 10
+"""Optimizer steps for which losses wait on the device: fetching them makes the host wait until it is done."""
+SLOW_SECONDS = 0.5
+"""What a step takes where that wait is nothing beside it, and ten steps are long to wait: for a first sign of life, and
+for a checkpoint after a signal, as launchers kill what has not ended after 30 seconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -42,6 +48,7 @@ class RunLog:
         self._steps: list[tuple[int, float]] = []
         self._values: list[torch.Tensor] = []
         self._since = time.perf_counter()
+        self._slow, self._step_seconds = True, SLOW_SECONDS  # until that is known
         # Trackers take plain values only.
         plain = {
             name: value for name, value in asdict(run.config).items() if isinstance(value, bool | int | float | str)
@@ -72,6 +79,10 @@ class RunLog:
         self._steps.append((step, lr))
         self._values.append(torch.stack([loss, grad_norm]))
 
+    def is_due(self, step: int) -> bool:
+        """Whether to fetch after optimizer step `step`; the same in all processes."""
+        return self._slow or step % LOG_STEPS == 0 or step == self._run.max_steps
+
     def restart_clock(self) -> None:
         """Leave the time since the last fetch out of the speed."""
         self._since = time.perf_counter()
@@ -82,9 +93,12 @@ class RunLog:
         Raises RunError at one that is not finite.
         """
         accelerator = self._run.accelerator
-        values = accelerator.reduce(torch.stack(self._values), "mean").tolist()
+        # With them goes what this process knows of its speed: all have to agree on when to fetch.
+        speed = torch.full_like(self._values[0], self._step_seconds)
+        *values, (seconds, _) = accelerator.reduce(torch.stack([*self._values, speed]), "mean").tolist()
         now = time.perf_counter()
-        rate = len(values) * self._run.global_batch / (now - self._since)
+        self._slow, self._step_seconds = seconds >= SLOW_SECONDS, (now - self._since) / len(values)
+        rate = self._run.global_batch / self._step_seconds
         entries = [
             {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "samples_per_second": rate}
             for (step, lr), (loss, norm) in zip(self._steps, values, strict=True)

@@ -1,5 +1,6 @@
 """The training loop, one for both stages: batches of cached rows in, a trained network out."""
 
+import logging
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from kcache.cache import Cache
 from kcache.config import TrainConfig
 from kcache.judge import Judge
 from kcache.loader import Batch
+from kcache.noise import draw_seed
 from kcache.publishing import check_publishing, publish_run
 from kcache.result import leave_result
 from kcache.run_log import Progress, RunLog
@@ -23,8 +25,7 @@ from kcache.training_run import TrainingRun, prepare_run
 
 __all__ = ["Progress", "TrainResult", "train"]
 
-LOG_STEPS = 10
-"""Optimizer steps for which losses wait on the device: fetching them makes the host wait until it is done."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +51,24 @@ def train(
     """Train the prior or the decoder from `cache`, opened or its path, as `config` says, into `config.output_dir`.
 
     `report` is called every few optimizer steps, in the main process. On SIGINT or SIGTERM the step is finished and a
-    checkpoint saved, then KeyboardInterrupt or SystemExit(143) raised. Raises a KcacheError for what does not fit
-    together, all checked before the first step; RunError when a loss or gradient is no longer finite, and when a result
-    that is whole could not be uploaded.
+    checkpoint saved, then KeyboardInterrupt or SystemExit(143) raised. torch's global generators are seeded at each
+    step. Raises a KcacheError for what does not fit together, all checked before the first step; RunError when a loss
+    or gradient is no longer finite, and when a result that is whole could not be uploaded; CacheBusyError when another
+    run goes on in that directory.
     """
     check_publishing(config)
     run = prepare_run(cache, config)
-    accelerator, log = run.accelerator, RunLog(run)
+    with run.begun():
+        return _train(run, report)
+
+
+def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
+    config, accelerator, log = run.config, run.accelerator, RunLog(run)
     judge = Judge(run, log)
+    log.restart_clock()
     step, progress, begun = run.first_step, None, time.perf_counter()
 
-    with closing(run.loader.forever()) as batches, _caught_signals() as caught:
+    with closing(log), closing(run.loader.forever()) as batches, _caught_signals() as caught:
         while step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
             loss, grad_norm = _take_step(run, batches)
@@ -68,8 +76,7 @@ def train(
             log.add(step, lr, loss, grad_norm)
 
             save, look, stopping = step % config.checkpointing_steps == 0, judge.is_due(step), False
-            regular = step % LOG_STEPS == 0 or step == run.max_steps
-            if save or look or regular or (caught and accelerator.num_processes == 1):
+            if save or look or log.is_due(step) or (caught and accelerator.num_processes == 1):
                 progress = log.fetch()
                 stopping = _any_process(accelerator, caught)
                 if report is not None and accelerator.is_main_process:
@@ -81,10 +88,13 @@ def train(
             if save or look:
                 log.restart_clock()
             if stopping:
+                # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
                 raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(128 + signal.SIGTERM)
 
     seconds = time.perf_counter() - begun
-    log.close()
     address = None
     if accelerator.is_main_process:
         leave_result(run)
@@ -108,6 +118,8 @@ def _take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor
     config, accelerator, losses = run.config, run.accelerator, []
     for _ in range(config.gradient_accumulation_steps):
         batch = next(batches)
+        # For dropout, which draws from torch's own generator.
+        torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
         with accelerator.accumulate(run.objective):
             loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
             accelerator.backward(loss)

@@ -6,7 +6,8 @@ prepared loader would repeat samples to fill its last batch, and a prepared sche
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from kcache.cache import Cache
 from kcache.checkpoint import Checkpoint, save_checkpoint
 from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
 from kcache.contract import check_contract
+from kcache.durable import exclusive, writing
 from kcache.errors import KcacheError, RunError
 from kcache.export import COMPONENTS
 from kcache.heldout import split_by_key
@@ -35,7 +37,6 @@ from kcache.loader import CacheLoader, RowReader
 from kcache.network import load_objective, save_network
 from kcache.noise import draw_noise, draw_timesteps
 from kcache.objectives import Objective
-from kcache.online import OnlineEncoders
 from kcache.optimizer import (
     check_optimizer,
     make_average,
@@ -76,6 +77,8 @@ class TrainingRun:
     global_batch: int
     """Samples per optimizer step, of all processes and accumulated batches."""
     max_steps: int
+    counterpart: Repository | None = None
+    """The half that does not learn, when there are prompts to draw with it."""
     average: EMAModel | None = None
     """The moving average of what learns, when one is kept."""
     held_out: Cache | None = None
@@ -93,20 +96,25 @@ class TrainingRun:
         """The network that learns, as it is saved."""
         return self.raw_objective.network
 
-    @property
-    def counterpart(self) -> str:
-        """The repository of the half that does not learn: the one named, the cache's, or the published one."""
-        config = self.config
-        if config.stage == "prior":
-            half, given, published = "decoder", config.pretrained_decoder_model_name_or_path, DECODER_REPO
-        else:
-            half, given, published = "prior", config.pretrained_prior_model_name_or_path, PRIOR_REPO
-        return given or str(self.cache.models.get(half, {}).get("name") or published)
-
     @cached_property
     def learning(self) -> list[torch.nn.Parameter]:
         """The parameters that learn."""
         return list(trainable_parameters(self.network).values())
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Have the run directory, made and ready, for the main process alone while the block runs.
+
+        Raises CacheBusyError when another run has it, CacheWriteError when it cannot be made.
+        """
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.output_dir):
+            start_run(self.config, _facts(self), self.first_step)
+            yield
 
     def save(self, step: int) -> None:
         """Write a checkpoint after optimizer step `step`; for the main process."""
@@ -156,23 +164,24 @@ class TrainingRun:
 
 
 def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
-    """Find, check and load everything that training from `cache` needs, and make the run directory.
+    """Find, check and load everything that training from `cache` needs; what is quickly refused comes first.
 
     Raises the KcacheError of whatever is missing or does not fit together.
     """
     check_optimizer(config)
     check_attention(config.attention, config.stage)
-    checkpoint = checkpoint_to_resume(config)
     accelerator = make_accelerator(config)
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
+    counterpart = _find_counterpart(cache, config) if config.validation_prompts else None
+    checkpoint = checkpoint_to_resume(config)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_contract(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
-        check_same_run(checkpoint, config, global_batch, tables)
+        check_same_run(checkpoint, global_batch, tables)
     to_see = config.num_train_epochs * len(cache)
     max_steps = config.max_train_steps or _steps_until(to_see, global_batch, checkpoint)
     objective.to(accelerator.device)
@@ -196,13 +205,12 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         loader=_make_loader(cache, objective, config, accelerator),
         global_batch=global_batch,
         max_steps=max_steps,
+        counterpart=counterpart,
         average=average,
         held_out=held_out,
     )
     if checkpoint is not None:
         run.restore(checkpoint)
-    if accelerator.is_main_process:
-        start_run(config, _facts(run), run.first_step)
     return run
 
 
@@ -234,6 +242,23 @@ def _find_base(cache: Cache, config: TrainConfig) -> Repository:
     return find_repository(str(origin["name"]), config.revision or origin["revision"], components, config.cache_dir)
 
 
+def _find_counterpart(cache: Cache, config: TrainConfig) -> Repository:
+    half, components = ("decoder", "unet") if config.stage == "prior" else ("prior", "prior")
+    name, origin = _counterpart_name(cache, config), cache.models.get(half, {})
+    # A --revision is of the repository that is trained, and names nothing in this one.
+    revision = origin.get("revision") if origin.get("name") == name else None
+    return find_repository(name, revision, COMPONENTS[components], config.cache_dir)
+
+
+def _counterpart_name(cache: Cache, config: TrainConfig) -> str:
+    """The repository of the half that does not learn: the one named, the cache's, or the published one."""
+    if config.stage == "prior":
+        half, given, published = "decoder", config.pretrained_decoder_model_name_or_path, DECODER_REPO
+    else:
+        half, given, published = "prior", config.pretrained_prior_model_name_or_path, PRIOR_REPO
+    return given or str(cache.models.get(half, {}).get("name") or published)
+
+
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
     fields = tuple(objective.row_shapes)
     noise_shape = cache.field(objective.noised_field).shape
@@ -247,6 +272,9 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
 
     rows: RowReader = cache
     if config.online is not None:
+        # Not at the top: a run from a cache needs neither encoders nor what reads a source.
+        from kcache.online import OnlineEncoders
+
         source = open_source(
             config.online,
             image_column=config.image_column,
@@ -274,7 +302,7 @@ def _facts(run: TrainingRun) -> dict[str, Any]:
     return {
         "cache": {"path": os.fspath(run.cache.path.resolve()), "samples": len(run.cache), "tables": dict(run.tables)},
         "base": {"name": run.base.name, "revision": run.base.revision},
-        "counterpart": run.counterpart,
+        "counterpart": _counterpart_name(run.cache, run.config),
         "global_batch": run.global_batch,
         "max_steps": run.max_steps,
         "residency": run.loader.residency,

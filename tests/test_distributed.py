@@ -12,6 +12,7 @@ import pytest
 from training import LORA_WEIGHTS, STAGES, WEIGHTS, assert_equal_tensors, config, course
 
 from kcache.cache import Cache
+from kcache.checkpoint import latest_checkpoint
 from kcache.trainer import train
 
 SCRIPT = """
@@ -38,6 +39,31 @@ for run in map(json.loads, runs):
     train(cache, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
+"""
+
+
+STOPPED = """
+import faulthandler; faulthandler.dump_traceback_later(280, exit=True)
+import os, signal, sys, time
+from pathlib import Path
+from kcache import run_log, trainer, training_run
+from training import config
+
+take, save = trainer._take_step, training_run.save_checkpoint
+steps = []
+
+def take_step(*arguments):
+    steps.append(len(steps))
+    if len(steps) == 12 and os.environ["RANK"] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take(*arguments)
+
+def save_slowly(*arguments):
+    time.sleep(3)
+    return save(*arguments)
+
+trainer._take_step, training_run.save_checkpoint, run_log.SLOW_SECONDS = take_step, save_slowly, 100
+trainer.train(sys.argv[1], config(Path(sys.argv[2]), max_train_steps=1000, gradient_accumulation_steps=1))
 """
 
 
@@ -88,6 +114,25 @@ def test_two_processes_go_on_from_every_step(cache: str, tmp_path: Path, stage: 
         assert course(folder) == course(whole)[step:]
         for name in (f"checkpoint-{steps}/optimizer.safetensors", f"checkpoint-{steps}/ema.safetensors", weights):
             assert_equal_tensors(folder / name, whole / name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_ends_all_and_leaves_a_checkpoint(cache: str, tmp_path: Path, rank: int) -> None:
+    (tmp_path / "script.py").write_text(STOPPED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), cache, str(tmp_path / "run"), str(rank)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert "exitcode  : 143" in ended.stderr
+    assert ended.stderr.count("go on with: --resume-from-checkpoint latest") == 1
+    # All have to agree on the step to stop after, which they do every ten steps.
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.step == len(course(tmp_path / "run")) == 20
 
 
 def test_one_process_goes_on_where_two_were_and_misses_no_sample(

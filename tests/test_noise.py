@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout, draw_noise, draw_timesteps
+from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout, draw_noise, draw_seed, draw_timesteps
 
 
 @given(seed=st.integers(0, 2**63), start=st.integers(0, 2**40), cut=st.integers(0, 8))
@@ -71,3 +71,10 @@ def test_values_are_pinned() -> None:
     assert draw_choice(3, np.arange(12), np.full(12, 5)).tolist() == [0, 4, 2, 2, 4, 1, 0, 4, 1, 2, 0, 4]
     assert np.flatnonzero(draw_caption_dropout(3, np.arange(40), 0.1)).tolist() == [26, 28, 33]
     assert np.flatnonzero(draw_image_dropout(3, np.arange(40), 0.1)).tolist() == [0, 35, 37]
+
+
+def test_seeds_of_generators_differ_by_seed_and_turn() -> None:
+    seeds = [draw_seed(seed, turn) for seed in range(4) for turn in range(50)]
+    assert len(set(seeds)) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert draw_seed(3, 7) == draw_seed(3, 7)

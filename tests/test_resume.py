@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from training import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
 
+import kcache.training_run
 from kcache.checkpoint import open_checkpoint
-from kcache.errors import RunError
+from kcache.errors import CacheMismatchError, RunError
+from kcache.run_directory import checkpoint_to_resume
 from kcache.trainer import train
 
 STEPS = 12
@@ -47,6 +49,93 @@ def test_the_average_is_the_result_and_the_raw_weights_stay_beside_it(cache: str
     assert_equal_tensors(tmp_path / "averaged" / "raw" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
     with pytest.raises(AssertionError):
         assert_equal_tensors(tmp_path / "averaged" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_checkpoint_with_a_damaged_file_is_refused_and_the_one_before_it_taken(
+    cache: str, tmp_path: Path, lora_rank: int | None
+) -> None:
+    settings: dict[str, Any] = {"use_ema": True, "lora_rank": lora_rank, "checkpointing_steps": 2}
+    train(cache, config(tmp_path, **settings))
+    last = tmp_path / "checkpoint-4"
+    files = [path for path in last.rglob("*") if path.is_file()]
+    assert len(files) == (5 if lora_rank is None else 4)
+    for file in files:
+        whole = file.read_bytes()
+        changed = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+        for damaged in (None, b"", whole[:-2], whole + b"x", changed):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(RunError, match=rf"checkpoint-4 is (broken|not a checkpoint).*{file.name}"):
+                checkpoint_to_resume(config(tmp_path, **settings, resume_from_checkpoint=str(last)))
+            latest = checkpoint_to_resume(config(tmp_path, **settings, resume_from_checkpoint="latest"))
+            assert latest is not None
+            assert latest.step == 2
+            file.write_bytes(whole)
+    assert train(cache, config(tmp_path, **settings, max_train_steps=5, resume_from_checkpoint=str(last))).step == 5
+
+
+def test_a_checkpoint_may_be_named_by_its_path_or_its_name(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(cache, config(Path("run"), checkpointing_steps=2))
+    paths = [
+        "run/checkpoint-2",
+        "./run/checkpoint-2/",
+        f"{tmp_path}/run/checkpoint-2/",
+        "checkpoint-2",
+        "checkpoint-2/",
+    ]
+    for path in paths:
+        checkpoint = checkpoint_to_resume(config(Path("run"), resume_from_checkpoint=path))
+        assert checkpoint is not None
+        assert checkpoint.step == 2
+    for path in ("checkpoint-3", "run", "", "run/checkpoint-2/prior"):
+        with pytest.raises(RunError, match="is not a checkpoint"):
+            checkpoint_to_resume(config(Path("run"), resume_from_checkpoint=path))
+
+
+def test_two_runs_do_not_mix_in_one_directory(cache: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(cache, config(tmp_path / name, checkpointing_steps=2))
+    with pytest.raises(RunError, match="two holds checkpoint-4 of an earlier run"):
+        train(cache, config(tmp_path / "two", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2")))
+
+
+def test_a_run_does_not_go_back(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(
+        RunError, match="checkpoint-4 comes after step 4; expected one no later than --max-train-steps 3"
+    ):
+        train(cache, config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest"))
+    again = config(tmp_path, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
+    assert train(cache, again).step == len(course(tmp_path)) == 3
+
+
+def test_another_kind_of_run_is_refused_before_its_network_is_loaded(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(cache, config(tmp_path, lora_rank=2, checkpointing_steps=4))
+    monkeypatch.setattr(kcache.training_run, "load_objective", lambda *_: pytest.fail("loaded"))
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"lora_rank": 4}, "lora_rank: 2 → 4"),
+        ({}, "lora_rank: 2 → None"),
+        ({"lora_rank": 2, "stage": "decoder"}, "stage: prior → decoder"),
+        ({"lora_rank": 2, "lora_target_modules": ("to_q",)}, "lora_target_modules: .* → .*to_q"),
+        (
+            {"lora_rank": 2, "lora_alpha": 8.0, "lora_dropout": 0.5},
+            r"lora_alpha: None → 8\.0, lora_dropout: 0\.0 → 0\.5",
+        ),
+    ]
+    for settings, change in others:
+        with pytest.raises(RunError, match=change):
+            train(cache, config(tmp_path, **settings, resume_from_checkpoint="latest"))
+
+
+def test_another_selection_of_samples_is_refused(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=4))
+    with pytest.raises(CacheMismatchError, match="samples_digest"):
+        train(cache, config(tmp_path, where="tokens <= 10", resume_from_checkpoint="latest"))
 
 
 def plant_pickles(folder: Path, marker: Path) -> None:

@@ -5,15 +5,30 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, PriorTransformer
+import upstream_loop
+from diffusers import AutoPipelineForText2Image, ModelMixin, PriorTransformer
 from safetensors.torch import load_file
 from training import STAGES, WEIGHTS, assert_equal_weights, config, course
+from transformers import PreTrainedModel
 
+import kcache.digests
+import kcache.repositories
+import kcache.training_run
 from kcache.cache import Cache
-from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, RunError
+from kcache.errors import (
+    CacheBusyError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    CacheWriteError,
+    ConfigError,
+    ModelError,
+    RunError,
+)
+from kcache.objectives import Batch, DecoderObjective, Objective, PriorObjective
 from kcache.run_directory import read_metrics
 from kcache.trainer import Progress, train
 
@@ -28,6 +43,120 @@ def kill_at(step: int) -> Callable[[Progress], None]:
             raise Killed
 
     return report
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """The rows, noise and timesteps that runs feed to their networks, batch after batch."""
+    batches = []
+    for kind in (PriorObjective, DecoderObjective):
+
+        def predict(
+            self: Objective, batch: Batch, noise: torch.Tensor, timesteps: torch.Tensor, real: Any = kind.predict
+        ) -> Any:
+            batches.append((dict(batch), noise, timesteps))
+            return real(self, batch, noise, timesteps)
+
+        monkeypatch.setattr(kind, "predict", predict)
+    return batches
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_are_those_of_a_plain_loop_of_the_upstream_mathematics(
+    oracle: Path, cache: str, tmp_path: Path, fed: list[Any], stage: str, rank: int | None, snr_gamma: float | None
+) -> None:
+    settings = {"gradient_accumulation_steps": 1, "max_train_steps": 10, "learning_rate": 1e-3, "lora_rank": rank}
+    train(cache, config(tmp_path, stage, snr_gamma=snr_gamma, **settings))
+    expected = upstream_loop.losses(oracle, stage, fed, rank=rank, snr_gamma=snr_gamma, learning_rate=1e-3)
+    losses = [loss for loss, _, _ in course(tmp_path)]
+    assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert losses[-1] != pytest.approx(upstream_loop.losses(oracle, stage, fed, rank=rank, snr_gamma=snr_gamma)[-1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_loads_no_encoder_and_digests_nothing(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    loaded = []
+
+    def watched(
+        kind: type[Any], *arguments: Any, real: Any = ModelMixin.from_pretrained.__func__, **settings: Any
+    ) -> Any:
+        loaded.append(kind.__name__)
+        return real(kind, *arguments, **settings)
+
+    def refused(*arguments: Any, **settings: Any) -> Any:
+        raise AssertionError(f"{arguments} is read again")
+
+    # The models have only just been written, and might change again within a tick of the clock.
+    monkeypatch.setattr(kcache.digests, "_RACY_NS", 0)
+    train(cache, config(tmp_path / "first", stage))
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(watched))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
+    monkeypatch.setattr(kcache.repositories, "_sha256", refused)
+    train(cache, config(tmp_path / "second", stage))
+    assert loaded == ["PriorTransformer" if stage == "prior" else "UNet2DConditionModel"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("prior", {"gradient_checkpointing": True, "lora_dropout": 0.5}),
+        ("decoder", {"gradient_checkpointing": True, "lora_dropout": 0.5}),
+        ("prior", {"packing": False}),
+        ("prior", {"residency": "mmap"}),
+    ],
+)
+def test_what_only_saves_time_or_memory_changes_no_loss(
+    cache: str, tmp_path: Path, stage: str, settings: dict[str, Any]
+) -> None:
+    dropout = settings.get("lora_dropout", 0.0)
+    train(cache, config(tmp_path / "without", stage, lora_rank=2, lora_dropout=dropout))
+    train(cache, config(tmp_path / "with", stage, lora_rank=2, **settings))
+    for other, plain in zip(course(tmp_path / "with"), course(tmp_path / "without"), strict=True):
+        assert other == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_seed_decides_the_dropout_of_adapters(cache: str, tmp_path: Path) -> None:
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        torch.rand(seed)  # what was drawn before has no say
+        train(cache, config(tmp_path / name, seed=seed, lora_rank=2, lora_dropout=0.5))
+    train(cache, config(tmp_path / "none", seed=1, lora_rank=2))
+    assert course(tmp_path / "first") == course(tmp_path / "again")
+    # With B at zero the adapters have no say in the first step, dropout or not, but for its gradient.
+    assert [loss for loss, _, _ in course(tmp_path / "none")][1:] != [
+        loss for loss, _, _ in course(tmp_path / "first")
+    ][1:]
+    assert course(tmp_path / "other") != course(tmp_path / "first")
+
+
+def test_a_run_has_its_directory_for_itself(cache: str, tmp_path: Path) -> None:
+    def report(progress: Progress) -> None:
+        with pytest.raises(CacheBusyError, match="another process"):
+            train(cache, config(tmp_path))
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(cache, config(tmp_path), report=report)
+    train(cache, config(tmp_path))
+
+
+def test_a_directory_that_cannot_be_made_is_refused(cache: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheWriteError, match=r"file could not be written \(File exists\)"):
+        train(cache, config(tmp_path / "file"))
+
+
+def test_a_missing_counterpart_is_refused_before_anything_is_loaded_or_made(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kcache.training_run, "load_objective", lambda *_: pytest.fail("loaded"))
+    missing = {"pretrained_decoder_model_name_or_path": str(tmp_path / "none"), "validation_prompts": ("a fox",)}
+    with pytest.raises(ModelError, match="none is neither a local folder nor a Hub repository"):
+        train(cache, config(tmp_path / "run", **missing))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

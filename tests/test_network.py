@@ -1,0 +1,89 @@
+"""The network that learns is what the settings make of it, and is saved and found again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file
+from training import LORA_WEIGHTS, STAGES, WEIGHTS, config
+
+from kcache.errors import ModelError
+from kcache.network import load_network, load_objective, save_network
+from kcache.objectives import DecoderObjective, Objective, PriorObjective
+from kcache.repositories import Repository
+
+CONSTANTS = {"clip_mean", "clip_std"}
+
+
+def load(oracle: Path, stage: str, saved: Path | None = None, **settings: Any) -> Objective:
+    base = Repository(name="base", path=oracle / stage, revision=None)
+    return load_objective(config(Path("run"), stage, **settings), base, saved)
+
+
+def learning(network: ModelMixin) -> set[str]:
+    return {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_everything_learns_but_the_constants(oracle: Path, stage: str) -> None:
+    objective = load(oracle, stage, mixed_precision="bf16")
+    assert isinstance(objective, PriorObjective if stage == "prior" else DecoderObjective)
+    names = {name for name, _ in objective.network.named_parameters()}
+    assert learning(objective.network) == names - CONSTANTS
+    assert {parameter.dtype for parameter in objective.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_beside_adapters_the_weights_wait_in_the_dtype_that_is_computed_in(oracle: Path, stage: str) -> None:
+    network = load(oracle, stage, lora_rank=2, mixed_precision="bf16").network
+    assert all(".lora_" in name for name in learning(network))
+    for name, parameter in network.named_parameters():
+        expected = torch.float32 if ".lora_" in name or name in CONSTANTS else torch.bfloat16
+        assert parameter.dtype == expected, name
+
+
+def test_adapters_have_the_rank_scale_and_layers_that_are_asked_for(oracle: Path) -> None:
+    asked = {"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.25, "lora_target_modules": ("to_q", "net.2")}
+    network = load(oracle, "prior", **asked).network
+    layers = [module for module in network.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 4  # two blocks
+    for layer in layers:
+        assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout["default"].p) == (3, 2.0, 0.25)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_network_comes_back_from_where_it_was_saved(oracle: Path, tmp_path: Path, stage: str) -> None:
+    objective = load(oracle, stage)
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter.add_(1.0)
+    save_network(objective.network, objective.network_name, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [objective.network_name]
+    again = load(oracle, stage, saved=tmp_path).network.state_dict()
+    written = load_file(tmp_path / WEIGHTS[stage])
+    assert all(torch.equal(again[name], value) for name, value in objective.network.state_dict().items())
+    assert again.keys() == written.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_come_back_onto_the_base(oracle: Path, tmp_path: Path, stage: str) -> None:
+    objective = load(oracle, stage, lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in objective.network.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(1.0)
+    save_network(objective.network, objective.network_name, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
+    again = load(oracle, stage, saved=tmp_path, lora_rank=2, lora_dropout=0.5).network
+    assert learning(again) == learning(objective.network)
+    before, after = objective.network.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_folder_without_the_network_is_refused(tmp_path: Path) -> None:
+    for stage, folder in (("prior", "prior"), ("decoder", "unet")):
+        with pytest.raises(ModelError, match=rf"{folder} cannot be loaded as"):
+            load_network(stage, tmp_path)
