@@ -16,7 +16,7 @@ from kcache.objectives import PriorObjective
 from kcache.online import OnlineEncoders
 from kcache.order import epoch_order
 from kcache.sources import open_source
-from kcache.trainer import _take_step
+from kcache.trainer import take_step
 from kcache.training_run import TrainingRun
 
 __all__ = ["COMPUTE", "Way", "cached_ways", "online_ways"]
@@ -96,7 +96,7 @@ def cached_ways(run: TrainingRun) -> list[Way]:
     first.close()
     ways = []
     for packing, its_run in runs_by_packing(run).items():
-        step = partial(_take_step, its_run)
+        step = partial(take_step, its_run)
         ready = loader(its_run, run.cache)
         ways += [
             Way(name=f"{COMPUTE}{packing}", run=its_run, batches=partial(same_batch, batch), step=step),

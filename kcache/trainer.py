@@ -23,7 +23,7 @@ from kcache.result import leave_result
 from kcache.run_log import Progress, RunLog
 from kcache.training_run import TrainingRun, prepare_run
 
-__all__ = ["Progress", "TrainResult", "train"]
+__all__ = ["Progress", "TrainResult", "take_step", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     with closing(log), closing(run.loader.forever()) as batches, _caught_signals() as caught:
         while step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
-            loss, grad_norm = _take_step(run, batches)
+            loss, grad_norm = take_step(run, batches)
             step += 1
             log.add(step, lr, loss, grad_norm)
 
@@ -110,7 +110,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     )
 
 
-def _take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step: the mean loss of this process's batches, and the gradient's norm before it was clipped.
 
     Both are 0-dimensional tensors on the device, which nothing here waits for.

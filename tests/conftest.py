@@ -1,11 +1,15 @@
 """The tiny Kandinsky pair, images and recorded training runs that many tests share."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported. Its threads wait for each other by spinning: longer than what tiny networks compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

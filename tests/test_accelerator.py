@@ -101,6 +101,8 @@ def test_launched_processes_are_a_group_and_say_nothing_of_strides(
 ) -> None:
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
+    # Launchers set the number of threads, and accelerate warns where none did.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     group = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in group.items():
         monkeypatch.setenv(name, value)

@@ -49,7 +49,7 @@ from pathlib import Path
 from kcache import run_log, trainer, training_run
 from training import config
 
-take, save = trainer._take_step, training_run.save_checkpoint
+take, save = trainer.take_step, training_run.save_checkpoint
 steps = []
 
 def take_step(*arguments):
@@ -62,7 +62,7 @@ def save_slowly(*arguments):
     time.sleep(3)
     return save(*arguments)
 
-trainer._take_step, training_run.save_checkpoint, run_log.SLOW_SECONDS = take_step, save_slowly, 100
+trainer.take_step, training_run.save_checkpoint, run_log.SLOW_SECONDS = take_step, save_slowly, 100
 trainer.train(sys.argv[1], config(Path(sys.argv[2]), max_train_steps=1000, gradient_accumulation_steps=1))
 """
 

@@ -112,7 +112,7 @@ def test_speed_is_that_of_the_steps_alone(cache: str, tmp_path: Path, monkeypatc
         return wrapped
 
     monkeypatch.setattr(kcache.run_log, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(kcache.trainer, "_take_step", takes(2.0, kcache.trainer._take_step))
+    monkeypatch.setattr(kcache.trainer, "take_step", takes(2.0, kcache.trainer.take_step))
     monkeypatch.setattr(kcache.trainer, "Judge", takes(100.0, kcache.trainer.Judge))
     monkeypatch.setattr(kcache.training_run, "save_checkpoint", takes(100.0, kcache.training_run.save_checkpoint))
     train(cache, config(tmp_path, max_train_steps=25, checkpointing_steps=3))
