@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from crc32c import crc32c
+
+from kcache.checksums import crc32c
 
 __all__ = ["FileCheck", "RowSpans", "check_file"]
 

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from crc32c import crc32c
 
 from kcache.arrays import read_npy
+from kcache.checksums import crc32c
 from kcache.durable import publish, remove, temporary_folder, write_npy
 from kcache.errors import CacheCorruptError
 from kcache.manifest import Manifest, ShardEntry, TableEntry

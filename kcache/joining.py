@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
 from kcache.arrays import read_npy
 from kcache.assemble import Candidate, TableState
+from kcache.checksums import crc32c
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, content_key
 from kcache.durable import publish, temporary_path, write_npy, writing
 from kcache.errors import CacheCorruptError, CacheIncompleteError

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
+from kcache.checksums import crc32c
 from kcache.recipe import Field
 
 __all__ = [
