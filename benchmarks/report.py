@@ -70,8 +70,25 @@ def train_step_lines(report: Report) -> list[str]:
         if upstream := case.get("upstream"):
             told = [number(upstream.get("images_per_second")), number(upstream.get("step_milliseconds"))]
             rows.append(["upstream's script", *told, *[""] * (len(head) - 3)])
-        lines += table(head, rows)
+        lines += table(head, rows) + lever_lines(case)
     return lines
+
+
+def lever_lines(case: Report) -> list[str]:
+    """Where the time of a plain step and of one with each lever goes, where that was looked at."""
+    looked = {name: row for name, row in case["ways"].items() if "kernel_milliseconds" in row}
+    rows = [
+        [
+            name, *(number(spent) for spent in row["kernel_milliseconds"].values()),
+            number(row.get("draws_per_second")), number(row["teraflops"], ",.2f"), number(row["of_peak"], ".1%"),
+            number(row["first_steps_seconds"]),
+        ]
+        for name, row in looked.items()
+    ]  # fmt: skip
+    kinds = [f"{kind}, ms" for row in list(looked.values())[:1] for kind in row["kernel_milliseconds"]]
+    head = ["of a step", *kinds, "draws of noise/s", "TFLOP/s", "of the peak", "first two steps, s"]
+    failed = [f"{name} failed: {reason}" for name, reason in case.get("failed", {}).items()]
+    return (table(head, rows) if rows else []) + [line for text in failed for line in (text, "")]
 
 
 def end_to_end_lines(report: Report) -> list[str]:
@@ -109,7 +126,10 @@ def build_lines(report: Report) -> list[str]:
         [form, number(row["seconds"], ".2f"), number(row["images_per_second"]), number(row["of_encoders_alone"], ".3f")]
         for form, row in report["results"]["builds"].items()
     ]
-    return lines + table(["whole build", "seconds", "images/s", "of encoders alone"], rows)
+    lines += table(["whole build", "seconds", "images/s", "of encoders alone"], rows)
+    levers = report["results"].get("levers", {}).values()
+    rates = [[way, number(rate)] for lever in levers for way, rate in lever["rows_per_second"].items()]
+    return lines + (table(["way to encode", "rows/s"], rates) if rates else [])
 
 
 def loader_lines(report: Report) -> list[str]:

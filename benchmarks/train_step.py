@@ -19,6 +19,9 @@ step that the loop spends in asking for its batch. On a GPU the loop runs ahead 
 only" says more. Online batches are encoded in one call: the cache is built with the same batch size. With --model-size
 tiny the networks are a scale model: what comes out is no speed of Kandinsky's.
 
+With --levers the cached step alone is measured, plain and with what may make it faster (see `levers.py`), and where its
+time goes (see `roofline.py`); online ways are left out.
+
 torch's OpenMP threads spin while they wait, and take the cores that threads of the loader need: on a CPU set
 OMP_WAIT_POLICY=PASSIVE, for all ways alike.
 """
@@ -30,19 +33,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from device import busy_share, forget_peak, peak_memory, synchronize
+from levers import lever_ways
 from outcome import write_outcome
+from roofline import count_flops, peak_flops, time_by_kind
 from upstream import time_upstream
 from ways import COMPUTE, Way, cached_ways, online_ways
 from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
 from kcache.config import TrainConfig
 from kcache.loader import PREFETCH_BATCHES, Batch
-from kcache.training_run import prepare_run
+from kcache.training_run import TrainingRun, prepare_run
 
 WARM_UP = PREFETCH_BATCHES + 2
 """Steps before a turn is timed: as many batches then wait as will in the end, and no way gains or owes any."""
@@ -68,15 +74,14 @@ class Watched:
 def first_look(way: Way) -> dict[str, Any]:
     """The loss of a way's first batch, and the most memory that its steps take."""
     forget_peak()
-    batches = way.batches()
-    batch = next(batches)
-    with torch.no_grad():
-        loss = way.run.objective(batch, batch["noise"], batch["timesteps"])
-    for _ in range(2):
+    batches, start = way.batches(), time.perf_counter()
+    with way.within():
+        loss, _ = way.step(batches)
         way.step(batches)
-    synchronize()
+        synchronize()
     batches.close()
-    return {"loss": float(loss), "peak_memory_bytes": peak_memory()}
+    seconds = time.perf_counter() - start
+    return {"loss": float(loss), "peak_memory_bytes": peak_memory(), "first_steps_seconds": round(seconds, 1)}
 
 
 def take_turn(way: Way, steps: int) -> tuple[float, float]:
@@ -84,14 +89,15 @@ def take_turn(way: Way, steps: int) -> tuple[float, float]:
     steps = steps if way.ahead else max(1, steps // 5)
     batches = way.batches()
     watched = Watched(batches)
-    for _ in range(WARM_UP if way.ahead else 1):
-        way.step(watched)
-    synchronize()
-    start, watched.waited = time.perf_counter(), 0.0
-    for _ in range(steps):
-        way.step(watched)
-    synchronize()
-    seconds = time.perf_counter() - start
+    with way.within():
+        for _ in range(WARM_UP if way.ahead else 1):
+            way.step(watched)
+        synchronize()
+        start, watched.waited = time.perf_counter(), 0.0
+        for _ in range(steps):
+            way.step(watched)
+        synchronize()
+        seconds = time.perf_counter() - start
     batches.close()
     return seconds / steps, watched.waited / steps
 
@@ -99,16 +105,38 @@ def take_turn(way: Way, steps: int) -> tuple[float, float]:
 def gpu_busy(way: Way, steps: int = 4) -> float | None:
     """Share of the time in which the GPU has something to do; None on a CPU."""
     batches = way.batches()
-    for _ in range(WARM_UP if way.ahead else 1):
-        way.step(batches)
 
     def work() -> None:
         for _ in range(steps if way.ahead else 1):
             way.step(batches)
 
-    share = busy_share(work)
+    with way.within():
+        for _ in range(WARM_UP if way.ahead else 1):
+            way.step(batches)
+        share = busy_share(work)
     batches.close()
     return share
+
+
+def look_inside(ways: Sequence[Way], rows: dict[str, Any], peak: float | None) -> None:
+    """Add to the rows of the ways, the plain cached one first, where a step's time goes and what arithmetic it does."""
+    flops: dict[int, int] = {}
+    for way in ways:
+        if way.name not in rows or not way.name.startswith("cached"):
+            continue
+        batches = way.batches()
+        step = partial(way.step, batches)
+        if way.draws not in flops:
+            flops[way.draws] = count_flops(step)  # uncompiled, as a graph shows none of its own
+        with way.within():
+            step()
+            spent = time_by_kind(step)
+        batches.close()
+        row, done = rows[way.name], flops[way.draws]
+        achieved = done / row["step_milliseconds"] * 1e3
+        row["kernel_milliseconds"] = spent
+        row["teraflops"] = round(achieved / 1e12, 3)
+        row["of_peak"] = None if peak is None else round(achieved / peak, 3)
 
 
 def measure_case(arguments: argparse.Namespace, workload: Workload, resolution: int, batch_size: int) -> dict[str, Any]:
@@ -121,6 +149,8 @@ def measure_case(arguments: argparse.Namespace, workload: Workload, resolution: 
             gradient_checkpointing=arguments.gradient_checkpointing, report_to="none",
         )  # fmt: skip
         run = prepare_run(str(cache), config)
+    if arguments.levers:
+        return measure_levers(arguments, run)
     ways = cached_ways(run)
     # Before the encoders are loaded: the memory of a cached run has none.
     looks = {way.name: first_look(way) for way in ways}
@@ -128,21 +158,48 @@ def measure_case(arguments: argparse.Namespace, workload: Workload, resolution: 
     online = online_ways(ways, workload.pictures, arguments.workers, in_step)
     looks |= {way.name: first_look(way) for way in online if way.trains}
     ways += online
+    measured, turns = measure_ways(arguments, ways, looks)
+    return {"ways": measured, "speed_up": speed_ups(turns)}
+
+
+def measure_levers(arguments: argparse.Namespace, run: TrainingRun) -> dict[str, Any]:
+    """The plain cached step and every lever, in turns; one that fails is left out, and said to have."""
+    ways, looks, failed = [], {}, {}
+    for way in lever_ways(run):
+        try:
+            looks[way.name] = first_look(way)
+            take_turn(way, arguments.steps)  # not timed: batches of other sizes have graphs of their own to be made
+            ways.append(way)
+        except RuntimeError as error:  # no memory, or what torch.compile could not do
+            failed[way.name] = " ".join(str(error).split())[:300]
+    measured, turns = measure_ways(arguments, ways, looks)
+    look_inside(ways, measured, peak_flops(arguments.peak_tflops))
+    plain = next(name for name in measured if name.startswith("cached"))
+    return {"ways": measured, "speed_up": speed_ups(turns, plain), "failed": failed}
+
+
+def measure_ways(
+    arguments: argparse.Namespace, ways: Sequence[Way], looks: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, list[tuple[float, float]]]]:
+    """A row of numbers for each way, and what they are medians of."""
     turns: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
     for _ in range(arguments.rounds):
         for way in ways:
             turns[way.name].append(take_turn(way, arguments.steps))
     measured = {
-        way.name: summed_up(way, turns, batch_size) | looks.get(way.name, {}) | {"gpu_busy_share": busy}
+        way.name: summed_up(way, turns) | looks.get(way.name, {}) | {"gpu_busy_share": busy}
         for way, busy in zip(ways, [gpu_busy(way) if torch.cuda.is_available() else None for way in ways], strict=True)
     }
-    return {"ways": measured, "speed_up": speed_ups(turns)}
+    return measured, turns
 
 
-def summed_up(way: Way, turns: dict[str, list[tuple[float, float]]], batch_size: int) -> dict[str, Any]:
+def summed_up(way: Way, turns: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """A way's medians over the rounds, and round by round its speed as a share of computing alone."""
     seconds = statistics.median(step for step, _ in turns[way.name])
-    speed = {"images_per_second": round(batch_size / seconds, 2), "step_milliseconds": round(seconds * 1e3, 2)}
+    rate = way.run.config.train_batch_size / seconds
+    speed = {"images_per_second": round(rate, 2), "step_milliseconds": round(seconds * 1e3, 2)}
+    if way.draws > 1:
+        speed["draws_per_second"] = round(rate * way.draws, 2)
     if not way.trains:
         return speed
     limit = turns[f"{COMPUTE}{way.packing}"]
@@ -151,9 +208,14 @@ def summed_up(way: Way, turns: dict[str, list[tuple[float, float]]], batch_size:
     return speed | {"waiting_share": round(waiting, 4), "of_compute_only": round(statistics.median(shares), 3)}
 
 
-def speed_ups(turns: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """How many times faster each cached way is than each online one: the median over the rounds."""
+def speed_ups(turns: dict[str, list[tuple[float, float]]], plain: str | None = None) -> dict[str, dict[str, float]]:
+    """How many times faster a step of each cached way is than one of each online way: the median over the rounds.
+
+    With `plain`, a cached way, how many times faster than that one the others are.
+    """
     names = {kind: [name for name in turns if name.startswith(kind)] for kind in ("cached", "online")}
+    if plain is not None:
+        names = {"cached": [name for name in names["cached"] if name != plain], "online": [plain]}
     return {
         fast: {
             slow: round(statistics.median(s / f for (f, _), (s, _) in zip(turns[fast], turns[slow], strict=True)), 2)
@@ -171,19 +233,30 @@ def show(case: dict[str, Any]) -> None:
     if "out_of_memory" in case:
         print("  out of memory")
         return
-    print(f"{'':30}{'img/s':>10}{'ms':>10}{'waiting':>9}{'of limit':>10}{'GPU busy':>10}{'peak B':>9}{'loss':>10}")
+    print(f"{'':40}{'img/s':>10}{'draws/s':>10}{'ms':>10}", end="")
+    print(f"{'waiting':>9}{'of limit':>10}{'GPU busy':>10}{'peak B':>9}{'loss':>10}")
     columns = {
-        "images_per_second": "10,.1f", "step_milliseconds": "10,.1f", "waiting_share": "9.1%",
-        "of_compute_only": "10.3f", "gpu_busy_share": "10.1%", "peak_memory_bytes": "9.2e", "loss": "10.5f",
+        "images_per_second": "10,.1f", "draws_per_second": "10,.1f", "step_milliseconds": "10,.1f",
+        "waiting_share": "9.1%", "of_compute_only": "10.3f",
+        "gpu_busy_share": "10.1%", "peak_memory_bytes": "9.2e", "loss": "10.5f",
     }  # fmt: skip
     for name, row in case["ways"].items():
-        print(f"{name:30}", end="")
+        print(f"{name:40}", end="")
         for column, form in columns.items():
             value = row.get(column)
             print(" " * int(form.split(",")[0].split(".")[0]) if value is None else format(value, form), end="")
         print()
     for fast, rows in case["speed_up"].items():
         print(f"  {fast}: " + ", ".join(f"{factor}x on {slow}" for slow, factor in rows.items()))
+    for name, row in case["ways"].items():
+        if "kernel_milliseconds" in row:
+            spent = ", ".join(f"{kind} {ms}" for kind, ms in row["kernel_milliseconds"].items())
+            share = "" if row["of_peak"] is None else f", {row['of_peak']:.1%} of the peak"
+            print(
+                f"  {name}: ms of {spent}; {row['teraflops']} TFLOP/s{share}; {row['first_steps_seconds']} s to begin"
+            )
+    for name, reason in case.get("failed", {}).items():
+        print(f"  {name} failed: {reason}")
     if "upstream" in case:
         print(f"  upstream's script: {case['upstream']}")
 
@@ -199,6 +272,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads of the online ways")
     parser.add_argument("--steps", type=int, default=10, help="steps timed per turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--levers", action="store_true", help="measure what may make the cached step faster")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for --levers; known of some GPUs")
     parser.add_argument("--upstream-script", type=Path, help="your copy of diffusers' script for the stage: timed too")
     parser.add_argument("--output", type=Path, help="where to write the JSON: a file or a folder")
     arguments = parser.parse_args(given)
@@ -206,8 +281,11 @@ def main(given: Sequence[str] | None = None) -> None:
     resolutions = arguments.resolution or default if arguments.stage == "decoder" else default
     shown = resolutions if arguments.stage == "decoder" else []
     part = "-".join(
-        [arguments.stage, *map(str, shown), *([f"lora{arguments.lora_rank}"] if arguments.lora_rank else [])]
-    )
+        [
+            arguments.stage, *map(str, shown), *([f"lora{arguments.lora_rank}"] if arguments.lora_rank else []),
+            *(["levers"] if arguments.levers else []),
+        ]
+    )  # fmt: skip
     results: list[dict[str, Any]] = []
     with open_workload(arguments) as workload:
         for resolution in resolutions:

@@ -1,6 +1,7 @@
 """The ways to feed a training step that `train_step.py` compares: see there what each one is."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -19,7 +20,7 @@ from kcache.sources import open_source
 from kcache.trainer import take_step
 from kcache.training_run import TrainingRun
 
-__all__ = ["COMPUTE", "Way", "cached_ways", "online_ways"]
+__all__ = ["COMPUTE", "Way", "cached_ways", "loader", "online_ways"]
 
 COMPUTE = "compute only"
 
@@ -34,6 +35,10 @@ class Way:
     step: Callable[[Iterator[Batch]], Any]
     ahead: bool = True
     """Whether batches are made ahead; without it a turn is warm at once, and a fifth of the steps will do."""
+    draws: int = 1
+    """Draws of noise that it learns from per image."""
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What is set while it has its turn."""
 
     @property
     def trains(self) -> bool:
@@ -50,9 +55,9 @@ def draws(run: TrainingRun) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Noise and timesteps of the samples at given turns, as the trainer draws them."""
     shape = run.cache.field(run.raw_objective.noised_field).shape
     timesteps = run.raw_objective.scheduler.config.num_train_timesteps
-    seed = run.config.seed
+    seed, each = run.config.seed, run.config.noise_draws
     return lambda turns: {
-        "noise": draw_noise(seed, turns, shape), "timesteps": draw_timesteps(seed, turns, timesteps)
+        "noise": draw_noise(seed, turns, shape, each), "timesteps": draw_timesteps(seed, turns, timesteps, each)
     }  # fmt: skip
 
 

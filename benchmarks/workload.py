@@ -92,7 +92,7 @@ def write_pictures(folder: Path, count: int, side: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     scene = _scene(rng, side)
-    words = sorted({word for caption in vocabulary() for word in caption.split()})
+    words = sorted({word for caption in vocabulary() for word in caption.replace(",", "").split()})
     lines = []
     for number in range(count):
         name = f"{number:05}.jpg"

@@ -80,6 +80,10 @@ class BuildConfig:
     """Rows of one shard; None takes what makes about 256 MB, per table."""
     alpha: Literal["white", "black", "drop"] = "white"
     """What transparent pixels are laid on; "drop" ignores transparency as the upstream scripts do."""
+    text_padding: Literal["full", "trimmed"] = "full"
+    """How far captions are padded for the text encoder: "full" as upstream, "trimmed" to the next multiple of 8 tokens.
+
+    No word is cut off either way; part of the recipe, as results differ by 1e-6 between lengths."""
     device: str | None = None
     """Where the encoders run, e.g. "cuda:0"; None takes CUDA, then MPS, then the CPU."""
     worker: str | None = None
@@ -97,6 +101,7 @@ class BuildConfig:
         _check_choice("--dtype", self.dtype, ("float16", "float32"))
         _check_choice("--mixed-precision", self.mixed_precision, get_args(MixedPrecision))
         _check_choice("--alpha", self.alpha, ("white", "black", "drop"))
+        _check_choice("--text-padding", self.text_padding, ("full", "trimmed"))
         _check_at_least("--batch-size", self.batch_size, 1)
         _check_at_least("--num-workers", self.num_workers, 1)
         _check_at_least("--rows-per-shard", self.rows_per_shard, 1)
@@ -194,6 +199,10 @@ class TrainConfig:
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
     packing: bool = True
     """Run the prior on valid tokens only and leave padding out: the same result from a quarter of the arithmetic."""
+    noise_draws: int = 1
+    """Draws of noise and timestep that the prior learns from per caption and step; packed, they share its text."""
+    compile: bool = False
+    """Let torch.compile make kernels for the network's repeated blocks: the first steps wait for them."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Who computes attention: torch's scaled_dot_product_attention, or xformers."""
     checkpointing_steps: int = 500
@@ -244,6 +253,17 @@ class TrainConfig:
             raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
         if self.stage == "prior" and self.image_dropout:
             raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")
+        _check_at_least("--noise-draws", self.noise_draws, 1)
+        if self.stage == "decoder" and self.noise_draws > 1:
+            raise ConfigError(
+                "--noise-draws is for the prior, whose draws share the caption's tokens; the decoder has nothing to "
+                "share: give a larger --train-batch-size"
+            )
+        if self.compile and self.deterministic:
+            raise ConfigError(
+                "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
+                "need not be repeated bit for bit; expected one of the two; give --no-compile or --no-deterministic"
+            )
         if self.online is None and (self.image_column, self.caption_column) != ("image", "text"):
             raise ConfigError(
                 "--image-column and --caption-column say how to read the source of --online; without it the cache "

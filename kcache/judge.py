@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from kcache.compilation import uncompiled
 from kcache.curves import plot_run
 from kcache.optimizer import averaged
 from kcache.run_directory import append_validation
@@ -52,7 +53,7 @@ class Judge:
     def judge(self, step: int) -> None:
         """Look at the run after optimizer step `step`; in all processes. It tells validation.jsonl and loss.png."""
         run, network = self._run, self._run.network
-        with averaged(run.average, network):
+        with averaged(run.average, network), uncompiled(run.config.compile):
             if self._validation is not None:
                 with run.accelerator.autocast():
                     totals = self._validation.totals()

@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditi
 
 from kcache.adapters import add_lora, load_lora, save_lora
 from kcache.attention import choose_attention
+from kcache.compilation import compile_blocks
 from kcache.config import TrainConfig
 from kcache.objectives import DecoderObjective, Objective, PriorObjective
 from kcache.pretrained import load_pretrained
@@ -39,8 +40,11 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     choose_attention(network, config.attention)
     if config.gradient_checkpointing:
         recompute_blocks(network)
+    packed = config.stage == "prior" and config.packing
+    if config.compile:
+        compile_blocks(network, packed=packed)
     if config.stage == "prior":
-        return PriorObjective(network, packed=config.packing)
+        return PriorObjective(network, packed=packed, bucketed=config.compile)
     return DecoderObjective(
         network, DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
     )

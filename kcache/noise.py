@@ -3,8 +3,11 @@
 A sample's turn is its running number in the whole training: optimizer step × global batch + position in the global
 batch. Each draw is a stream of numpy's Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3") keyed by (seed, purpose) with the turn in its counter: the same on every device, number of processes, thread
-and residency, and after any interruption.
+and residency, and after any interruption. A sample may take several draws of noise and timestep: the counter holds the
+draw's number as well, and the first is what it would be alone.
 """
+
+from itertools import product
 
 import numpy as np
 
@@ -13,23 +16,30 @@ __all__ = ["draw_caption_dropout", "draw_choice", "draw_image_dropout", "draw_no
 _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = 1, 2, 3, 4, 5, 6
 
 
-def _stream(seed: int, purpose: int, turn: int) -> np.random.Generator:
-    # The generator counts in the lowest word of its counter; the turn stands in a higher one, so streams never meet.
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, 0]))
+def _stream(seed: int, purpose: int, turn: int, number: int = 0) -> np.random.Generator:
+    # The generator counts in the lowest word of its counter; what tells streams apart is higher, so they never meet.
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, number]))
 
 
-def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise for the samples at `turns` (B,) int64 → (B, *shape) float32."""
-    noise = np.empty((len(turns), *shape), np.float32)
-    for row, turn in zip(noise, turns.tolist(), strict=True):
-        _stream(seed, _NOISE, turn).standard_normal(out=row, dtype=np.float32)
+def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...], draws: int = 1) -> np.ndarray:
+    """Standard normal noise for the samples at `turns` (B,) int64 → (B × draws, *shape) float32, draws of one together.
+
+    Draw k of a sample is the same for any number of `draws`.
+    """
+    noise = np.empty((len(turns) * draws, *shape), np.float32)
+    for row, (turn, number) in zip(noise, product(turns.tolist(), range(draws)), strict=True):
+        _stream(seed, _NOISE, turn, number).standard_normal(out=row, dtype=np.float32)
     return noise
 
 
-def draw_timesteps(seed: int, turns: np.ndarray, num_train_timesteps: int) -> np.ndarray:
-    """Uniform timesteps in [0, num_train_timesteps) for the samples at `turns` (B,) int64 → (B,) int64."""
-    draws = [_stream(seed, _TIMESTEP, turn).integers(num_train_timesteps) for turn in turns.tolist()]
-    return np.array(draws, np.int64)
+def draw_timesteps(seed: int, turns: np.ndarray, num_train_timesteps: int, draws: int = 1) -> np.ndarray:
+    """Uniform timesteps in [0, num_train_timesteps) for the samples at `turns` (B,) int64 → (B × draws,) int64.
+
+    They are ordered as `draw_noise` has them.
+    """
+    numbers = product(turns.tolist(), range(draws))
+    drawn = [_stream(seed, _TIMESTEP, turn, number).integers(num_train_timesteps) for turn, number in numbers]
+    return np.array(drawn, np.int64)
 
 
 def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:

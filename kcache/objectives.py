@@ -29,12 +29,16 @@ class PriorObjective(torch.nn.Module):
     noised_field = "image_embeds"
     """The field that noise is added to: noise has the shape of its rows."""
 
-    def __init__(self, prior: PriorTransformer, *, packed: bool = True) -> None:
-        """`packed` runs the network on valid tokens only, with the same result; see `kcache.packing`."""
+    def __init__(self, prior: PriorTransformer, *, packed: bool = True, bucketed: bool = False) -> None:
+        """`packed` runs the network on valid tokens only, with the same result; `bucketed` then meets few shapes.
+
+        See `kcache.packing`.
+        """
         super().__init__()
         if packed:
             allow_packing(prior)
         self._packed = packed
+        self._bucketed = bucketed
         # Constants of the model, kept as parameters: forward never uses them, and data-parallel training stops with an
         # error at parameters that want a gradient and get none.
         prior.clip_mean.requires_grad_(False)
@@ -61,25 +65,31 @@ class PriorObjective(torch.nn.Module):
         return _weighted_mse(*self.predict(batch, noise, timesteps), self.scheduler, timesteps, snr_gamma)
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network predicts, and what it should: the normalised image_embeds, both (B, D).
+        """What the network predicts, and what it should: the normalised image_embeds, both (B K, D).
 
         `batch`: image_embeds (B, D), text_embeds (B, D), text_encoder_hidden_states (T, D) with the valid tokens of all
         captions behind each other, text_offsets (B + 1,) int64: caption i is tokens text_offsets[i] to text_offsets[i
-        + 1]. `noise` (B, D) float32, `timesteps` (B,) int64. Rows may be float16.
+        + 1]. `noise` (B K, D) float32, `timesteps` (B K,) int64: draw j of sample i at i K + j, K of each, often one.
+        Rows may be float16.
         """
         network, offsets = self.network, batch["text_offsets"]
         text_embeds, hidden_states = batch["text_embeds"].float(), batch["text_encoder_hidden_states"].float()
+        draws = noise.shape[0] // text_embeds.shape[0]
         target = (batch["image_embeds"].float() - network.clip_mean) / network.clip_std
+        target = target.repeat_interleave(draws, 0)
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         if self._packed:
-            return predict_packed(network, noisy, timesteps, text_embeds, hidden_states, offsets), target
+            prediction = predict_packed(
+                network, noisy, timesteps, text_embeds, hidden_states, offsets, bucketed=self._bucketed
+            )
+            return prediction, target
         hidden_states, mask = pad_text(hidden_states, offsets, network.config.num_embeddings)
         prediction = network(
             noisy,
             timestep=timesteps,
-            proj_embedding=text_embeds,
-            encoder_hidden_states=hidden_states,
-            attention_mask=mask,
+            proj_embedding=text_embeds.repeat_interleave(draws, 0),
+            encoder_hidden_states=hidden_states.repeat_interleave(draws, 0),
+            attention_mask=mask.repeat_interleave(draws, 0),
         ).predicted_image_embedding
         return prediction, target
 

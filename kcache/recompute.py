@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["recompute_blocks"]
+__all__ = ["outermost_blocks", "recompute_blocks"]
 
 _BLOCKS = (Attention, BasicTransformerBlock, ResnetBlock2D)
 
@@ -26,18 +26,21 @@ def recompute_blocks(network: ModelMixin) -> None:
     gradients stay the same, dropout included, as do the names of parameters. Chen et al. 2016, Training Deep Nets with
     Sublinear Memory Cost, arXiv 1604.06174.
     """
-    for block in _outermost_blocks(network):
+    for block in outermost_blocks(network):
         # A partial of a bound method: a deep copy of the network then calls its own blocks, as a closure would not.
         block.forward = partial(_recomputed, block.forward)
 
 
-def _outermost_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What lies in a block is computed again with it, and needs no wrapping of its own."""
+def outermost_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The prior's transformer blocks, or the resnets and attentions of the decoder's UNet, in the network's order.
+
+    What lies in a block belongs to it, and is not given again.
+    """
     for child in module.children():
         if isinstance(child, _BLOCKS):
             yield child
         else:
-            yield from _outermost_blocks(child)
+            yield from outermost_blocks(child)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

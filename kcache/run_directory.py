@@ -1,12 +1,14 @@
 """A run directory: what a run was told, and how it went.
 
-config.json holds the settings, metrics.jsonl one line per optimizer step, validation.jsonl one per validation.
+config.json holds the settings, metrics.jsonl one line per optimizer step, validation.jsonl one per validation,
+starts.jsonl one per start of the run.
 """
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ __all__ = [
     "append_validation",
     "check_same_run",
     "checkpoint_to_resume",
+    "read_config",
     "read_metrics",
+    "read_starts",
     "read_validation",
     "start_run",
 ]
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+STARTS_FILE = "starts.jsonl"
 
 _SETTLED = (
     "stage",
@@ -44,6 +49,7 @@ _SETTLED = (
     "adam_epsilon",
     "max_grad_norm",
     "snr_gamma",
+    "noise_draws",
     "mixed_precision",
     "val_fraction",
     "caption_dropout",
@@ -150,9 +156,23 @@ def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) ->
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary(run_dir)
     write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
-    for name in (METRICS_FILE, VALIDATION_FILE):
+    for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE):
         kept = [entry for entry in _read(run_dir / name) if entry["step"] <= first_step]
         write_bytes(run_dir / name, _lines(kept).encode())
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    _append(run_dir / STARTS_FILE, [{"step": first_step, "time": began}])
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """What config.json says: the settings under "config", and what the run found; RunError where there is none."""
+    try:
+        told: dict[str, Any] = json.loads((run_dir / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{run_dir / CONFIG_FILE} cannot be read ({error}); expected what a training run writes; give the "
+            "directory of a run"
+        ) from error
+    return told
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -163,6 +183,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def read_validation(run_dir: Path) -> list[dict[str, Any]]:
     """What validation.jsonl says of each validation, in order; a last line that was cut off is left out."""
     return _read(run_dir / VALIDATION_FILE)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """When the run was begun or resumed, and after which step, in order; a last line that was cut off is left out."""
+    return _read(run_dir / STARTS_FILE)
 
 
 def append_metrics(run_dir: Path, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -23,10 +23,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
 import kcache
-from kcache.accelerator import make_accelerator
+from kcache.accelerator import machine_facts, make_accelerator
 from kcache.attention import check_attention
 from kcache.cache import Cache
 from kcache.checkpoint import Checkpoint, save_checkpoint
+from kcache.compilation import check_compiler
 from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
 from kcache.contract import check_contract
 from kcache.durable import exclusive, writing
@@ -171,6 +172,8 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     check_optimizer(config)
     check_attention(config.attention, config.stage)
     accelerator = make_accelerator(config)
+    if config.compile:
+        check_compiler(accelerator.device)
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart = _find_counterpart(cache, config) if config.validation_prompts else None
@@ -266,8 +269,8 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
 
     def draws(turns: np.ndarray) -> dict[str, np.ndarray]:
         return {
-            "noise": draw_noise(config.seed, turns, noise_shape),
-            "timesteps": draw_timesteps(config.seed, turns, num_train_timesteps),
+            "noise": draw_noise(config.seed, turns, noise_shape, config.noise_draws),
+            "timesteps": draw_timesteps(config.seed, turns, num_train_timesteps, config.noise_draws),
         }
 
     rows: RowReader = cache
@@ -306,5 +309,6 @@ def _facts(run: TrainingRun) -> dict[str, Any]:
         "global_batch": run.global_batch,
         "max_steps": run.max_steps,
         "residency": run.loader.residency,
+        "machine": machine_facts(run.accelerator),
         "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }

@@ -41,7 +41,7 @@ def test_numbers_out_of_range_are_refused(name: str, values: list[Any]) -> None:
     for value in values:
         settings: dict[str, Any] = {"lora_rank": 4, "val_fraction": 0.1} | {name: value}
         with pytest.raises(ConfigError, match=f"^{flag} is {value!r}; expected"):
-            TrainConfig(stage="prior", output_dir="run", **settings)
+            TrainConfig(**{"stage": "prior", "output_dir": "run"} | settings)
 
 
 def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
@@ -66,9 +66,11 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
         ({"lora_target_modules": ("to_q",)}, "--lora-target-modules is for adapters"),
         ({"validation_steps": 5}, "--validation-steps says when, but not what to look at"),
         ({"image_dropout": 0.1}, "--image-dropout is for the decoder"),
+        ({"stage": "decoder", "noise_draws": 2}, "--noise-draws is for the prior"),
+        ({"noise_draws": 0}, "--noise-draws is 0; expected 1 or more"),
         ({"caption_column": "words"}, "say how to read the source of --online"),
     ],
 )
 def test_settings_that_need_others_are_refused_without_them(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(stage="prior", output_dir="run", **settings)
+        TrainConfig(**{"stage": "prior", "output_dir": "run"} | settings)

@@ -27,6 +27,17 @@ def test_turns_and_seeds_differ() -> None:
     assert (noise != draw_noise(1, np.arange(50), (16,))).all()
 
 
+def test_further_draws_are_new_and_leave_the_first_as_it_is() -> None:
+    turns = np.arange(40, 60)
+    noise, timesteps = draw_noise(3, turns, (8,), 4), draw_timesteps(3, turns, 2**62, 4)
+    assert noise.shape == (80, 8)
+    assert len(np.unique(noise)) == noise.size
+    assert len(np.unique(timesteps)) == 80
+    assert (noise[::4] == draw_noise(3, turns, (8,))).all()
+    assert (timesteps[::4] == draw_timesteps(3, turns, 2**62)).all()
+    assert (noise.reshape(20, 4, 8)[:, :2].reshape(40, 8) == draw_noise(3, turns, (8,), 2)).all()
+
+
 def test_distributions() -> None:
     turns = np.arange(20_000)
     noise = draw_noise(7, turns, (4,))

@@ -11,9 +11,10 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional
 
-from kcache import packing
+from kcache import packing_ways
 from kcache.errors import ConfigError, ModelError
-from kcache.packing import PackedWay, allow_packing, plan_packing, predict_packed
+from kcache.packing import PackedWay, allow_packing, predict_packed
+from kcache.packing_plan import bucket_step, plan_packing
 from kcache.recompute import recompute_blocks
 
 LENGTHS = (5, 0, 77, 1, 16, 16, 5, 76)
@@ -43,6 +44,32 @@ def make_batch(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> di
         "hidden_states": draw(sum(lengths)),
         "offsets": functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)),
     }
+
+
+def several_draws(batch: dict[str, Tensor], draws: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch with `draws` draws of noise for each caption, and the same with a copy of the caption for each."""
+    generator = torch.Generator().manual_seed(2)
+    captions = batch["hidden_states"].split(batch["offsets"].diff().tolist())
+    rows = draws * len(captions)
+    noise = torch.randn(rows, 24, generator=generator, dtype=torch.float64).to(batch["noisy"].dtype)
+    drawn = {"noisy": noise, "timesteps": torch.randint(0, 1000, (rows,), generator=generator)}
+    copies = {
+        "text_embeds": batch["text_embeds"].repeat_interleave(draws, 0),
+        "hidden_states": torch.cat([caption for caption in captions for _ in range(draws)]),
+        "offsets": functional.pad(batch["offsets"].diff().repeat_interleave(draws).cumsum(0), (1, 0)),
+    }
+    return batch | drawn, copies | drawn
+
+
+def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        # A constant added to all keys moves all scores of a query alike: its gradient is zero but for rounding.
+        if name.endswith("to_k.bias"):
+            assert found[name].abs().max() <= bound * scale, name
+        else:
+            assert relative_error(found[name], gradient) <= bound, name
 
 
 def predict_padded(prior: PriorTransformer, batch: dict[str, Tensor]) -> Tensor:
@@ -103,8 +130,8 @@ def attend_one_by_one(
 
 @pytest.fixture
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_can_flash", lambda prior, device: True)
-    monkeypatch.setattr(packing, "varlen_attn", attend_one_by_one)
+    monkeypatch.setattr(packing_ways, "_can_flash", lambda prior, device: True)
+    monkeypatch.setattr(packing_ways, "varlen_attn", attend_one_by_one)
 
 
 @pytest.mark.usefixtures("flash_on_cpu")
@@ -147,14 +174,53 @@ def test_gradients_are_those_of_the_padded_prior(attention: PackedWay) -> None:
     expected = gradients(prior, predict_padded(prior, batch))
     allow_packing(prior)
     found = gradients(prior, predict_packed(prior, **batch, attention=attention))
-    assert found.keys() == expected.keys()
-    scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        # A constant added to all keys moves all scores of a query alike: its gradient is zero but for rounding.
-        if name.endswith("to_k.bias"):
-            assert found[name].abs().max() <= 1e-12 * scale, name
-        else:
-            assert relative_error(found[name], gradient) <= 1e-12, name
+    assert_equal_gradients(found, expected)
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("attention", ["padded", "varlen"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 7, 7), (1,)], ids=str)
+def test_what_rounds_shapes_up_has_no_influence(lengths: tuple[int, ...], attention: PackedWay) -> None:
+    prior, batch = make_prior(), make_batch(lengths)
+    exact_prior, exact = make_prior().double(), make_batch(lengths, torch.float64)
+    expected, gradient = predict_padded(prior, batch), gradients(exact_prior, predict_padded(exact_prior, exact))
+    allow_packing(prior)
+    allow_packing(exact_prior)
+    rows: set[int] = set()
+    prior.transformer_blocks[0].register_forward_hook(lambda _, inputs, output: rows.add(inputs[0].shape[0]))
+    assert relative_error(predict_packed(prior, **batch, attention=attention, bucketed=True), expected) <= 1e-6
+    assert rows == {{228: 240, 33: 40, 5: 8}[sum(lengths) + 4 * len(lengths)]}
+    found = predict_packed(exact_prior, **exact, attention=attention, bucketed=True)
+    assert_equal_gradients(gradients(exact_prior, found), gradient)
+
+
+@pytest.mark.parametrize(("attention", "bucketed"), [("grouped", False), ("padded", False), (None, True)])
+@pytest.mark.parametrize("draws", [2, 5])
+def test_draws_that_share_a_caption_are_those_of_its_copies(
+    draws: int, attention: PackedWay | None, bucketed: bool
+) -> None:
+    prior, exact_prior = make_prior(), make_prior().double()
+    shared, copies = several_draws(make_batch(LENGTHS), draws)
+    exact_shared, exact_copies = several_draws(make_batch(LENGTHS, torch.float64), draws)
+    expected = predict_padded(prior, copies)
+    gradient = gradients(exact_prior, predict_padded(exact_prior, exact_copies))
+    allow_packing(prior)
+    allow_packing(exact_prior)
+    found = predict_packed(prior, **shared, attention=attention, bucketed=bucketed)
+    assert relative_error(found, expected) <= 1e-6
+    exact = predict_packed(exact_prior, **exact_shared, attention=attention, bucketed=bucketed)
+    assert_equal_gradients(gradients(exact_prior, exact), gradient)
+
+
+def test_draws_share_the_tokens_of_their_caption() -> None:
+    prior, batch = make_prior(), several_draws(make_batch(LENGTHS), 4)[0]
+    allow_packing(prior)
+    rows: list[int] = []
+    for name in ("transformer_blocks.0.ff", "transformer_blocks.2.attn1.to_k", "transformer_blocks.2.ff"):
+        prior.get_submodule(name).register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[0]))
+    predict_packed(prior, **batch)
+    every = sum(LENGTHS) + (1 + 3 * 4) * len(LENGTHS)
+    assert rows == [every, every, 4 * len(LENGTHS)]
 
 
 def test_positions_that_only_padding_has_get_no_gradient() -> None:
@@ -271,16 +337,31 @@ def test_places_follow_the_captions_in_the_order_of_their_lengths() -> None:
     assert plan.longest == 7
 
 
-@pytest.mark.parametrize("attention", ["padded", "varlen"])
-def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, attention: PackedWay) -> None:
+def test_a_batch_has_few_shapes_when_they_are_rounded_up() -> None:
+    for total in range(1, 5000):
+        rounded = total + -total % bucket_step(total)
+        assert rounded <= max(1.125 * total, total + 7)
+    assert len({total + -total % bucket_step(total) for total in range(1025, 2049)}) == 8
+    plans = [
+        plan_packing(functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)), sum(lengths), 77, bucketed=True)
+        for lengths in [(20, 15), (18, 17), (22, 14)]
+    ]
+    assert {(plan.rows.numel() + plan.spare, plan.longest) for plan in plans} == {(48, 36)}
+
+
+@pytest.mark.parametrize(("attention", "draws"), [("padded", 1), ("varlen", 1), ("padded", 3)])
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_nothing_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, attention: PackedWay, draws: int, bucketed: bool
+) -> None:
     # Tensors of the meta device have no values: asking for one is an error. torch's varlen_attn itself runs here.
-    monkeypatch.setattr(packing, "_can_flash", lambda prior, device: True)
+    monkeypatch.setattr(packing_ways, "_can_flash", lambda prior, device: True)
     prior = make_prior().to("meta")
     allow_packing(prior)
-    batch = {name: x.to("meta") for name, x in make_batch(LENGTHS).items()}
-    prediction = predict_packed(prior, **batch, attention=attention)
+    batch = {name: x.to("meta") for name, x in several_draws(make_batch(LENGTHS), draws)[0].items()}
+    prediction = predict_packed(prior, **batch, attention=attention, bucketed=bucketed)
     prediction.sum().backward()
-    assert prediction.shape == (len(LENGTHS), 24)
+    assert prediction.shape == (draws * len(LENGTHS), 24)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -327,5 +408,9 @@ def test_attention_that_is_not_to_be_had_is_refused() -> None:
     allow_packing(prior)
     with pytest.raises(ConfigError, match=r"'varlen' on cpu; expected a CUDA GPU"):
         predict_packed(prior, **batch, attention="varlen")
+    with pytest.raises(ConfigError, match=r"'grouped', with rounded shapes; expected 'padded' or 'varlen'"):
+        predict_packed(prior, **batch, attention="grouped", bucketed=True)
+    with pytest.raises(ConfigError, match=r"'varlen' with 2 draws of noise; expected one"):
+        predict_packed(prior, **several_draws(batch, 2)[0], attention="varlen")
     with pytest.raises(ConfigError, match=r"'dense'; expected one of grouped, padded, varlen"):
         predict_packed(prior, **batch, attention="dense")  # type: ignore[arg-type]

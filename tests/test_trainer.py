@@ -119,6 +119,20 @@ def test_what_only_saves_time_or_memory_changes_no_loss(
         assert other == pytest.approx(plain, rel=1e-5)
 
 
+def test_further_draws_of_noise_are_added_to_the_first(cache: str, tmp_path: Path, fed: list[Any]) -> None:
+    train(cache, config(tmp_path / "one", max_train_steps=2, snr_gamma=5.0))
+    one = list(fed)
+    train(cache, config(tmp_path / "three", max_train_steps=2, snr_gamma=5.0, noise_draws=3))
+    train(cache, config(tmp_path / "padded", max_train_steps=2, snr_gamma=5.0, noise_draws=3, packing=False))
+    for (_, noise, timesteps), (_, first, first_timesteps) in zip(fed[len(one) :], one * 2, strict=True):
+        assert len(noise) == 3 * len(first)
+        assert torch.equal(noise[::3], first)
+        assert torch.equal(timesteps[::3], first_timesteps)
+    for packed, padded in zip(course(tmp_path / "three"), course(tmp_path / "padded"), strict=True):
+        assert packed == pytest.approx(padded, rel=1e-5)
+    assert course(tmp_path / "three") != course(tmp_path / "one")
+
+
 def test_the_seed_decides_the_dropout_of_adapters(cache: str, tmp_path: Path) -> None:
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         torch.rand(seed)  # what was drawn before has no say

@@ -51,6 +51,7 @@ TRAIN_HELP = {
     "allow_tf32": "Let float32 matrix products use TF32 on CUDA.",
     "gradient_checkpointing": "Compute activations again in the backward pass: less memory, more time.",
     "attention": "Who computes attention: torch's own kernels, or xformers.",
+    "compile": "Let torch.compile make kernels for the network's blocks: the first steps wait for them.",
     "validation_epochs": "Passes over the samples between validations; there is always one at the end.",
     "validation_steps": "Optimizer steps between validations; overrides --validation-epochs.",
     "val_fraction": "Share of the images held out for validation, the same ones in every run.",
@@ -72,6 +73,7 @@ TRAIN_HELP = {
 }
 PRIOR_HELP = TRAIN_HELP | {
     "packing": "Leave the padding of captions out of the network: less arithmetic, the same result.",
+    "noise_draws": "Draws of noise and timestep per caption and step; packed, they share the work on its text.",
     "caption_dropout": "Share of samples that come without their caption, for classifier-free guidance.",
 }
 DECODER_HELP = TRAIN_HELP | {

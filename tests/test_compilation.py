@@ -1,0 +1,130 @@
+"""Compiled blocks learn what plain ones do, under the same names, and are compiled a few times only."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_packing import LENGTHS, assert_equal_gradients, gradients, make_batch, make_prior, predict_padded
+from training import LORA_WEIGHTS, WEIGHTS, config, course
+
+from kcache import compilation
+from kcache.compilation import check_compiler, compile_blocks, uncompiled
+from kcache.errors import ConfigError
+from kcache.packing import allow_packing, predict_packed
+from kcache.recompute import recompute_blocks
+from kcache.run_directory import read_validation
+from kcache.trainer import train
+
+# What torch does while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """Nothing that was compiled before is known, and torch's settings are as they were."""
+    settings = torch._dynamo.config
+    before = settings.optimize_ddp, settings.recompile_limit
+    torch._dynamo.reset()
+    yield
+    settings.optimize_ddp, settings.recompile_limit = before
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that were made, by a backend that runs them as they are: quick, and exact."""
+    made: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    return made
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_prior_has_the_gradients_of_the_plain_one(graphs: list[Any], recompute: bool) -> None:
+    plain, prior = make_prior().double(), make_prior().double()
+    batch, names = make_batch(LENGTHS, torch.float64), set(prior.state_dict())
+    allow_packing(prior)
+    compile_blocks(prior, packed=True)
+    if recompute:
+        recompute_blocks(prior)
+    expected = gradients(plain, predict_padded(plain, batch))
+    found = gradients(prior, predict_packed(prior, **batch, bucketed=True))
+    assert_equal_gradients(found, expected)
+    assert set(prior.state_dict()) == names
+    assert len(graphs) == 1
+
+
+def test_blocks_that_are_alike_and_batches_of_one_bucket_share_a_graph(graphs: list[Any]) -> None:
+    prior = make_prior()
+    allow_packing(prior)
+    compile_blocks(prior, packed=True)
+    for lengths in [(20, 15), (18, 17), (22, 14)]:
+        predict_packed(prior, **make_batch(lengths), bucketed=True).sum().backward()
+    assert len(graphs) == 1
+    with uncompiled(True):
+        predict_packed(prior, **make_batch((3, 4, 5)), bucketed=True)
+    assert len(graphs) == 1
+    with uncompiled(False):
+        predict_packed(prior, **make_batch((3, 4, 5)), bucketed=True)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(("stage", "rank"), [("prior", None), ("decoder", 2)])
+def test_a_compiled_run_goes_as_a_plain_one_and_is_resumed(
+    cache: str, tmp_path: Path, graphs: list[Any], stage: str, rank: int | None
+) -> None:
+    settings: dict[str, Any] = {
+        "lora_rank": rank, "gradient_checkpointing": rank is None, "use_ema": True, "val_fraction": 0.3,
+        "validation_steps": 2, "checkpointing_steps": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    train(cache, config(plain, stage, **settings))
+    assert not graphs
+    train(cache, config(compiled, stage, compile=True, **settings | {"max_train_steps": 2}))
+    assert graphs
+    train(cache, config(compiled, stage, compile=True, resume_from_checkpoint="latest", **settings))
+    for found, expected in zip(course(compiled), course(plain), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    for mine, theirs in zip(read_validation(compiled), read_validation(plain), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    weights = WEIGHTS[stage] if rank is None else LORA_WEIGHTS
+    assert load_file(compiled / weights).keys() == load_file(plain / weights).keys()
+
+
+def test_padded_captions_and_several_draws_are_compiled_too(cache: str, tmp_path: Path, graphs: list[Any]) -> None:
+    courses = []
+    for packing in (True, False):
+        run_dir = tmp_path / str(packing)
+        train(cache, config(run_dir, packing=packing, noise_draws=2, compile=True, max_train_steps=2))
+        courses.append(course(run_dir))
+    assert graphs
+    for packed, padded in zip(*courses, strict=True):
+        assert packed == pytest.approx(padded, rel=1e-5)
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_is_begun(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "none-such")
+    with pytest.raises(ConfigError, match=r"--compile fails on cpu \(Invalid backend.*expected .*--no-compile"):
+        train(cache, config(tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise FileNotFoundError("no compiler")
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    with pytest.raises(ConfigError, match="no compiler"):
+        check_compiler(torch.device("cpu"))
+
+
+def test_a_promise_to_repeat_bit_for_bit_is_not_given_for_compiled_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--compile with --deterministic.*expected one of the two"):
+        config(tmp_path, compile=True, deterministic=True)
