@@ -8,7 +8,11 @@ For every table, three ways take turns:
     encoder alone   inputs wait decoded in memory, rows stay where they come out: no build can be faster
     decoding alone  inputs are decoded by all threads, and nothing else is done
     build           what `kcache cache-build` does: decode, encode and write at the same time; with the share of the
-                    encoding thread's time that goes into waiting for inputs, encoding, and waiting for the disk
+                    encoding thread's time that goes into waiting for inputs, encoding, and waiting for the disk, and
+                    into waiting for inputs while enough for a batch are decoded ("held up", in parts of the whole)
+
+Two levers take turns with what they change: captions trimmed to their own length (`--text-padding trimmed`), and MoVQ
+with its weights in channels-last order, which no build uses, as it changes the last bits of rows.
 
 A build begins with nothing decoded and ends with a shard to write, so that few images make it look slower than it is.
 Then whole builds are timed, once for each form of a cache: loading of the encoders, index and all, but with digests of
@@ -23,66 +27,151 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from device import synchronize
+from diffusers import VQModel
 from outcome import write_outcome
 from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
 from kcache.build import build_cache, survey
 from kcache.builder import default_device
 from kcache.digests import ZERO_IMAGE_KEY
-from kcache.encoders import Encoder, load_encoder
+from kcache.encoders import Encoder, full_batches, load_encoder
 from kcache.encoding import Meter, encode_shards
 from kcache.inventory import Inventory, fetcher
 from kcache.plan import PlannedShard
+from kcache.pretrained import load_pretrained
+from kcache.repositories import Repository
 
 BATCHES_PER_SHARD = 4
 """Enough shards that one is written while the next is encoded, as in a build of many images."""
 FORMS = ("zarr", "webdataset")
 
 
-def measure_table(job: Inventory, table: str, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Table:
+    """An encoder with its inputs, and the ways to work them off."""
+
+    job: Inventory
+    name: str
+    encoder: Encoder
+    meter: Meter
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Its inputs, in order."""
+        return self.job.wanted(self.name)
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode."""
+        return self.job.config.num_workers or os.cpu_count() or 1
+
+    def decode(self) -> list[Any]:
+        """All inputs, prepared, and nothing else done meanwhile."""
+        fetch = fetcher(self.job.source, self.job.candidates, self.name)
+
+        def prepare(key: bytes) -> Any:
+            return self.encoder.reserved() if key == ZERO_IMAGE_KEY else self.encoder.prepare(fetch(key))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(prepare, self.keys))
+
+    def build(self) -> None:
+        """Decode, encode and write all inputs, as a build does."""
+        fetch = fetcher(self.job.source, self.job.candidates, self.name)
+        with tempfile.TemporaryDirectory(dir=self.job.folder.parent) as folder:
+            encode_shards(
+                self.encoder, Path(folder), cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
+                workers=self.workers, meter=self.meter, done=lambda _: None,
+            )  # fmt: skip
+
+
+def load_table(job: Inventory, name: str) -> Table:
+    """The table `name` of `job`, its encoder loaded."""
+    encoder = load_encoder(job.recipes[name], job.prior, job.decoder, torch.device(default_device()))
+    return Table(job=job, name=name, encoder=encoder, meter=Meter())
+
+
+def measure_table(job: Inventory, name: str, rounds: int) -> dict[str, Any]:
     """All ways for one table, in turns."""
     start = time.perf_counter()
-    recipe = job.recipes[table]
-    encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(default_device()))
+    table = load_table(job, name)
     loading = time.perf_counter() - start
-    keys, fetch, meter = job.wanted(table), fetcher(job.source, job.candidates, table), Meter()
-    workers = job.config.num_workers or os.cpu_count() or 1
-
-    def prepare(key: bytes) -> Any:
-        return encoder.reserved() if key == ZERO_IMAGE_KEY else encoder.prepare(fetch(key))
-
-    def decode() -> list[Any]:
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(prepare, keys))
-
-    def build() -> None:
-        with tempfile.TemporaryDirectory(dir=job.folder.parent) as folder:
-            shards = cut(keys, BATCHES_PER_SHARD * encoder.batch_size)
-            encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=meter, done=lambda _: None)
-
-    prepared = decode()
-    encode_all(encoder, prepared[: 2 * encoder.batch_size])  # the first batches choose kernels
-    ways = {"encoder alone": lambda: encode_all(encoder, prepared), "decoding alone": decode, "build": build}
+    prepared = table.decode()
+    encode_all(table.encoder, prepared[: 2 * table.encoder.batch_size])  # the first batches choose kernels
+    ways = {
+        "encoder alone": lambda: encode_all(table.encoder, prepared),
+        "decoding alone": table.decode,
+        "build": table.build,
+    }
     seconds = take_turns(ways, rounds)
     ratios = [alone / built for alone, built in zip(seconds["encoder alone"], seconds["build"], strict=True)]
     return {
-        "rows": len(keys),
+        "rows": len(prepared),
         "loading_seconds": round(loading, 2),
-        "rows_per_second": {way: round(len(keys) / statistics.median(taken), 2) for way, taken in seconds.items()},
+        "rows_per_second": rates(seconds, len(prepared)),
         "of_encoder_alone": round(statistics.median(ratios), 3),
-        "shares": {stage: round(share, 4) for stage, share in meter.shares().items()},
+        "shares": {stage: round(share, 4) for stage, share in table.meter.shares().items()},
+        "held_up": round(table.meter.held_up / sum(table.meter.seconds.values()), 4),
     }
+
+
+def measure_text_padding(full: Inventory, trimmed: Inventory, rounds: int) -> dict[str, Any]:
+    """Captions a second, padded to the whole length and trimmed, by the encoder alone and in a build."""
+    tables = {"full": load_table(full, "text"), "trimmed": load_table(trimmed, "text")}
+    prepared = tables["full"].decode()
+    ways: dict[str, Callable[[], Any]] = {}
+    for padding, table in tables.items():
+        encode_all(table.encoder, prepared)
+        ways[f"encoder alone, {padding}"] = lambda encoder=table.encoder: encode_all(encoder, prepared)
+        ways[f"build, {padding}"] = table.build
+    return {
+        "mean_tokens": round(statistics.mean(length for _, length in prepared), 1),
+        "rows_per_second": rates(take_turns(ways, rounds), len(prepared)),
+    }
+
+
+def measure_channels_last(job: Inventory, name: str, rounds: int) -> dict[str, Any]:
+    """Pictures a second by MoVQ as it is loaded and with its weights in channels-last order, and how far rows move."""
+    recipe, device = job.recipes[name], default_device()
+    dtype, path = getattr(torch, recipe.compute_dtype), cast(Repository, job.decoder).path / "movq"
+    pixels = torch.rand(recipe.batch_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    networks = {way: load_pretrained(VQModel, path, dtype).eval().to(device) for way in ("as loaded", "channels last")}
+    networks["channels last"].to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def encode(network: VQModel) -> torch.Tensor:
+        latents = network.encode(pixels).latents
+        synchronize()
+        return latents
+
+    rows = {way: encode(network).float() for way, network in networks.items()}
+    ways = {way: lambda network=network: encode(network) for way, network in networks.items()}
+    moved = (rows["channels last"] - rows["as loaded"]).abs().max() / rows["as loaded"].abs().max()
+    return {"rows_per_second": rates(take_turns(ways, 3 * rounds), len(pixels)), "largest_difference": float(moved)}
+
+
+def measure_levers(job: Inventory, trimmed: Inventory, rounds: int) -> dict[str, Any]:
+    """What could be faster, against what is."""
+    latents = next((name for name in job.recipes if name.startswith("latents-")), None)
+    found = {"text_padding": measure_text_padding(job, trimmed, rounds)} if "text" in job.recipes else {}
+    return found | ({"channels_last": measure_channels_last(job, latents, rounds)} if latents else {})
+
+
+def rates(seconds: dict[str, list[float]], rows: int) -> dict[str, float]:
+    """Rows per second of each way, by its median round."""
+    return {way: round(rows / statistics.median(taken), 2) for way, taken in seconds.items()}
 
 
 def encode_all(encoder: Encoder, prepared: Sequence[Any]) -> None:
     """Rows of all `prepared` inputs, which are dropped."""
-    for start in range(0, len(prepared), encoder.batch_size):
-        encoder.encode(prepared[start : start + encoder.batch_size])
+    for batch in full_batches(encoder, enumerate(prepared)):
+        encoder.encode([given for _, given in batch])
     synchronize()
 
 
@@ -129,12 +218,15 @@ def show(results: dict[str, Any]) -> None:
         f"{'rows per second':16}{'encoder':>10}{'decoding':>10}{'build':>10}{'of encoder':>12}   waiting for inputs,",
         end="",
     )
-    print(" encoding, waiting for the disk")
+    print(" encoding, waiting for the disk; held up")
     for name, row in results["tables"].items():
         rates = "".join(f"{rate:>10,.1f}" for rate in row["rows_per_second"].values())
         print(
             f"{name:16}{rates}{row['of_encoder_alone']:>12}   {', '.join(f'{s:.1%}' for s in row['shares'].values())}"
+            f"; {row['held_up']:.1%}"
         )
+    for lever, row in results["levers"].items():
+        print(f"{lever}: {', '.join(f'{way} {rate:,.1f}' for way, rate in row['rows_per_second'].items())} a second")
     for form, row in results["builds"].items():
         print(f"{form}: {row['samples']} samples in {row['seconds']} s, {row['images_per_second']} a second, ", end="")
         print(f"{row['of_encoders_alone']} of the encoders alone, {row['bytes']:,} bytes")
@@ -154,11 +246,15 @@ def main(given: Sequence[str] | None = None) -> None:
         config = workload.build_config(
             arguments.stage, arguments.resolution, arguments.batch_size, arguments.mixed_precision
         )
-        job = survey(str(workload.pictures), str(workload.folder / "none"), config, lambda _: None)
+        job, trimmed = (
+            survey(str(workload.pictures), str(workload.folder / "none"), settings, lambda _: None)
+            for settings in (config, replace(config, text_padding="trimmed"))
+        )
         tables = {name: measure_table(job, name, arguments.rounds) for name in job.recipes}
         limit = sum(row["rows"] / row["rows_per_second"]["encoder alone"] for row in tables.values())
         results = {
             "tables": tables,
+            "levers": measure_levers(job, trimmed, arguments.rounds),
             "builds": {form: measure_build(workload, arguments, form, limit) for form in FORMS},
         }
     show(results)

@@ -6,7 +6,7 @@ Building again is how everything is brought up to date: new and edited inputs ar
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class TableResult:
     present: int
     """Rows that the samples use and that were there before."""
     bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What the time of this builder's encoding thread went into; {} when it encoded nothing.
+
+    `decode`, `encode` and `write`: waiting for decoded inputs, encoding, waiting for the disk. `held_up` is the part of
+    `decode` in which enough for a batch were decoded, but stood behind one that was not: the rest is for more cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +115,12 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
                     break
             builder.work_off(plan)
     tables = {
-        name: TableResult(encoded=count - before[name], present=before[name], bytes=manifest.tables[name].bytes)
+        name: TableResult(
+            encoded=count - before[name],
+            present=before[name],
+            bytes=manifest.tables[name].bytes,
+            seconds=builder.seconds(name),
+        )
         for name, count in _counts(job, states).items()
     }
     return BuildResult(

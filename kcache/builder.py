@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kcache.assemble import Candidate, image_sizes, whole_samples
 from kcache.claims import Patience, holder, let_go, take
@@ -20,6 +21,9 @@ from kcache.inventory import Inventory, fetcher
 from kcache.joining import RESERVED, SAMPLES, TarPacker, joined_keys
 from kcache.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.samples import sample_ids
+
+if TYPE_CHECKING:
+    from kcache.encoding import Meter
 
 __all__ = ["BuildProgress", "Builder", "Report", "default_device", "unfinished"]
 
@@ -66,6 +70,8 @@ class Builder:
     report: Report | None
     seen: dict[str, set[bytes]] = field(default_factory=dict)
     """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
+    meters: dict[str, "Meter"] = field(default_factory=dict)
+    """Where the time went, by table that this builder encoded rows of."""
 
     def work_off(self, plan: Plan) -> None:
         """Encode or pack what nobody else does of `plan`; returns when all of it is committed."""
@@ -82,6 +88,11 @@ class Builder:
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
                 self.seen.setdefault(table.recipe.table, set()).update(table.keys)
+
+    def seconds(self, table: str) -> dict[str, float]:
+        """What the time of the thread that encoded `table` went into, as `TableResult.seconds` has it."""
+        meter = self.meters.get(table)
+        return {**meter.seconds, "held_up": meter.held_up} if meter else {}
 
     def _in_order(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
         """First those of this builder, then its neighbour's, and so on."""
@@ -135,7 +146,7 @@ class Builder:
         progress.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or default_device()))
         workers = job.config.num_workers or os.cpu_count() or 1
-        fetch, meter = fetcher(job.source, job.candidates, recipe.table), Meter()
+        fetch, meter = fetcher(job.source, job.candidates, recipe.table), self.meters.setdefault(recipe.table, Meter())
         encode_shards(
             encoder, job.folder / recipe.directory, shards, fetch,
             workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),

@@ -1,12 +1,13 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from diffusers import VQModel
+from PIL import Image
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -16,7 +17,16 @@ from kcache.pretrained import load_pretrained
 from kcache.recipe import Recipe
 from kcache.repositories import Repository
 
-__all__ = ["Encoder", "ImageEncoder", "LatentsEncoder", "TextEncoder", "load_encoder", "load_tokenizer"]
+__all__ = [
+    "Encoder",
+    "ImageEncoder",
+    "LatentsEncoder",
+    "PictureEncoder",
+    "TextEncoder",
+    "full_batches",
+    "load_encoder",
+    "load_tokenizer",
+]
 
 Rows = dict[str, torch.Tensor]
 
@@ -39,8 +49,20 @@ class Encoder(Protocol):
     def reserved(self) -> Any:
         """The prepared input of the table's reserved row; None when it has none."""
 
+    def batch_shape(self, prepared: Any) -> tuple[int, ...]:
+        """Shape of the batch in which a prepared input is encoded, whatever else is: one `encode` takes one shape."""
+
     def encode(self, prepared: Sequence[Any]) -> Rows:
         """Rows of 1 to batch_size prepared inputs, on the encoder's device and in the recipe's compute dtype."""
+
+
+class PictureEncoder(Encoder, Protocol):
+    """An encoder of images: `prepare` is `pixels` of the picture that `decode_image` makes with `alpha`."""
+
+    alpha: Literal["white", "black", "drop"]
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """An RGB picture made ready for `encode`: several encoders of one image need it decoded once."""
 
 
 class ImageEncoder:
@@ -49,21 +71,29 @@ class ImageEncoder:
     def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
         self.recipe = recipe
         self.batch_size = recipe.batch_shape[0]
-        self._alpha = recipe.preprocess["alpha"]
+        self.alpha = recipe.preprocess["alpha"]
         self._processor = clip_processor(recipe.preprocess["processor"])
         self._network = _Frozen(CLIPVisionModelWithProjection, prior, "image_encoder", recipe, device)
 
     def prepare(self, content: bytes) -> np.ndarray:
         """Pixels (3, S, S) float32 of an image file."""
-        return clip_pixels(decode_image(content, self._alpha), self._processor)
+        return self.pixels(decode_image(content, self.alpha))
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Pixels (3, S, S) float32 of an RGB picture."""
+        return clip_pixels(picture, self._processor)
 
     def reserved(self) -> np.ndarray:
         """The all-zero pixel tensor, which stands for "no image" in guidance."""
         return np.zeros(self.recipe.batch_shape[1:], np.float32)
 
+    def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
+        """The recipe's, for every image."""
+        return self.recipe.batch_shape
+
     def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
         """{"image_embeds": (k, D)} of k pixel arrays."""
-        pixels = _full_batch(prepared, self.recipe)
+        pixels = _full_batch(prepared, self.recipe.batch_shape)
 
         def forward(network: Any, dtype: torch.dtype) -> Rows:
             return {"image_embeds": network(pixels.to(self._network.device, dtype)).image_embeds[: len(prepared)]}
@@ -77,20 +107,28 @@ class LatentsEncoder:
     def __init__(self, recipe: Recipe, decoder: Repository, device: torch.device) -> None:
         self.recipe = recipe
         self.batch_size = recipe.batch_shape[0]
-        self._alpha = recipe.preprocess["alpha"]
+        self.alpha = recipe.preprocess["alpha"]
         self._network = _Frozen(VQModel, decoder, "movq", recipe, device)
 
     def prepare(self, content: bytes) -> np.ndarray:
         """Pixels (3, R, R) float32 of an image file."""
-        return movq_pixels(decode_image(content, self._alpha), self.recipe.batch_shape[-1])
+        return self.pixels(decode_image(content, self.alpha))
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Pixels (3, R, R) float32 of an RGB picture."""
+        return movq_pixels(picture, self.recipe.batch_shape[-1])
 
     def reserved(self) -> None:
         """None: training always has latents to denoise."""
         return
 
+    def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
+        """The recipe's, for every image."""
+        return self.recipe.batch_shape
+
     def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
         """{"latents": (k, 4, h, w)} of k pixel arrays."""
-        pixels = _full_batch(prepared, self.recipe)
+        pixels = _full_batch(prepared, self.recipe.batch_shape)
 
         def forward(network: Any, dtype: torch.dtype) -> Rows:
             return {"latents": network.encode(pixels.to(self._network.device, dtype)).latents[: len(prepared)]}
@@ -124,6 +162,12 @@ class TextEncoder:
         """The empty caption, which stands for "no text" in guidance."""
         return self.prepare("")
 
+    def batch_shape(self, prepared: tuple[np.ndarray, int]) -> tuple[int, ...]:
+        """The recipe's, or where captions are trimmed, only as long as this one rounded up to the recipe's multiple."""
+        rows, longest = self.recipe.batch_shape
+        step = self.recipe.preprocess.get("pad_to_multiple_of", longest)
+        return rows, min(-(-prepared[1] // step) * step, longest)
+
     def encode(self, prepared: Sequence[tuple[np.ndarray, int]]) -> Rows:
         """Rows of k captions whose tokens sum to T.
 
@@ -131,7 +175,11 @@ class TextEncoder:
         caption i are rows text_offsets[i] to text_offsets[i + 1].
         """
         device = self._network.device
-        input_ids = _full_batch([ids for ids, _ in prepared], self.recipe).to(device)
+        shapes = {self.batch_shape(caption) for caption in prepared}
+        if len(shapes) > 1:
+            raise ValueError(f"captions of one batch are to be padded to {shapes}; expected one shape: `full_batches`")
+        shape = shapes.pop()
+        input_ids = _full_batch([ids[: shape[1]] for ids, _ in prepared], shape).to(device)
         lengths = torch.tensor([length for _, length in prepared], device=device)
         valid = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
 
@@ -148,6 +196,21 @@ class TextEncoder:
         rows["text_encoder_hidden_states"] = rows["text_encoder_hidden_states"][valid]
         rows["text_offsets"] = nn.functional.pad(lengths.cumsum(0), (1, 0))
         return rows
+
+
+def full_batches(encoder: Encoder, inputs: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """`inputs`, each with its number, in batches of one shape: handed out once full, what is left of each at the end.
+
+    Where all inputs have one shape, batches are runs of them.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
+    for number, prepared in inputs:
+        shape = encoder.batch_shape(prepared)
+        batch = waiting.setdefault(shape, [])
+        batch.append((number, prepared))
+        if len(batch) == encoder.batch_size:
+            yield waiting.pop(shape)
+    yield from waiting.values()
 
 
 def load_encoder(recipe: Recipe, prior: Repository, decoder: Repository | None, device: torch.device) -> Encoder:
@@ -213,11 +276,11 @@ def load_tokenizer(prior: Repository) -> CLIPTokenizer:
     return tokenizer
 
 
-def _full_batch(prepared: Sequence[np.ndarray], recipe: Recipe) -> torch.Tensor:
-    """The inputs as one batch of exactly the recipe's shape, filled up with zeros.
+def _full_batch(prepared: Sequence[np.ndarray], shape: tuple[int, ...]) -> torch.Tensor:
+    """The inputs as one batch of exactly this shape, filled up with zeros.
 
     A row does not depend on its companions, but its last bits depend on the shape of the batch.
     """
-    batch = np.zeros(recipe.batch_shape, prepared[0].dtype)
+    batch = np.zeros(shape, prepared[0].dtype)
     np.stack(prepared, out=batch[: len(prepared)])
     return torch.from_numpy(batch)

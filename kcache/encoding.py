@@ -2,16 +2,16 @@
 
 A pool of threads decodes inputs ahead, this thread runs the encoder on full batches, and one more thread writes the
 shard before. Batches never cross a shard's border, so a shard's bytes do not depend on which shards were encoded
-before it.
+before it. Inputs are taken in plan order, and their rows stored in it, whatever batches they were encoded in.
 """
 
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kcache.digests import ZERO_IMAGE_KEY
-from kcache.encoders import Encoder
+from kcache.encoders import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
 from kcache.plan import PlannedShard
 from kcache.recipe import Recipe
@@ -40,7 +40,10 @@ STAGES = ("decode", "encode", "write")
 class Meter:
     """Where the encoding thread's time goes: waiting for decoded inputs, encoding, or waiting for the writer."""
 
+    clock: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    held_up: float = 0.0
+    """Seconds of the wait for decoded inputs in which enough for a batch were decoded, but stood behind a slow one."""
 
     def shares(self) -> dict[str, float]:
         """Share of the time, 0 to 1, by stage; the largest is the one that binds."""
@@ -49,11 +52,23 @@ class Meter:
 
     def timed(self, stage: str, work: Callable[[], Any]) -> Any:
         """The result of `work`, its time counted under `stage`."""
-        start = time.perf_counter()
+        start = self.clock()
         try:
             return work()
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            self.seconds[stage] += self.clock() - start
+
+    def decoded(self, first: "Future[_Input]", behind: Iterable["Future[_Input]"], lacking: int) -> "_Input":
+        """The `first` of the inputs under way, waited for; `lacking` more of those `behind` it would fill a batch."""
+        if first.done():
+            return first.result()
+        start = self.clock()
+        item: _Input = self.timed("decode", first.result)
+        end = self.clock()
+        ready = sorted(done.result().ready for done in behind if done.done() and done.exception() is None)
+        if lacking <= len(ready):
+            self.held_up += max(0.0, end - max(start, ready[lacking - 1]))
+        return item
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +79,41 @@ class _Input:
     prepared: Any = None
     rejection: Rejection | None = None
     absent: bool = False
+    ready: float = 0.0
+    """When that was, by the meter's clock."""
 
 
 @dataclass
 class _OpenShard:
-    """The rows of the shard that is being filled."""
+    """The rows of the shard that is being filled, as they were encoded."""
 
-    keys: list[bytes] = field(default_factory=list)
+    planned: PlannedShard
+    numbers: list[int] = field(default_factory=list)
+    """Where in the plan of the shard each row stands."""
     parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
     lengths: list[np.ndarray] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
     def block(self, recipe: Recipe) -> RowBlock:
-        keys = np.frombuffer(b"".join(self.keys), np.uint8).reshape(-1, 16)
-        if not self.keys:
+        """The rows, in plan order."""
+        order = np.argsort(self.numbers)
+        keys = np.frombuffer(b"".join(self.planned.keys[i] for i in sorted(self.numbers)), np.uint8).reshape(-1, 16)
+        if not self.numbers:
             return RowBlock(keys=keys, arrays={})
         arrays = {f.name: np.concatenate(self.parts[f.name]) for f in recipe.fields}
-        if not self.lengths:
-            return RowBlock(keys=keys, arrays=arrays)
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(self.lengths))]).astype(np.int64)
-        return RowBlock(keys=keys, arrays=arrays, offsets=offsets)
+        lengths = np.concatenate(self.lengths) if self.lengths else np.ones(len(order), np.int64)
+        if (np.diff(order) < 0).any():
+            tokens = _runs(lengths, order)
+            arrays = {f.name: arrays[f.name][tokens if f.ragged else order] for f in recipe.fields}
+        offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
+        return RowBlock(keys=keys, arrays=arrays, offsets=offsets if self.lengths else None)
+
+
+def _runs(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where the tokens of rows with these lengths stand, the rows taken in `order`."""
+    starts, taken = np.cumsum(lengths) - lengths, lengths[order]
+    return np.repeat(starts[order] - (np.cumsum(taken) - taken), taken) + np.arange(taken.sum())
 
 
 def encode_shards(
@@ -104,12 +133,15 @@ def encode_shards(
     recipe = encoder.recipe
     made_by = provenance(encoder)
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
-        inputs = _prepared(pool, encoder, shards, fetch, ahead=workers + 2 * encoder.batch_size)
+        ahead: deque[_Planned] = deque()
+        prepare = partial(_prepare, encoder, fetch, meter.clock)
+        inputs = _started(pool, prepare, shards, ahead, limit=workers + 2 * encoder.batch_size)
         committing: Future[Any] | None = None
         try:
             for shard, group in groupby(inputs, key=itemgetter(0)):
-                decoded = (future for _, future in group)
-                rows = _encode_shard(encoder, shard, decoded, meter, done, committing)
+                rows = _OpenShard(shard)
+                prepared = _decoded(rows, (future for _, future in group), ahead, encoder.batch_size, meter, done)
+                _encode_shard(encoder, prepared, rows, meter, done, committing)
                 if committing is not None:
                     meter.timed("write", committing.result)
                 committing = writer.submit(
@@ -122,60 +154,83 @@ def encode_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _prepared(
-    pool: ThreadPoolExecutor, encoder: Encoder, shards: Iterator[PlannedShard], fetch: Fetch, ahead: int
-) -> Iterator[tuple[PlannedShard, Future[_Input]]]:
-    """A future per planned input with the shard it is of, in plan order, at most `ahead` of them under way."""
-    under_way: deque[tuple[PlannedShard, Future[_Input]]] = deque()
+_Planned = tuple[PlannedShard, Future[_Input]]
+
+
+def _started(
+    pool: ThreadPoolExecutor,
+    prepare: Callable[[bytes], _Input],
+    shards: Iterator[PlannedShard],
+    ahead: deque[_Planned],
+    limit: int,
+) -> Iterator[_Planned]:
+    """Each planned input once its decoding has begun, in plan order; the next ones, up to `limit`, are in `ahead`."""
     for shard in shards:
         for key in shard.keys:
-            under_way.append((shard, pool.submit(_prepare, encoder, key, fetch)))
-            if len(under_way) > ahead:
-                yield under_way.popleft()
-    yield from under_way
+            ahead.append((shard, pool.submit(prepare, key)))
+            if len(ahead) > limit:
+                yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
 
 
-def _prepare(encoder: Encoder, key: bytes, fetch: Fetch) -> _Input:
+def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: bytes) -> _Input:
+    prepared, rejection, absent = None, None, False
     try:
         if key == ZERO_IMAGE_KEY:
-            return _Input(key, prepared=encoder.reserved())
-        content = fetch(key)
-        return _Input(key, absent=True) if content is None else _Input(key, prepared=encoder.prepare(content))
+            prepared = encoder.reserved()
+        elif (content := fetch(key)) is None:
+            absent = True
+        else:
+            prepared = encoder.prepare(content)
     except InputRejected as error:
-        return _Input(key, rejection=Rejection(key=key.hex(), stage=error.stage, reason=error.reason))
+        rejection = Rejection(key=key.hex(), stage=error.stage, reason=error.reason)
+    return _Input(key, prepared, rejection, absent, ready=clock())
+
+
+def _decoded(
+    rows: _OpenShard,
+    inputs: Iterator[Future[_Input]],
+    ahead: Iterable[_Planned],
+    batch_size: int,
+    meter: Meter,
+    done: Callable[[int], None],
+) -> Iterator[tuple[int, Any]]:
+    """Each input of a shard that can be encoded, with its number; why others cannot be is noted in `rows`."""
+    given = 0
+    for number, future in enumerate(inputs):
+        behind = (other for shard, other in ahead if shard is rows.planned)
+        item = meter.decoded(future, behind, lacking=batch_size - given % batch_size)
+        if item.rejection is None and not item.absent:
+            given += 1
+            yield number, item.prepared
+            continue
+        if item.rejection is not None:
+            rows.rejected.append(item.rejection)
+        else:
+            rows.absent.append(item.key.hex())
+        done(1)
 
 
 def _encode_shard(
     encoder: Encoder,
-    shard: PlannedShard,
-    inputs: Iterator[Future[_Input]],
+    prepared: Iterator[tuple[int, Any]],
+    rows: _OpenShard,
     meter: Meter,
     done: Callable[[int], None],
     committing: Future[Any] | None,
-) -> _OpenShard:
-    """The rows of `shard`; stops as soon as it turns out that the shard before, `committing`, cannot be written."""
-    rows = _OpenShard()
-    batch: list[_Input] = []
-    for position in range(len(shard.keys)):
-        item: _Input = meter.timed("decode", next(inputs).result)
-        if item.rejection is not None:
-            rows.rejected.append(item.rejection)
-        elif item.absent:
-            rows.absent.append(item.key.hex())
-        else:
-            batch.append(item)
-        if batch and (len(batch) == encoder.batch_size or position == len(shard.keys) - 1):
-            meter.timed("encode", partial(_encode_batch, encoder, batch, rows))
-            batch = []
-            if committing is not None and committing.done():
-                committing.result()
-        done(1)
-    return rows
+) -> None:
+    """Fill `rows`; stops as soon as it turns out that the shard before, `committing`, cannot be written."""
+    for batch in full_batches(encoder, prepared):
+        meter.timed("encode", partial(_encode_batch, encoder, batch, rows))
+        if committing is not None and committing.done():
+            committing.result()
+        done(len(batch))
 
 
-def _encode_batch(encoder: Encoder, batch: Sequence[_Input], rows: _OpenShard) -> None:
+def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _OpenShard) -> None:
     try:
-        encoded = encoder.encode([item.prepared for item in batch])
+        encoded = encoder.encode([prepared for _, prepared in batch])
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{encoder.recipe.encoder} ran out of device memory on batches of {encoder.batch_size} ({error}); "
@@ -186,11 +241,12 @@ def _encode_batch(encoder: Encoder, batch: Sequence[_Input], rows: _OpenShard) -
     stored = {name: _cast(array, encoder.recipe.stored_dtype) for name, array in values.items()}
     reasons = refusal_reasons(encoder.recipe, values, stored, offsets)
     kept = np.array([reason is None for reason in reasons])
-    for item, reason in zip(batch, reasons, strict=True):
+    for (number, _), reason in zip(batch, reasons, strict=True):
         if reason is None:
-            rows.keys.append(item.key)
+            rows.numbers.append(number)
         else:
-            rows.rejected.append(Rejection(key=item.key.hex(), stage="encode", reason=reason))
+            key = rows.planned.keys[number].hex()
+            rows.rejected.append(Rejection(key=key, stage="encode", reason=reason))
     lengths = None if offsets is None else np.diff(offsets)
     for f in encoder.recipe.fields:
         chosen = np.repeat(kept, lengths) if f.ragged and lengths is not None else kept
@@ -230,7 +286,12 @@ def refusal_reasons(
 
 def provenance(encoder: Encoder) -> dict[str, str]:
     """What the rows were made with: recorded in each commit, shown, never compared."""
-    packages = {name: version(name) for name in ("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")}
+    packages = _versions("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
     device = torch.device(getattr(encoder, "device", "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return {**packages, "python": platform.python_version(), "device": name}
+
+
+@cache
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: version(name) for name in packages}

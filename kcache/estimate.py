@@ -186,8 +186,9 @@ class _Watch:
 
     def add(self, inputs: int) -> None:
         """Count inputs; raises _Watched when enough was seen."""
+        batches = self._rows // self._batch
         self._rows += inputs
-        if self._rows % self._batch:
+        if self._rows // self._batch == batches:
             return
         seconds = time.perf_counter() - self._start
         self._end = (self._rows, seconds)

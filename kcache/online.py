@@ -1,23 +1,26 @@
 """The encoders in the training loop, read like a cache: the baseline that a cache is measured against, and its proof.
 
 The same samples in the same order go through the same preprocessing and the same encoders, in the recipe's batch shape.
+An image that several encoders need is read and decoded once.
 Rows come out unrounded, in the dtype that the encoders compute in: with float32 rows in the cache both ways are equal
 bit for bit on the CPU.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from kcache.cache import Cache
 from kcache.digests import DigestMemo, content_key
-from kcache.encoders import Encoder, load_encoder
+from kcache.encoders import Encoder, PictureEncoder, full_batches, load_encoder
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
+from kcache.pixels import decode_image
 from kcache.repositories import Repository, find_repository, weights_digest
 from kcache.rows import Empty
 from kcache.shards import OFFSETS
@@ -84,19 +87,51 @@ class OnlineEncoders:
         numbers = np.asarray(samples, np.int64)
         captions = np.broadcast_to(caption, len(numbers))
         dropped = {"text": drop_caption, "image_embeds": drop_image}
+        everything = np.ones(len(numbers), np.bool_)
+        tables = dict.fromkeys(self._cache.table_of(name) for name in fields)
+        kept = {table: everything if (mask := dropped.get(table)) is None else ~mask for table in tables}
+        prepared = list(self._decoders.map(
+            lambda i: self._prepare(int(numbers[i]), int(captions[i]), [table for table in tables if kept[table][i]]),
+            range(len(numbers)),
+        ))  # fmt: skip
         rows: dict[str, torch.Tensor] = {}
-        for table in dict.fromkeys(self._cache.table_of(name) for name in fields):
-            mask = dropped.get(table)
-            kept = np.ones(len(numbers), np.bool_) if mask is None else ~mask
-            contents = self._contents(table, numbers[kept].tolist(), captions[kept].tolist())
-            parts = _encode(self._encoders[table], contents, self._decoders)
-            if not kept.all():
-                parts.append(self._reserved_row(table))
-            encoded = _joined(parts)
-            if not kept.all():
-                encoded = self._take(encoded, np.where(kept, np.cumsum(kept) - 1, kept.sum()))
+        for table in tables:
+            encoded = self._encode(table, [inputs.get(table) for inputs in prepared])
             rows |= {name: value for name, value in encoded.items() if name in fields or name == OFFSETS}
         return rows
+
+    def _prepare(self, sample: int, caption: int, tables: Sequence[str]) -> dict[str, Any]:
+        """What the encoders of `tables` take of a sample; its image is read once, and decoded once."""
+        prepared: dict[str, Any] = {}
+        pictures: dict[str, Image.Image] = {}
+        content: bytes | None = None
+        for table in tables:
+            encoder = self._encoders[table]
+            if table == "text":
+                prepared[table] = encoder.prepare(self._captions[sample][caption])
+                continue
+            if content is None:
+                content = self._image(sample)
+            alpha = cast(PictureEncoder, encoder).alpha
+            if alpha not in pictures:
+                pictures[alpha] = decode_image(content, alpha)
+            prepared[table] = cast(PictureEncoder, encoder).pixels(pictures[alpha])
+        return prepared
+
+    def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Rows of prepared inputs, in their order; None stands for the reserved one."""
+        encoder = self._encoders[table]
+        places = np.zeros(len(inputs), np.int64)
+        parts, rows = [], 0
+        for batch in full_batches(encoder, ((i, given) for i, given in enumerate(inputs) if given is not None)):
+            parts.append(encoder.encode([given for _, given in batch]))
+            places[[i for i, _ in batch]] = range(rows, rows + len(batch))
+            rows += len(batch)
+        if rows < len(inputs):
+            parts.append(self._reserved_row(table))
+            places[[i for i, given in enumerate(inputs) if given is None]] = rows
+        encoded = _joined(parts)
+        return encoded if (places == np.arange(len(inputs))).all() else self._take(encoded, places)
 
     def _reserved_row(self, table: str) -> dict[str, torch.Tensor]:
         if table not in self._reserved:
@@ -117,11 +152,6 @@ class OnlineEncoders:
         if offsets is not None:
             taken[OFFSETS] = functional.pad(offsets.diff()[positions].cumsum(0), (1, 0))
         return taken
-
-    def _contents(self, table: str, samples: list[int], captions: list[int]) -> list[Callable[[], bytes | str]]:
-        if table == "text":
-            return [lambda i=i, c=c: self._captions[i][c] for i, c in zip(samples, captions, strict=True)]  # type: ignore[misc]
-        return [lambda i=i: self._image(i) for i in samples]  # type: ignore[misc]
 
     def _image(self, sample: int) -> bytes:
         content = self._source.image(self._positions[sample])
@@ -172,16 +202,6 @@ def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
 def _repository(cache: Cache, role: str, components: Sequence[str]) -> Repository:
     model = cache.models[role]
     return find_repository(str(model["name"]), model["revision"], components)
-
-
-def _encode(
-    encoder: Encoder, contents: Sequence[Callable[[], bytes | str]], pool: ThreadPoolExecutor
-) -> list[dict[str, torch.Tensor]]:
-    prepared: list[Any] = list(pool.map(lambda content: encoder.prepare(content()), contents))
-    return [
-        encoder.encode(prepared[start : start + encoder.batch_size])
-        for start in range(0, len(prepared), encoder.batch_size)
-    ]
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from kcache.samples import Sample, sample_ids, samples_digest
 from kcache.shards import Commit, discard_uncommitted, record_rejections
 from kcache.sources import Refusal
 from kcache.tables import decoder_components, prior_components
-from kcache.verify import VerifyResult, verify
+from kcache.verify import VerifyProgress, VerifyResult, verify
 from kcache.vouched import Vouched, read_vouched
 
 if TYPE_CHECKING:
@@ -56,14 +56,16 @@ def repair(
     caption_column: str = "text",
     device: str | None = None,
     report: Callable[[BuildProgress], None] | None = None,
+    checked: Callable[[VerifyProgress], None] | None = None,
 ) -> RepairResult:
     """Make the cache at `cache` whole again, encoding its broken rows from `source` with the encoders of its manifest.
 
-    Nothing is changed where that cannot be exact: raises CacheCorruptError for a damaged manifest, CacheMismatchError
-    when rows encoded now would be of another recipe, SourceError when the source lacks what is needed.
+    `report` is told how the encoding goes, `checked` how the verifications before and after it do. Nothing is changed
+    where that cannot be exact: raises CacheCorruptError for a damaged manifest, CacheMismatchError when rows encoded
+    now would be of another recipe, SourceError when the source lacks what is needed.
     """
     folder = Path(cache)
-    before = verify(folder)
+    before = verify(folder, checked)
     if not before.corrupt:
         return RepairResult(before=before, encoded={}, after=before)
     vouched = read_vouched(folder)
@@ -80,7 +82,7 @@ def repair(
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
     result = complete(replace(job, candidates=candidates, refused=refused), report=report)
-    after = verify(folder)
+    after = verify(folder, checked)
     if after.corrupt:
         raise CacheCorruptError(f"{folder} is corrupt again right after its repair; have disk and memory checked")
     encoded = {name: table.encoded for name, table in result.tables.items() if table.encoded}
@@ -93,6 +95,7 @@ def recorded_config(manifest: Manifest, prior: Repository, decoder: Repository |
     first = next(iter(recipes.values()))
     alphas = [recipe.preprocess["alpha"] for recipe in recipes.values() if "alpha" in recipe.preprocess]
     sides = tuple(int(name.removeprefix("latents-")) for name in recipes if name.startswith("latents-"))
+    trimmed = "text" in recipes and "pad_to_multiple_of" in recipes["text"].preprocess
     precision: dict[str, MixedPrecision] = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
     return BuildConfig(
         stage=_stage(manifest),
@@ -102,6 +105,7 @@ def recorded_config(manifest: Manifest, prior: Repository, decoder: Repository |
         mixed_precision=precision[first.compute_dtype],
         batch_size=first.batch_shape[0],
         alpha=alphas[0] if alphas else BuildConfig.alpha,
+        text_padding="trimmed" if trimmed else "full",
         pretrained_prior_model_name_or_path=str(prior.path),
         pretrained_decoder_model_name_or_path=str((decoder or prior).path),
     )

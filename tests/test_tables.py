@@ -63,6 +63,17 @@ def test_shapes_are_read_from_the_configurations(oracle: Path) -> None:
     assert (latents.batch_shape, latents.fields) == ((4, 3, 64, 64), (Field(name="latents", shape=(4, 8, 8)),))
 
 
+def test_only_trimmed_captions_are_told_of_in_the_recipe(oracle: Path) -> None:
+    """Recipes of padded captions, and with them the fingerprints of caches in the world, are as they were."""
+    padded, trimmed = (recipe_of("text", oracle, replace(TINY, text_padding=how)) for how in ("full", "trimmed"))
+    assert set(padded.preprocess) == {"tokenizer", "padding", "truncation", "attention_mask"}
+    assert padded.preprocess["padding"] == "max_length"
+    assert recipe_differences(padded, trimmed) == [
+        "preprocess.pad_to_multiple_of: null → 8",
+        "preprocess.padding: max_length → own length",
+    ]
+
+
 def test_other_networks_give_other_shapes(models: Path) -> None:
     edit_json(models / "prior" / "image_encoder" / "config.json", projection_dim=1280)
     edit_json(models / "decoder" / "movq" / "config.json", vq_embed_dim=None, latent_channels=6)
@@ -81,6 +92,7 @@ def test_a_recipe_survives_json(oracle: Path, table: str) -> None:
     ("change", "tables"),
     [
         ({"alpha": "drop"}, {"image_embeds", "latents-64"}),
+        ({"text_padding": "trimmed"}, {"text"}),
         ({"batch_size": 5}, set(TABLES)),
         ({"mixed_precision": "bf16"}, set(TABLES)),
         ({"dtype": "float32"}, set(TABLES)),

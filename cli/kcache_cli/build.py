@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ BUILD_HELP = {
     "pretrained_prior_model_name_or_path": "Folder or Hub id with image_encoder, text_encoder and tokenizer.",
     "pretrained_decoder_model_name_or_path": "Folder or Hub id with movq.",
     "revision": "Branch, tag or commit of the Hub repositories.",
+    "text_padding": "Pad each caption to the tokenizer's whole length, or trimmed: to the next multiple of 8 tokens.",
     "mixed_precision": "Dtype that the encoders run in; `no` is float32.",
     "batch_size": "Inputs per encoder call. It is part of the recipe: rows differ by 1e-6 between batch sizes.",
     "device": "Where the encoders run, such as cuda:0. Chosen by what there is when left out.",
@@ -117,8 +119,18 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
         return
     for name, table in result.tables.items():
         say(f"{name}: {table.encoded:,} encoded, {table.present:,} present before, {bytes_text(table.bytes)}")
+        if table.seconds:
+            say(f"{name}: {_time_text(table.seconds)}")
     if not any(table.encoded for table in result.tables.values()):
         say("0 to do")
     if result.rejected:
         say(f"{count_text(result.rejected, 'input')} rejected: {result.cache}/rejected.jsonl says which and why")
     say(f"{result.cache}: {count_text(result.samples, 'sample')}, {duration_text(result.seconds)}")
+
+
+def _time_text(seconds: Mapping[str, float]) -> str:
+    """Where a builder's time went, in a line."""
+    total = sum(seconds[stage] for stage in ("decode", "encode", "write")) or 1.0
+    decode, encode, write = (f"{seconds[stage] / total:.0%}" for stage in ("decode", "encode", "write"))
+    held_up = f"{seconds['held_up'] / total:.1%} with enough for a batch at hand"
+    return f"{encode} of the time encoding, {decode} waiting for decoded inputs ({held_up}), {write} for the disk"

@@ -89,5 +89,7 @@ def _print_table(name: str, table: dict[str, Any]) -> None:
         shape = ["n", *field["shape"]] if field["ragged"] else field["shape"]
         say(f"  {field['name']} ({', '.join(map(str, shape))}) {recipe['stored_dtype']}")
     batch = " × ".join(map(str, recipe["batch_shape"]))
-    say(f"  by {recipe['encoder']} in {recipe['compute_dtype']}, batches of {batch}")
+    step = recipe["preprocess"].get("pad_to_multiple_of")
+    trimmed = f", captions trimmed to the next multiple of {step} tokens" if step else ""
+    say(f"  by {recipe['encoder']} in {recipe['compute_dtype']}, batches of {batch}{trimmed}")
     say(f"  recipe {table['fingerprint'][:12]}")
