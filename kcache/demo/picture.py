@@ -1,7 +1,8 @@
-"""The demo on one page: what went in, how the losses fell, how fast it was, what came out."""
+"""The demo in pictures: what went in, how the losses fell, how fast it was, where the time went, what came out."""
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,39 +10,73 @@ import numpy as np
 from PIL import Image
 
 from kcache.demo.result import DemoResult, StageResult
+from kcache.durable import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-__all__ = ["draw_result"]
+__all__ = [
+    "Part",
+    "draw_part",
+    "draw_result",
+    "show_drawn",
+    "show_inputs",
+    "show_learning",
+    "show_measurements",
+    "show_time",
+]  # fmt: skip
 
 CACHED, ONLINE, TEXT, FAINT = "#0b6e69", "#f2a65a", "#22262b", "#7a828c"
 """Colours of the cached runs, the online runs, the writing and the small print."""
+PHASES = ("#e2dccc", "#a23b72", "#7fb3ae", ONLINE, CACHED, "#3b2f6b")
+"""Colours of where the time went."""
+COLUMNS = 10
+"""Prompts that are shown with their pictures."""
+SAMPLES = 3
+"""Pictures of each that are shown on the page."""
+WIDTH = 12.0
+"""Inches, as all sizes here."""
+
+Part = Callable[["SubFigure", DemoResult], None]
+"""Draws one part of the page."""
 
 
 def draw_result(result: DemoResult, path: Path) -> None:
-    """Draw `result` as a PNG of 1800 x 1275 pixels at `path`."""
+    """Draw all of `result` on one page: a PNG at `path`, 1800 pixels wide.
+
+    Raises CacheWriteError when it cannot be written.
+    """
+    samples = min(SAMPLES, result.size.samples)
+    parts = (
+        (_headline, 0.85),
+        (show_inputs, 1.75),
+        (show_measurements, 2.75),
+        (show_time, 0.95),
+        (_scores, 1.35),
+        (lambda panel, result: show_drawn(panel, result, samples), samples + 0.6),
+    )
+    write_bytes(path, _draw(parts, result))
+
+
+def draw_part(part: Part, height: float, result: DemoResult) -> bytes:
+    """One part alone as a PNG, 1800 pixels wide and `height` inches of 150 pixels high."""
+    return _draw(((part, height),), result)
+
+
+def _draw(parts: Sequence[tuple[Part, float]], result: DemoResult) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}):
-        figure = Figure(figsize=(12, 8.5), dpi=150, facecolor="white")
-        panels = np.asarray(figure.subfigures(4, 1, height_ratios=(0.5, 1, 1.6, 1.1)))
-        head, top, middle, bottom = panels
-        _headline(head, result)
-        _pictures(top, "What went in", result.inputs)
-        _measurements(middle, result)
-        _pictures(bottom, "What came out", result.outputs)
-        bottom.text(
-            0.035,
-            0.04,
-            "The networks are tiny and the frozen ones have random weights: these pictures show that the pipelines "
-            "load and run what was trained; they are not meant to be recognisable.",
-            color=FAINT,
-            fontsize=8,
-        )
-        figure.savefig(path)
+        heights = [height for _, height in parts]
+        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=150, facecolor="white")
+        panels = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for panel, (part, _) in zip(panels, parts, strict=True):
+            part(panel, result)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _headline(panel: "SubFigure", result: DemoResult) -> None:
@@ -53,19 +88,89 @@ def _headline(panel: "SubFigure", result: DemoResult) -> None:
     panel.text(0.035, 0.26, built, fontsize=10, color=FAINT, va="center")
 
 
-def _pictures(panel: "SubFigure", title: str, pictures: Sequence[tuple[Path, str]]) -> None:
-    panel.text(0.035, 0.93, title, fontsize=10, fontweight="bold", va="center")
-    axes = panel.subplots(1, len(pictures), gridspec_kw={"wspace": 0.25})
-    panel.subplots_adjust(left=0.035, right=0.965, top=0.84, bottom=0.24)
-    for ax, (path, caption) in zip(axes, pictures, strict=True):
-        with Image.open(path) as picture:
-            ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
-        ax.set_xlabel("\n".join(textwrap.wrap(caption, 18)), fontsize=8)
-        ax.set_xticks([])
-        ax.set_yticks([])
+def show_inputs(panel: "SubFigure", result: DemoResult) -> None:
+    """Some of the pictures that went in, with a caption each."""
+    _title(panel, 0.93, "What went in")
+    axes = panel.subplots(1, len(result.inputs), gridspec_kw={"wspace": 0.25}, squeeze=False)
+    panel.subplots_adjust(left=0.035, right=0.965, top=0.84, bottom=0.3)
+    for ax, (path, caption) in zip(axes[0], result.inputs, strict=True):
+        _show(ax, path)
+        ax.set_xlabel(_wrapped(caption), fontsize=8)
 
 
-def _measurements(panel: "SubFigure", result: DemoResult) -> None:
+def _scores(panel: "SubFigure", result: DemoResult) -> None:
+    exam = result.exam
+    _title(panel, 0.86, "What came out")
+    asked = (
+        f"{exam.pictures} pictures of {len(exam.drawn)} prompts whose digit and ink never went together in training, "
+        "drawn by the stock pipelines and judged from their pixels:"
+    )
+    panel.text(0.035, 0.62, asked, color=FAINT, va="center")
+    for i, (name, score) in enumerate(exam.compared.items()):
+        height, color = 0.44 - 0.16 * i, TEXT if i == 0 else FAINT
+        panel.text(0.035, height, name, color=color, va="center")
+        for column, (attribute, share) in enumerate(
+            zip(("digit", "ink", "paper", "all three"), score.cells, strict=True)
+        ):
+            panel.text(0.26 + 0.13 * column, height, f"{attribute} {share} %", color=color, va="center")
+
+
+def show_drawn(panel: "SubFigure", result: DemoResult, samples: int) -> None:
+    """`samples` pictures of each of the first prompts, the prompt below."""
+    shown = result.exam.drawn[:COLUMNS]
+    axes = panel.subplots(samples, len(shown), gridspec_kw={"wspace": 0.25, "hspace": 0.08}, squeeze=False)
+    panel.subplots_adjust(left=0.035, right=0.965, top=0.985, bottom=0.6 / (samples + 0.6))
+    for column, (prompt, paths) in zip(axes.T, shown, strict=True):
+        for ax, path in zip(column, paths[:samples], strict=True):
+            _show(ax, path)
+        column[-1].set_xlabel(_wrapped(prompt), fontsize=8)
+
+
+def show_learning(panel: "SubFigure", result: DemoResult) -> None:
+    """The same prompts from the same noise, one row for each look at the decoder while it learned."""
+    looks, prompts = result.looks, [prompt for prompt, _ in result.exam.drawn]
+    columns = min(len(prompts), len(looks[0][1]))
+    axes = panel.subplots(len(looks), columns, gridspec_kw={"wspace": 0.25, "hspace": 0.08}, squeeze=False)
+    panel.subplots_adjust(left=0.075, right=0.965, top=0.985, bottom=0.6 / (len(looks) + 0.6))
+    for row, (step, paths) in zip(axes, looks, strict=True):
+        for ax, path in zip(row, paths, strict=False):
+            _show(ax, path)
+        row[0].set_ylabel(f"{step:,} steps", rotation=0, ha="right", va="center", fontsize=8)
+    for ax, prompt in zip(axes[-1], prompts, strict=False):
+        ax.set_xlabel(_wrapped(prompt), fontsize=8)
+
+
+def show_time(panel: "SubFigure", result: DemoResult) -> None:
+    """Where the time went: one bar, as long as the demo took."""
+    ax = panel.subplots()
+    panel.subplots_adjust(left=0.035, right=0.965, top=0.62, bottom=0.34)
+    _title(panel, 0.85, f"Where {result.total_seconds:,.0f} seconds went")
+    start = 0.0
+    for (name, seconds), color in zip(result.seconds.items(), PHASES, strict=False):
+        ax.barh(0, seconds, left=start, color=color, label=f"{name} {seconds:,.1f} s")
+        start += seconds
+    ax.set_xlim(0, start)
+    ax.axis("off")
+    ax.legend(loc="upper left", bbox_to_anchor=(-0.005, -0.05), ncols=len(result.seconds), frameon=False, fontsize=8)
+
+
+def _title(panel: "SubFigure", height: float, text: str) -> None:
+    panel.text(0.035, height, text, fontsize=10, fontweight="bold", va="center")
+
+
+def _show(ax: "Axes", path: Path) -> None:
+    with Image.open(path) as picture:
+        ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 17))
+
+
+def show_measurements(panel: "SubFigure", result: DemoResult) -> None:
+    """The losses of both stages, and how fast they trained, from the cache and with the encoders in the loop."""
     axes = panel.subplots(1, len(result.stages) + 1, gridspec_kw={"wspace": 0.28})
     panel.subplots_adjust(left=0.065, right=0.965, top=0.84, bottom=0.16)
     for ax, stage in zip(axes, result.stages, strict=False):
@@ -73,16 +178,18 @@ def _measurements(panel: "SubFigure", result: DemoResult) -> None:
     _throughput(axes[-1], result)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(colors=FAINT, labelsize=8)
+        ax.tick_params(which="both", colors=FAINT, labelsize=8)
 
 
 def _loss_curves(ax: "Axes", stage: StageResult) -> None:
-    steps = np.arange(1, len(stage.cached.losses) + 1)
-    ax.plot(steps, stage.online.losses, color=ONLINE, linewidth=4, label="encoders in the loop", solid_capstyle="round")
-    ax.plot(steps, stage.cached.losses, color=CACHED, linewidth=1.2, label="from the cache")
-    difference = stage.largest_difference
-    equal = "equal bit for bit" if difference == 0 else f"differ by at most {difference:.1e}"
-    ax.set_title(f"Loss of the {stage.stage}: {equal}", loc="left", fontsize=10, fontweight="bold")
+    ways = [("encoders in the loop", stage.online, ONLINE), ("from the cache", stage.cached, CACHED)]
+    # The shorter one lies below, wide enough to be seen.
+    for name, measured, color in sorted(ways, key=lambda way: len(way[1].losses)):
+        whole = len(measured.losses) == stage.steps
+        width, label = (1.0, name) if whole else (4.0, f"{name}, first {len(measured.losses)} steps")
+        steps = np.arange(1, len(measured.losses) + 1)
+        ax.plot(steps, measured.losses, color=color, linewidth=width, label=label, solid_capstyle="round")
+    ax.set_title(f"Loss of the {stage.stage}: {stage.equality}", loc="left", fontsize=10, fontweight="bold")
     ax.set_yscale("log")
     ax.set_xlabel("optimizer step")
     ax.legend(frameon=False, fontsize=8)

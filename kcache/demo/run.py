@@ -1,96 +1,134 @@
-"""The demo: build a cache, train both networks from it and without it, draw pictures, and measure all of that."""
+"""The demo: build a cache, train both networks from it, compare that with training without it, draw, judge, measure."""
 
 import json
 import shutil
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from kcache.config import BuildConfig, TrainConfig
-from kcache.demo.digits import DIGITS, SIDE, caption_of, write_digits
+from kcache.config import BuildConfig
+from kcache.demo.digits import DIGITS, SIDE, write_lesson
 from kcache.demo.picture import draw_result
-from kcache.demo.result import DemoResult, Measured, StageResult
-from kcache.demo.tiny import demo_models
+from kcache.demo.report import write_report
+from kcache.demo.result import DemoResult, DemoSize, ExamResult, StageResult
+from kcache.demo.stages import Stage, cut_looks, repeat, stage_config, train, with_looks
+from kcache.demo.tiny import WEIGHTS, demo_models
+from kcache.durable import write_bytes
 from kcache.errors import ConfigError
 
-__all__ = ["run_demo"]
+__all__ = ["QUICK", "WHOLE", "Format", "run_demo"]
 
-IMAGES = 480
-BATCH_SIZE = 32
 MARKER = ".kcache-demo"
 """File that says that a folder is a demo's own, to be emptied by the next."""
-PROMPTS = tuple(
-    caption_of(digit, ink, paper)
-    for digit, (ink, paper) in enumerate(
-        [
-            ("black", "white"),
-            ("red", "cream"),
-            ("orange", "mint"),
-            ("green", "pink"),
-            ("blue", "white"),
-            ("purple", "cream"),
-            ("black", "mint"),
-            ("red", "pink"),
-            ("orange", "white"),
-            ("green", "cream"),
-        ]
-    )
-)
+SHOWN = 8
+"""Prompts that are drawn while the decoder learns, of different digits."""
 
 Say = Callable[[str], None]
+Format = Literal["zarr", "webdataset"]
+
+WHOLE = DemoSize(
+    pictures=5748,
+    prior_steps=500,
+    decoder_steps=1200,
+    repeated_steps=40,
+    looks=4,
+    questions=40,
+    samples=5,
+    sampling_steps=25,
+)
+QUICK = DemoSize(
+    pictures=1437,
+    prior_steps=200,
+    decoder_steps=400,
+    repeated_steps=10,
+    looks=1,
+    questions=40,
+    samples=2,
+    sampling_steps=20,
+)
 
 
-def run_demo(output: Path, steps: int, *, say: Say) -> DemoResult:
-    """Do everything in the folder `output`, each training run with `steps` optimizer steps; `say` is told what happens.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Demo:
+    """What a demo works with."""
 
-    Needs no network. What an earlier demo left in `output` is removed first. Raises ConfigError when `output` holds
-    anything else, or where scikit-learn or matplotlib is not installed.
+    output: Path
+    size: DemoSize
+    seed: int
+    format: Format
+    online: bool
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def spending(self, name: str, what: str) -> Iterator[None]:
+        """Say `what` is done, and add the time that it takes to `seconds`."""
+        self.say(what)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run_demo(
+    output: Path,
+    size: DemoSize,
+    *,
+    say: Say,
+    seed: int = 0,
+    format: Format = "zarr",
+    online: bool = False,
+    encoders: Path = WEIGHTS,
+) -> DemoResult:
+    """Do everything in the folder `output`; `say` is told what happens.
+
+    It ends with result.json, demo.png and report.html, beside all that was trained and drawn. What an earlier demo left
+    in `output` is removed first; no network is needed. `seed` decides the weights that training begins with, what is
+    seen when, and the noise of the pictures drawn. `online` trains with the encoders in the loop and compares with the
+    cache, instead of the other way round. `encoders` is a folder of weights as benchmarks/pretrain_demo.py writes it.
+    Raises ConfigError when `output` holds anything else.
     """
-    start = time.perf_counter()
-    _check_installed()
     _take(output)
     _silence_libraries()
-
-    say(f"writing {IMAGES} pictures of digits and a tiny Kandinsky 2.2 with random weights to {output}")
-    pictures = output / "pictures"
-    write_digits(pictures, IMAGES)
-    prior, decoder = demo_models(output / "models")
-
-    say("building the cache, twice: the second time there is nothing to do")
-    build_seconds, cache_bytes = _build(output, prior, decoder)
-    rebuild_seconds, _ = _build(output, prior, decoder)
-
-    stages = (_train_twice("prior", output, steps, say), _train_twice("decoder", output, steps, say))
-
-    say(f"drawing {len(PROMPTS)} pictures with the stock diffusers pipelines")
-    outputs = _draw(output)
-    captioned = _captions(pictures)
-    result = DemoResult(
-        images=IMAGES,
-        captions=len({caption for _, caption in captioned}),
-        build_seconds=build_seconds,
-        rebuild_seconds=rebuild_seconds,
-        cache_bytes=cache_bytes,
-        batch_size=BATCH_SIZE,
-        steps=steps,
-        stages=stages,
-        inputs=_one_per_digit(captioned),
-        outputs=outputs,
-        picture=output / "demo.png",
-        seconds=time.perf_counter() - start,
-    )
-    draw_result(result, result.picture)
+    demo = _Demo(output=output, size=size, seed=seed, format=format, online=online, say=say)
+    result = _do(demo, encoders)
+    write_bytes(output / "result.json", result.to_json().encode())
+    draw_result(result, output / "demo.png")
+    write_report(result, output / "report.html")
     return result
 
 
-def _check_installed() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; the demo needs it: pip install 'kcache[demo]'") from error
+def _do(demo: _Demo, encoders: Path) -> DemoResult:
+    pictures = demo.output / "pictures"
+    with demo.spending("pictures", f"writing pictures of digits and a tiny Kandinsky 2.2 to {demo.output}"):
+        write_lesson(pictures, demo.size.pictures)
+        prior, decoder = demo_models(demo.output / "models", encoders, seed=demo.seed)
+    with demo.spending(
+        "cache", f"building the cache of {demo.size.pictures:,} pictures, twice: then there is nothing to do"
+    ):
+        build_seconds, cache_bytes = _build(demo, prior, decoder)
+        rebuild_seconds, _ = _build(demo, prior, decoder)
+    stages, looks = _train(demo)
+    exam = _examine(demo)
+    captioned = _captioned(pictures)
+    return DemoResult(
+        size=demo.size,
+        seed=demo.seed,
+        encoders=encoders,
+        format=demo.format,
+        images=demo.size.pictures,
+        captions=len({caption for _, captions in captioned for caption in captions}),
+        build_seconds=build_seconds,
+        rebuild_seconds=rebuild_seconds,
+        cache_bytes=cache_bytes,
+        stages=stages,
+        inputs=_one_per_digit(captioned),
+        looks=looks,
+        exam=exam,
+        seconds=demo.seconds,
+    )
 
 
 def _take(output: Path) -> None:
@@ -115,82 +153,73 @@ def _silence_libraries() -> None:
         library.utils.logging.set_verbosity_error()
 
 
-def _build(output: Path, prior: Path, decoder: Path) -> tuple[float, int]:
+def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     """Seconds that the build took, and bytes of the cache's tables."""
     from kcache.build import build_cache
 
     config = BuildConfig(
         resolution=(SIDE,),
+        format=demo.format,
         # Rows as the encoders made them: only then can losses be equal bit for bit with the encoders in the loop.
         dtype="float32",
-        batch_size=BATCH_SIZE,
+        batch_size=32,
         pretrained_prior_model_name_or_path=str(prior),
         pretrained_decoder_model_name_or_path=str(decoder),
     )
-    result = build_cache(str(output / "pictures"), str(output / "cache"), config)
+    result = build_cache(str(demo.output / "pictures"), str(demo.output / "cache"), config)
     return result.seconds, sum(table.bytes for table in result.tables.values())
 
 
-def _train_twice(stage: Literal["prior", "decoder"], output: Path, steps: int, say: Say) -> StageResult:
-    say(f"training the {stage} for {steps} steps from the cache")
-    cached = _train(stage, output, output / "runs" / stage, steps, online=None)
-    say(f"training the {stage} for the same {steps} steps with the encoders in the loop")
-    online = _train(stage, output, output / "runs" / f"{stage}-online", steps, online=str(output / "pictures"))
-    return StageResult(stage=stage, cached=cached, online=online)
+def _train(demo: _Demo) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple[Path, ...]], ...]]:
+    """Both stages, and the pictures drawn on the way."""
+    from kcache.demo.exam import questions
+
+    cache, pictures, runs = demo.output / "cache", demo.output / "pictures", demo.output / "runs"
+    prompts = [question.prompt for question in questions()[: min(SHOWN, demo.size.questions)]]
+    way, other = "from the cache", "with the encoders in the loop"
+    if demo.online:
+        way, other = other, way
+    stages = []
+    runs_to_do: tuple[tuple[Stage, int], ...] = (("prior", demo.size.prior_steps), ("decoder", demo.size.decoder_steps))
+    for stage, steps in runs_to_do:
+        config = replace(
+            stage_config(stage, runs / stage, steps, demo.seed), online=str(pictures) if demo.online else None
+        )
+        if stage == "decoder":
+            config = with_looks(config, steps, demo.size.looks, prompts, runs / "prior")
+        with demo.spending(stage, f"training the {stage} for {steps} steps {way}"):
+            measured = train(cache, config)
+        again = min(demo.size.repeated_steps, steps)
+        with demo.spending("comparison", f"training it for the first {again} of these steps {other}"):
+            stages.append(repeat(cache, config, pictures, measured, again))
+    return tuple(stages), cut_looks(runs / "decoder", prompts, demo.output / "looks")
 
 
-def _train(stage: Literal["prior", "decoder"], output: Path, run_dir: Path, steps: int, online: str | None) -> Measured:
-    from kcache.run_directory import read_metrics
-    from kcache.trainer import train
+def _examine(demo: _Demo) -> ExamResult:
+    from kcache.demo.exam import questions, sit_exam
 
-    config = TrainConfig(
-        stage=stage,
-        output_dir=str(run_dir),
-        online=online,
-        train_batch_size=BATCH_SIZE,
-        max_train_steps=steps,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
-        lr_warmup_steps=0,
-        checkpointing_steps=steps + 1,
-    )
-    rates: list[float] = []
-    train(str(output / "cache"), config, report=lambda progress: rates.append(progress.samples_per_second))
-    losses = tuple(entry["loss"] for entry in read_metrics(run_dir))
-    # The median: a machine that is busy with something else for a moment does not decide the result.
-    return Measured(losses=losses, samples_per_second=statistics.median(rates))
+    asked, runs = questions()[: demo.size.questions], demo.output / "runs"
+    count = len(asked) * demo.size.samples
+    with demo.spending("exam", f"drawing {count} pictures of digits in inks they were never seen in; judging them"):
+        return sit_exam(
+            asked,
+            demo.output / "samples",
+            prior=runs / "prior",
+            decoder=runs / "decoder",
+            samples=demo.size.samples,
+            sampling_steps=demo.size.sampling_steps,
+            seed=1_000_000 * demo.seed,
+        )
 
 
-def _draw(output: Path) -> tuple[tuple[Path, str], ...]:
-    from kcache.sampling import sample
-
-    images = sample(
-        PROMPTS,
-        prior=str(output / "runs" / "prior"),
-        decoder=str(output / "runs" / "decoder"),
-        num_inference_steps=25,
-        height=SIDE,
-        width=SIDE,
-        device="cpu",
-    )
-    folder = output / "samples"
-    folder.mkdir()
-    drawn = []
-    for digit, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
-        path = folder / f"{DIGITS[digit]}.png"
-        image.save(path)
-        drawn.append((path, prompt))
-    return tuple(drawn)
-
-
-def _captions(pictures: Path) -> list[tuple[Path, str]]:
+def _captioned(pictures: Path) -> list[tuple[Path, list[str]]]:
     lines = (pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [(pictures / row["file_name"], row["text"]) for row in map(json.loads, lines)]
 
 
-def _one_per_digit(captioned: list[tuple[Path, str]]) -> tuple[tuple[Path, str], ...]:
+def _one_per_digit(captioned: list[tuple[Path, list[str]]]) -> tuple[tuple[Path, str], ...]:
     shown: dict[str, tuple[Path, str]] = {}
-    for path, caption in captioned:
-        digit = next(word for word in caption.split() if word in DIGITS)
-        shown.setdefault(digit, (path, caption))
+    for path, captions in captioned:
+        digit = next(word for word in captions[0].replace(",", "").split() if word in DIGITS)
+        shown.setdefault(digit, (path, captions[0]))
     return tuple(shown[digit] for digit in DIGITS if digit in shown)

@@ -1,14 +1,19 @@
-"""The demo's networks: a Kandinsky 2.2 pair, true in architecture, tiny in size, with random weights."""
+"""The demo's networks: a Kandinsky 2.2 pair, true in architecture and tiny in size.
+
+The frozen encoders are trained: benchmarks/pretrain_demo.py made the weights in models/, and models/training.json says
+how. The prior and the decoder, which the demo trains, begin with random weights.
+"""
 
 from collections import Counter
 from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kcache.demo.digits import SIDE, vocabulary
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
     from transformers import (
         CLIPImageProcessorPil,
@@ -17,39 +22,54 @@ if TYPE_CHECKING:
         CLIPVisionModelWithProjection,
     )
 
-__all__ = ["demo_models"]
+Network = TypeVar("Network", bound="torch.nn.Module")
+
+__all__ = ["WEIGHTS", "demo_models", "image_encoder", "image_processor", "movq", "text_encoder", "tokenizer"]
 
 EMBEDDING = 64
 """Width of image and text embeddings; the published networks have 1280."""
 TEXT_LENGTH = 16
 """Tokens of a padded caption; the published networks have 77."""
+WEIGHTS = Path(__file__).parent / "models"
+"""Folder of the trained weights, float16."""
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 """Marks of CLIP's tokenizer."""
 
 
-def demo_models(folder: Path) -> tuple[Path, Path]:
+def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tuple[Path, Path]:
     """Write the prior's and the decoder's pipeline under `folder` and return where they are, the same every time.
 
-    Both are folders in diffusers' layout, which the stock pipelines load.
+    Both are folders in diffusers' layout, which the stock pipelines load. `encoders` has the trained weights; `seed`
+    decides those that the prior and the UNet begin with.
     """
     import torch
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
     prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        torch.manual_seed(seed)
+        words = tokenizer()
         KandinskyV22PriorPipeline(
-            prior=_prior(),
-            image_encoder=_image_encoder(),
-            text_encoder=_text_encoder(tokenizer),
-            tokenizer=tokenizer,
+            prior=_prior(encoders),
+            image_encoder=_trained(image_encoder(), encoders / "image_encoder.safetensors"),
+            text_encoder=_trained(text_encoder(words), encoders / "text_encoder.safetensors"),
+            tokenizer=words,
             scheduler=_prior_scheduler(),
-            image_processor=_image_processor(),
+            image_processor=image_processor(),
         ).save_pretrained(prior)
         _name_image_processor(prior / "model_index.json")
-        KandinskyV22Pipeline(unet=_unet(), scheduler=_decoder_scheduler(), movq=_movq()).save_pretrained(decoder)
+        KandinskyV22Pipeline(
+            unet=_unet(), scheduler=_decoder_scheduler(), movq=_trained(movq(), encoders / "movq.safetensors")
+        ).save_pretrained(decoder)
     return prior, decoder
+
+
+def _trained(network: "Network", weights: Path) -> "Network":
+    """`network` with the weights that were trained for it, in float32."""
+    from safetensors.torch import load_file
+
+    network.load_state_dict(load_file(weights))
+    return network
 
 
 def _name_image_processor(index: Path) -> None:
@@ -58,7 +78,7 @@ def _name_image_processor(index: Path) -> None:
     index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), "utf-8")
 
 
-def _tokenizer() -> "CLIPTokenizer":
+def tokenizer() -> "CLIPTokenizer":
     """CLIP's byte-pair tokenizer with a vocabulary of the demo's own: each word of its captions is one token."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -100,11 +120,11 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
+def text_encoder(words: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(words),
         hidden_size=EMBEDDING,
         projection_dim=EMBEDDING,
         intermediate_size=2 * EMBEDDING,
@@ -112,14 +132,14 @@ def _text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
     return CLIPTextModelWithProjection(config)
 
 
-def _image_encoder() -> "CLIPVisionModelWithProjection":
+def image_encoder() -> "CLIPVisionModelWithProjection":
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -135,7 +155,7 @@ def _image_encoder() -> "CLIPVisionModelWithProjection":
     return CLIPVisionModelWithProjection(config)
 
 
-def _image_processor() -> "CLIPImageProcessorPil":
+def image_processor() -> "CLIPImageProcessorPil":
     from transformers import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(
@@ -146,8 +166,9 @@ def _image_processor() -> "CLIPImageProcessorPil":
     )
 
 
-def _prior() -> "PriorTransformer":
+def _prior(encoders: Path) -> "PriorTransformer":
     from diffusers import PriorTransformer
+    from safetensors.torch import load_file
 
     prior = PriorTransformer(
         num_attention_heads=4,
@@ -159,8 +180,8 @@ def _prior() -> "PriorTransformer":
         added_emb_type="prd",
         encoder_hid_proj_type="linear",
     )
-    # Image embeddings of the demo have about unit scale. A new prior divides by a spread of zero.
-    prior.clip_std.data.fill_(1.0)
+    # A published prior comes with the mean and the spread of image embeddings, too; a new one divides by zero.
+    prior.load_state_dict(load_file(encoders / "prior_statistics.safetensors"), strict=False)
     return prior
 
 
@@ -216,7 +237,7 @@ def _decoder_scheduler() -> "DDPMScheduler":
     )
 
 
-def _movq() -> "VQModel":
+def movq() -> "VQModel":
     from diffusers import VQModel
 
     return VQModel(

@@ -1,0 +1,85 @@
+"""The demo's exam: prompts whose digit and ink never went together in training, drawn and judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kcache.demo.digits import FULL, PAPERS, Drawing, all_drawings, coloured, is_held_out, read_scans
+from kcache.demo.drawing import draw, round_trip
+from kcache.demo.result import DigitScore, ExamResult, Variety
+from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["questions", "sit_exam"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A prompt, and what it asks for."""
+
+    drawing: Drawing
+    prompt: str
+
+
+def questions() -> list[Question]:
+    """All 40 held-out drawings, first one of each digit on changing papers, each with a prompt that says all of it."""
+    papers = list(PAPERS)
+    held_out = [drawing for drawing in all_drawings() if is_held_out(drawing)]
+    held_out.sort(key=lambda drawing: ((papers.index(drawing.paper) - drawing.digit) % len(papers), drawing.digit))
+    return [
+        Question(drawing=drawing, prompt=drawing.caption(FULL[i % len(FULL)])) for i, drawing in enumerate(held_out)
+    ]
+
+
+def sit_exam(
+    asked: Sequence[Question], folder: Path, *, prior: Path, decoder: Path, samples: int, sampling_steps: int, seed: int
+) -> ExamResult:
+    """Draw `samples` pictures of each question into `folder` with the pipelines `prior` and `decoder`, and judge them.
+
+    Beside them real pictures are judged: of scans kept for tests, put through the decoder's MoVQ and back.
+    """
+    wanted = [question.drawing for question in asked for _ in range(samples)]
+    prompts = [question.prompt for question in asked for _ in range(samples)]
+    pictures = draw(prompts, prior, decoder, steps=sampling_steps, seed=seed)
+    folder.mkdir()
+    paths = [folder / f"{number:03} {prompt}.png" for number, prompt in enumerate(prompts)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    real = _real_pictures(wanted)
+    ceiling = round_trip(real, decoder)
+    return ExamResult(
+        drawn=tuple(
+            (question.prompt, tuple(paths[i * samples : (i + 1) * samples])) for i, question in enumerate(asked)
+        ),
+        score=score(read(pictures), wanted),
+        ceiling=score(read(ceiling), wanted),
+        chance=CHANCE,
+        judges=tuple(
+            DigitScore(
+                judge=name,
+                drawn=score(read(pictures, judge), wanted).digit,
+                ceiling=score(read(ceiling, judge), wanted).digit,
+            )
+            for name, judge in JUDGES.items()
+        ),
+        drawn_variety=Variety(spread=spread(pictures, wanted), to_known=distance_to_known(pictures)),
+        real_variety=Variety(spread=spread(real, wanted), to_known=distance_to_known(real)),
+    )
+
+
+def _real_pictures(drawings: Sequence[Drawing]) -> "list[Image.Image]":
+    """Different test scans of each digit, as far as there are enough."""
+    scans, digits = read_scans(test=True)
+    rng = np.random.default_rng(0)
+    waiting = {digit: list[int]() for digit in range(10)}
+    pictures = []
+    for drawing in drawings:
+        if not waiting[drawing.digit]:
+            waiting[drawing.digit] = rng.permutation(np.flatnonzero(digits == drawing.digit)).tolist()
+        pictures.append(coloured(scans[waiting[drawing.digit].pop()], drawing.ink, drawing.paper))
+    return pictures

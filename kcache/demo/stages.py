@@ -1,0 +1,116 @@
+"""The demo's training runs: each stage once from start to end, and its first steps again the other way."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from kcache.config import TrainConfig
+from kcache.demo.result import Measured, StageResult
+from kcache.errors import RunError
+from kcache.grid import cut_grid
+
+if TYPE_CHECKING:
+    from kcache.run_log import Progress
+
+__all__ = ["Stage", "cut_looks", "repeat", "stage_config", "train", "with_looks"]
+
+BATCH_SIZES = {"prior": 64, "decoder": 32}
+
+Stage = Literal["prior", "decoder"]
+"""The network that learns."""
+
+
+class _Enough(Exception):
+    """Raised to end a training run whose first steps are all that is asked for."""
+
+
+def stage_config(stage: Stage, run_dir: Path, steps: int, seed: int) -> TrainConfig:
+    """How the demo trains: what `kcache train-prior` or `kcache train-decoder` would be told."""
+    return TrainConfig(
+        stage=stage,
+        output_dir=str(run_dir),
+        seed=seed,
+        train_batch_size=BATCH_SIZES[stage],
+        max_train_steps=steps,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=0,
+        use_ema=True,
+        ema_decay=0.995,
+        # For guidance each network learns to do without its condition, too.
+        caption_dropout=0.1 if stage == "prior" else 0.0,
+        image_dropout=0.1 if stage == "decoder" else 0.0,
+        checkpointing_steps=steps + 1,
+        report_to="none",
+    )
+
+
+def with_looks(config: TrainConfig, steps: int, looks: int, prompts: Sequence[str], prior: Path) -> TrainConfig:
+    """The decoder's `config` with `prompts` drawn `looks` times on the way, through the trained `prior`."""
+    return replace(
+        config,
+        validation_prompts=tuple(prompts),
+        validation_steps=math.ceil(steps / looks),
+        pretrained_prior_model_name_or_path=str(prior),
+    )
+
+
+def train(cache: Path, config: TrainConfig, *, last: int | None = None) -> Measured:
+    """A training run, left after step `last` or the first report after it."""
+    from kcache import trainer
+    from kcache.run_directory import read_metrics
+
+    rates: list[float] = []
+
+    def report(progress: "Progress") -> None:
+        rates.append(progress.samples_per_second)
+        if last is not None and last <= progress.step < progress.max_steps:
+            raise _Enough
+
+    with suppress(_Enough):
+        trainer.train(str(cache), config, report=report)
+    losses = tuple(entry["loss"] for entry in read_metrics(Path(config.output_dir)))
+    # The median: a machine that is busy with something else for a moment does not decide the result.
+    return Measured(losses=losses, samples_per_second=statistics.median(rates))
+
+
+def repeat(cache: Path, config: TrainConfig, pictures: Path, first: Measured, steps: int) -> StageResult:
+    """The first `steps` steps of a finished run again: with the encoders in the loop, or from the cache if it had them.
+
+    `first` is what that run measured, `pictures` what the cache was built of.
+    """
+    again = replace(
+        config,
+        output_dir=f"{config.output_dir}-again",
+        online=str(pictures) if config.online is None else None,
+        validation_prompts=(),
+        validation_steps=None,
+    )
+    second = train(cache, again, last=steps)
+    cached, online = (first, second) if config.online is None else (second, first)
+    return StageResult(stage=config.stage, batch_size=config.train_batch_size, cached=cached, online=online)
+
+
+def cut_looks(run_dir: Path, prompts: Sequence[str], folder: Path) -> tuple[tuple[int, tuple[Path, ...]], ...]:
+    """The pictures that were drawn on the way, each as a file in `folder`, by optimizer step.
+
+    Raises RunError for a grid of other prompts.
+    """
+    folder.mkdir()
+    looks = []
+    for path in sorted((run_dir / "pictures").glob("step-*.png")):
+        with Image.open(path) as grid:
+            pictures = cut_grid(grid, prompts)
+        if pictures is None:
+            raise RunError(f"{path} is not a grid of the demo's {len(prompts)} prompts; run the demo again")
+        paths = tuple(folder / f"{path.stem} {prompt}.png" for prompt in prompts)
+        for picture, place in zip(pictures, paths, strict=True):
+            picture.save(place)
+        looks.append((int(path.stem.removeprefix("step-")), paths))
+    return tuple(looks)
