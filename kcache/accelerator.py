@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
 
-__all__ = ["choose_trackers", "make_accelerator"]
+__all__ = ["choose_trackers", "machine_facts", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,18 @@ _SPLITTING = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 """What accelerate's launcher sets for the ways of training that give each process only a part of the weights."""
+
+
+def machine_facts(accelerator: Accelerator) -> dict[str, str | int | None]:
+    """On what a run computes: the device, the processes, the cores and system of this machine, Python's version."""
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -1,7 +1,7 @@
 """A finished cache taken apart again: all that another cache of the same rows can be made of."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -16,7 +16,7 @@ from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.index import StoredRows
 from kcache.joining import RESERVED, SAMPLES, joined_keys, joined_recipe, packed_states
 from kcache.manifest import MANIFEST, Manifest, read_manifest
-from kcache.plan import PlannedShard
+from kcache.plan import PlannedShard, TablePlan
 from kcache.recipe import Recipe
 from kcache.rows import FieldFiles, field_files, gather
 from kcache.samples import Sample
@@ -25,15 +25,20 @@ from kcache.sources import Refusal
 
 __all__ = [
     "Contents",
+    "Report",
     "RowCopier",
     "check_new_cache",
+    "counted",
     "find_all",
     "read_contents",
+    "read_refused",
     "shard_recipes",
     "sweep",
     "table_states",
 ]
 
+Report = Callable[[str, int, int], None]
+"""Called with what is being written, how many rows or samples of it are done, and their number."""
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
 """What a cache holds beside its shards."""
@@ -98,7 +103,7 @@ def read_contents(cache: Path) -> Contents:
         folder=cache,
         manifest=opened.manifest,
         samples=samples,
-        refused=_read_refused(cache),
+        refused=list(read_refused(cache)),
         tables=table_states(cache, form, recipes),
         provenance={name: value for commit in commits for name, value in commit.provenance.items()},
     )
@@ -118,11 +123,14 @@ def table_states(cache: Path, form: str, recipes: Mapping[str, Recipe]) -> dict[
     return packed_states(cache, recipes, recipes)
 
 
-def _read_refused(cache: Path) -> list[Refusal]:
+def read_refused(cache: Path) -> Iterator[Refusal]:
+    """The inputs that the builds of a cache rejected, one by one; raises CacheCorruptError."""
     path = cache / "rejected.jsonl"
+    if not path.exists():
+        return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [Refusal(**json.loads(line)) for line in lines]
+        with path.open(encoding="utf-8") as lines:
+            yield from (Refusal(**json.loads(line)) for line in lines)
     except (OSError, ValueError, TypeError) as error:
         raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
 
@@ -188,3 +196,13 @@ class RowCopier:
         folder.mkdir(exist_ok=True)
         block = RowBlock(keys=keys, arrays=arrays, offsets=offsets)
         commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)
+
+
+def counted(plan: TablePlan, name: str, report: Report | None) -> Iterator[PlannedShard]:
+    """The shards of a plan, one after another; when the next is asked for, `report` is told that the last is done."""
+    done = 0
+    for shard in plan.shards():
+        yield shard
+        done += len(shard.keys)
+        if report is not None:
+            report(name, done, len(plan.keys))

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PICTURE", "plot_run", "smoothed", "thinned"]
+__all__ = ["PICTURE", "Panel", "curve_panel", "draw_panel", "plot_run", "run_panels", "smoothed", "thinned"]
+
+Panel = Callable[["Axes"], None]
+"""Draws one thing into the axes it is given."""
 
 PICTURE = "loss.png"
 POINTS = 1000
@@ -27,6 +31,9 @@ SMOOTHING = 0.02
 TRAINING, VALIDATION, TEXT, FAINT = "#0b6e69", "#d1495b", "#22262b", "#7a828c"
 BANDS = ("#f2b134", "#e07a3f", "#a23b72", "#3b2f6b")
 """From the timesteps of nearly clean samples to those of nearly pure noise."""
+LOOK = {"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}
+
+LOSS, HELD_OUT_BANDS = "Loss", "Held-out loss by timestep"
 
 
 def plot_run(run_dir: Path) -> Path:
@@ -41,13 +48,48 @@ def plot_run(run_dir: Path) -> Path:
     metrics, validation = read_metrics(run_dir), read_validation(run_dir)
     if not metrics:
         raise RunError(f"{run_dir} has no steps in its metrics.jsonl; expected the directory of a run that has begun")
-    with mpl.rc_context({"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}):
+    with mpl.rc_context(LOOK):
         figure = Figure(figsize=(12, 8), dpi=150, facecolor="white", layout="constrained")
         _draw(figure, run_dir.resolve().name, metrics, validation)
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
     write_bytes(run_dir / PICTURE, picture.getvalue())
     return run_dir / PICTURE
+
+
+def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:
+    """What there is to draw of a run, by title: what was not measured is not there."""
+    names = validation[-1].keys() if validation else ()
+    bands = [key for key in names if re.fullmatch(r"val_loss_t\d+_\d+", key)]
+    panels: dict[str, Panel] = {LOSS: partial(_loss, metrics=metrics, validation=validation)}
+    if bands:
+        panels[HELD_OUT_BANDS] = partial(_bands, validation=validation, bands=bands)
+    panels["Learning rate"] = partial(_rate, metrics=metrics)
+    panels["Gradient norm before clipping"] = curve_panel(metrics, "grad_norm")
+    if "val_cosine" in names:
+        panels["Held-out cosine to the true embedding"] = partial(_cosine, validation=validation)
+    return panels
+
+
+def curve_panel(entries: Sequence[Mapping[str, Any]], name: str) -> Panel:
+    """What draws the value `name` of each entry over the steps, as it is and smoothed."""
+    return partial(_curve, entries=entries, name=name)
+
+
+def draw_panel(title: str, panel: Panel, *, across: str = "optimizer step") -> bytes:
+    """A panel alone as a PNG of 968 × 600 pixels, in the look of loss.png; `across` names what is on the x axis."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(4.84, 3), dpi=200, facecolor="white", layout="constrained")
+        ax = _axes(figure, 111, title)
+        ax.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=20)  # above the legend: it is narrow
+        ax.set_xlabel(across)
+        panel(ax)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,31 +115,26 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def _draw(
     figure: "Figure", name: str, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
 ) -> None:
-    names = validation[-1].keys() if validation else ()
-    bands = [key for key in names if re.fullmatch(r"val_loss_t\d+_\d+", key)]
-    width = 2 if "val_cosine" in names else 3
+    panels = run_panels(metrics, validation)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
     figure.suptitle(f"{name}, step {metrics[-1]['step']:,}", x=0.012, ha="left", fontsize=13, fontweight="bold")
-
-    _loss(_axes(figure, grid[0, : 3 if bands else 6], "Loss"), metrics, validation)
-    if bands:
-        _bands(_axes(figure, grid[0, 3:], "Held-out loss by timestep"), validation, bands)
-    _rate(_axes(figure, grid[1, :width], "Learning rate"), metrics)
-    _gradients(_axes(figure, grid[1, width : 2 * width], "Gradient norm before clipping"), metrics)
-    if "val_cosine" in names:
-        ax = _axes(figure, grid[1, 4:], "Held-out cosine to the true embedding")
-        ax.plot(*_column(validation, "val_cosine"), "o-", color=VALIDATION, markersize=4, linewidth=1.2)
+    below = [title for title in panels if title not in (LOSS, HELD_OUT_BANDS)]
+    width = 6 // len(below)
+    places = {title: grid[1, i * width : (i + 1) * width] for i, title in enumerate(below)}
+    places |= {LOSS: grid[0, : 3 if HELD_OUT_BANDS in panels else 6], HELD_OUT_BANDS: grid[0, 3:]}
+    for title, panel in panels.items():
+        panel(_axes(figure, places[title], title))
 
 
 def _axes(figure: "Figure", place: Any, title: str) -> "Axes":
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
     ax = figure.add_subplot(place)
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
     ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(_tick))
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(colors=FAINT, labelsize=8)
     ax.grid(color="#e6e8ea", linewidth=0.6)
@@ -125,9 +162,13 @@ def _rate(ax: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _gradients(ax: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
-    _noisy(ax, *_column(metrics, "grad_norm"), label="smoothed")
+def _curve(ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str) -> None:
+    _noisy(ax, *_column(entries, name), label="smoothed")
     _finish(ax)
+
+
+def _cosine(ax: "Axes", validation: Sequence[Mapping[str, Any]]) -> None:
+    ax.plot(*_column(validation, "val_cosine"), "o-", color=VALIDATION, markersize=4, linewidth=1.2)
 
 
 def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -144,6 +185,10 @@ def _column(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     return steps, values
 
 
+def _tick(value: float, position: int | None = None) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _marker(steps: np.ndarray) -> str:
     """A dot where there is no line to see."""
     return "o" if len(steps) == 1 else ""
@@ -151,7 +196,7 @@ def _marker(steps: np.ndarray) -> str:
 
 def _finish(ax: "Axes") -> None:
     """A legend beside the title, and a logarithmic axis where the values are positive and far apart."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ax.legend(
         frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=4, handlelength=1.2,
@@ -162,5 +207,5 @@ def _finish(ax: "Axes") -> None:
     if values.size and values.min() > 0 and values.max() > 5 * values.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
         ax.yaxis.set_minor_locator(NullLocator())

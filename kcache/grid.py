@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-__all__ = ["captioned_grid", "png_bytes"]
+__all__ = ["captioned_grid", "cut_grid", "png_bytes"]
 
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
@@ -26,29 +27,68 @@ def captioned_grid(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> I
 
     `prompts` has one for each picture; neighbours with the same prompt stand in one row, with the prompt once below.
     """
-    groups = [
-        (prompt, [picture for _, picture in group])
-        for prompt, group in groupby(zip(prompts, pictures, strict=True), key=lambda pair: pair[0])
-    ]
-    width, height = pictures[0].size
-    most = max(len(members) for _, members in groups)
-    font = _font(max(11, width // 24))
-    gap = max(4, width // 32)
+    plan = _plan(pictures[0].size, prompts)
+    grid = Image.new("RGB", plan.size, PAPER)
+    draw = ImageDraw.Draw(grid)
+    for picture, place in zip(pictures, plan.places, strict=True):
+        grid.paste(picture, place)
+    for text, place in plan.lines:
+        draw.text(place, text, INK, plan.font)
+    return grid
+
+
+def cut_grid(grid: Image.Image, prompts: Sequence[str]) -> list[Image.Image] | None:
+    """The square pictures that `captioned_grid` made `grid` of; None when it was not made with these `prompts`."""
+    groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
+    most, across, _ = _shape(groups)
+    for side in range(8, min(grid.size) + 1, 8):  # the networks draw multiples of it
+        if across * most * (side + _gap(side)) + _gap(side) != grid.width:
+            continue
+        plan = _plan((side, side), prompts)
+        if plan.size == grid.size:
+            return [grid.crop((left, top, left + side, top + side)) for left, top in plan.places]
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """Where everything stands in a grid, in pixels."""
+
+    size: tuple[int, int]
+    places: list[tuple[int, int]]
+    """Left upper corner of each picture."""
+    lines: list[tuple[str, tuple[int, int]]]
+    """Text and left upper corner of each line of the captions."""
+    font: "FreeTypeFont"
+
+
+def _plan(size: tuple[int, int], prompts: Sequence[str]) -> _Plan:
+    width, height = size
+    groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
+    most, across, down = _shape(groups)
+    font, gap = _font(max(11, width // 24)), _gap(width)
     line = sum(font.getmetrics())
     captions = [_wrapped(prompt, font, most * (width + gap) - gap) for prompt, _ in groups]
 
     block = (most * (width + gap), height + max(map(len, captions)) * line + 2 * gap)
-    down = math.ceil(len(groups) / max(1, COLUMNS // most))
-    across = math.ceil(len(groups) / down)  # so that the last row is about as full as the others
-    grid = Image.new("RGB", (across * block[0] + gap, down * block[1] + gap), PAPER)
-    draw = ImageDraw.Draw(grid)
-    for number, ((_, members), caption) in enumerate(zip(groups, captions, strict=True)):
+    places: list[tuple[int, int]] = []
+    lines: list[tuple[str, tuple[int, int]]] = []
+    for number, ((_, count), caption) in enumerate(zip(groups, captions, strict=True)):
         left, top = gap + number % across * block[0], gap + number // across * block[1]
-        for i, picture in enumerate(members):
-            grid.paste(picture, (left + i * (width + gap), top))
-        for i, text in enumerate(caption):
-            draw.text((left, top + height + gap // 2 + i * line), text, INK, font)
-    return grid
+        places += [(left + i * (width + gap), top) for i in range(count)]
+        lines += [(text, (left, top + height + gap // 2 + i * line)) for i, text in enumerate(caption)]
+    return _Plan(size=(across * block[0] + gap, down * block[1] + gap), places=places, lines=lines, font=font)
+
+
+def _shape(groups: Sequence[tuple[str, int]]) -> tuple[int, int, int]:
+    """Pictures of the largest group, groups beside each other, and rows of groups."""
+    most = max(count for _, count in groups)
+    down = math.ceil(len(groups) / max(1, COLUMNS // most))
+    return most, math.ceil(len(groups) / down), down  # so that the last row is about as full as the others
+
+
+def _gap(width: int) -> int:
+    return max(4, width // 32)
 
 
 def png_bytes(picture: Image.Image) -> bytes:

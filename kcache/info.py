@@ -12,10 +12,11 @@ from kcache.contents import Contents, read_contents
 from kcache.index import CAPTION_BOUNDS, open_index
 from kcache.manifest import MANIFEST
 from kcache.plan import Plan, open_plan
+from kcache.recipe import Recipe
 from kcache.rows import unit_bytes
 from kcache.shards import read_commits
 
-__all__ = ["describe"]
+__all__ = ["describe", "statistics", "token_counts"]
 
 
 def describe(cache: str | Path) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def describe(cache: str | Path) -> dict[str, Any]:
         "provenance": dict(sorted(contents.provenance.items())),
         "tables": _tables(contents),
         "resolutions": sorted(int(name.removeprefix("latents-")) for name in manifest.tables if "latents" in name),
-        "captions": _statistics(np.diff(index[CAPTION_BOUNDS])),
-        "tokens": _statistics(_token_counts(contents, index)),
+        "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
+        "tokens": statistics(token_counts(contents.recipes, index)),
         "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in contents.refused],
         "rejected_by": _by_reason(contents),
     }
@@ -86,16 +87,16 @@ def _orphaned(contents: Contents, live: Mapping[str, list[LiveShard]], plan: Pla
     return garbage.unused_bytes + (garbage.bytes if plan is None else 0)
 
 
-def _token_counts(contents: Contents, index: Mapping[str, np.ndarray]) -> np.ndarray:
+def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:
     """Valid tokens of each caption, the reserved row's left out; empty where there is no text."""
-    recipe = contents.recipes.get("text")
+    recipe = recipes.get("text")
     ragged = [field for field in recipe.fields if field.ragged] if recipe else []
     if recipe is None or not ragged:
         return np.empty(0, np.int64)
     return index["text"][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
 
 
-def _statistics(values: np.ndarray) -> dict[str, float] | None:
+def statistics(values: np.ndarray) -> dict[str, float] | None:
     """Smallest, mean, percentiles and largest; None where there are no values."""
     if not len(values) or not values.any():
         return None

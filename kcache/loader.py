@@ -1,5 +1,6 @@
 """Batches for training: the samples in their order, read from the cache ahead of use, as tensors on the device."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +12,10 @@ import torch
 
 from kcache.cache import Cache
 from kcache.errors import CacheMismatchError, ConfigError
+from kcache.limits import free_memory
 from kcache.noise import draw_caption_dropout, draw_choice, draw_image_dropout
 from kcache.order import epoch_order
-from kcache.residency import DeviceTables, available_memory, choose_residency
+from kcache.residency import DeviceTables, choose_residency
 from kcache.rows import Empty
 from kcache.upload import Upload
 
@@ -22,7 +24,7 @@ __all__ = ["Batch", "CacheLoader", "RowReader"]
 Batch = dict[str, torch.Tensor]
 
 STATE_VERSION = 1
-FILL_THREADS = {"gpu": 2, "ram": 2, "mmap": 1, "online": 1}
+FILL_THREADS = {"gpu": 2, "ram": 2, "mmap": 2, "online": 1}
 """Threads that fill batches, by residency. One np.take holds no lock of Python's while it copies: alone, in two threads
 that each had a core, it ran at 1.5 times the speed of one. In this loader, on two cores busy with other work, two
 threads were not faster for "ram" (0.48 and 0.71 of np.take's speed, with one 0.71 and 0.72). Copies out of mapped files
@@ -111,6 +113,8 @@ class CacheLoader:
         self._draws = draws
         self._upload = Upload(self._device, keep=PREFETCH_BATCHES + 2)
         self._consumed = 0
+        self.waited = 0.0
+        """Seconds that whoever takes the batches has waited for one to be filled."""
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(cache), shuffle))
         self.residency = choose_residency(residency, cache, self._fields, world_size, self._device)
         self._tables: DeviceTables | None = None
@@ -124,7 +128,7 @@ class CacheLoader:
         elif self.residency == "ram":
             cache.make_resident(self._fields)
         else:
-            cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= available_memory())
+            cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= free_memory())
 
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""
@@ -209,7 +213,9 @@ class CacheLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _hand_over(self, filling: Future[Batch], done: int) -> Batch:
+        start = time.perf_counter()
         batch = filling.result()
+        self.waited += time.perf_counter() - start
         self._consumed = done
         self._upload.receive(batch)
         return batch if self._tables is None else self._tables.take(batch)

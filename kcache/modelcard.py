@@ -14,8 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
-from kcache.errors import RunError
-from kcache.run_directory import read_metrics, read_validation
+from kcache.run_directory import read_config, read_metrics, read_validation
 
 __all__ = ["LORA_FILE", "model_card", "newest_picture"]
 
@@ -52,7 +51,7 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     `repo_id` is the Hub repository that the card is for; None is for the folder itself. `whole` says that all
     components of the pipeline stand beside the trained network. Raises RunError where there is no config.json.
     """
-    told = _read_config(run_dir)
+    told = read_config(run_dir)
     lora = (run_dir / LORA_FILE).is_file()
     base = _Place(told["base"]["name"], published=repo_id is not None)
     other = _Place(told["counterpart"], published=repo_id is not None)
@@ -105,17 +104,6 @@ class _Place:
         self.shown = name if self.on_hub else f"path/to/{Path(own).name}" if published else own
         self.usable = self.on_hub or not published
         """Whether whoever reads the card can load it by this name."""
-
-
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = json.loads((run_dir / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{run_dir / 'config.json'} cannot be read ({error}); expected what a training run writes; give the "
-            "directory of a run"
-        ) from error
-    return told
 
 
 def _front_matter(stage: str, base: _Place, other: _Place, lora: bool) -> str:

@@ -1,6 +1,8 @@
 """How a run goes, step by step: fetched from the device now and then, written to metrics.jsonl and to the trackers."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +49,7 @@ class RunLog:
         self._run = run
         self._steps: list[tuple[int, float]] = []
         self._values: list[torch.Tensor] = []
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), 0.0
         self._slow, self._step_seconds = True, SLOW_SECONDS  # until that is known
         # Trackers take plain values only.
         plain = {
@@ -85,7 +87,7 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Leave the time since the last fetch out of the speed."""
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), self._run.loader.waited
 
     def fetch(self) -> Progress:
         """Write the steps kept to metrics.jsonl, averaged over all processes.
@@ -99,8 +101,9 @@ class RunLog:
         now = time.perf_counter()
         self._slow, self._step_seconds = seconds >= SLOW_SECONDS, (now - self._since) / len(values)
         rate = self._run.global_batch / self._step_seconds
+        use = {"samples_per_second": rate, **self._use(now - self._since)}
         entries = [
-            {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "samples_per_second": rate}
+            {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, **use}
             for (step, lr), (loss, norm) in zip(self._steps, values, strict=True)
         ]
         self._steps, self._values, self._since = [], [], now
@@ -117,6 +120,20 @@ class RunLog:
             lr=entries[-1]["lr"],
             samples_per_second=rate,
         )
+
+    def _use(self, seconds: float) -> dict[str, float]:
+        """What this process has used of the last `seconds` to wait for batches, a share, and of memory, at most."""
+        waited, self._waited = self._run.loader.waited - self._waited, self._run.loader.waited
+        device = self._run.accelerator.device
+        on_device = device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(device) if on_device else _peak_of_process()
+        return {"loader_wait": min(1.0, waited / seconds), "peak_memory_bytes": memory}
+
+
+def _peak_of_process() -> int:
+    """The most memory that this process has had, in bytes; the system counts in kilobytes, but for macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_finite(entry: dict[str, Any], scaled: bool) -> None:

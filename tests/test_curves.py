@@ -1,5 +1,6 @@
 """The picture of a run: what stands in its files is what is drawn."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kcache.curves import PICTURE, POINTS, _draw, plot_run, smoothed, thinned
+from kcache.curves import PICTURE, POINTS, _draw, draw_panel, plot_run, run_panels, smoothed, thinned
 from kcache.errors import RunError
 
 BANDS = ["val_loss_t000_249", "val_loss_t250_499", "val_loss_t500_749", "val_loss_t750_999"]
@@ -117,3 +118,14 @@ def test_smoothing_keeps_a_level_and_calms_noise(count: int) -> None:
         assert smoothed(noise).std() < 0.3 * noise.std()
         straight = np.arange(500.0)
         assert smoothed(straight)[100:400] == pytest.approx(straight[100:400])
+
+
+@pytest.mark.parametrize(("steps", "validated"), [(1, []), (30, [10, 20])])
+def test_each_panel_can_stand_alone(steps: int, validated: list[int]) -> None:
+    drawn = run_panels(metrics(steps), validation(validated, cosine=True))
+    assert list(drawn) == list(panels(steps, validated, cosine=True))
+    pictures = {draw_panel(title, panel) for title, panel in drawn.items()}
+    assert len(pictures) == len(drawn)
+    for png in pictures:
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.size == (968, 600)

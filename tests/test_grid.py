@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcache.grid import CAPTION_LINES, _font, _wrapped, captioned_grid, png_bytes
+from kcache.grid import CAPTION_LINES, _font, _wrapped, captioned_grid, cut_grid, png_bytes
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200)]
 
@@ -67,3 +67,19 @@ def test_a_png_comes_back() -> None:
     with Image.open(io.BytesIO(png_bytes(grid))) as read:
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), np.asarray(grid))
+
+
+@pytest.mark.parametrize("side", [8, 64, 512])
+@pytest.mark.parametrize("prompts", ["a", "abc", "abcdef", "aabbcc", "aaaaab"])
+def test_a_grid_is_cut_into_the_pictures_it_was_made_of(side: int, prompts: str) -> None:
+    pictures = squares(len(prompts), side)
+    texts = [f"{letter} long enough for several lines" for letter in prompts]
+    grid = captioned_grid(pictures, texts)
+    cut = cut_grid(grid, texts)
+    assert cut is not None
+    assert [png_bytes(picture) for picture in cut] == [png_bytes(picture) for picture in pictures]
+    assert cut_grid(grid, [*texts, "another", "and one more"]) is None
+
+
+def test_what_is_no_grid_is_not_cut() -> None:
+    assert cut_grid(Image.new("RGB", (100, 77)), ["a"]) is None

@@ -1,8 +1,9 @@
 """Batches: every sample once an epoch, the same whoever reads them, and exactly resumable."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -199,7 +200,7 @@ def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path, residency: s
 @pytest.mark.parametrize("free", [10**12, 0])
 def test_mapped_rows_are_verified_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """Whether the tables fit into memory or not."""
-    monkeypatch.setattr("kcache.loader.available_memory", lambda: free)
+    monkeypatch.setattr("kcache.loader.free_memory", lambda: free)
     write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
     opened = Cache.open(tmp_path / "c")
     loader = CacheLoader(opened, ["latents"], 2, residency="mmap")
@@ -220,6 +221,15 @@ def test_leaving_the_loop_early_ends_the_thread(cache: Cache) -> None:
     for _ in CacheLoader(cache, ["latents"], 1).forever():
         break
     assert threading.active_count() == before
+
+
+def test_the_time_spent_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("kcache.loader.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    loader = CacheLoader(cache, ["latents"], 5)
+    assert loader.waited == 0
+    list(islice(loader.forever(), 4))
+    assert loader.waited == 4  # of that clock, which goes on by one whenever it is read
 
 
 def test_wrong_settings_are_refused(cache: Cache, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import kcache.trainer
 import kcache.training_run
 from kcache.trainer import Progress, train
 
-SCALARS = {"loss", "grad_norm", "lr", "samples_per_second"}
+SCALARS = {"loss", "grad_norm", "lr", "samples_per_second", "loader_wait", "peak_memory_bytes"}
 
 
 def events(run_dir: Path) -> EventAccumulator:

@@ -1,0 +1,67 @@
+"""`kcache report`: a run or a cache as one HTML file."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from kcache_cli.progress import Report, say
+
+__all__ = ["report"]
+
+
+def report(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_CACHE", help="A run directory, or the folder of a cache.")],
+    *,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="The HTML file. When left out: RUN/report.html, or CACHE-report.html beside a cache."
+        ),
+    ] = None,
+    neighbours: Annotated[
+        bool,
+        typer.Option("--neighbours", help="Of a run: name the cached pictures that its newest ones look most like."),
+    ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Of a cache: show originals from where it was built, as for cache-build."),
+    ] = None,
+    pretrained_decoder_model_name_or_path: Annotated[
+        str | None, typer.Option(help="Of a cache: decode some latents by movq of this folder or Hub id.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column of --source that holds the image.")] = "image",
+    device: Annotated[str, typer.Option(help="Where networks run for that, such as cuda:0.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a report of a run or a cache: one HTML file, to open, mail and keep.
+
+    It needs no network and runs no scripts. Of a run it shows settings, curves, pictures, speed and the machine; of a
+    cache its samples, how its values spread, what was rejected and why, and its tables.
+
+    \b
+    Examples:
+      kcache report runs/prior
+      kcache report runs/prior --neighbours --output prior.html
+      kcache report caches/photos-768
+      kcache report caches/photos-768 --source photos/ --pretrained-decoder-model-name-or-path models/decoder
+    """
+    from kcache.report.write import ReportConfig, write_report
+
+    config = ReportConfig(
+        path=path,
+        output=output,
+        neighbours=neighbours,
+        source=source,
+        pretrained_decoder_model_name_or_path=pretrained_decoder_model_name_or_path,
+        image_column=image_column,
+        device=device,
+    )
+    with Report() as progress:
+
+        def show(name: str, done: int, total: int) -> None:
+            progress.show(name, done, total, "for the report")
+
+        written = write_report(config, show)
+    say(json.dumps(dataclasses.asdict(written), indent=2) if as_json else written.report)

@@ -1,0 +1,244 @@
+"""The report of a cache: what is in it, samples to look at, how its values spread, what was rejected, its shards.
+
+Of a cache of any size only the index, the manifest and some thousand rows are read.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kcache.cache import Cache
+from kcache.contents import read_refused
+from kcache.index import CAPTION_BOUNDS, open_index
+from kcache.info import statistics, token_counts
+from kcache.manifest import Manifest
+from kcache.report.figures import beside, histogram, picture
+from kcache.report.page import Block, Section, Table, Text
+
+__all__ = ["CacheLook", "cache_sections"]
+
+SHOWN = 24
+"""Samples that are shown, evenly spread over the cache."""
+SIDE = 152
+"""Side of their pictures, in pixels: three pairs fit beside each other."""
+PICTURE_BYTES = 100_000
+CAPTIONS, CAPTION = 5, 300
+"""Captions of a sample that are shown, and characters of a caption."""
+SAMPLED_ROWS = 2048
+"""Rows of each field whose norms are taken."""
+ROWS_PER_READ = 128
+REJECTED, SHARDS = 50, 50
+"""Rejected inputs and shards that are named one by one."""
+
+Report = Callable[[str, int, int], None]
+"""Told what is done: its name, how much of it, and of how much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLook:
+    """What a cache is looked at with."""
+
+    decoder: str | None = None
+    """Folder or Hub id with movq, to decode latents; None decodes none."""
+    source: str | None = None
+    """Where the cache was built from, to show the originals; None shows none."""
+    image_column: str = "image"
+    """Column of the source that holds the image."""
+    device: str = "cpu"
+    """Where latents are decoded."""
+
+
+def cache_sections(folder: Path, look: CacheLook, report: Report) -> list[Section]:
+    """All sections of the report of the cache at `folder`.
+
+    Raises the errors of `Cache.open` and `Cache.read`, SourceError and ModelError for what `look` names.
+    """
+    cache = Cache.open(folder)
+    index = open_index(folder, cache.manifest)
+    return [
+        Section(title="Overview", blocks=[_overview(folder, cache.manifest)]),
+        Section(title="Samples", blocks=_samples(cache, look, report)),
+        Section(title="Captions", blocks=_captions(cache, index)),
+        Section(title="Values", blocks=_norms(cache, report)),
+        Section(title="Rejected inputs", blocks=_rejected(folder, cache.manifest.rejected)),
+        Section(title="Tables and shards", blocks=_tables(cache.manifest)),
+    ]
+
+
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of ten: "25.1 MB"."""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count} B"
+
+
+def _overview(folder: Path, manifest: Manifest) -> Table:
+    models = [
+        [f"Encoders of the {role}", str(model["name"]) + (f" at {model['revision']}" if model["revision"] else "")]
+        for role, model in sorted(manifest.models.items())
+    ]
+    rows = [
+        ["Folder", str(folder.resolve())],
+        ["Form", manifest.format],
+        ["Samples", f"{manifest.samples:,}"],
+        ["Rejected inputs", f"{manifest.rejected:,}"],
+        ["Size of its tables", size_text(sum(entry.bytes for entry in manifest.tables.values()))],
+        *models,
+        ["Fingerprint", manifest.fingerprint[:16]],
+    ]
+    return Table(head=["What", "Value"], rows=rows)
+
+
+def _samples(cache: Cache, look: CacheLook, report: Report) -> list[Block]:
+    if not len(cache):
+        return [Text(text="The cache has no samples.")]
+    chosen = np.unique(np.linspace(0, len(cache) - 1, min(SHOWN, len(cache))).astype(np.int64))
+    told = cache.samples.select(["name", "captions", "width", "height"]).take(chosen).to_pylist()
+    intro = Text(text=f"{len(chosen)} of {len(cache):,} samples, evenly spread over the cache.")
+    sides = sorted(int(name.removeprefix("latents-")) for name in cache.recipes if name.startswith("latents-"))
+    if look.source is None and (look.decoder is None or not sides):
+        reason = "give --pretrained-decoder-model-name-or-path or --source" if sides else "it has none: give --source"
+        none = Text(text=f"No pictures: a cache holds none, and its latents were not decoded ({reason}).")
+        rows = [[row["name"], f"{row['width']} × {row['height']}", _caption_text(row)] for row in told]
+        return [intro, none, Table(head=["Name", "Pixels", "Captions"], rows=rows)]
+    return [intro, *_pictures(cache, chosen, told, look, sides[0] if sides else SIDE, report)]
+
+
+def _pictures(
+    cache: Cache, chosen: np.ndarray, told: Sequence[Mapping[str, Any]], look: CacheLook, side: int, report: Report
+) -> list[Block]:
+    """Each sample's original and what its latents of `side` pixels decode to, whichever were asked for."""
+    # Not at the top: only pictures need torch.
+    from kcache.report.reconstructions import decoded, originals, psnr
+
+    made: Sequence[np.ndarray | None] = [None] * len(chosen)
+    if look.decoder is not None and f"latents-{side}" in cache.recipes:
+        made = decoded(Cache.open(cache.path, side), chosen, look.decoder, look.device, report)
+    given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
+    if look.source is not None:
+        given = originals(cache, chosen, look.source, look.image_column, side, report)
+    figures: list[Block] = []
+    ratios = []
+    for row, first, second in zip(told, given, made, strict=True):
+        lines = [f"{row['name']}, {row['width']} × {row['height']}"]
+        if isinstance(first, np.ndarray) and second is not None:
+            ratios.append(psnr(first, second))
+            lines.append(f"PSNR {ratios[-1]:.1f} dB")
+        lines += [first] if isinstance(first, str) else []
+        shown = beside([_as_image(part) for part in (first, second) if part is not None], SIDE)
+        figures.append(picture(shown, "\n".join([*lines, _caption_text(row)]), PICTURE_BYTES))
+    parts = (["the original"] if look.source is not None else []) + (
+        [f"what MoVQ makes of the latents at {side} pixels, not quantised"] if made[0] is not None else []
+    )
+    return [Text(text=f"Of each {', and '.join(parts)}."), *figures, *_ratios(np.array(ratios))]
+
+
+def _caption_text(row: Mapping[str, Any]) -> str:
+    """The captions of a sample, one a line: the first ones, long ones cut."""
+    lines = [text if len(text) <= CAPTION else text[: CAPTION - 1] + "…" for text in row["captions"][:CAPTIONS]]
+    left_out = len(row["captions"]) - len(lines)
+    return "\n".join([*lines, f"and {left_out:,} more"] if left_out else lines)
+
+
+def _as_image(part: np.ndarray | str) -> Image.Image:
+    """Pixels (3, R, R) in -1..1 as a picture; grey for one that is not there."""
+    if isinstance(part, str):
+        return Image.new("RGB", (SIDE, SIDE), "#c5cad0")
+    return Image.fromarray(np.rint((part.transpose(1, 2, 0) + 1) * 127.5).clip(0, 255).astype(np.uint8))
+
+
+def _ratios(ratios: np.ndarray) -> list[Block]:
+    known = ratios[np.isfinite(ratios)]
+    if not len(known):
+        return []
+    text = Text(text=f"Decoded latents to originals: {known.min():.1f} to {known.max():.1f} dB.")
+    return [text, histogram("Peak signal-to-noise ratio", known, "dB", f"Of the {len(known)} samples above.")]
+
+
+def _captions(cache: Cache, index: Mapping[str, np.ndarray]) -> list[Block]:
+    counts = np.diff(index[CAPTION_BOUNDS])
+    tokens = token_counts(cache.recipes, index)
+    rows = [
+        [what, *(f"{values[name]:g}" for name in ("min", "mean", "p50", "p90", "p99", "max"))]
+        for what, values in (
+            ("Captions of a sample", statistics(counts)),
+            ("Tokens of a caption", statistics(tokens)),
+        )
+        if values is not None
+    ]
+    if not rows:
+        return [Text(text="The cache has no captions.")]
+    blocks: list[Block] = []
+    if len(tokens):
+        text = f"Valid tokens of all {len(tokens):,} captions, the two that mark beginning and end included."
+        blocks.append(histogram("Tokens of a caption", tokens, "tokens", text))
+    return [*blocks, Table(head=["", "least", "mean", "median", "90 %", "99 %", "most"], rows=rows)]
+
+
+def _norms(cache: Cache, report: Report) -> list[Block]:
+    """Histograms of the Euclidean norms of rows, of every field whose rows all have one shape."""
+    if not len(cache):
+        return [Text(text="The cache has no samples.")]
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(len(cache), min(SAMPLED_ROWS, len(cache)), replace=False))
+    blocks: list[Block] = []
+    for table, recipe in sorted(cache.recipes.items()):
+        side = int(table.removeprefix("latents-")) if table.startswith("latents-") else None
+        opened = Cache.open(cache.path, side)
+        for field in recipe.fields:
+            if not field.ragged and (table != "text" or np.diff(cache.caption_bounds).all()):
+                norms = _norms_of(opened, chosen, field.name, table, report)
+                title = table if field.name == "latents" else field.name
+                shape = " × ".join(map(str, field.shape))
+                text = (
+                    f"Euclidean norms of {len(norms):,} of {len(cache):,} rows of {shape} {recipe.stored_dtype} values."
+                )
+                blocks.append(histogram(title, norms, "norm", text))
+    return blocks
+
+
+def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: Report) -> np.ndarray:
+    norms = []
+    for start in range(0, len(chosen), ROWS_PER_READ):
+        rows = cache.read(chosen[start : start + ROWS_PER_READ], [field])[field]
+        norms.append(np.linalg.norm(rows.reshape(len(rows), -1).astype(np.float64), axis=1))
+        report(f"norms of {table}", min(start + ROWS_PER_READ, len(chosen)), len(chosen))
+    return np.concatenate(norms)
+
+
+def _rejected(folder: Path, count: int) -> list[Block]:
+    reasons: Counter[tuple[str, str]] = Counter()
+    first: list[list[str]] = []
+    for refusal in read_refused(folder):
+        reasons[refusal.stage, refusal.reason] += 1
+        if len(first) < REJECTED:
+            first.append([refusal.name, refusal.stage, refusal.reason])
+    if not first:
+        return [Text(text="No input was rejected.")]
+    grouped = [[stage, reason, f"{n:,}"] for (stage, reason), n in reasons.most_common(REJECTED)]
+    more = f", the first {len(first)} of them by name" if count > len(first) else ""
+    return [
+        Text(text=f"Inputs of the source that are not in the cache: {count:,}{more}. rejected.jsonl names all."),
+        Table(head=["Stage", "Reason", "Inputs"], rows=grouped),
+        Table(head=["Input", "Stage", "Reason"], rows=first),
+    ]
+
+
+def _tables(manifest: Manifest) -> list[Block]:
+    tables, shards = [], []
+    for name, entry in sorted(manifest.tables.items()):
+        recipe = entry.recipe
+        size = [f"{entry.rows:,}", f"{len(entry.shards):,}", size_text(entry.bytes)]
+        tables.append([name, *size, recipe.encoder, recipe.compute_dtype, recipe.stored_dtype, recipe.fingerprint[:12]])
+        shards += [[name, shard.name, f"{shard.rows:,}", size_text(shard.bytes)] for shard in entry.shards]
+    heads = ["Table", "Rows", "Shards", "Size", "Encoder", "Encoded in", "Stored as", "Recipe"]
+    blocks: list[Block] = [Table(head=heads, rows=tables)]
+    if len(shards) > SHARDS:
+        blocks.append(Text(text=f"The first {SHARDS} of {len(shards):,} shards:"))
+    return [*blocks, Table(head=["Table", "Shard", "Rows", "Size"], rows=shards[:SHARDS])]

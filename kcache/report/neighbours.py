@@ -1,0 +1,114 @@
+"""Which pictures of the cache look most like those that a run drew last, to CLIP's image encoder.
+
+A cosine close to 1 says that a picture was copied rather than learned from.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kcache.cache import Cache
+from kcache.digests import DigestMemo
+from kcache.encoders import ImageEncoder
+from kcache.errors import KcacheError, ModelError
+from kcache.grid import cut_grid, png_bytes
+from kcache.report.drawn import drawn_prompts, grids_of, open_grid
+from kcache.report.page import Block, Section, Table, Text
+from kcache.report.run import Run
+from kcache.repositories import find_repository, weights_digest
+
+__all__ = ["nearest", "neighbours_section"]
+
+NEAREST = 3
+"""Neighbours of each picture that are named."""
+ROWS_PER_READ = 4096
+TITLE = "Nearest pictures in the cache"
+Report = Callable[[str, int, int], None]
+"""Told what is done: its name, how much of it, and of how much."""
+
+
+def neighbours_section(run: Run, device: str, report: Report) -> Section:
+    """The nearest neighbours of the newest pictures; where they cannot be had, which part is missing, in one line."""
+    try:
+        blocks = _neighbours(run, torch.device(device), report)
+    except (KcacheError, OSError) as error:
+        blocks = [Text(text=f"Not compared: {error}")]
+    return Section(title=TITLE, blocks=blocks)
+
+
+def _neighbours(run: Run, device: torch.device, report: Report) -> list[Block]:
+    prompts, grids = drawn_prompts(run.config), grids_of(run.folder)
+    if not grids:
+        return [Text(text="Not compared: the run has drawn no pictures (--validation-prompts).")]
+    newest = grids[-1]
+    grid = open_grid(newest)
+    if isinstance(grid, str):
+        return [Text(text=f"Not compared: {grid}")]
+    pictures = cut_grid(grid, prompts) if prompts else None
+    if pictures is None:
+        return [Text(text=f"Not compared: {newest.name} was not drawn from the prompts that config.json names.")]
+    cache = Cache.open(Path(run.told["cache"]["path"]))
+    embeds = _embeds(cache, pictures, device)
+    samples, cosines = nearest(cache, embeds, report)
+    text = (
+        f"The pictures of {newest.name} beside all {len(cache):,} samples of the cache, by the cosine of the angle "
+        "between their CLIP embeddings: close to 1 means a copy."
+    )
+    return [Text(text=text), _table(cache, prompts, samples, cosines)]
+
+
+def _embeds(cache: Cache, pictures: list[Image.Image], device: torch.device) -> np.ndarray:
+    """(n, D) float32, of length 1, by the encoder that made the cache's own."""
+    recipe, origin = cache.recipes[cache.table_of("image_embeds")], cache.models["prior"]
+    prior = find_repository(str(origin["name"]), origin["revision"], ("image_encoder", "image_processor"))
+    with DigestMemo() as memo:
+        if weights_digest(prior, "image_encoder", memo) != recipe.weights:
+            raise ModelError(f"the image encoder at {prior.name} is not the one that the cache was built with")
+    encoder = ImageEncoder(recipe, prior, device)
+    size = encoder.batch_size
+    parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    return _unit(np.concatenate([_encode(encoder, part) for part in parts]))
+
+
+def _encode(encoder: ImageEncoder, pictures: list[Image.Image]) -> np.ndarray:
+    prepared = [encoder.prepare(png_bytes(picture)) for picture in pictures]
+    return encoder.encode(prepared)["image_embeds"].float().cpu().numpy()
+
+
+def nearest(cache: Cache, embeds: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """The samples whose image_embeds have the largest cosines to `embeds` (n, D) of length 1, largest first.
+
+    Samples are (n, k) int64 and cosines (n, k) float32, k being `NEAREST` or all there are. The cache is read once, in
+    parts, whatever its size.
+    """
+    count = min(NEAREST, len(cache))
+    samples, cosines = np.zeros((len(embeds), 0), np.int64), np.zeros((len(embeds), 0), np.float32)
+    for start in range(0, len(cache), ROWS_PER_READ):
+        numbers = np.arange(start, min(start + ROWS_PER_READ, len(cache)))
+        found = embeds @ _unit(cache.read(numbers, ["image_embeds"])["image_embeds"].astype(np.float32)).T
+        cosines = np.concatenate([cosines, found], axis=1)
+        samples = np.concatenate([samples, np.broadcast_to(numbers, found.shape)], axis=1)
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        cosines, samples = np.take_along_axis(cosines, best, 1), np.take_along_axis(samples, best, 1)
+        report("nearest pictures", int(numbers[-1]) + 1, len(cache))
+    return samples, cosines
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows (n, D) at length 1; a row of zeros stays one."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
+def _table(cache: Cache, prompts: list[str], samples: np.ndarray, cosines: np.ndarray) -> Table:
+    told = cache.samples
+    rows = []
+    for number, (prompt, nearest_samples, nearest_cosines) in enumerate(zip(prompts, samples, cosines, strict=True), 1):
+        for place, (sample, cosine) in enumerate(zip(nearest_samples.tolist(), nearest_cosines.tolist(), strict=True)):
+            captions = told["captions"][sample].as_py()
+            first = [str(number), prompt] if place == 0 else ["", ""]
+            rows.append([*first, f"{cosine:.3f}", told["name"][sample].as_py(), captions[0] if captions else ""])
+    return Table(head=["Picture", "Prompt", "Cosine", "Sample", "Its caption"], rows=rows)

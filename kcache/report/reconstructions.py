@@ -1,0 +1,82 @@
+"""Samples of a cache to look at: pictures decoded from their latents by MoVQ, beside the originals of the source."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import VQModel
+
+from kcache.cache import Cache
+from kcache.digests import content_key
+from kcache.errors import InputRejected
+from kcache.pixels import decode_image, movq_pixels
+from kcache.pretrained import load_pretrained
+from kcache.repositories import find_repository
+from kcache.sources import Source, open_source
+
+__all__ = ["decoded", "originals", "psnr"]
+
+Report = Callable[[str, int, int], None]
+"""Told what is done: its name, how much of it, and of how much."""
+
+
+def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report: Report) -> list[np.ndarray]:
+    """What MoVQ makes of the latents of `samples` (k,): pixels (3, R, R) float32 in -1..1 each, not quantised.
+
+    `decoder` is a folder or Hub id with movq, as for a build; as in the stock pipelines, latents are decoded as they
+    are. Raises ModelError for a repository that cannot be used, CacheIncompleteError where there are no latents.
+    """
+    latents = cache.read(samples, ["latents"])["latents"]
+    repository = find_repository(decoder, None, ("movq",))
+    network = load_pretrained(VQModel, repository.path / "movq", torch.float32)
+    network.eval().requires_grad_(False).to(device)
+    pictures = []
+    for number, row in enumerate(latents, 1):
+        given = torch.from_numpy(row[None].astype(np.float32)).to(device)
+        with torch.inference_mode():
+            pixels = network.decode(given, force_not_quantize=True).sample[0]
+        pictures.append(pixels.clamp(-1, 1).float().cpu().numpy())
+        report("decoding", number, len(latents))
+    return pictures
+
+
+def originals(
+    cache: Cache, samples: np.ndarray, source: str, image_column: str, side: int, report: Report
+) -> list[np.ndarray | str]:
+    """What MoVQ saw of the pictures of `samples` (k,): pixels (3, side, side) float32 in -1..1 each.
+
+    For one that `source` has no more, or no longer with that content, there is a sentence that says so. Raises
+    SourceError.
+    """
+    opened = open_source(source, image_column=image_column, need_captions=False)
+    told = cache.samples.select(["name", "image_key"]).take(samples).to_pylist()
+    wanted = {row["name"] for row in told}
+    places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}
+    alpha = cache.recipes[cache.table_of("image_embeds")].preprocess["alpha"]
+    pictures = []
+    for number, row in enumerate(told, 1):
+        pictures.append(_original(opened, places.get(row["name"]), row, alpha, side))
+        report("reading originals", number, len(told))
+    return pictures
+
+
+def _original(
+    source: Source, place: int | None, row: Mapping[str, Any], alpha: Literal["white", "black", "drop"], side: int
+) -> np.ndarray | str:
+    if place is None:
+        return "not in the source"
+    try:
+        content = source.image(place)
+        if content_key(content) != row["image_key"]:
+            return "another picture in the source now"
+        return movq_pixels(decode_image(content, alpha), side)
+    except InputRejected as error:
+        return f"not to be read from the source: {error}"
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures in -1..1: 10 log10(2² / mean squared difference)."""
+    error = float(np.mean((first.astype(np.float64) - second) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(4 / error)

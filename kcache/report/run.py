@@ -1,0 +1,238 @@
+"""The report of a training run: what it was told, how it went, what it drew, how fast it was and on what machine."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcache.checkpoint import checkpoint_steps
+from kcache.config import TrainConfig
+from kcache.curves import LOSS, curve_panel, run_panels
+from kcache.errors import RunError
+from kcache.modelcard import LORA_FILE
+from kcache.report.drawn import drawn_blocks, spread
+from kcache.report.figures import curve
+from kcache.report.page import Block, Section, Table, Text
+from kcache.run_directory import read_config, read_metrics, read_starts, read_validation
+
+__all__ = ["Run", "read_run", "run_sections"]
+
+LAST_STEPS = 100
+"""Steps over which the loss, which is noisy from step to step, is averaged."""
+NOT_RECORDED = "not recorded"
+ROWS = 20
+"""Validations in the table, over all steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run directory says."""
+
+    folder: Path
+    told: Mapping[str, Any]
+    """config.json."""
+    config: Mapping[str, Any]
+    """The settings in it."""
+    metrics: Sequence[Mapping[str, Any]]
+    validation: Sequence[Mapping[str, Any]]
+    starts: Sequence[Mapping[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that metrics.jsonl knows."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory, also that of a run that has just begun or has crashed; raises RunError for a broken one."""
+    told = read_config(folder)
+    try:
+        run = Run(
+            folder=folder,
+            told=told,
+            config=dict(told["config"]),
+            metrics=_entries(read_metrics(folder)),
+            validation=_entries(read_validation(folder)),
+            starts=[{**entry, "step": int(entry["step"])} for entry in read_starts(folder)],
+        )
+        for part in ("cache", "base", "versions"):
+            dict(told[part])
+        str(run.config["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder} is no run directory that this kcache can read ({error!r}); expected config.json, metrics.jsonl "
+            "and validation.jsonl as a training run writes them; use the kcache that wrote it"
+        ) from error
+    return run
+
+
+def _entries(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of numbers; raises TypeError, ValueError or KeyError for others."""
+    return [
+        {"step": int(line["step"]), **{name: float(line[name]) for name in line if name != "step"}} for line in lines
+    ]
+
+
+def run_sections(run: Run) -> list[Section]:
+    """All that the run directory alone tells."""
+    return [
+        Section(title="Overview", blocks=[_overview(run)]),
+        Section(title="Course", blocks=_course(run)),
+        Section(title="Validation", blocks=_validation(run)),
+        Section(title="Pictures", blocks=drawn_blocks(run.folder, run.config)),
+        Section(title="Speed and memory", blocks=_speed(run)),
+        Section(title="Settings", blocks=_settings(run.config)),
+        Section(title="Versions and machine", blocks=[_versions(run)]),
+    ]
+
+
+def _overview(run: Run) -> Table:
+    cache, base = run.told["cache"], run.told["base"]
+    tables = ", ".join(f"{name} {str(digest)[:12]}" for name, digest in sorted(dict(cache.get("tables", {})).items()))
+    rows = [
+        ["Folder", str(run.folder.resolve())],
+        ["State", _state(run)],
+        ["Trained", f"{'adapters (LoRA) for the' if run.config.get('lora_rank') else 'the'} {run.config['stage']}"],
+        ["Begun from", f"{base.get('name')}" + (f" at {base['revision']}" if base.get("revision") else "")],
+        ["Cache", f"{cache.get('path')}"],
+        ["Samples trained on", f"{int(cache.get('samples', 0)):,}"],
+        ["Tables", tables or NOT_RECORDED],
+    ]
+    losses = finite(run.metrics, "loss")[-LAST_STEPS:]
+    if len(losses):
+        rows.append(["Loss", f"{losses.mean():.5g}, mean of the last {len(losses)} of {len(run.metrics):,} steps"])
+    if run.validation:
+        held_out = [f"{name} {value:.5g}" for name, value in run.validation[-1].items() if name.startswith("val_")]
+        rows.append([f"Held out, at step {run.validation[-1]['step']:,}", "\n".join(held_out)])
+    rates = finite(run.metrics, "samples_per_second")
+    if len(rates):
+        rows.append(["Speed", f"{np.median(rates):,.1f} images/s, median over the steps"])
+    return Table(head=["What", "Value"], rows=rows)
+
+
+def _state(run: Run) -> str:
+    planned, checkpoints = run.told.get("max_steps"), checkpoint_steps(run.folder)
+    done = f"{run.step:,} of {planned:,} steps" if isinstance(planned, int) else f"{run.step:,} steps"
+    result = (run.folder / LORA_FILE).is_file() or (run.folder / "model_index.json").is_file()
+    if result and not (isinstance(planned, int) and run.step < planned):
+        return f"finished: {done}"
+    if checkpoints:
+        return f"no result yet: {done}; the newest checkpoint is of step {checkpoints[-1]:,}"
+    return f"no result yet: {done}; no checkpoint" if run.metrics else "no step is recorded yet"
+
+
+def _course(run: Run) -> list[Block]:
+    if not run.metrics:
+        return [Text(text="There is no step in metrics.jsonl: the run has just begun, or ended before its first step.")]
+    held_out = " Beside it the unweighted mean squared error on held-out images." if run.validation else ""
+    captions = {
+        LOSS: f"What is trained on, as it is (faint) and smoothed.{held_out}",
+        "Learning rate": "As the schedule gave it.",
+        "Gradient norm before clipping": f"Clipped to {run.config.get('max_grad_norm')} before each optimizer step.",
+    }
+    panels = run_panels(run.metrics, run.validation)
+    blocks: list[Block] = [curve(title, panels[title], text) for title, text in captions.items()]
+    broken = [entry["step"] for entry in run.metrics if not math.isfinite(entry.get("loss", math.nan))]
+    if broken:
+        count = f"{len(broken):,} of {len(run.metrics):,} steps"
+        blocks.append(Text(text=f"The loss of {count} is not finite, the first of step {broken[0]:,}: not drawn."))
+    return blocks
+
+
+def _validation(run: Run) -> list[Block]:
+    if not run.validation:
+        held_out = run.config.get("val_fraction")
+        reason = "not come to a validation yet" if held_out else "held nothing out (--val-fraction 0)"
+        return [Text(text=f"No losses on held-out images: the run has {reason}.")]
+    others = ("Held-out loss by timestep", "Held-out cosine to the true embedding")
+    texts = (
+        "By quarters of the timesteps: from nearly clean samples (light) to nearly pure noise (dark).",
+        "Mean cosine between the image embedding that the prior predicts and the true one.",
+    )
+    panels = run_panels(run.metrics, run.validation)
+    blocks: list[Block] = [
+        curve(title, panels[title], text) for title, text in zip(others, texts, strict=True) if title in panels
+    ]
+    names = [name for name in run.validation[-1] if name.startswith("val_")]
+    shown = spread(run.validation, ROWS)
+    rows = [[f"{entry['step']:,}", *(f"{entry.get(name, math.nan):.5f}" for name in names)] for entry in shown]
+    heads = [name.removeprefix("val_loss_").replace("_", "–") if "_t" in name else name for name in names]
+    return [
+        *blocks,
+        Table(head=["Step", *heads], rows=rows),
+        *_left_out(len(run.validation), len(shown), "validations"),
+    ]
+
+
+def _speed(run: Run) -> list[Block]:
+    rates = finite(run.metrics, "samples_per_second")
+    if not len(rates):
+        return [Text(text="No step is recorded yet.")]
+    text = "Of all processes together, over the steps; validations and checkpoints are left out."
+    figure = curve("Images per second", curve_panel(run.metrics, "samples_per_second"), text)
+    rows = [
+        ["Images per second", f"{np.median(rates):,.1f} (median), {rates.min():,.1f} to {rates.max():,.1f}"],
+        ["Images per optimizer step", str(run.told.get("global_batch", NOT_RECORDED))],
+        ["Where rows wait", str(run.told.get("residency", NOT_RECORDED))],
+    ]
+    waits, memory = finite(run.metrics, "loader_wait"), finite(run.metrics, "peak_memory_bytes")
+    rows.append(["Share of time waiting for batches", f"{waits.mean():.1%}" if len(waits) else NOT_RECORDED])
+    rows.append(["Memory at most", f"{memory.max() / 1e9:.2f} GB" if len(memory) else NOT_RECORDED])
+    return [figure, Table(head=["What", "Value"], rows=rows), _starts(run)]
+
+
+def _starts(run: Run) -> Block:
+    if not run.starts:
+        return Text(text="When the run was begun or resumed is not recorded.")
+    rows = [
+        [str(entry.get("time", NOT_RECORDED)), f"{entry['step']:,}" if entry["step"] else "begun"]
+        for entry in run.starts
+    ]
+    return Table(head=["Started", "Resumed after step"], rows=rows)
+
+
+def _settings(config: Mapping[str, Any]) -> list[Block]:
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    given, kept = [], []
+    for name, value in config.items():
+        default = defaults.get(name, MISSING)
+        if default is not MISSING and shown_value(value) == shown_value(default):
+            kept.append([name, shown_value(value)])
+        else:
+            given.append([name, shown_value(value), "" if default is MISSING else shown_value(default)])
+    return [
+        Text(text="What was set for this run:"),
+        Table(head=["Setting", "Value", "Default"], rows=given),
+        Text(text="What was left at its default:"),
+        Table(head=["Setting", "Value"], rows=kept),
+    ]
+
+
+def shown_value(value: Any) -> str:
+    """A setting as text: tuples and lists alike."""
+    if isinstance(value, str):
+        return value
+    if value is None or value in ((), []):
+        return "none"
+    if isinstance(value, list | tuple):
+        return "\n".join(map(str, value))
+    return json.dumps(value)
+
+
+def _versions(run: Run) -> Table:
+    told = {**dict(run.told["versions"]), **dict(run.told.get("machine", {}))}
+    return Table(head=["What", "Value"], rows=[[str(name), shown_value(value)] for name, value in told.items()])
+
+
+def finite(entries: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """The finite values called `name`, (n,) float64."""
+    values = np.array([entry[name] for entry in entries if name in entry], np.float64)
+    return values[np.isfinite(values)]
+
+
+def _left_out(count: int, shown: int, what: str) -> list[Block]:
+    return [Text(text=f"{shown} of {count:,} {what} are shown, evenly spread over the steps.")] if shown < count else []

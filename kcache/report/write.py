@@ -1,0 +1,115 @@
+"""A report from a path: of the run or the cache that is there, as one HTML file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kcache.errors import ConfigError
+from kcache.manifest import MANIFEST
+from kcache.report.cache import CacheLook, cache_sections
+from kcache.report.page import Section, write_page
+from kcache.report.run import read_run, run_sections
+from kcache.run_directory import CONFIG_FILE, METRICS_FILE
+
+__all__ = ["ReportConfig", "Written", "write_report"]
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What `kcache report` is told."""
+
+    path: str
+    """A run directory or a cache."""
+    output: str | None = None
+    """The HTML file; None takes report.html in a run directory, and NAME-report.html beside a cache called NAME."""
+    neighbours: bool = False
+    """Of a run: compare the newest pictures with the whole cache, by CLIP's image encoder."""
+    pretrained_decoder_model_name_or_path: str | None = None
+    """Of a cache: folder or Hub id with movq, to decode some latents; None decodes none."""
+    source: str | None = None
+    """Of a cache: where it was built from, to show originals; None shows none."""
+    image_column: str = "image"
+    """Column of the source that holds the image."""
+    device: str = "cpu"
+    """Where CLIP and MoVQ run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A report that was written."""
+
+    report: str
+    """The HTML file."""
+    kind: Literal["run", "cache"]
+    bytes: int
+
+
+def write_report(config: ReportConfig, report: Callable[[str, int, int], None] | None = None) -> Written:
+    """Write the report of what is at `config.path`.
+
+    `report` is told what is done, how much of it and of how much. Raises ConfigError for what is neither a run
+    directory nor a cache and for settings of the other, CacheWriteError when the file cannot be written, and the errors
+    of what is read.
+    """
+    folder = Path(config.path)
+    kind = _kind(folder)
+    _check(config, kind)
+    name = folder.resolve().name
+    default = folder / "report.html" if kind == "run" else folder.resolve().parent / f"{name}-report.html"
+    output = default if config.output is None else Path(config.output)
+    if output.is_dir():
+        raise ConfigError(f"--output is {output}, a folder; expected a file, such as {output / 'report.html'}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output is {output}, but {output.parent} is no folder; make it first, or choose another")
+    sections = _sections(config, kind, report or (lambda name, done, total: None))
+    write_page(output, f"{'Training run' if kind == 'run' else 'Cache'} {name}", sections)
+    return Written(report=str(output), kind=kind, bytes=output.stat().st_size)
+
+
+def _kind(folder: Path) -> Literal["run", "cache"]:
+    if (folder / MANIFEST).is_file():
+        return "cache"
+    if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file():
+        return "run"
+    if not folder.exists():
+        found = "there is nothing at that path"
+    elif not folder.is_dir():
+        found = "it is a file"
+    else:
+        names = sorted(entry.name for entry in folder.iterdir())
+        found = "it is empty" if not names else f"it holds {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
+    raise ConfigError(
+        f"{folder} is neither a run nor a cache: {found}; expected a run directory ({CONFIG_FILE} and {METRICS_FILE}, "
+        f"which training writes) or a finished cache ({MANIFEST}, which `kcache cache-build` writes last); name one"
+    )
+
+
+def _check(config: ReportConfig, kind: Literal["run", "cache"]) -> None:
+    if kind == "run" and (config.source or config.pretrained_decoder_model_name_or_path):
+        flag = "--source" if config.source else "--pretrained-decoder-model-name-or-path"
+        raise ConfigError(f"{flag} is for the report of a cache; {config.path} is a run directory: leave it out")
+    if kind == "cache" and config.neighbours:
+        raise ConfigError(f"--neighbours is for the report of a run; {config.path} is a cache: leave it out")
+
+
+def _sections(config: ReportConfig, kind: Literal["run", "cache"], report: Report) -> list[Section]:
+    if kind == "cache":
+        look = CacheLook(
+            decoder=config.pretrained_decoder_model_name_or_path,
+            source=config.source,
+            image_column=config.image_column,
+            device=config.device,
+        )
+        return cache_sections(Path(config.path), look, report)
+    run = read_run(Path(config.path))
+    sections = run_sections(run)
+    if config.neighbours:
+        # Not at the top: only this needs torch.
+        from kcache.report.neighbours import neighbours_section
+
+        after = [section.title for section in sections].index("Pictures") + 1
+        sections.insert(after, neighbours_section(run, config.device, report))
+    return sections
