@@ -2,104 +2,34 @@
 
 import re
 import shlex
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
+from crc32c import crc32c
 from diffusers import UNet2DConditionModel
+from documents import ROOT, blocks_of, commands_of, run_document
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli_train import UPSTREAM
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import kcache.trainer
-from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
+from kcache import Cache
+from kcache.config import TrainConfig
+from kcache.run_directory import read_metrics
 from kcache_cli import app as cli
 from kcache_cli.renamed import refusal
 
-ROOT = Path(__file__).parent.parent
 GUIDE, README = ROOT / "docs" / "from-diffusers.md", ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-
-SMALLER = {
-    "768": "64",
-    "height=64, width=64": "height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2",
-    "--mixed-precision fp16": "--mixed-precision no",
-    "--val-fraction 0.02": "--val-fraction 0.4",
-    "checkpoint-500": "checkpoint-2",
-    "torch.float16": "torch.float32",
-    "pipeline.enable_model_cpu_offload()": "",
-    'device="cuda"': 'device="cpu"',
-}
-"""What stands in a document, and what is run instead, so that it is quick and needs no accelerator."""
-PROGRAMS = ("kcache ", "accelerate launch ", "torchrun ")
-_SHORT = shlex.split("--checkpointing-steps 1 --report-to none --no-push-to-hub --max-train-steps")
-ADDED = {
-    "cache-build": ["--resolution", "64"],
-    "train-prior": [*_SHORT, "2"],
-    "train-decoder": [*_SHORT, "2"],
-    "sample": shlex.split("--num-inference-steps 2 --prior-num-inference-steps 2 --height 64 --width 64"),
-}
-"""What is added to each command for the same reasons: the last of a flag's values counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """A fenced part of a document."""
-
-    place: str
-    language: str
-    text: str
-
-
-def blocks_of(document: Path) -> list[Block]:
-    """All fenced parts of a document, in order."""
-    text = document.read_text()
-    return [
-        Block(place=f"{document.name}:{text.count(chr(10), 0, fenced.start()) + 1}", language=fenced[1], text=fenced[2])
-        for fenced in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    ]
-
-
-def commands_of(block: Block) -> list[list[str]]:
-    """The commands of a block that call kcache or a launcher, each as its words."""
-    if block.language not in ("", "bash"):
-        return []
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
-
-
-def arguments_of(words: list[str]) -> list[str] | None:
-    """What `kcache` is given by a command, also by a launcher's; None where something else is launched."""
-    if words[0] == "kcache":
-        return words[1:]
-    if words[0] == "torchrun":
-        launched = torchrun_parser().parse_args(words[1:])
-    else:
-        launched = launch_command_parser().parse_args(words[2:])
-    return launched.training_script_args if launched.module and launched.training_script == "kcache_cli" else None
-
-
-@pytest.fixture
-def kcache_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the `kcache` command in this process and returns its exit status."""
-    monkeypatch.delenv("KCACHE_DEBUG", raising=False)
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["kcache", *arguments])
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        return int(exited.value.code or 0)
-
-    return run
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -117,50 +47,6 @@ def configured(kcache_command: Callable[..., int], monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(kcache.trainer, "train", train)
     return configured
-
-
-@pytest.fixture
-def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, where the documents' Hub names and folders are local folders of tiny things."""
-    monkeypatch.chdir(tmp_path)
-    for name, real in {
-        PRIOR_REPO: oracle / "prior",
-        "lambdalabs/naruto-blip-captions": oracle / "data",
-        "photos": oracle / "data",
-    }.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).symlink_to(real)
-    shutil.copytree(oracle / "decoder", DECODER_REPO)
-    # As on the Hub: it is how diffusers finds the prior of a decoder.
-    Path(DECODER_REPO, "README.md").write_text(f"---\nprior:\n- {PRIOR_REPO}\n---\n")
-    Path("rates.toml").write_text('[[run]]\nname = "low"\n[[run]]\nname = "high"\nlearning_rate = 1e-3\n')
-    return tmp_path
-
-
-def smaller(text: str) -> str:
-    for said, run in SMALLER.items():
-        text = text.replace(said, run)
-    return text
-
-
-def run_document(document: Path, command: Callable[..., int], *, together: bool = False) -> list[dict[str, Any]]:
-    """Run all commands and Python of a document in order, and return the names that each block of Python leaves.
-
-    `together` lets a block use the names of those before it.
-    """
-    left: list[dict[str, Any]] = []
-    for block in blocks_of(document):
-        for words in commands_of(block):
-            arguments = arguments_of(shlex.split(smaller(shlex.join(words))))
-            if arguments is not None:
-                resumed = ["--max-train-steps", "3"] if "--resume-from-checkpoint" in arguments else []
-                status = command(*arguments, *ADDED.get(arguments[0], []), *resumed)
-                assert status == 0, f"{block.place}: {shlex.join(words)}"
-        if block.language == "python":
-            names: dict[str, Any] = dict(left[-1]) if together and left else {}
-            exec(compile(smaller(block.text), block.place, "exec"), names)  # noqa: S102
-            left.append(names)
-    return left
 
 
 def assert_same_weights(network: torch.nn.Module, folder: str) -> None:
@@ -216,6 +102,53 @@ def pairs() -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 PAIRS = list(pairs())
+
+
+# webdataset leaves files for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_cache_format_reads_what_kcache_reads(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    *_, names = run_document(ROOT / "docs" / "cache-format.md", kcache_command, together=True)
+    assert names["broken"] == []
+    assert crc32c(b"123456789") == 0xE3069283
+    for folder in ("caches/photos-64", "published/photos-64"):
+        reader, cache = names["Reader"](folder), Cache.open(folder)
+        for number in range(len(cache)):
+            for (_, field), row in reader.sample(number).items():
+                expected = cache.read([number], [field])[field]
+                assert np.array_equal(row.reshape(expected.shape), expected)
+        file, locator = cache.field_files("latents").files[0].path, cache._index["latents-64"][3]["latents"]
+        content = bytearray(file.read_bytes())
+        content[int(locator["offset"]) + 5] ^= 1
+        file.unlink()
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            names["Reader"](folder).sample(3)
+
+
+def test_your_own_loop_trains_like_the_command(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    document = ROOT / "docs" / "your-own-loop.md"
+    left = run_document(document, kcache_command, together=True)
+    assert left[-1]["batch"]["latents"].shape[0] == 4
+    assert left[-1]["decoder_loader"].consumed == 16
+    assert left[-1]["again"].consumed == 16 + 4
+    assert set(left[-1]["measured"]) >= {"val_loss", "val_loss_t000_249"}
+    arguments = ["--max-train-steps=2", "--learning-rate=1e-5", "--report-to=none", "--checkpointing-steps=9"]
+    decoder = ["--train-batch-size=8", "--mixed-precision=bf16", "--snr-gamma=5"]
+    assert kcache_command("train-prior", "caches/photos-64", "--output-dir=p", "--train-batch-size=64", *arguments) == 0
+    assert kcache_command("train-decoder", "caches/photos-64", "--output-dir=d", *decoder, *arguments) == 0
+    for names, run in zip(left, ("p", "d"), strict=False):
+        assert [float(loss) for loss in names["losses"]] == [step["loss"] for step in read_metrics(Path(run))]
+
+
+def test_cached_equals_online_as_it_says(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    (names,) = run_document(ROOT / "docs" / "cached-equals-online.md", kcache_command)
+    assert names["largest"] == 0  # the cache holds float32
+
+
+def test_several_processes_as_it_says(place: Path, kcache_command: Callable[..., int]) -> None:
+    run_document(ROOT / "docs" / "multi-gpu.md", kcache_command)
+    for run in ("prior", "decoder"):
+        assert len((place / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_each_of_the_scripts_has_its_command() -> None:
@@ -319,21 +252,32 @@ def test_flags_that_are_named_exist(document: Path) -> None:
     ours = {flag for flag in named if "_" not in flag} - {"--rank"}
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     known = {option for command in commands.values() for p in command.params for option in p.opts + p.secondary_opts}
-    assert ours - known - {"--help"} == set()
-    assert ours
+    known |= {option for action in torchrun_parser()._actions for option in action.option_strings}
+    if document.name == "how-we-measure.md":
+        known |= set(re.findall(r'"(--[a-z-]+)"', "".join(p.read_text() for p in ROOT.glob("benchmarks/*.py"))))
+    assert ours - known - {"--help", "--install-completion"} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"\b(?:tests|benchmarks|kcache|cli|docs)/[\w/.-]+\.(?:py|md|sh)\b", document.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    text = document.read_text()
-    headings = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert (document.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" not in target:
+            name, _, heading = target.partition("#")
+            linked = document.parent / name if name else document
+            assert linked.exists(), target
+            assert not heading or heading in anchors(linked), target
+
+
+def anchors(document: Path) -> set[str]:
+    """What links can name in a document: its headings, as GitHub spells them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize(("told", "status"), [("fp16", 1), ("bf16", 0), ("no", 0)])
@@ -348,3 +292,10 @@ def test_a_precision_that_only_the_launcher_was_told_is_refused(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     assert kcache_command("train-prior", "CACHE", "--output-dir=RUN", "--mixed-precision=bf16") == status
     assert ("give it --mixed-precision fp16" in capsys.readouterr().err) is bool(status)
+
+
+def test_every_benchmark_is_explained() -> None:
+    page = (ROOT / "docs" / "how-we-measure.md").read_text()
+    scripts = {path.name for path in ROOT.glob("benchmarks/*.py") if "__main__" in path.read_text()}
+    explained = {name for name in scripts if f"`benchmarks/{name}`" in page}
+    assert scripts - explained == {"models.py", "pretrain_demo.py", "report.py"}  # these measure nothing

@@ -13,9 +13,11 @@ from kcache_cli.build import cache_build
 from kcache_cli.collect import cache_gc
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
+from kcache_cli.doctor import doctor
 from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
 from kcache_cli.renamed import translated
+from kcache_cli.report import report
 from kcache_cli.sample import sample
 from kcache_cli.train import train_decoder, train_prior
 from kcache_cli.verify import cache_verify
@@ -41,7 +43,9 @@ app.command("cache-gc", no_args_is_help=True)(cache_gc)
 app.command("train-prior", no_args_is_help=True, context_settings={"allow_extra_args": True})(train_prior)
 app.command("train-decoder", no_args_is_help=True, context_settings={"allow_extra_args": True})(train_decoder)
 app.command("sample", no_args_is_help=True)(sample)
+app.command("report", no_args_is_help=True)(report)
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 
 
 def dashed(arguments: Sequence[str]) -> list[str]:

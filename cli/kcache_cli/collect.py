@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kcache_cli.progress import bytes_text, count_text, note, say
+from kcache_cli.progress import Report, bytes_text, count_text, note, say, show_counts
 
 __all__ = ["cache_gc"]
 
@@ -32,7 +32,8 @@ def cache_gc(
     """
     from kcache.collect import collect_garbage
 
-    garbage = collect_garbage(cache, compact=compact, dry_run=dry_run)
+    with Report() as report:
+        garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show_counts(report, "done"))
     if as_json:
         say(json.dumps(dataclasses.asdict(garbage), indent=2))
         return

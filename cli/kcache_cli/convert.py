@@ -1,11 +1,11 @@
 """`kcache cache-convert`: the same cache in the other form."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from kcache_cli.progress import bytes_text, count_text, say
+from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
 
 __all__ = ["cache_convert"]
 
@@ -15,7 +15,7 @@ def cache_convert(
     new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],
     *,
     form: Annotated[
-        str, typer.Option("--format", metavar="<zarr|webdataset>", help="Form of the new cache's shards on disk.")
+        Literal["zarr", "webdataset"], typer.Option("--format", help="Form of the new cache's shards on disk.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -31,7 +31,8 @@ def cache_convert(
     """
     from kcache.convert import convert
 
-    manifest = convert(cache, new, form)
+    with Report() as report:
+        manifest = convert(cache, new, form, report=show_counts(report, "written"))
     size = sum(entry.bytes for entry in manifest.tables.values())
     if as_json:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}

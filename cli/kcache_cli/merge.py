@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kcache_cli.progress import bytes_text, count_text, say
+from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
 
 __all__ = ["cache_merge"]
 
@@ -27,7 +27,8 @@ def cache_merge(
     """
     from kcache.merge import merge
 
-    manifest = merge(new, caches)
+    with Report() as report:
+        manifest = merge(new, caches, report=show_counts(report, "done"))
     size = sum(entry.bytes for entry in manifest.tables.values())
     if as_json:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}

@@ -5,6 +5,7 @@ On a terminal, progress is one live bar; elsewhere a plain line now and then, so
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from kcache.build import BuildProgress
     from kcache.trainer import Progress as TrainProgress
 
-__all__ = ["Report", "bytes_text", "count_text", "duration_text", "note", "say", "show_build", "show_training"]
+__all__ = [
+    "Report",
+    "bytes_text",
+    "count_text",
+    "duration_text",
+    "note",
+    "say",
+    "show_build",
+    "show_counts",
+    "show_training",
+]
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -111,3 +122,17 @@ def show_training(report: Report, stage: str, progress: "TrainProgress") -> None
     """Per optimizer step: loss, learning rate and samples per second."""
     detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {progress.samples_per_second:,.1f} samples/s"
     report.show(stage, progress.step, progress.max_steps, detail)
+
+
+def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
+    """What shows, by name, how many rows, samples or files are done, and how many in a second."""
+    last = time.monotonic()
+    begun: dict[str, float] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal last
+        start = begun.setdefault(name, last)  # where the one before it ended
+        last = time.monotonic()
+        report.show(name, done, total, f"{noun}, {done / max(last - start, 1e-9):,.0f}/s")
+
+    return show

@@ -89,7 +89,9 @@ def _verify(cache: str, report: Report) -> "VerifyResult":
 def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) -> tuple["VerifyResult", dict[str, Any]]:
     from kcache.repair import repair
 
-    result: RepairResult = repair(source, cache, **columns, report=partial(show_build, report))
+    result: RepairResult = repair(
+        source, cache, **columns, report=partial(show_build, report), checked=partial(show_verify, report)
+    )
     before = _about(result.before)
     return result.after, {"encoded": dict(result.encoded), "files": before["files"], "rows": before["rows"]}
 
