@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from machine import machine
 
@@ -158,7 +159,8 @@ class Bench:
         )
 
     def preload(self) -> None:
-        """Load the encoders once; builders take them over with the fork."""
+        """Load the encoders once, and what pyarrow loads when it first makes a table; builders take both over."""
+        pyarrow.table({"id": ["a"]})
         job = take_inventory(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
         load, device = kcache.encoders.load_encoder, torch.device("cpu")
         encoders = {r.fingerprint: load(r, job.prior, job.decoder, device) for r in job.recipes.values()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kcache.advice import build_line
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.index import CAPTION_BOUNDS, open_index
 from kcache.manifest import Manifest, TableEntry, read_manifest
@@ -61,7 +62,7 @@ class Cache:
         if resolution is not None and f"latents-{resolution}" not in manifest.tables:
             raise CacheIncompleteError(
                 f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
-                f"run `kcache cache-build SOURCE {folder} --resolution {resolution}`"
+                f"run `{build_line(folder, manifest, 'latents', resolution)}`"
             )
         index = open_index(folder, manifest)
         for name, entry in manifest.tables.items():
@@ -144,7 +145,7 @@ class Cache:
             known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
             raise CacheIncompleteError(
                 f"{self.path} holds no {field!r}; found {', '.join(known)}; "
-                f"run `kcache cache-build SOURCE {self.path} --stage all` to add what is missing"
+                f"run `{build_line(self.path, self.manifest, field)}` to add what is missing"
             )
         if len(tables) > 1:
             sides = ", ".join(sorted(name.removeprefix("latents-") for name in tables))

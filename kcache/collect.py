@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from kcache.assemble import TableState, finish_cache, wanted_keys
-from kcache.contents import Contents, RowCopier, find_all, read_contents, shard_recipes
+from kcache.contents import Contents, Report, RowCopier, counted, find_all, read_contents, shard_recipes
 from kcache.durable import exclusive, remove
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.index import merged_rows, stored_rows
@@ -53,12 +53,15 @@ class LiveShard:
         return round(self.commit.bytes * (1 - len(self.keys) / self.commit.rows))
 
 
-def collect_garbage(cache: str | Path, *, compact: bool = False, dry_run: bool = False) -> Garbage:
+def collect_garbage(
+    cache: str | Path, *, compact: bool = False, dry_run: bool = False, report: Report | None = None
+) -> Garbage:
     """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
 
     Samples, fingerprint and rows stay what they are, and building again has nothing to do. A process that has the cache
-    open may lose files that it has not opened yet. Raises CacheIncompleteError while a build is unfinished,
-    CacheBusyError while one runs, and the errors of `Cache.open`.
+    open may lose files that it has not opened yet. `report` is called with the table that `compact` writes again, or
+    "removed", how many rows or paths are done, and their number. Raises CacheIncompleteError while a build is
+    unfinished, CacheBusyError while one runs, and the errors of `Cache.open`.
     """
     folder = Path(cache)
     contents = read_contents(folder)
@@ -69,7 +72,7 @@ def collect_garbage(cache: str | Path, *, compact: bool = False, dry_run: bool =
                 f"finish it with `kcache cache-build SOURCE {folder}`"
             )
         if compact and not dry_run:
-            _rewrite_mixed(contents)
+            _rewrite_mixed(contents, report)
             contents = read_contents(folder)
         live = live_shards(contents)
         if not dry_run:
@@ -77,8 +80,10 @@ def collect_garbage(cache: str | Path, *, compact: bool = False, dry_run: bool =
             contents = read_contents(folder)
         garbage = find_garbage(contents, live)
         if not dry_run:
-            for path in garbage.paths:
+            for done, path in enumerate(garbage.paths, start=1):
                 remove(folder / path)
+                if report is not None:
+                    report("removed", done, len(garbage.paths))
     return garbage
 
 
@@ -190,7 +195,7 @@ def _freed(file: Path) -> int:
     return status.st_size if status.st_nlink == 1 else 0
 
 
-def _rewrite_mixed(contents: Contents) -> None:
+def _rewrite_mixed(contents: Contents, report: Report | None) -> None:
     """Commit new shards with the used rows of all shards that have unused ones too: the latest of equal rows counts."""
     live = live_shards(contents)
     for recipe in shard_recipes(contents.manifest.format, contents.recipes):
@@ -208,14 +213,14 @@ def _rewrite_mixed(contents: Contents) -> None:
             keys=tuple(key for key in dict.fromkeys(order) if key in keys),
         )
         if tars:
-            _pack(contents, plan)
+            _pack(contents, plan, report)
         else:
             copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored)
-            for shard in plan.shards():
+            for shard in counted(plan, recipe.table, report):
                 copier.write(folder, shard, contents.provenance)
 
 
-def _pack(contents: Contents, plan: TablePlan) -> None:
+def _pack(contents: Contents, plan: TablePlan, report: Report | None) -> None:
     packer = TarPacker(contents.folder, contents.recipes, contents.stored)
-    for shard in plan.shards():
+    for shard in counted(plan, plan.recipe.table, report):
         packer.pack_samples(shard, contents.by_joined_key, contents.sizes, contents.provenance)

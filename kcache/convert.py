@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kcache.assemble import finish_cache, wanted_keys
-from kcache.contents import Contents, RowCopier, check_new_cache, read_contents, sweep, table_states
+from kcache.contents import Contents, Report, RowCopier, check_new_cache, counted, read_contents, sweep, table_states
 from kcache.durable import exclusive
 from kcache.errors import ConfigError
 from kcache.formats import FORMATS
@@ -16,12 +16,20 @@ from kcache.tables import default_rows_per_shard
 __all__ = ["convert", "pack_tars"]
 
 
-def convert(cache: str | Path, new: str | Path, form: str, *, rows_per_shard: int | None = None) -> Manifest:
+def convert(
+    cache: str | Path,
+    new: str | Path,
+    form: str,
+    *,
+    rows_per_shard: int | None = None,
+    report: Report | None = None,
+) -> Manifest:
     """Write the cache at `cache` into the folder `new` in the form `form`, "zarr" or "webdataset".
 
     Samples, recipes and fingerprint stay; rows that no sample uses are left behind. `new` is a cache once all of it is
     there; after an interruption the same call finishes it. `rows_per_shard` None takes what makes about 256 MB.
-    Raises ConfigError, CacheMismatchError for a `new` that holds something else, CacheBusyError, and the errors of
+    `report` is called with what is written, how many rows or samples of it are done, and their number. Raises
+    ConfigError, CacheMismatchError for a `new` that holds something else, CacheBusyError, and the errors of
     `Cache.open` for `cache`.
     """
     if form not in FORMATS:
@@ -32,14 +40,14 @@ def convert(cache: str | Path, new: str | Path, form: str, *, rows_per_shard: in
     with exclusive(target):
         sweep(target)
         if form == "zarr":
-            _copy_to_tables(contents, target, rows_per_shard)
+            _copy_to_tables(contents, target, rows_per_shard, report)
         else:
-            pack_tars(contents, target, rows_per_shard)
+            pack_tars(contents, target, rows_per_shard, report)
         tables = table_states(target, form, contents.recipes)
         return finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
 
 
-def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None) -> None:
+def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None, report: Report | None) -> None:
     """Commit in `target` whatever of the tables it lacks; the cut is the same whenever it is resumed."""
     for name, state in contents.tables.items():
         there = table_states(target, "zarr", {name: state.recipe})[name]
@@ -52,18 +60,20 @@ def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None
             first_shard=there.next_shard,
         )
         copier, folder = RowCopier(contents.folder, state.recipe, state.stored), target / state.recipe.directory
-        for shard in plan.shards():
+        for shard in counted(plan, name, report):
             copier.write(folder, shard, contents.provenance)
         record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
 
 
-def pack_tars(contents: Contents, target: Path, rows_per_shard: int | None = None) -> None:
+def pack_tars(
+    contents: Contents, target: Path, rows_per_shard: int | None = None, report: Report | None = None
+) -> None:
     """Commit in `target` the tars of whatever samples it lacks; the cut is the same whenever it is resumed."""
     recipe = joined_recipe(SAMPLES, contents.recipes)
     packer = TarPacker(target, contents.recipes, contents.stored, rows_from=contents.folder)
     plan = plan_packing(target, contents.recipes, contents.candidates, rows_per_shard or default_rows_per_shard(recipe))
     for table in plan.tables:
-        for shard in table.shards():
+        for shard in counted(table, table.recipe.table, report):
             if table.recipe.table == RESERVED:
                 packer.pack_reserved(shard.name, contents.provenance)
             else:

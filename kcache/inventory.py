@@ -1,5 +1,6 @@
 """What a build has to do: what the source offers, which tables are wanted, and what of them is committed."""
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from kcache.sources import Refusal, Source, open_source
 from kcache.tables import decoder_components, default_rows_per_shard, prior_components, table_names, table_recipe
 
 __all__ = ["Inventory", "acceptable", "fetcher", "missing_rows", "take_inventory", "why_missing"]
+
+_REPORT_SECONDS = 10.0
+"""How often it is said how many images were looked through: for the first time, each of them is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,8 @@ def take_inventory(source: str, folder: Path, config: BuildConfig, say: Callable
         decoder = find_repository(config.pretrained_decoder_model_name_or_path, config.revision, components)
     with DigestMemo() as memo:
         say(opened.description)
-        recipes = {name: table_recipe(name, config, prior, decoder, memo, config.rehash) for name in tables}
-        candidates, unreadable = _candidates(opened, memo, config.rehash)
+        recipes = {name: table_recipe(name, config, prior, decoder, memo, config.rehash, say) for name in tables}
+        candidates, unreadable = _candidates(opened, memo, config.rehash, say)
     return Inventory(
         folder=folder,
         config=config,
@@ -158,9 +162,17 @@ def _recipe_notes(folder: Path, recipes: Mapping[str, Recipe]) -> list[str]:
     return notes
 
 
-def _candidates(source: Source, memo: DigestMemo, rehash: bool) -> tuple[list[Candidate], list[Refusal]]:
+def _candidates(
+    source: Source, memo: DigestMemo, rehash: bool, say: Callable[[str], None]
+) -> tuple[list[Candidate], list[Refusal]]:
     candidates, refused = [], []
+    begun = reported = time.monotonic()
     for i in range(len(source)):
+        if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
+            reported, rate = now, max(i, 1) / (now - begun)
+            say(
+                f"looked through {i:,} of {len(source):,} images, {rate:,.0f}/s, {(len(source) - i) / rate:,.0f} s left"
+            )
         captions = source.captions(i)
         try:
             key = source.image_key(i, memo, rehash)

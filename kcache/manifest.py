@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kcache.advice import instead_of_cache
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.recipe import SCHEMA_VERSION, STORED_DTYPES, Recipe, canonical_json
 
@@ -96,6 +97,8 @@ def read_manifest(cache: Path) -> Manifest:
     except FileNotFoundError:
         raise _not_found(cache) from None
     except OSError as error:
+        if (instead := instead_of_cache(cache)) is not None:
+            raise CacheNotFoundError(f"{cache} is not a finished cache: {instead}") from error
         raise CacheNotFoundError(f"{path} cannot be read: {error.strerror}; expected a cache's manifest") from error
     try:
         data = json.loads(content)
@@ -177,6 +180,8 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _not_found(cache: Path) -> CacheNotFoundError:
+    if not (cache / "plans").is_dir() and (instead := instead_of_cache(cache)) is not None:
+        return CacheNotFoundError(f"{cache} is not a finished cache: {instead}")
     if not cache.exists():
         found = "there is nothing at that path"
     elif (cache / "plans").is_dir():

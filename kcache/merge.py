@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kcache.assemble import TableState, finish_cache
 from kcache.collect import LiveShard, live_shards
-from kcache.contents import Contents, check_new_cache, read_contents, shard_recipes, sweep, table_states
+from kcache.contents import Contents, Report, check_new_cache, read_contents, shard_recipes, sweep, table_states
 from kcache.convert import pack_tars
 from kcache.durable import exclusive, sync_folder
 from kcache.errors import CacheMismatchError, ConfigError
@@ -26,12 +26,13 @@ from kcache.shards import Commit, discard_uncommitted, read_commits, read_side_f
 __all__ = ["merge"]
 
 
-def merge(new: str | Path, caches: Sequence[str | Path]) -> Manifest:
+def merge(new: str | Path, caches: Sequence[str | Path], *, report: Report | None = None) -> Manifest:
     """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.
 
-    `new` is a cache once all of it is there; after an interruption the same call finishes it. Raises
-    CacheMismatchError, field by field, for caches of other tables, recipes or another form, and for a `new` that holds
-    something else, and the errors of `Cache.open`.
+    `new` is a cache once all of it is there; after an interruption the same call finishes it. `report` is called with
+    the table, the shards linked and their number, then as by `convert`. Raises CacheMismatchError, field by field, for
+    caches of other tables, recipes or another form, and for a `new` that holds something else, and the errors of
+    `Cache.open`.
     """
     if not caches:
         raise ConfigError("no cache to merge given; expected at least one")
@@ -51,7 +52,7 @@ def merge(new: str | Path, caches: Sequence[str | Path]) -> Manifest:
                 (part.folder / recipe.directory, shards[recipe.directory])
                 for part, shards in zip(parts, live, strict=True)
             ]
-            _link_shards(sources, target / recipe.directory, recipe)
+            _link_shards(sources, target / recipe.directory, recipe, report)
         merged = replace(
             first,
             folder=target,
@@ -60,7 +61,7 @@ def merge(new: str | Path, caches: Sequence[str | Path]) -> Manifest:
             tables=_states(parts, target),
         )
         if form == "webdataset":
-            pack_tars(merged, target)
+            pack_tars(merged, target, report=report)
         else:
             for state in merged.tables.values():
                 rejected = list(state.rejected.values())
@@ -111,12 +112,16 @@ def _states(parts: Sequence[Contents], target: Path) -> dict[str, TableState]:
     }
 
 
-def _link_shards(sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe) -> None:
+def _link_shards(
+    sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe, report: Report | None
+) -> None:
     """Commit in `folder`, under new numbers, every shard in use that has rows which no shard before it has."""
     committed = {commit.name: commit for commit in read_commits(folder, recipe)}
     present: set[bytes] = set()
-    number = 0
-    for source, shard in ((source, shard) for source, shards in sources for shard in shards):
+    number, every = 0, [(source, shard) for source, shards in sources for shard in shards]
+    for done, (source, shard) in enumerate(every):
+        if report is not None:
+            report(recipe.table, done, len(every))
         keys = _shard_keys(source, shard.commit, recipe)
         if keys <= present:
             continue
@@ -130,6 +135,8 @@ def _link_shards(sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Pa
                 f"{folder / commit.name} is a shard of another merge; expected the one of {source}; "
                 f"remove {folder.parent} and merge again"
             )
+    if report is not None:
+        report(recipe.table, len(every), len(every))
 
 
 def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:

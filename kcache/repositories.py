@@ -5,7 +5,7 @@ Nothing here loads a network, and only safetensors, JSON and text files are fetc
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ _CONFIG_NAMES = {
 }
 _WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")
 """transformers' and diffusers' names for the weights of a component."""
+_LARGE_BYTES = 1_000_000_000
+"""Files above this take some seconds to digest."""
 _TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "vocab.json")
 _VOLATILE = {
     "architectures",
@@ -97,13 +99,27 @@ def component_config(repository: Repository, component: str) -> dict[str, Any]:
     return config
 
 
-def weights_digest(repository: Repository, component: str, memo: DigestMemo, rehash: bool = False) -> str:
+def weights_digest(
+    repository: Repository,
+    component: str,
+    memo: DigestMemo,
+    rehash: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
     """sha256 (hex) of the contents of the safetensors files that from_pretrained would load.
 
-    Of several shards, it is the sha256 of their names and digests. Raises ModelError when there are no such files.
+    Of several shards, it is the sha256 of their names and digests. `say` is told of large files that are not remembered
+    and have to be read. Raises ModelError when there are no such files.
     """
     files = _weights_files(repository, component)
-    digests = {path.name: memo.digest(path, "sha256", partial(_sha256, path), rehash) for path in files}
+
+    def compute(path: Path) -> bytes:
+        size = path.stat().st_size
+        if size > _LARGE_BYTES:
+            say(f"digesting the weights of {component}, {size / 1e9:.1f} GB: once, as long as they stay unchanged")
+        return _sha256(path)
+
+    digests = {path.name: memo.digest(path, "sha256", partial(compute, path), rehash) for path in files}
     if len(digests) == 1:
         return next(iter(digests.values())).hex()
     return _json_digest({name: digest.hex() for name, digest in digests.items()})

@@ -1,7 +1,6 @@
 """Where rows wait until a batch takes them: whole tables on the device or in memory, or files that are mapped."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,11 @@ import torch
 
 from kcache.cache import Cache
 from kcache.errors import ConfigError
+from kcache.limits import free_memory
 from kcache.rows import token_numbers, unit_bytes
 from kcache.shards import OFFSETS
 
-__all__ = ["RESIDENCIES", "DeviceTables", "available_memory", "choose_residency"]
+__all__ = ["RESIDENCIES", "DeviceTables", "choose_residency"]
 
 RESIDENCIES = ("auto", "gpu", "ram", "mmap")
 
@@ -87,13 +87,4 @@ def choose_residency(asked: str, cache: Any, fields: Sequence[str], processes: i
         return asked
     if size <= free // 2:
         return "gpu"
-    return "ram" if size * processes <= available_memory() // 2 else "mmap"
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without pushing others out; 0 where the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return "ram" if size * processes <= free_memory() // 2 else "mmap"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
 from kcache.arrays import read_npy
+from kcache.checksums import crc32c
 from kcache.durable import publish, remove, temporary_path, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.formats import zarr

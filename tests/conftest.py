@@ -2,11 +2,17 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more of what else the machine does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Before torch is imported. Its threads wait for each other by spinning: longer than what tiny networks compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,3 +66,57 @@ def build(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 def cache(build: Callable[..., str]) -> str:
     """A finished cache of the recorded pictures, float32, all tables."""
     return build()
+
+
+@pytest.fixture
+def kcache_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the `kcache` command in this process and returns its exit status."""
+    from kcache_cli import app as cli
+
+    monkeypatch.delenv("KCACHE_DEBUG", raising=False)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["kcache", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        return int(exited.value.code or 0)
+
+    return run
+
+
+@pytest.fixture
+def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, where the documents' Hub names and folders are local folders of tiny things."""
+    from kcache.config import DECODER_REPO, PRIOR_REPO
+
+    monkeypatch.chdir(tmp_path)
+    for name, real in {
+        PRIOR_REPO: oracle / "prior",
+        "lambdalabs/naruto-blip-captions": oracle / "data",
+        "photos": oracle / "data",
+    }.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(real)
+    shutil.copytree(oracle / "decoder", DECODER_REPO)
+    # As on the Hub: it is how diffusers finds the prior of a decoder.
+    Path(DECODER_REPO, "README.md").write_text(f"---\nprior:\n- {PRIOR_REPO}\n---\n")
+    Path("rates.toml").write_text('[[run]]\nname = "low"\n[[run]]\nname = "high"\nlearning_rate = 1e-3\n')
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def published(cache: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same cache as `cache`, in the webdataset form."""
+    from kcache.convert import convert
+
+    folder = str(tmp_path_factory.mktemp("published") / "cache")
+    convert(cache, folder, "webdataset")
+    return folder
+
+
+@pytest.fixture
+def place_with_cache(place: Path, cache: str, published: str) -> Path:
+    """A `place` that also has the cache which the documents read, in both forms."""
+    for name, real in {"caches/photos-64": cache, "published/photos-64": published}.items():
+        shutil.copytree(real, name)
+    return place

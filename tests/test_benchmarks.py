@@ -19,12 +19,19 @@ from build import cut
 from device import covered, device_kind
 from end_to_end import break_even
 from growth import verdict
+from levers import channels_last
 from models import make_network, read_configs
 from outcome import write_outcome
 from report import TITLES
+from roofline import KINDS, kind_of
 from train_step import speed_ups
 from upstream import time_upstream
 from workload import open_workload
+
+from kcache import compilation
+
+# What torch does while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = "--images 4 --image-side 64"
@@ -32,6 +39,7 @@ RUNS = {
     "train_step-prior": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --workers 1",
     "train_step-decoder-64-lora2": f"--stage decoder {SMALL} --resolution 64 --batch-size 2 --steps 1 --rounds 1 "
     "--workers 1 --lora-rank 2",
+    "train_step-prior-levers": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --levers --peak-tflops 1",
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
     "growth": "--sizes 500 5000 --batches 2 --rounds 1",
@@ -50,10 +58,13 @@ for step in tqdm(range(steps), desc="Steps"):
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all benchmarks write into one folder, and the page that report.py makes of it."""
     folder, kept = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("kept")
-    for name, words in RUNS.items():
-        script, *_ = name.split("-")
-        keep = ["--folder", str(kept)] if script != "growth" else []
-        importlib.import_module(script).main([*words.split(), *keep, "--output", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        # Kernels take long to make.
+        patch.setattr(compilation, "BACKEND", "eager")
+        for name, words in RUNS.items():
+            script, *_ = name.split("-")
+            keep = ["--folder", str(kept)] if script != "growth" else []
+            importlib.import_module(script).main([*words.split(), *keep, "--output", str(folder)])
     size = "--rows 256 --batch-size 8 --batches 2 --slow-batches 1 --rounds 1 --format zarr"
     command = [sys.executable, BENCHMARKS / "loader.py", *size.split(), "--output", folder / "loader-cpu.json"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -99,6 +110,67 @@ def test_a_training_step_is_compared_in_all_ways(results: Path, name: str, cache
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
 
 
+def test_levers_are_compared_with_the_plain_step(results: Path) -> None:
+    (case,) = outcome(results, "train_step-prior-levers")["results"]
+    plain = case["ways"]["cached, packed"]
+    levers = {way: row for way, row in case["ways"].items() if way.startswith("cached + ")}
+    if not torch.cuda.is_available():
+        names = ["compiled", "noise draws 4", "compiled, noise draws 4"]
+        assert list(levers) == list(case["speed_up"]) == [f"cached + {name}, packed" for name in names]
+        assert case["failed"] == {}
+    for way, row in levers.items():
+        if "draws" in way:
+            assert row["draws_per_second"] == pytest.approx(4 * row["images_per_second"], abs=0.1)
+        else:
+            assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert row["kernel_milliseconds"].keys() == {*KINDS, "other"}
+        assert row["kernel_milliseconds"]["matmul"] > 0
+        # One TFLOP/s was named as the peak.
+        assert row["of_peak"] == pytest.approx(row["teraflops"], abs=1e-3)
+    assert "| of a step |" in (results / "README.md").read_text()
+
+
+def test_weights_lie_channels_last_while_the_lever_is_set() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=True)
+    weight = network[0].weight
+    before = weight.detach().clone()
+
+    def step() -> torch.Tensor:
+        loss = network(torch.ones(1, 3, 4, 4)).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    plain = step()
+    with channels_last(network, optimizer):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert optimizer.state[weight]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(step(), plain)
+    assert weight.is_contiguous()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_TNN", "matmul"),
+        ("aten::addmm", "matmul"),
+        ("aten::mkldnn_convolution", "matmul"),
+        ("void flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("aten::copy_", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluBackward>", "other"),
+        ("triton_poi_fused_gelu_0", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
 def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
     found = outcome(results, "build")["results"]
     assert {name: table["rows"] for name, table in found["tables"].items()} == {
@@ -107,6 +179,10 @@ def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
     for table in found["tables"].values():
         assert table["rows_per_second"].keys() == {"encoder alone", "decoding alone", "build"}
         assert sum(table["shares"].values()) == pytest.approx(1, abs=1e-3)
+        assert 0 <= table["held_up"] <= table["shares"]["decode"] + 1e-3
+    ways = {f"{work}, {padding}" for work in ("encoder alone", "build") for padding in ("full", "trimmed")}
+    assert found["levers"]["text_padding"]["rows_per_second"].keys() == ways
+    assert 0 < found["levers"]["channels_last"]["largest_difference"] < 1e-4
     assert {form: build["samples"] for form, build in found["builds"].items()} == {"zarr": 4, "webdataset": 4}
 
 
@@ -154,6 +230,8 @@ def test_full_networks_are_as_large_as_the_published_ones() -> None:
 def test_speed_ups_are_medians_of_rounds() -> None:
     turns = {"cached": [(1.0, 0.0), (2.0, 0.0), (1.0, 0.0)], "online": [(3.0, 0.0), (4.0, 0.0), (9.0, 0.0)]}
     assert speed_ups(turns) == {"cached": {"online": 3.0}}
+    levers = {"cached": [(3.0, 0.0)], "cached + compiled": [(2.0, 0.0)], "compute only": [(1.0, 0.0)]}
+    assert speed_ups(levers, "cached") == {"cached + compiled": {"cached": 1.5}}
 
 
 def test_break_even_counts_the_build_and_both_starts() -> None:

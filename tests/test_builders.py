@@ -1,9 +1,6 @@
-"""Several builders of one cache: together they do what one does, whoever of them dies."""
+"""Several builders of one cache: who takes which shard, who waits for whom, and what the dead leave behind."""
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,30 +17,6 @@ from kcache.inventory import missing_rows, take_inventory
 from kcache.plan import claims_folder, freeze_plan
 from kcache.processes import this_process
 from kcache.shards import Commit
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kills.py"
-
-
-@pytest.fixture(scope="module")
-def together() -> dict[str, Any]:
-    """What the script says of 20 runs with two to four processes each; in every other run one is killed."""
-    arguments = ["--random", "0", "--every", "0", "--stops", "0", "--together", "20"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        check=False, capture_output=True, text=True, env=environment, timeout=280,
-    )  # fmt: skip
-    assert run.stdout, run.stderr[-3000:]
-    return json.loads(run.stdout)["results"]
-
-
-@pytest.mark.parametrize("form", ["zarr", "webdataset"])
-def test_processes_share_a_build_and_lose_nothing_with_one_of_them(together: dict[str, Any], form: str) -> None:
-    result = together[form]["together"]
-    assert result["runs"] == 10
-    assert result["kills"] >= 1
-    assert max(result["builders_that_encoded"]) > 1
-    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Opening and reading a cache: the rows asked for in the order asked, and nothing that was not committed."""
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,19 @@ def test_rows_are_the_committed_ones(folder: Path) -> None:
     entry = cache.manifest.tables["latents-32"]
     parts = [zarr.open_group(folder / shard.data)["latents"][:] for shard in entry.shards]
     assert (cache.read(range(100), ["latents"])["latents"] == np.concatenate(parts)).all()
+
+
+def test_more_shards_than_files_may_be_open(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    expected, cache = Cache.open(folder).read(range(100), FIELDS), Cache.open(folder)
+    free = os.open(folder, os.O_RDONLY)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, hard))
+        rows = cache.read(range(100), FIELDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all((rows[name] == expected[name]).all() for name in FIELDS)
 
 
 def test_each_sample_can_take_another_caption(folder: Path) -> None:

@@ -25,7 +25,7 @@ from kcache_cli.verify import show_verify
 
 COMMANDS = (
     "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
-    "train-prior", "train-decoder", "sample", "demo",
+    "train-prior", "train-decoder", "sample", "report", "demo",
 )  # fmt: skip
 
 
@@ -77,7 +77,8 @@ def build_arguments(inputs: Path, cache: Path) -> list[str]:
 
 
 def result_of(rejected: int = 0, encoded: int = 4) -> BuildResult:
-    tables = {"text": TableResult(encoded=encoded, present=2, bytes=1_500)}
+    seconds = {"decode": 0.5, "encode": 4.0, "write": 0.5, "held_up": 0.005}
+    tables = {"text": TableResult(encoded=encoded, present=2, bytes=1_500, seconds=seconds)}
     return BuildResult(cache="c", samples=4, rejected=rejected, tables=tables, seconds=1.0, notes=("a note",))
 
 
@@ -157,7 +158,7 @@ def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_pat
     (tmp_path / "merged" / ".tmp-1-dead").write_bytes(b"half a file")
     assert "1 path would be removed" in run("cache-gc", merged, "--dry-run").out
     assert json.loads(run("cache-gc", merged, "--json").out)["paths"] == [".tmp-1-dead"]
-    assert run("cache-convert", cache, str(tmp_path / "new"), "--format", "tar").status == 1
+    assert run("cache-convert", cache, str(tmp_path / "new"), "--format", "tar").status == 2
     assert run("cache-merge", str(tmp_path / "new"), cache, tars).status == 1
 
 
@@ -232,7 +233,11 @@ def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypat
     ran = run("cache-build", "s", "c", "--strict", "--json")
     assert ran.status == 3
     assert json.loads(ran.out)["rejected"] == 2
-    assert run("cache-build", "s", "c").status == 0
+    assert json.loads(ran.out)["tables"]["text"]["seconds"]["held_up"] == 0.005
+    ran = run("cache-build", "s", "c")
+    assert ran.status == 0
+    shares = "80% of the time encoding, 10% waiting for decoded inputs (0.1% with enough for a batch at hand)"
+    assert f"text: {shares}, 10% for the disk" in ran.out
 
 
 def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from kcache.card import CARD
 from kcache.convert import convert
 from kcache.sources import Refusal
 
-FLIPS = 1000
+FLIPS = 600
 """Per form of a cache."""
 
 
@@ -44,7 +44,7 @@ def test_no_flip_is_silent(cache: Path) -> None:
     put = sweep(cache, flips(cache, FLIPS, seed=0), loader_every=8)
     assert sum(put.values()) == FLIPS
     assert set(put) == kinds(cache)
-    assert min(put.values()) >= 100
+    assert min(put.values()) >= 60
 
 
 def test_no_cut_is_silent(cache: Path) -> None:

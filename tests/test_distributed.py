@@ -1,5 +1,6 @@
 """Two processes see what one would: the same samples, once each, and the same steps."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import LORA_WEIGHTS, STAGES, WEIGHTS, assert_equal_tensors, config, course
 
 from kcache.cache import Cache
 from kcache.checkpoint import latest_checkpoint
+from kcache.objectives import PriorObjective
 from kcache.trainer import train
+
+NETWORKS = [("prior", False), ("decoder", False), ("prior", True)]
+"""Stage, and whether adapters are trained."""
+STEPS = 7
+"""Of 4 of the 10 samples each: the first epoch ends within a step, the second with one."""
+AS_ONE = {"lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 SCRIPT = """
 # A process that waits for another for ever would outlive the test.
@@ -67,62 +77,73 @@ trainer.train(sys.argv[1], config(Path(sys.argv[2]), max_train_steps=1000, gradi
 """
 
 
-def run(cache: str, folder: Path, processes: int, *runs: dict[str, Any]) -> None:
-    """Train one run after another in `processes` processes; each leaves the samples that it saw in seen-RANK.json."""
-    (folder / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(folder / "script.py"), cache, *map(json.dumps, runs)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-
-
-def seen(run_dir: Path) -> list[str]:
-    """The images that all processes of a run saw, by their embedding."""
-    return [image for path in sorted(run_dir.glob("seen-*.json")) for image in json.loads(path.read_text())]
-
-
 def settings(output_dir: Path, stage: str, **changes: Any) -> dict[str, Any]:
     return vars(config(output_dir, stage, gradient_accumulation_steps=1, **changes))
 
 
+def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]]:
+    """A run that is not interrupted, and those that go on from each of its steps, only whose last step is kept."""
+    folder = folder / f"{stage}-{lora}"
+    changes = {"max_train_steps": STEPS, "use_ema": True, "lora_rank": 2 if lora else None}
+    checkpoints = [folder / "whole" / f"checkpoint-{step}" for step in range(1, STEPS)]
+    parts = [
+        settings(folder / f"from-{step}", stage, **changes, checkpointing_steps=STEPS, resume_from_checkpoint=str(path))
+        for step, path in enumerate(checkpoints, 1)
+    ]
+    return [settings(folder / "whole", stage, **changes, checkpointing_steps=1), *parts]
+
+
+@pytest.fixture(scope="module")
+def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that two processes train here, one run after another: to start them takes longer than the runs.
+
+    Each run leaves the samples that its processes saw in seen-RANK.json.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    runs = [settings(folder / f"as-one-{stage}", stage, **AS_ONE) for stage in STAGES]
+    runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
+    runs.append(settings(folder / "begun", "prior", max_train_steps=2, checkpointing_steps=2))
+    runs.append(settings(folder / "handed", "prior", checkpointing_steps=2))
+    (folder / "script.py").write_text(SCRIPT)
+    subprocess.run(
+        [*LAUNCHER, str(folder / "script.py"), cache, *map(json.dumps, runs)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    return folder
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_train_as_one_with_twice_the_accumulation(cache: str, tmp_path: Path, stage: str) -> None:
-    changes = {"lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2}
-    train(cache, config(tmp_path / "one", stage, **changes))
-    run(cache, tmp_path, 2, settings(tmp_path / "two", stage, **changes))
-    for two, one in zip(course(tmp_path / "two"), course(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    one_lines, two_lines = ((tmp_path / name / "validation.jsonl").read_text().split("\n") for name in ("one", "two"))
-    for two_line, one_line in zip(two_lines[:-1], one_lines[:-1], strict=True):
-        assert json.loads(two_line) == pytest.approx(json.loads(one_line), rel=1e-4)
+def test_two_processes_train_as_one_with_twice_the_accumulation(
+    cache: str, trained: Path, tmp_path: Path, stage: str
+) -> None:
+    two = trained / f"as-one-{stage}"
+    train(cache, config(tmp_path, stage, **AS_ONE))
+    for of_two, of_one in zip(course(two), course(tmp_path), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4)
+    lines_of_two, lines_of_one = ((run / "validation.jsonl").read_text().splitlines() for run in (two, tmp_path))
+    assert lines_of_two
+    for line_of_two, line_of_one in zip(lines_of_two, lines_of_one, strict=True):
+        assert json.loads(line_of_two) == pytest.approx(json.loads(line_of_one), rel=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [("prior", False), ("decoder", False), ("prior", True)])
-def test_two_processes_go_on_from_every_step(cache: str, tmp_path: Path, stage: str, lora: bool) -> None:
-    steps = 11
-    changes = {"max_train_steps": steps, "checkpointing_steps": 1, "use_ema": True, "lora_rank": 2 if lora else None}
-    whole = tmp_path / "whole"
-    parts = {
-        step: settings(
-            tmp_path / f"from-{step}", stage, **changes, resume_from_checkpoint=str(whole / f"checkpoint-{step}")
-        )
-        for step in range(1, steps)
-    }
-    run(cache, tmp_path, 2, settings(whole, stage, **changes), *parts.values())
+@pytest.mark.parametrize(("stage", "lora"), NETWORKS)
+def test_two_processes_go_on_from_every_step(trained: Path, stage: str, lora: bool) -> None:
+    whole = trained / f"{stage}-{lora}" / "whole"
     weights = LORA_WEIGHTS if lora else WEIGHTS[stage]
-    for step, part in parts.items():
-        folder = Path(part["output_dir"])
-        assert course(folder) == course(whole)[step:]
-        for name in (f"checkpoint-{steps}/optimizer.safetensors", f"checkpoint-{steps}/ema.safetensors", weights):
-            assert_equal_tensors(folder / name, whole / name)
+    for step in range(1, STEPS):
+        part = trained / f"{stage}-{lora}" / f"from-{step}"
+        assert course(part) == course(whole)[step:]
+        for name in (f"checkpoint-{STEPS}/optimizer.safetensors", f"checkpoint-{STEPS}/ema.safetensors", weights):
+            assert_equal_tensors(part / name, whole / name)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_ends_all_and_leaves_a_checkpoint(cache: str, tmp_path: Path, rank: int) -> None:
     (tmp_path / "script.py").write_text(STOPPED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), cache, str(tmp_path / "run"), str(rank)],
+        [*LAUNCHER, str(tmp_path / "script.py"), cache, str(tmp_path / "run"), str(rank)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -136,31 +157,33 @@ def test_a_signal_to_one_process_ends_all_and_leaves_a_checkpoint(cache: str, tm
 
 
 def test_one_process_goes_on_where_two_were_and_misses_no_sample(
-    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cache: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    samples = len(Cache.open(cache))
-    begun = settings(tmp_path / "two", "prior", max_train_steps=2, checkpointing_steps=2)
+    seen = [image for path in trained.glob("begun/seen-*.json") for image in json.loads(path.read_text())]
+    samples, predict = len(Cache.open(cache)), PriorObjective.predict
+    assert len(seen) == 2 * 4
+
+    def watched(self: PriorObjective, batch: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
+        seen.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch["image_embeds"])
+        return predict(self, batch, *inputs)
+
+    monkeypatch.setattr(PriorObjective, "predict", watched)
     left = samples * 2 - 2 * 4
     assert left % 2 == 0
-    latest = str(tmp_path / "two" / "checkpoint-2")
-    rest = settings(
-        tmp_path / "one", "prior", max_train_steps=2 + left // 2, checkpointing_steps=50, resume_from_checkpoint=latest
-    )
-    run(cache, tmp_path, 2, begun)
-    run(cache, tmp_path, 1, rest)
-    times = Counter(seen(tmp_path / "two") + seen(tmp_path / "one"))
+    steps = {"max_train_steps": 2 + left // 2, "resume_from_checkpoint": str(trained / "begun" / "checkpoint-2")}
+    with caplog.at_level("WARNING"):
+        train(cache, config(tmp_path, gradient_accumulation_steps=1, **steps))
+    assert "4 samples per step, this run takes 2" in caplog.text
+    times = Counter(seen)
     assert len(times) == samples
     assert set(times.values()) == {2}
-    with caplog.at_level("WARNING"):
-        train(cache, config(tmp_path / "here", gradient_accumulation_steps=1, resume_from_checkpoint=latest))
-    assert "4 samples per step, this run takes 2" in caplog.text
 
 
-def test_two_processes_may_hand_over_to_one_with_twice_the_accumulation(cache: str, tmp_path: Path) -> None:
-    train(cache, config(tmp_path / "one", checkpointing_steps=2))
-    run(cache, tmp_path, 2, settings(tmp_path / "two", "prior", checkpointing_steps=2))
-    path = str(tmp_path / "two" / "checkpoint-2")
-    train(cache, config(tmp_path / "resumed", resume_from_checkpoint=path))
+def test_two_processes_may_hand_over_to_one_with_twice_the_accumulation(
+    cache: str, trained: Path, tmp_path: Path
+) -> None:
+    train(cache, config(tmp_path / "one"))
+    train(cache, config(tmp_path / "resumed", resume_from_checkpoint=str(trained / "handed" / "checkpoint-2")))
     for resumed, one in zip(course(tmp_path / "resumed"), course(tmp_path / "one")[2:], strict=True):
         assert resumed == pytest.approx(one, rel=1e-4)
 

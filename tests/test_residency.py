@@ -53,7 +53,7 @@ def test_auto_takes_the_nearest_place_where_the_tables_fit(cache: Cache, monkeyp
     size = cache.resident_bytes(FIELDS)
     free = {"device": 0, "host": 0}
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free["device"], 10**12))
-    monkeypatch.setattr("kcache.residency.available_memory", lambda: free["host"])
+    monkeypatch.setattr("kcache.residency.free_memory", lambda: free["host"])
 
     def chosen(device: torch.device, on_device: int, on_host: int, processes: int = 1) -> str:
         free.update(device=on_device, host=on_host)

@@ -16,7 +16,7 @@ from kcache.errors import CacheMismatchError, RunError
 from kcache.run_directory import checkpoint_to_resume
 from kcache.trainer import train
 
-STEPS = 12
+STEPS = 8
 ALL = {
     "gradient_accumulation_steps": 1,
     "max_train_steps": STEPS,

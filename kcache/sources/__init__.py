@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from kcache.advice import instead_of_source
 from kcache.errors import SourceError
 from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
 from kcache.sources.protocol import Refusal, Source
@@ -44,6 +45,8 @@ def open_source(
     )
     path = Path(spec)
     try:
+        if not _URL.match(spec) and "{" not in spec and (instead := instead_of_source(path)) is not None:
+            raise SourceError(instead)
         if path.is_dir():
             if any((path / name).exists() for name in SAVED_DATASET_NAMES):
                 return open_saved_dataset(path, request)
