@@ -99,7 +99,7 @@ def test_every_command_shows_examples(command: str) -> None:
 def test_every_setting_is_a_flag() -> None:
     train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
     assert set(BUILD_HELP) == {field.name for field in dataclasses.fields(BuildConfig)}
-    assert set(DECODER_HELP) == train_fields - {"caption_dropout", "packing"}
+    assert set(DECODER_HELP) == train_fields - {"caption_dropout", "packing", "noise_draws"}
     assert set(PRIOR_HELP) == train_fields - {"resolution", "image_dropout"}
 
 

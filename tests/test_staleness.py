@@ -29,6 +29,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, int], str]] = [
     ({"dtype": "float16"}, ALL, "stored_dtype"),
     ({"mixed_precision": "bf16"}, ALL, "compute_dtype"),
     ({"batch_size": 2}, ALL, "batch_shape"),
+    ({"text_padding": "trimmed"}, TEXT, "preprocess.pad_to_multiple_of preprocess.padding"),
     ({"resolution": (32,)}, {"latents-32": 3}, ""),
 ]
 """What is changed in the settings, what is missing then, and which field of the recipes says why."""
