@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import demo_seeds
 from plots import draw_growth, draw_loader, draw_train_steps
 
 __all__ = ["main"]
@@ -25,6 +26,7 @@ TITLES = {
     "loader": "The loader",
     "growth": "Growth",
     "parity": "Cached against online",
+    "demo": "The demo",
 }
 """Heading of each benchmark, in the order of the page."""
 
@@ -177,6 +179,11 @@ def parity_lines(report: Report) -> list[str]:
     return table(["", *(f"{what}, {pair}" for pair in pairs for what in ("loss", "weight"))], rows)
 
 
+def demo_lines(report: Report) -> list[str]:
+    """What each demo reached, in per cent and root mean squared differences of pixels."""
+    return table(demo_seeds.HEAD, [demo_seeds.row(name, found) for name, found in report["results"].items()])
+
+
 LINES: dict[str, Callable[[Report], list[str]]] = {
     "train_step": train_step_lines,
     "end_to_end": end_to_end_lines,
@@ -184,6 +191,7 @@ LINES: dict[str, Callable[[Report], list[str]]] = {
     "loader": loader_lines,
     "growth": growth_lines,
     "parity": parity_lines,
+    "demo": demo_lines,
 }
 
 
@@ -227,6 +235,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if reports:
                 pictures.append(folder / f"{benchmark}-{kind}.png")
                 draw(reports, pictures[-1])
+    pictures += folder.glob("demo-*.png")
     (folder / "README.md").write_text(page(found, pictures), encoding="utf-8")
     for path in (folder / "README.md", *pictures):
         print(path)

@@ -94,8 +94,11 @@ def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         PRIOR_REPO: oracle / "prior",
         "lambdalabs/naruto-blip-captions": oracle / "data",
         "photos": oracle / "data",
+        "own": oracle / "data",
+        "demo-out/runs/prior": oracle / "prior",
+        "demo-out/runs/decoder": oracle / "decoder",
     }.items():
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(real)
     shutil.copytree(oracle / "decoder", DECODER_REPO)
     # As on the Hub: it is how diffusers finds the prior of a decoder.

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 SMALLER = {
     "768": "64",
+    "--resolution 32": "--resolution 64",
     "height=64, width=64": "height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2",
     "--mixed-precision fp16": "--mixed-precision no",
     "--val-fraction 0.02": "--val-fraction 0.4",

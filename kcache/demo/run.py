@@ -41,8 +41,8 @@ WHOLE = DemoSize(
 )
 QUICK = DemoSize(
     pictures=1437,
-    prior_steps=200,
-    decoder_steps=400,
+    prior_steps=150,
+    decoder_steps=220,
     repeated_steps=10,
     looks=1,
     questions=40,
