@@ -40,7 +40,15 @@ from kcache.errors import ConfigError
 from kcache_cli.app import app
 
 TINY = DemoSize(
-    pictures=64, prior_steps=12, decoder_steps=12, repeated_steps=10, looks=1, questions=2, samples=2, sampling_steps=2
+    pictures=64,
+    prior_steps=12,
+    decoder_steps=12,
+    decoder_batch_size=32,
+    repeated_steps=10,
+    looks=1,
+    questions=2,
+    samples=2,
+    sampling_steps=2,
 )
 
 
@@ -351,7 +359,7 @@ def test_a_run_with_the_encoders_in_the_loop_is_repeated_from_the_cache(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     cache, pictures = finished[0] / "cache", finished[0] / "pictures"
-    config = replace(stage_config("prior", tmp_path / "prior", 3, 0), online=str(pictures))
+    config = replace(stage_config("prior", tmp_path / "prior", 3, 64, 0), online=str(pictures))
     result = repeat(cache, config, pictures, train(cache, config), 2)
     assert (len(result.online.losses), result.repeated) == (3, 2)
     assert result.largest_difference == 0

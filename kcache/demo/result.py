@@ -16,6 +16,8 @@ class DemoSize:
     """Pictures to train on; there are 1,437 scans, and 20 ways to draw each."""
     prior_steps: int
     decoder_steps: int
+    decoder_batch_size: int
+    """Pictures of one of its steps; the prior takes 64."""
     repeated_steps: int
     """Steps that are made a second time, to compare: with the encoders in the loop, or without."""
     looks: int

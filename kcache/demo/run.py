@@ -23,6 +23,7 @@ __all__ = ["QUICK", "WHOLE", "Format", "run_demo"]
 
 MARKER = ".kcache-demo"
 """File that says that a folder is a demo's own, to be emptied by the next."""
+PRIOR_BATCH_SIZE = 64
 SHOWN = 8
 """Prompts that are drawn while the decoder learns, of different digits."""
 
@@ -33,6 +34,7 @@ WHOLE = DemoSize(
     pictures=5748,
     prior_steps=500,
     decoder_steps=850,
+    decoder_batch_size=32,
     repeated_steps=40,
     looks=4,
     questions=40,
@@ -42,7 +44,8 @@ WHOLE = DemoSize(
 QUICK = DemoSize(
     pictures=1437,
     prior_steps=150,
-    decoder_steps=220,
+    decoder_steps=270,
+    decoder_batch_size=16,
     repeated_steps=10,
     looks=1,
     questions=40,
@@ -180,11 +183,14 @@ def _train(demo: _Demo) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple
     if demo.online:
         way, other = other, way
     stages = []
-    runs_to_do: tuple[tuple[Stage, int], ...] = (("prior", demo.size.prior_steps), ("decoder", demo.size.decoder_steps))
-    for stage, steps in runs_to_do:
-        config = replace(
-            stage_config(stage, runs / stage, steps, demo.seed), online=str(pictures) if demo.online else None
-        )
+    size = demo.size
+    runs_to_do: tuple[tuple[Stage, int, int], ...] = (
+        ("prior", size.prior_steps, PRIOR_BATCH_SIZE),
+        ("decoder", size.decoder_steps, size.decoder_batch_size),
+    )
+    for stage, steps, batch_size in runs_to_do:
+        config = stage_config(stage, runs / stage, steps, batch_size, demo.seed)
+        config = replace(config, online=str(pictures) if demo.online else None)
         if stage == "decoder":
             config = with_looks(config, steps, demo.size.looks, prompts, runs / "prior")
         with demo.spending(stage, f"training the {stage} for {steps} steps {way}"):

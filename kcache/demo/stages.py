@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "cut_looks", "repeat", "stage_config", "train", "with_looks"]
 
-BATCH_SIZES = {"prior": 64, "decoder": 32}
-
 Stage = Literal["prior", "decoder"]
 """The network that learns."""
 
@@ -30,13 +28,13 @@ class _Enough(Exception):
     """Raised to end a training run whose first steps are all that is asked for."""
 
 
-def stage_config(stage: Stage, run_dir: Path, steps: int, seed: int) -> TrainConfig:
+def stage_config(stage: Stage, run_dir: Path, steps: int, batch_size: int, seed: int) -> TrainConfig:
     """How the demo trains: what `kcache train-prior` or `kcache train-decoder` would be told."""
     return TrainConfig(
         stage=stage,
         output_dir=str(run_dir),
         seed=seed,
-        train_batch_size=BATCH_SIZES[stage],
+        train_batch_size=batch_size,
         max_train_steps=steps,
         learning_rate=1e-3,
         lr_scheduler="cosine",
