@@ -22,7 +22,7 @@ from growth import verdict
 from levers import channels_last
 from models import make_network, read_configs
 from outcome import write_outcome
-from report import TITLES
+from report import TITLES, demo_lines
 from roofline import KINDS, kind_of
 from train_step import speed_ups
 from upstream import time_upstream
@@ -205,12 +205,19 @@ def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
 
 def test_report_shows_every_benchmark(results: Path) -> None:
     page = (results / "README.md").read_text()
-    assert all(f"\n## {title}, " in page for title in TITLES.values())
+    assert all(f"\n## {title}, " in page for name, title in TITLES.items() if name != "demo")
     for picture in ("train_step", "loader", "growth"):
         assert (results / f"{picture}-cpu.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({picture}-cpu.png)" in page
     (case,) = outcome(results, "train_step-prior")["results"]
     assert f"| cached, packed | {case['ways']['cached, packed']['images_per_second']:,.1f} |" in page
+
+
+def test_report_shows_what_demos_reached() -> None:
+    report = json.loads((BENCHMARKS / "results" / "demo-cpu.json").read_text())
+    head, _, *rows = demo_lines(report)
+    assert "all three" in head
+    assert [line.split(" | ")[0] for line in rows if line] == [f"| {name}" for name in report["results"]]
 
 
 def test_full_networks_are_as_large_as_the_published_ones() -> None:
