@@ -21,7 +21,8 @@ def demo(
     *,
     output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-out"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Train a quarter as long: a minute, blurred pictures, many of them wrong.")
+        bool,
+        typer.Option("--quick", help="Train a quarter as long: some 90 seconds, blurred pictures, half of them wrong."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides first weights, order and noise.")] = 0,
     format: Annotated[Literal["zarr", "webdataset"], typer.Option(help="Form of the cache.")] = "zarr",
