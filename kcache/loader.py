@@ -26,8 +26,7 @@ Batch = dict[str, torch.Tensor]
 STATE_VERSION = 1
 FILL_THREADS = {"gpu": 2, "ram": 2, "mmap": 2, "online": 1}
 """Threads that fill batches, by residency. Copies and checksums of many rows at a time hold no lock of Python's: two
-threads with a core each are faster. In three runs of 64 rows of 74 kB, as shares of one np.take's speed, they reached
-1.1 to 1.6 and one thread 0.6 to 0.9 ("ram"), 0.36 to 0.63 and one 0.32 to 0.47 ("mmap")."""
+threads use two cores. Encoders take all there are."""
 PREFETCH_BATCHES = 2
 """Batches that wait ready: enough to hide one slow read, few enough that their memory stays in the processor's cache:
 a copy into four blocks in turn took 1.26 times as long as into one, into eight 1.37 times."""
