@@ -22,6 +22,7 @@ from kcache.manifest import MANIFEST, Manifest
 from kcache.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.processes import is_gone
 from kcache.shards import record_rejections
+from kcache.stopping import stop_here, stopped_when_safe
 from kcache.tables import default_rows_per_shard
 
 __all__ = [
@@ -84,8 +85,9 @@ _SHARD_FOLDERS = ("image_embeds-", "text-", "latents-", f"{SAMPLES}-", f"{RESERV
 def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report | None = None) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
-    An interrupted build goes on where it stopped, and several processes may build one cache together. Inputs that
-    cannot be cached are named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
+    An interrupted build goes on where it stopped, and several processes may build one cache together. On SIGINT or
+    SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be cached are
+    named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
     CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
     job = survey(source, cache, config, partial(_say, report))
@@ -102,7 +104,7 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
     builder = Builder(job, place, patience, report)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with shared(folder):
+    with shared(folder), stopped_when_safe():
         while True:
             with turn(folder, patience):
                 _sweep(folder)
@@ -114,6 +116,7 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
                     manifest = _assemble(job, states)
                     break
             builder.work_off(plan)
+        stop_here()
     tables = {
         name: TableResult(
             encoded=count - before[name],

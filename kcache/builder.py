@@ -21,6 +21,7 @@ from kcache.inventory import Inventory, fetcher
 from kcache.joining import RESERVED, SAMPLES, TarPacker, joined_keys
 from kcache.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.samples import sample_ids
+from kcache.stopping import stop_here
 
 if TYPE_CHECKING:
     from kcache.encoding import Meter
@@ -214,6 +215,7 @@ class _Progress:
         self._reported = 0.0
 
     def add(self, inputs: int, busy: Mapping[str, float]) -> None:
+        stop_here()
         self._done += inputs
         now = time.perf_counter()
         if self._report and (now - self._reported >= REPORT_SECONDS or self._done == self.total):

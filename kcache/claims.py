@@ -16,6 +16,7 @@ from pathlib import Path
 from kcache.durable import create_bytes, json_bytes
 from kcache.errors import CacheBusyError, CacheCorruptError
 from kcache.processes import Process, is_gone, is_here, this_process
+from kcache.stopping import stop_here
 
 __all__ = ["TURN", "Patience", "holder", "let_go", "take", "turn", "worker_place"]
 
@@ -128,6 +129,7 @@ class Patience:
             self._next_message = now + REMIND_SECONDS
             self.say(f"waiting for {other}, which holds {claim}")
         time.sleep(POLL_SECONDS)
+        stop_here()
 
 
 @contextmanager

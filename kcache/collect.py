@@ -20,6 +20,7 @@ from kcache.joining import RESERVED, SAMPLES, TarPacker, joined_keys, packed_key
 from kcache.plan import TablePlan, open_plan, shard_name
 from kcache.recipe import Recipe
 from kcache.shards import Commit, next_shard, read_commits, record_commit
+from kcache.stopping import stop_here, stopped_when_safe
 from kcache.tables import default_rows_per_shard
 
 __all__ = ["Garbage", "LiveShard", "collect_garbage", "find_garbage", "live_shards"]
@@ -65,7 +66,7 @@ def collect_garbage(
     """
     folder = Path(cache)
     contents = read_contents(folder)
-    with exclusive(folder):
+    with exclusive(folder), stopped_when_safe():
         if open_plan(folder) is not None:
             raise CacheIncompleteError(
                 f"{folder} has an unfinished build, whose rows would be taken for garbage; expected none; "
@@ -81,6 +82,7 @@ def collect_garbage(
         garbage = find_garbage(contents, live)
         if not dry_run:
             for done, path in enumerate(garbage.paths, start=1):
+                stop_here()
                 remove(folder / path)
                 if report is not None:
                     report("removed", done, len(garbage.paths))

@@ -22,6 +22,7 @@ from kcache.rows import FieldFiles, field_files, gather
 from kcache.samples import Sample
 from kcache.shards import RowBlock, commit_shard, read_commits
 from kcache.sources import Refusal
+from kcache.stopping import stop_here
 
 __all__ = [
     "Contents",
@@ -203,6 +204,7 @@ def counted(plan: TablePlan, name: str, report: Report | None) -> Iterator[Plann
     done = 0
     for shard in plan.shards():
         yield shard
+        stop_here()
         done += len(shard.keys)
         if report is not None:
             report(name, done, len(plan.keys))

@@ -11,6 +11,7 @@ from kcache.joining import RESERVED, SAMPLES, TarPacker, joined_recipe, plan_pac
 from kcache.manifest import Manifest
 from kcache.plan import plan_table
 from kcache.shards import record_rejections
+from kcache.stopping import stopped_when_safe
 from kcache.tables import default_rows_per_shard
 
 __all__ = ["convert", "pack_tars"]
@@ -37,7 +38,7 @@ def convert(
     contents, target = read_contents(Path(cache)), Path(new)
     check_new_cache(target, form, contents.recipes, contents.manifest.samples_digest)
     target.mkdir(parents=True, exist_ok=True)
-    with exclusive(target):
+    with exclusive(target), stopped_when_safe():
         sweep(target)
         if form == "zarr":
             _copy_to_tables(contents, target, rows_per_shard, report)

@@ -48,9 +48,9 @@ def temporary_path(folder: Path) -> Path:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder in `parent` under a temporary name, to be published in the block; gone when the block fails."""
     folder = temporary_path(parent)
-    with writing(folder):
-        folder.mkdir()
     try:
+        with writing(folder):
+            folder.mkdir()
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from kcache.plan import shard_name
 from kcache.recipe import Recipe, recipe_differences
 from kcache.samples import Sample, sample_ids, samples_digest
 from kcache.shards import Commit, discard_uncommitted, read_commits, read_side_file, record_rejections, write_commit
+from kcache.stopping import stop_here, stopped_when_safe
 
 __all__ = ["merge"]
 
@@ -44,7 +45,7 @@ def merge(new: str | Path, caches: Sequence[str | Path], *, report: Report | Non
     form, recipes = first.manifest.format, first.recipes
     check_new_cache(target, form, recipes, samples_digest(samples))
     target.mkdir(parents=True, exist_ok=True)
-    with exclusive(target):
+    with exclusive(target), stopped_when_safe():
         sweep(target)
         live = [live_shards(part) for part in parts]
         for recipe in shard_recipes(form, recipes):
@@ -120,6 +121,7 @@ def _link_shards(
     present: set[bytes] = set()
     number, every = 0, [(source, shard) for source, shards in sources for shard in shards]
     for done, (source, shard) in enumerate(every):
+        stop_here()
         if report is not None:
             report(recipe.table, done, len(every))
         keys = _shard_keys(source, shard.commit, recipe)

@@ -2,13 +2,11 @@
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from kcache.noise import draw_seed
 from kcache.publishing import check_publishing, publish_run
 from kcache.result import leave_result
 from kcache.run_log import Progress, RunLog
+from kcache.stopping import stop_here, stopped_when_safe
 from kcache.training_run import TrainingRun, prepare_run
 
 __all__ = ["Progress", "TrainResult", "take_step", "train"]
@@ -68,7 +67,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     log.restart_clock()
     step, progress, begun = run.first_step, None, time.perf_counter()
 
-    with closing(log), closing(run.loader.forever()) as batches, _caught_signals() as caught:
+    with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
         while step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
             loss, grad_norm = take_step(run, batches)
@@ -92,7 +91,8 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
                     logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
-                raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(128 + signal.SIGTERM)
+                stop_here()
+                raise SystemExit(128 + signal.SIGTERM)  # another process was asked
 
     seconds = time.perf_counter() - begun
     address = None
@@ -135,25 +135,3 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
 
 def _any_process(accelerator: Any, caught: list[int]) -> bool:
     return bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are added to instead of ending the process; a second one acts as it would have."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

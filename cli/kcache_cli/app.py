@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 import typer
 
@@ -64,10 +65,20 @@ def main() -> None:
 
     Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    came: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background of a script, for Ctrl-C
+            signal.signal(number, end)
     try:
         app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
     except (KcacheError, OSError) as error:
+        if came:  # what a library makes of being ended in the middle is not what happened
+            sys.exit(128 + came[0])
         if os.environ.get("KCACHE_DEBUG") == "1":
             traceback.print_exc()
         else:
