@@ -6,10 +6,11 @@ Writes a synthetic cache of float16 latents at 768 pixels (73,728 bytes a row) i
 lies in the page cache, then takes turns: gathers from an array in memory, the loader in each residency, and what else
 reads such files. "gpu" uploads its tables to --device, which is the CPU unless said, and verifies them on the way, as
 "ram" does; "mmap" verifies each row as it copies it. "mmap, first epoch" has its pages still to map, "mmap" has been
-through one epoch. All give batches in random order, but for webdataset, which has none: it streams through a shuffle
-buffer. zarr-python and tensorstore verify the checksums of chunks of 64 rows, webdataset none. --cold drops the files
-from the page cache before each round (Linux) and compares with reading them in sequence. Prints tables and writes JSON
-with the hardware and the versions.
+through one epoch. "plain copy of mapped files" copies their rows with nothing else done, in one thread. All give
+batches in random order, but for webdataset, which has none: it streams through a shuffle buffer. zarr-python and
+tensorstore verify the checksums of chunks of 64 rows, webdataset none. --cold drops the files from the page cache
+before each round (Linux) and compares with reading them in sequence. Prints tables and writes JSON with the hardware
+and the versions.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.convert import convert
 from kcache.formats import FORMATS
+from kcache.index import open_index
 from kcache.loader import CacheLoader
 
 ROW_BYTES = 4 * 96 * 96 * 2
@@ -49,6 +51,19 @@ def gather_batches(rows: np.ndarray, batch_size: int, *, reuse: bool) -> Iterato
             chosen = order[start : start + batch_size]
             # mode="clip" spares numpy a copy through a buffer of its own: the fastest gather it has.
             yield np.take(rows, chosen, axis=0, out=buffer, mode="clip") if reuse else rows[chosen]
+
+
+def copied_batches(cache: Cache, batch_size: int) -> Iterator[np.ndarray]:
+    """Random batches copied out of the mapped files into one reused buffer and not verified: what mapping can give."""
+    rng, files = np.random.default_rng(0), cache.field_files("latents")
+    entries = open_index(cache.path, cache.manifest)[cache.table_of("latents")]
+    places = list(zip(entries["shard"].tolist(), entries["latents"]["offset"].tolist(), strict=True))
+    buffer = np.empty(batch_size * ROW_BYTES, np.uint8)
+    while True:
+        order = rng.permutation(len(cache)).tolist()
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            pieces = [piece for i in order[start : start + batch_size] for piece in files.pieces(*places[i], ROW_BYTES)]
+            yield np.concatenate(pieces, out=buffer)
 
 
 def shard_rows(cache: Cache) -> list[tuple[str, int]]:
@@ -176,12 +191,16 @@ def warm_ways(folder: Path, arguments: argparse.Namespace) -> dict[str, tuple[Ca
         device = arguments.device if residency == "gpu" else "cpu"
         return CacheLoader(Cache.open(folder), ["latents"], size, residency=residency, device=device)
 
+    mapped = Cache.open(folder)
+    for _ in islice(copied_batches(mapped, size), arguments.rows // size):  # each page is mapped
+        pass
     ready = {residency: loader(residency) for residency in ("gpu", "ram", "mmap")}
     for _ in ready["mmap"]:  # each page is mapped
         pass
     ways: dict[str, tuple[Callable[[], Iterator[Any]], int]] = {
         "gather, reused buffer": (lambda: gather_batches(rows, size, reuse=True), count),
         "gather, new arrays": (lambda: gather_batches(rows, size, reuse=False), count),
+        "plain copy of mapped files": (lambda: copied_batches(mapped, size), count),
         f"loader, gpu on {arguments.device}": (ready["gpu"].forever, count),
         "loader, ram": (ready["ram"].forever, count),
         "loader, mmap": (ready["mmap"].forever, count),

@@ -22,11 +22,19 @@ def joined_crc32c(checksums: np.ndarray, length: int) -> int:
     """
     if not len(checksums):
         return 0
-    bits = (checksums[:, None] >> np.arange(32, dtype=np.uint32)) & 1
-    return int(np.bitwise_xor.reduce(bits * _advances(length, len(checksums)), axis=None))
+    terms, starts = _terms(length, len(checksums))
+    return int(np.bitwise_xor.reduce(terms[starts + checksums.astype("<u4").view(np.uint8)]))
 
 
 @lru_cache(maxsize=16)
+def _terms(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each value of each byte of `count` checksums adds to that of all, and where each byte's 256 values start."""
+    bits = (np.arange(256)[:, None] >> np.arange(8)).astype(np.uint32) & 1
+    columns = _advances(length, count).reshape(-1, 1, 8)  # by byte
+    terms = np.bitwise_xor.reduce(columns * bits, axis=2)  # a look-up for each byte takes a third of eight bits' sums
+    return terms.reshape(-1), np.arange(0, terms.size, 256)
+
+
 def _advances(length: int, count: int) -> np.ndarray:
     """What each bit of the i-th of `count` checksums becomes when what is behind it is appended, (count, 32) uint32."""
     step, advances = _advance(length), np.empty((count, 32), np.uint32)

@@ -22,8 +22,6 @@ Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
 
 _TOGETHER = 64
 """Rows whose checksums are looked at together."""
-_HOT_BYTES = 1 << 19
-"""Bytes that are copied by one call and then verified, while they are still in the processor's cache."""
 
 
 class RowFile(NamedTuple):
@@ -185,22 +183,18 @@ def _copy(files: FieldFiles, shards: np.ndarray, offsets: np.ndarray, bounds: np
 def _copy_verified(
     files: FieldFiles, shards: np.ndarray, locators: np.ndarray, bounds: np.ndarray, flat: np.ndarray
 ) -> None:
-    """`_copy` and `_verify` for rows of one length, which nothing interrupts: few, long calls without Python's lock.
+    """`_copy` and `_verify` for rows of one length, in one long call each: between calls, threads wait for each other.
 
     The checksum of all rows together is compared; only when it is another are they verified one by one.
     """
-    length, start = int(bounds[1] - bounds[0]), int(bounds[0])
+    start, length = int(bounds[0]), int(bounds[1] - bounds[0])
     contents = {shard: files.content(shard) for shard in set(shards.tolist())}
     places = list(zip(shards.tolist(), locators["offset"].tolist(), strict=True))
     pieces = [contents[shard][offset : offset + length] for shard, offset in places]
     if sum(map(len, pieces)) != bounds[-1] - bounds[0]:
         _raise_cut(files, [(shard, offset, length) for shard, offset in places])
-    step, found = max(1, _HOT_BYTES // max(1, length)), 0
-    for first in range(0, len(pieces), step):
-        some = pieces[first : first + step]
-        copied = flat[start + first * length : start + (first + len(some)) * length]
-        found = crc32c(np.concatenate(some, out=copied), found)
-    if found != joined_crc32c(locators["crc32c"], length):
+    copied = np.concatenate(pieces, out=flat[start : int(bounds[-1])])
+    if crc32c(copied) != joined_crc32c(locators["crc32c"], length):
         _verify(files, shards, locators, bounds, flat)  # tells which row it is
 
 
