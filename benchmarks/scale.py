@@ -1,10 +1,10 @@
-"""What kcache takes at scale: opening a large cache, its first batch and its memory, and a build with nothing to do.
+"""What kcache takes at scale: opening a large cache, its first batch, its report, and a build with nothing to do.
 
     python benchmarks/scale.py --output scale.json
 
-Writes two caches without encoders. One has a million samples of tiny rows; fresh processes open it, read batches and
-note seconds and memory. The other is of a folder of 100,000 one-pixel images; `kcache cache-build` then finds nothing
-to do, twice: with the digests of the images remembered, as they are from the first build on, and without.
+Writes two caches without encoders. One has a million samples of tiny rows; fresh processes open it, read batches, write
+its report, and note seconds and memory. The other is of a folder of 100,000 one-pixel images; `kcache cache-build` then
+finds nothing to do, twice: with the digests of the images remembered, as they are from the first build on, and without.
 """
 
 import argparse
@@ -68,6 +68,22 @@ print(json.dumps({"first_batch_seconds": first, "memory_bytes_after_400_batches_
 """
 
 
+REPORT = """
+import json, sys, time
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+from kcache.report.write import ReportConfig, write_report
+imported = peak()
+start = time.perf_counter()
+write_report(ReportConfig(path=sys.argv[1], output=sys.argv[2]))
+print(json.dumps({"report_seconds": time.perf_counter() - start, "imported_memory_bytes": imported,
+    "peak_memory_bytes": peak()}))
+"""
+
+
 def fresh(script: str, *arguments: str) -> dict[str, Any]:
     """What `script` prints in a process of its own."""
     command = [sys.executable, "-c", script, *arguments]
@@ -84,6 +100,7 @@ def measure_large(scratch: Path, samples: int) -> dict[str, Any]:
     fields = "image_embeds,text_embeds,text_encoder_hidden_states"
     for shuffle in ("full", "block"):
         results[f"loader, {shuffle} shuffle"] = fresh(LOAD, str(folder), shuffle, fields)
+    results["report"] = fresh(REPORT, str(folder), str(scratch / "report.html"))
     return results
 
 

@@ -18,7 +18,7 @@ from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
 from kcache.index import CAPTION_BOUNDS, StoredRows, stored_rows, write_index
 from kcache.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.recipe import Recipe
-from kcache.samples import Sample, read_samples, sample_ids, write_samples
+from kcache.samples import Sample, sample_ids, stored_samples, write_samples
 from kcache.shards import Rejection, next_shard, read_commits
 from kcache.sources import Refusal, Source
 
@@ -212,7 +212,7 @@ def _known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
     if manifest is None:
         return {}
     try:
-        table = read_samples(cache, manifest)
+        table = stored_samples(cache, manifest)
     except KcacheError:
         return {}  # the samples file is derived: what it lacks is read from the images again
     keys, widths, heights = (table[name].to_pylist() for name in ("image_key", "width", "height"))

@@ -105,6 +105,11 @@ class Cache:
         return table if self._selected is None else table.take(self._selected)
 
     @property
+    def index(self) -> Mapping[str, np.ndarray]:
+        """Where the rows of the samples stand, by table, and `caption_bounds`: what `open_index` gives."""
+        return self._index
+
+    @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
         return self._index[CAPTION_BOUNDS]

@@ -9,12 +9,16 @@ from kcache.adapters import add_lora, load_lora, save_lora
 from kcache.attention import choose_attention
 from kcache.compilation import compile_blocks
 from kcache.config import TrainConfig
+from kcache.digests import DigestMemo
 from kcache.objectives import DecoderObjective, Objective, PriorObjective
 from kcache.pretrained import load_pretrained
 from kcache.recompute import recompute_blocks
-from kcache.repositories import Repository
+from kcache.repositories import Repository, weights_digest
 
-__all__ = ["load_network", "load_objective", "save_network"]
+__all__ = ["find_adapted", "load_network", "load_objective", "save_network"]
+
+_FOLDERS = {"prior": "prior", "decoder": "unet"}
+"""Stage → folder of its network in a pipeline."""
 
 
 def load_objective(config: TrainConfig, base: Repository, saved: Path | None) -> Objective:
@@ -52,9 +56,19 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
 
 def load_network(stage: str, folder: Path) -> ModelMixin:
     """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
-    if stage == "prior":
-        return load_pretrained(PriorTransformer, folder / "prior", torch.float32)
-    return load_pretrained(UNet2DConditionModel, folder / "unet", torch.float32)
+    kind = PriorTransformer if stage == "prior" else UNet2DConditionModel
+    return load_pretrained(kind, folder / _FOLDERS[stage], torch.float32)
+
+
+def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
+    """Name of `base` and digest (hex) of the weights in it that adapters are trained on; None where all weights learn.
+
+    Raises ModelError when there are no such weights.
+    """
+    if config.lora_rank is None:
+        return None
+    with DigestMemo() as memo:
+        return {"name": base.name, "weights": weights_digest(base, _FOLDERS[config.stage], memo)}
 
 
 def save_network(network: ModelMixin, name: str, folder: Path) -> None:

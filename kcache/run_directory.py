@@ -20,6 +20,7 @@ from kcache.errors import CacheMismatchError, RunError
 __all__ = [
     "append_metrics",
     "append_validation",
+    "check_same_base",
     "check_same_run",
     "checkpoint_to_resume",
     "read_config",
@@ -147,6 +148,27 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
             checkpoint.path,
             begun_batch,
             global_batch,
+        )
+
+
+def check_same_base(checkpoint: Checkpoint, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
+    """Check that adapters go on with the weights that they were trained on, wherever these lie now.
+
+    `adapted` is what `find_adapted` found, None where all weights learn: those are in the checkpoint. A checkpoint from
+    before this was recorded does not say, and is taken. Raises RunError for other weights.
+    """
+    begun = checkpoint.state.get("adapted")
+    if begun is None or adapted is None:
+        return
+    try:
+        name, weights = str(begun["name"]), str(begun["weights"])
+    except (KeyError, TypeError) as error:
+        raise _unknown(checkpoint, error) from error
+    if weights != adapted["weights"]:
+        raise RunError(
+            f"{checkpoint.path} has adapters trained on the network of {name}, weights {weights[:12]}…; found that of "
+            f"{adapted['name']}, weights {adapted['weights'][:12]}…; expected the same weights, in whatever folder; "
+            f"give these by --pretrained-{config.stage}-model-name-or-path, or start a new run in another --output-dir"
         )
 
 

@@ -6,10 +6,13 @@ the same image, so an id says which picture it is and stays when others come or 
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kcache.durable import write_bytes
 from kcache.errors import CacheCorruptError
@@ -19,7 +22,18 @@ from kcache.recipe import canonical_json
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Sample", "read_samples", "sample_ids", "samples_digest", "write_samples"]
+__all__ = [
+    "Sample",
+    "read_samples",
+    "read_some_samples",
+    "sample_ids",
+    "samples_digest",
+    "stored_samples",
+    "write_samples",
+]
+
+SAMPLES_PER_PART = 1 << 14
+"""Samples that `read_some_samples` holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,23 +112,81 @@ def write_samples(cache: Path, samples: Sequence[Sample]) -> tuple[str, str]:
 
 def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
     """The samples as an Arrow table, in the cache's order; raises CacheCorruptError."""
+    table = stored_samples(cache, manifest)
+    _check_count(cache, manifest, len(table))
+    return table
+
+
+def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
+    """The samples as `read_samples` gives them, however many the manifest counts; raises CacheCorruptError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = cache / manifest.samples_file
-    try:
+    with _reading(path):
         content = path.read_bytes()
-        if (found := hashlib.sha256(content).hexdigest()) != manifest.samples_file_digest:
-            raise ValueError(f"its sha256 is {found[:16]}…, the manifest says {manifest.samples_file_digest[:16]}…")
+        _check_digest(hashlib.sha256(content).hexdigest(), manifest)
         # Arrow's threads may still hold `content` when a short process ends, and then abort it.
         table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
-        if not table.schema.equals(_schema()):
-            raise ValueError(f"its columns are {table.schema.to_string(show_schema_metadata=False)}")
-        table.validate(full=True)  # parquet's strings need not be UTF-8
-        if any(part.null_count for column in table.columns for part in (column, *_flat(column))):
-            raise ValueError("values are missing in it")
+        _check_schema(table.schema)
+        _check_values(table)
+    return table
+
+
+def read_some_samples(
+    cache: Path, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `columns` say of the samples `numbers` (k,) int64, which ascend, of a list of any length.
+
+    The file is read and checked part by part, and never in memory as a whole. Raises CacheCorruptError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, rows, seen = cache / manifest.samples_file, list[dict[str, Any]](), 0
+    with _reading(path):
+        with path.open("rb") as file:
+            _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
+        with pq.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as opened:
+            _check_schema(opened.schema_arrow)
+            for batch in opened.iter_batches(SAMPLES_PER_PART, columns=list(columns), use_threads=False):
+                part = pa.Table.from_batches([batch])
+                _check_values(part)
+                first, last = np.searchsorted(numbers, (seen, seen + len(part)))
+                rows += part.take(numbers[first:last] - seen).to_pylist()
+                seen += len(part)
+    _check_count(cache, manifest, seen)
+    return rows
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise CacheCorruptError for whatever is wrong with the file of the samples."""
+    import pyarrow as pa
+
+    try:
+        yield
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
-    if len(table) != manifest.samples:
-        raise CacheCorruptError(f"{path} has {len(table)} samples; the manifest says {manifest.samples}; build again")
-    return table
+
+
+def _check_digest(found: str, manifest: Manifest) -> None:
+    if found != manifest.samples_file_digest:
+        raise ValueError(f"its sha256 is {found[:16]}…, the manifest says {manifest.samples_file_digest[:16]}…")
+
+
+def _check_schema(schema: "pyarrow.Schema") -> None:
+    if not schema.equals(_schema()):
+        raise ValueError(f"its columns are {schema.to_string(show_schema_metadata=False)}")
+
+
+def _check_values(table: "pyarrow.Table") -> None:
+    table.validate(full=True)  # parquet's strings need not be UTF-8
+    if any(part.null_count for column in table.columns for part in (column, *_flat(column))):
+        raise ValueError("values are missing in it")
+
+
+def _check_count(cache: Path, manifest: Manifest, found: int) -> None:
+    if found != manifest.samples:
+        path = cache / manifest.samples_file
+        raise CacheCorruptError(f"{path} has {found} samples; the manifest says {manifest.samples}; build again")

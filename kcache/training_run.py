@@ -35,7 +35,7 @@ from kcache.errors import KcacheError, RunError
 from kcache.export import COMPONENTS
 from kcache.heldout import split_by_key
 from kcache.loader import CacheLoader, RowReader
-from kcache.network import load_objective, save_network
+from kcache.network import find_adapted, load_objective, save_network
 from kcache.noise import draw_noise, draw_timesteps
 from kcache.objectives import Objective
 from kcache.optimizer import (
@@ -48,7 +48,7 @@ from kcache.optimizer import (
     trainable_parameters,
 )
 from kcache.repositories import Repository, find_repository
-from kcache.run_directory import check_same_run, checkpoint_to_resume, start_run
+from kcache.run_directory import check_same_base, check_same_run, checkpoint_to_resume, start_run
 from kcache.sources import open_source
 
 __all__ = ["TrainingRun", "prepare_run"]
@@ -84,6 +84,8 @@ class TrainingRun:
     """The moving average of what learns, when one is kept."""
     held_out: Cache | None = None
     """The samples that are validated on and never trained on."""
+    adapted: Mapping[str, str] | None = None
+    """The network that adapters are trained on, by name and weights; None where all weights learn."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
 
@@ -125,6 +127,7 @@ class TrainingRun:
             "global_batch": self.global_batch,
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
+            "adapted": self.adapted,
             "loader": self.loader.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "grad_scaler": None if scaler is None else scaler.state_dict(),
@@ -177,7 +180,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart = _find_counterpart(cache, config) if config.validation_prompts else None
-    checkpoint = checkpoint_to_resume(config)
+    checkpoint, adapted = _find_beginning(config, base)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_contract(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
@@ -185,8 +188,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
         check_same_run(checkpoint, global_batch, tables)
-    to_see = config.num_train_epochs * len(cache)
-    max_steps = config.max_train_steps or _steps_until(to_see, global_batch, checkpoint)
+    max_steps = config.max_train_steps or _steps_until(config.num_train_epochs * len(cache), global_batch, checkpoint)
     objective.to(accelerator.device)
     # Made where the weights lie, and before the objective is wrapped.
     average = make_average(objective.network, config) if config.use_ema else None
@@ -211,6 +213,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         counterpart=counterpart,
         average=average,
         held_out=held_out,
+        adapted=adapted,
     )
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -223,6 +226,14 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
     if config.where is not None:
         opened = opened.where(config.where)
     return split_by_key(opened, config.val_fraction) if config.val_fraction else (opened, None)
+
+
+def _find_beginning(config: TrainConfig, base: Repository) -> tuple[Checkpoint | None, dict[str, str] | None]:
+    """The checkpoint to go on from, if any, and the network that adapters are trained on, checked to be its own."""
+    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
+    if checkpoint is not None:
+        check_same_base(checkpoint, config, adapted)
+    return checkpoint, adapted
 
 
 def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None) -> int:

@@ -1,8 +1,9 @@
 """Verifying a cache: every byte of every file, against the checksums that were committed with it.
 
 A shard's files are checked against its commit record and, in the same pass, every row in them against the index; commit
-records, manifest, index, samples and rejections against their digests. A row that is broken is named with the samples
-that use it. Files that nothing vouches for are orphaned: no part of the cache, and no fault of it.
+records, manifest, index, samples and rejections against their digests, the manifest's counts against all of these. A
+row that is broken is named with the samples that use it. Files that nothing vouches for are orphaned: no part of the
+cache, and no fault of it.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kcache.counts import check_counts
 from kcache.filecheck import FileCheck, RowSpans, check_file
 from kcache.formats import format_of
 from kcache.index import CAPTION_BOUNDS
@@ -61,7 +63,7 @@ class VerifyResult:
 
     @property
     def corrupt(self) -> bool:
-        """Whether anything of the cache is not what was committed."""
+        """Whether anything of the cache is not what was committed, or not as much as the manifest counts."""
         return bool(self.files or self.rows)
 
     @property
@@ -95,6 +97,7 @@ def verify(cache: str | Path, report: Callable[[VerifyProgress], None] | None = 
         if reason := _difference(target.committed, check):
             files.append(BrokenFile(path=target.path, shard=target.shard, reason=reason))
         rows += _broken_rows(vouched, target, check)
+    files += check_counts(vouched, {file.shard for file in files if file.shard is not None})
     return VerifyResult(
         cache=str(cache),
         bytes=sum(check.bytes for check in checks),

@@ -16,7 +16,9 @@ from PIL import Image
 from kcache.cache import Cache
 from kcache.convert import convert
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
+from kcache.index import open_index
 from kcache.info import describe
+from kcache.manifest import Manifest
 from kcache.pixels import movq_pixels
 from kcache.report import cache as report_cache
 from kcache.report.cache import CacheLook, cache_sections
@@ -110,10 +112,19 @@ def test_of_a_large_cache_only_some_rows_are_read(cache: str, monkeypatch: pytes
         return real(self, samples, *rest, **more)
 
     monkeypatch.setattr(Cache, "read", counting)
+    opened: list[Path] = []
+
+    def opening(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+        opened.append(folder)
+        return open_index(folder, manifest)
+
+    monkeypatch.setattr("kcache.cache.open_index", opening)
+    monkeypatch.setattr("kcache.cache.read_samples", lambda *_: pytest.fail("all samples were read at once"))
     monkeypatch.setattr(report_cache, "SAMPLED_ROWS", 4)
     monkeypatch.setattr(report_cache, "SHOWN", 3)
     found = sections(cache)
     assert read == [4, 4, 4]
+    assert len(opened) == 1
     assert len(tables(found["Samples"])[0].rows) == 3
     assert "Euclidean norms of 4 of 10 rows" in figures(found["Values"])[0].caption
 

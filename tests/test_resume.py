@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
 
 import kcache.training_run
 from kcache.checkpoint import open_checkpoint
+from kcache.digests import DigestMemo
 from kcache.errors import CacheMismatchError, RunError
+from kcache.repositories import find_repository, weights_digest
 from kcache.run_directory import checkpoint_to_resume
 from kcache.trainer import train
 
@@ -136,6 +139,56 @@ def test_another_selection_of_samples_is_refused(cache: str, tmp_path: Path) -> 
     train(cache, config(tmp_path, checkpointing_steps=4))
     with pytest.raises(CacheMismatchError, match="samples_digest"):
         train(cache, config(tmp_path, where="tokens <= 10", resume_from_checkpoint="latest"))
+
+
+def repainted(oracle: Path, folder: Path) -> Path:
+    """A copy of the recorded prior pipeline whose prior, and nothing else, has other weights."""
+    shutil.copytree(oracle / "prior", folder)
+    file = folder / WEIGHTS["prior"]
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def test_adapters_are_refused_another_base_before_it_is_loaded(
+    cache: str, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(cache, config(tmp_path / "run", lora_rank=2, checkpointing_steps=4))
+    other = str(repainted(oracle, tmp_path / "other"))
+    again = config(
+        tmp_path / "run", lora_rank=2, pretrained_prior_model_name_or_path=other, resume_from_checkpoint="latest"
+    )
+    monkeypatch.setattr(kcache.training_run, "load_objective", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(RunError) as refused:
+        train(cache, again)
+    with DigestMemo() as memo:
+        begun, found = (
+            weights_digest(find_repository(str(base), None, ["prior"]), "prior", memo)[:12]
+            for base in (oracle / "prior", other)
+        )
+    assert f"the network of {oracle / 'prior'}, weights {begun}…; found that of {other}, weights {found}…" in str(
+        refused.value
+    )
+    assert "give these by --pretrained-prior-model-name-or-path" in str(refused.value)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_base_that_moved_is_the_same_one(cache: str, oracle: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    settings: dict[str, Any] = {"lora_rank": lora_rank, "checkpointing_steps": 2}
+    train(cache, config(tmp_path / "run", **settings))
+    settings["pretrained_prior_model_name_or_path"] = str(shutil.copytree(oracle / "prior", tmp_path / "moved"))
+    path = str(tmp_path / "run" / "checkpoint-2")
+    train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=path))
+    assert course(tmp_path / "again") == course(tmp_path / "run")[2:]
+
+
+def test_a_checkpoint_from_before_the_base_was_recorded_is_taken(cache: str, oracle: Path, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, lora_rank=2, checkpointing_steps=2))
+    state = dict(open_checkpoint(tmp_path / "checkpoint-4").state)
+    del state["adapted"]
+    reseal(tmp_path / "checkpoint-4", state)
+    settings: dict[str, Any] = {"lora_rank": 2, "checkpointing_steps": 2, "max_train_steps": 6}
+    train(cache, config(tmp_path, **settings, resume_from_checkpoint="latest"))
+    assert open_checkpoint(tmp_path / "checkpoint-6").state["adapted"]["name"] == str(oracle / "prior")
 
 
 def plant_pickles(folder: Path, marker: Path) -> None:

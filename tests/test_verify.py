@@ -1,5 +1,6 @@
 """Verifying a whole cache, naming what is broken, repairing exactly that, and comparing rows with their encoders."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -14,9 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from kcache import Cache
 from kcache.card import CARD
+from kcache.collect import collect_garbage
 from kcache.comparison import compare_online
+from kcache.convert import convert
+from kcache.durable import json_bytes
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.manifest import MANIFEST, read_manifest
+from kcache.merge import merge
+from kcache.recipe import canonical_json
 from kcache.repair import repair
 from kcache.rows import gather
 from kcache.verify import VerifyProgress, verify
@@ -120,6 +126,106 @@ def test_a_card_says_what_the_manifest_does_or_is_its_owners(copies: tuple[Path,
     assert [file.path for file in verify(cache).files] == [CARD]
     (cache / CARD).write_text("# My cache\n")
     assert not verify(cache).corrupt
+
+
+def recount(cache: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what the manifest says, and seal it again as whoever writes it would."""
+    body = json.loads((cache / MANIFEST).read_bytes())
+    del body["digest"]
+    change(body)
+    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (cache / MANIFEST).write_bytes(json_bytes({**body, "digest": digest}))
+
+
+def manifest_fault(cache: Path) -> str:
+    """What is said of the manifest, the one thing that is wrong besides the card, which repeats it."""
+    result = verify(cache)
+    assert result.corrupt
+    assert result.rows == ()
+    [reason] = [file.reason for file in result.files if file.path == MANIFEST]
+    assert {file.path for file in result.files} <= {MANIFEST, CARD}
+    return reason
+
+
+def test_a_manifest_that_counts_otherwise_is_corrupt_and_mended_without_encoding(
+    copies: tuple[Path, Path], oracle: Path, form: str
+) -> None:
+    source, cache = copies
+    true, content = read_manifest(cache), (cache / MANIFEST).read_bytes()
+    latents = true.tables["latents-64"]
+
+    def one_more(*keys: str | int) -> Callable[[dict[str, Any]], None]:
+        def change(body: Any) -> None:
+            for key in keys[:-1]:
+                body = body[key]
+            body[keys[-1]] += 1
+
+        return change
+
+    shard = latents.shards[0]
+    place = ("tables", "latents-64")
+    expected = {
+        ("samples",): f"7 samples, {true.samples_file} has 6;",
+        ("rejected",): "2 rejected, rejected.jsonl has 1;",
+        (*place, "rows"): f"{latents.rows + 1} rows of latents-64, there are {latents.rows};",
+        (*place, "bytes"): f"{latents.bytes + 1:,} bytes of latents-64, there are {latents.bytes:,};",
+        (*place, "shards", 0, "rows"): f"{shard.rows + 1} rows of latents-64 in {shard.data}, there are {shard.rows};",
+        (*place, "shards", 0, "bytes"): f"bytes of latents-64 in {shard.data}, there are {shard.bytes:,};",
+    }
+    recount(cache, one_more("rejected"))
+    build(source, cache, oracle, rows_per_shard=2)
+    assert (cache / MANIFEST).read_bytes() == content
+    (source / "img_00.png").unlink()  # a repair that encodes nothing needs no picture
+    for keys, text in expected.items():
+        recount(cache, one_more(*keys))
+        reason = manifest_fault(cache)
+        assert text in reason
+        assert "--repair writes it anew" in reason
+        result = repair(str(source), cache)
+        assert (result.encoded, result.after.corrupt) == ({}, False)
+        assert (cache / MANIFEST).read_bytes() == content
+
+
+def test_no_way_to_a_cache_miscounts(copies: tuple[Path, Path], oracle: Path, form: str, tmp_path: Path) -> None:
+    source, cache = copies
+    (source / "img_01.txt").write_text("another caption")
+    shutil.copyfile(source / "img_02.png", source / "img_09.png")
+    build(source, cache, oracle, rows_per_shard=2)
+    more = copy_pictures(oracle, tmp_path / "more", 9)
+    build(more, tmp_path / "second", oracle, rows_per_shard=3)
+    merge(tmp_path / "merged", [cache, tmp_path / "second"])
+    convert(cache, tmp_path / "converted", "zarr" if form == "webdataset" else "webdataset")
+    for compact in (False, True):
+        collect_garbage(shutil.copytree(cache, tmp_path / f"collected-{compact}"), compact=compact)
+    for name in ("second", "merged", "converted", "collected-False", "collected-True"):
+        assert not verify(tmp_path / name).corrupt, name
+    assert not verify(cache).corrupt
+
+
+def test_many_wrong_counts_are_one_line(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+
+    def change(body: dict[str, Any]) -> None:
+        for entry in body["tables"].values():
+            for shard in entry["shards"]:
+                shard["rows"] += 1
+
+    recount(cache, change)
+    wrong = sum(len(entry.shards) for entry in read_manifest(cache).tables.values())
+    reason = manifest_fault(cache)
+    assert reason.count(", there are ") == 5
+    assert f"(and {wrong - 5} more)" in reason
+
+
+def test_counts_of_broken_shards_are_not_doubted(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+    [side] = (
+        cache.glob("text-*/00001.rows.npy")
+        if read_manifest(cache).format == "zarr"
+        else cache.glob("samples-*/00001.text.rows.npy")
+    )
+    side.write_bytes(side.read_bytes()[:-7])
+    assert [file.path for file in verify(cache).files] == [side.relative_to(cache).as_posix()]
 
 
 def test_only_the_broken_row_is_encoded_again(copies: tuple[Path, Path], form: str) -> None:

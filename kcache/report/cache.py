@@ -14,11 +14,11 @@ from PIL import Image
 
 from kcache.cache import Cache
 from kcache.contents import read_refused
-from kcache.index import CAPTION_BOUNDS, open_index
 from kcache.info import statistics, token_counts
 from kcache.manifest import Manifest
 from kcache.report.figures import beside, histogram, picture
 from kcache.report.page import Block, Section, Table, Text
+from kcache.samples import read_some_samples
 
 __all__ = ["CacheLook", "cache_sections"]
 
@@ -59,11 +59,10 @@ def cache_sections(folder: Path, look: CacheLook, report: Report) -> list[Sectio
     Raises the errors of `Cache.open` and `Cache.read`, SourceError and ModelError for what `look` names.
     """
     cache = Cache.open(folder)
-    index = open_index(folder, cache.manifest)
     return [
         Section(title="Overview", blocks=[_overview(folder, cache.manifest)]),
         Section(title="Samples", blocks=_samples(cache, look, report)),
-        Section(title="Captions", blocks=_captions(cache, index)),
+        Section(title="Captions", blocks=_captions(cache)),
         Section(title="Values", blocks=_norms(cache, report)),
         Section(title="Rejected inputs", blocks=_rejected(folder, cache.manifest.rejected)),
         Section(title="Tables and shards", blocks=_tables(cache.manifest)),
@@ -99,7 +98,7 @@ def _samples(cache: Cache, look: CacheLook, report: Report) -> list[Block]:
     if not len(cache):
         return [Text(text="The cache has no samples.")]
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(SHOWN, len(cache))).astype(np.int64))
-    told = cache.samples.select(["name", "captions", "width", "height"]).take(chosen).to_pylist()
+    told = read_some_samples(cache.path, cache.manifest, chosen, ["name", "captions", "width", "height"])
     intro = Text(text=f"{len(chosen)} of {len(cache):,} samples, evenly spread over the cache.")
     sides = sorted(int(name.removeprefix("latents-")) for name in cache.recipes if name.startswith("latents-"))
     if look.source is None and (look.decoder is None or not sides):
@@ -119,7 +118,7 @@ def _pictures(
 
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
     if look.decoder is not None and f"latents-{side}" in cache.recipes:
-        made = decoded(Cache.open(cache.path, side), chosen, look.decoder, look.device, report)
+        made = decoded(_at(cache, side), chosen, look.decoder, look.device, report)
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
     if look.source is not None:
         given = originals(cache, chosen, look.source, look.image_column, side, report)
@@ -161,9 +160,9 @@ def _ratios(ratios: np.ndarray) -> list[Block]:
     return [text, histogram("Peak signal-to-noise ratio", known, "dB", f"Of the {len(known)} samples above.")]
 
 
-def _captions(cache: Cache, index: Mapping[str, np.ndarray]) -> list[Block]:
-    counts = np.diff(index[CAPTION_BOUNDS])
-    tokens = token_counts(cache.recipes, index)
+def _captions(cache: Cache) -> list[Block]:
+    counts = np.diff(cache.caption_bounds)
+    tokens = token_counts(cache.recipes, cache.index)
     rows = [
         [what, *(f"{values[name]:g}" for name in ("min", "mean", "p50", "p90", "p99", "max"))]
         for what, values in (
@@ -190,7 +189,7 @@ def _norms(cache: Cache, report: Report) -> list[Block]:
     blocks: list[Block] = []
     for table, recipe in sorted(cache.recipes.items()):
         side = int(table.removeprefix("latents-")) if table.startswith("latents-") else None
-        opened = Cache.open(cache.path, side)
+        opened = _at(cache, side)
         for field in recipe.fields:
             if not field.ragged and (table != "text" or np.diff(cache.caption_bounds).all()):
                 norms = _norms_of(opened, chosen, field.name, table, report)
@@ -201,6 +200,11 @@ def _norms(cache: Cache, report: Report) -> list[Block]:
                 )
                 blocks.append(histogram(title, norms, "norm", text))
     return blocks
+
+
+def _at(cache: Cache, side: int | None) -> Cache:
+    """The same cache with its latents of `side` pixels; what is opened already is not opened again."""
+    return Cache(cache.path, cache.manifest, cache.index, side)
 
 
 def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: Report) -> np.ndarray:

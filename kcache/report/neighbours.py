@@ -19,6 +19,7 @@ from kcache.report.drawn import drawn_prompts, grids_of, open_grid
 from kcache.report.page import Block, Section, Table, Text
 from kcache.report.run import Run
 from kcache.repositories import find_repository, weights_digest
+from kcache.samples import read_some_samples
 
 __all__ = ["nearest", "neighbours_section"]
 
@@ -104,11 +105,13 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _table(cache: Cache, prompts: list[str], samples: np.ndarray, cosines: np.ndarray) -> Table:
-    told = cache.samples
+    shown = np.unique(samples)
+    told = read_some_samples(cache.path, cache.manifest, shown, ["name", "captions"])
+    by_number = dict(zip(shown.tolist(), told, strict=True))
     rows = []
     for number, (prompt, nearest_samples, nearest_cosines) in enumerate(zip(prompts, samples, cosines, strict=True), 1):
         for place, (sample, cosine) in enumerate(zip(nearest_samples.tolist(), nearest_cosines.tolist(), strict=True)):
-            captions = told["captions"][sample].as_py()
+            name, captions = by_number[sample]["name"], by_number[sample]["captions"]
             first = [str(number), prompt] if place == 0 else ["", ""]
-            rows.append([*first, f"{cosine:.3f}", told["name"][sample].as_py(), captions[0] if captions else ""])
+            rows.append([*first, f"{cosine:.3f}", name, captions[0] if captions else ""])
     return Table(head=["Picture", "Prompt", "Cosine", "Sample", "Its caption"], rows=rows)

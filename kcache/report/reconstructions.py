@@ -14,6 +14,7 @@ from kcache.errors import InputRejected
 from kcache.pixels import decode_image, movq_pixels
 from kcache.pretrained import load_pretrained
 from kcache.repositories import find_repository
+from kcache.samples import read_some_samples
 from kcache.sources import Source, open_source
 
 __all__ = ["decoded", "originals", "psnr"]
@@ -45,13 +46,13 @@ def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report
 def originals(
     cache: Cache, samples: np.ndarray, source: str, image_column: str, side: int, report: Report
 ) -> list[np.ndarray | str]:
-    """What MoVQ saw of the pictures of `samples` (k,): pixels (3, side, side) float32 in -1..1 each.
+    """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, side, side) float32 in -1..1 each.
 
     For one that `source` has no more, or no longer with that content, there is a sentence that says so. Raises
     SourceError.
     """
     opened = open_source(source, image_column=image_column, need_captions=False)
-    told = cache.samples.select(["name", "image_key"]).take(samples).to_pylist()
+    told = read_some_samples(cache.path, cache.manifest, samples, ["name", "image_key"])
     wanted = {row["name"] for row in told}
     places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}
     alpha = cache.recipes[cache.table_of("image_embeds")].preprocess["alpha"]
