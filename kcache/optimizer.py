@@ -42,7 +42,7 @@ def check_optimizer(config: TrainConfig) -> None:
 
 
 def make_optimizer(network: torch.nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the parameters of `network` that learn; fused on CUDA: the same arithmetic in one pass over memory."""
+    """AdamW over the parameters of `network` that learn; fused where torch can: one pass over memory."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -54,7 +54,7 @@ def make_optimizer(network: torch.nn.Module, config: TrainConfig, device: torch.
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings, fused=device.type == "cuda")
+    return torch.optim.AdamW(parameters, **settings, fused=device.type in ("cpu", "cuda"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> dict[str, torch.Tensor]:

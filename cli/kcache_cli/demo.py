@@ -41,9 +41,10 @@ def demo(
       kcache demo
       kcache demo --quick --output /tmp/demo
     """
-    # Networks this small are mostly waiting for each other's threads. Spinning threads make a run several times slower
-    # as soon as the machine does anything else, which would compare that and not the two ways of training.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # In networks this small, threads mostly wait for each other. A step of the decoder took 81 ms on one thread, beside
+    # a busy process too. On two it took 62 to 79 ms where they spin while they wait, and then 302 beside that process;
+    # 154 to 180 where they do not spin.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
     result = run_demo(output, QUICK if quick else WHOLE, say=note, seed=seed, format=format, online=online)

@@ -36,7 +36,7 @@ class Measured:
     losses: tuple[float, ...]
     """Loss of each optimizer step."""
     samples_per_second: float
-    """Median over the run."""
+    """Median over the run, its beginning left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,8 +74,8 @@ def train(cache: Path, config: TrainConfig, *, last: int | None = None) -> Measu
     with suppress(_Enough):
         trainer.train(str(cache), config, report=report)
     losses = tuple(entry["loss"] for entry in read_metrics(Path(config.output_dir)))
-    # The median: a machine that is busy with something else for a moment does not decide the result.
-    return Measured(losses=losses, samples_per_second=statistics.median(rates))
+    # The median, without what was reported first, of steps that still warm up: no busy moment decides the result.
+    return Measured(losses=losses, samples_per_second=statistics.median(rates[1:] or rates))
 
 
 def repeat(cache: Path, config: TrainConfig, pictures: Path, first: Measured, steps: int) -> StageResult:
