@@ -85,6 +85,19 @@ def kcache_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Nothing that was compiled before is known, and torch's settings for compiling are as they were."""
+    import torch
+
+    settings = torch._dynamo.config
+    before = settings.optimize_ddp, settings.recompile_limit
+    torch._dynamo.reset()
+    yield
+    settings.optimize_ddp, settings.recompile_limit = before
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, where the documents' Hub names and folders are local folders of tiny things."""
     from kcache.config import DECODER_REPO, PRIOR_REPO

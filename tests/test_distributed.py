@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import LORA_WEIGHTS, STAGES, WEIGHTS, assert_equal_tensors, config, course
+from training import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course, tensor_names
 
 from kcache.cache import Cache
 from kcache.checkpoint import latest_checkpoint
@@ -22,7 +22,16 @@ NETWORKS = [("prior", False), ("decoder", False), ("prior", True)]
 """Stage, and whether adapters are trained."""
 STEPS = 7
 """Of 4 of the 10 samples each: the first epoch ends within a step, the second with one."""
-AS_ONE = {"lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2}
+AS_ONE = [
+    ("prior", {}),
+    ("decoder", {}),
+    ("prior", {"compile": True, "noise_draws": 2}),
+    ("decoder", {"compile": True, "gradient_checkpointing": True}),
+]
+"""Stage, and what saves time or memory."""
+WATCHED = {
+    "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
+}  # fmt: skip
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 SCRIPT = """
@@ -30,10 +39,11 @@ SCRIPT = """
 import faulthandler; faulthandler.dump_traceback_later(280, exit=True)
 import hashlib, json, os, sys
 from pathlib import Path
-from kcache import objectives
+from kcache import compilation, objectives
 from kcache.config import TrainConfig
 from kcache.trainer import train
 
+compilation.BACKEND = "eager"  # runs graphs as they are
 seen = []
 
 def watch(objective):
@@ -100,10 +110,9 @@ def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Each run leaves the samples that its processes saw in seen-RANK.json.
     """
     folder = tmp_path_factory.mktemp("two")
-    runs = [settings(folder / f"as-one-{stage}", stage, **AS_ONE) for stage in STAGES]
+    runs = [settings(folder / f"as-one-{n}", stage, **WATCHED, **fast) for n, (stage, fast) in enumerate(AS_ONE)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
     runs.append(settings(folder / "begun", "prior", max_train_steps=2, checkpointing_steps=2))
-    runs.append(settings(folder / "handed", "prior", checkpointing_steps=2))
     (folder / "script.py").write_text(SCRIPT)
     subprocess.run(
         [*LAUNCHER, str(folder / "script.py"), cache, *map(json.dumps, runs)],
@@ -113,18 +122,24 @@ def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_train_as_one_with_twice_the_accumulation(
-    cache: str, trained: Path, tmp_path: Path, stage: str
+@pytest.mark.parametrize("number", range(len(AS_ONE)))
+def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to_it(
+    cache: str, trained: Path, tmp_path: Path, number: int
 ) -> None:
-    two = trained / f"as-one-{stage}"
-    train(cache, config(tmp_path, stage, **AS_ONE))
-    for of_two, of_one in zip(course(two), course(tmp_path), strict=True):
+    stage, fast = AS_ONE[number]
+    plain = WATCHED | fast | {"compile": False, "gradient_checkpointing": False}
+    two, one = trained / f"as-one-{number}", tmp_path / "one"
+    train(cache, config(one, stage, **plain))
+    for of_two, of_one in zip(course(two), course(one), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-4)
-    lines_of_two, lines_of_one = ((run / "validation.jsonl").read_text().splitlines() for run in (two, tmp_path))
+    lines_of_two, lines_of_one = ((run / "validation.jsonl").read_text().splitlines() for run in (two, one))
     assert lines_of_two
     for line_of_two, line_of_one in zip(lines_of_two, lines_of_one, strict=True):
         assert json.loads(line_of_two) == pytest.approx(json.loads(line_of_one), rel=1e-4)
+    assert tensor_names(two) == tensor_names(one)
+    train(cache, config(tmp_path / "on", stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
+    for of_two, of_one in zip(course(tmp_path / "on"), course(one)[2:], strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "lora"), NETWORKS)
@@ -177,15 +192,6 @@ def test_one_process_goes_on_where_two_were_and_misses_no_sample(
     times = Counter(seen)
     assert len(times) == samples
     assert set(times.values()) == {2}
-
-
-def test_two_processes_may_hand_over_to_one_with_twice_the_accumulation(
-    cache: str, trained: Path, tmp_path: Path
-) -> None:
-    train(cache, config(tmp_path / "one"))
-    train(cache, config(tmp_path / "resumed", resume_from_checkpoint=str(trained / "handed" / "checkpoint-2")))
-    for resumed, one in zip(course(tmp_path / "resumed"), course(tmp_path / "one")[2:], strict=True):
-        assert resumed == pytest.approx(one, rel=1e-4)
 
 
 def test_epochs_are_epochs_after_a_change_of_processes(cache: str, tmp_path: Path) -> None:

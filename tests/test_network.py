@@ -1,4 +1,4 @@
-"""The network that learns is what the settings make of it, and is saved and found again."""
+"""The network that learns is what the settings make of it, learns as plainly made, and is saved and found again."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,13 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from safetensors.torch import load_file
+from test_objectives import recorded_steps
+from test_packing import assert_equal_gradients
+from torch import Tensor
+from torch.nn.functional import pad
 from training import LORA_WEIGHTS, STAGES, WEIGHTS, config
 
+from kcache import compilation
 from kcache.errors import ModelError
 from kcache.network import load_network, load_objective, save_network
 from kcache.objectives import DecoderObjective, Objective, PriorObjective
@@ -20,6 +25,24 @@ CONSTANTS = {"clip_mean", "clip_std"}
 def load(oracle: Path, stage: str, saved: Path | None = None, **settings: Any) -> Objective:
     base = Repository(name="base", path=oracle / stage, revision=None)
     return load_objective(config(Path("run"), stage, **settings), base, saved)
+
+
+def with_draws(step: dict[str, Tensor], draws: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A recorded step of the prior with `draws` draws of noise for each caption, and with a copy of it for each."""
+    generator = torch.Generator().manual_seed(2)
+    rows, width = draws * len(step["image_embeds"]), step["image_embeds"].shape[1]
+    drawn = {
+        "noise": torch.randn(rows, width, generator=generator),
+        "timesteps": torch.randint(0, 1000, (rows,), generator=generator),
+    }
+    captions = step["text_encoder_hidden_states"].split(step["text_offsets"].diff().tolist())
+    copies = {
+        "image_embeds": step["image_embeds"].repeat_interleave(draws, 0),
+        "text_embeds": step["text_embeds"].repeat_interleave(draws, 0),
+        "text_encoder_hidden_states": torch.cat([caption for caption in captions for _ in range(draws)]),
+        "text_offsets": pad(step["text_offsets"].diff().repeat_interleave(draws).cumsum(0), (1, 0)),
+    }
+    return step | drawn, copies | drawn
 
 
 def learning(network: ModelMixin) -> set[str]:
@@ -81,6 +104,45 @@ def test_adapters_come_back_onto_the_base(oracle: Path, tmp_path: Path, stage: s
     before, after = objective.network.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def loss_and_gradients(objective: Objective, step: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of adapters, if there are any, that have been learning for a while: as they start, half their gradients are 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, parameter in objective.train().network.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        loss = objective(step, step["noise"], step["timesteps"])
+        loss.backward()
+    found = {name: p.grad for name, p in objective.network.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | found
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    ("rank", "fast"),
+    [
+        (rank, {"packing": packing, "gradient_checkpointing": recompute, "compile": compiled})
+        for rank in (None, 2)
+        for packing, recompute, compiled in [
+            (False, False, False), (False, True, True), (True, True, False), (True, False, True), (True, True, True)
+        ]
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_draws_teach_the_prior_what_copies_of_the_caption_teach_the_plain_one(
+    oracle: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, fast: dict[str, bool]
+) -> None:
+    # All of torch's compiler but the making of kernels: what is computed again is decided by it, not by checkpoint().
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    shared, copies = with_draws(recorded_steps(oracle, "prior")[0], 3)
+    plain = load(oracle, "prior", packing=False, lora_rank=rank)
+    expected = loss_and_gradients(plain, copies)
+    found = loss_and_gradients(load(oracle, "prior", noise_draws=3, lora_rank=rank, **fast), shared)
+    assert len(expected) > 10
+    assert_equal_gradients(found, expected, 1e-5)
 
 
 def test_a_folder_without_the_network_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def course(run_dir: Path) -> list[tuple[float, float, float]]:
     return [(entry["loss"], entry["grad_norm"], entry["lr"]) for entry in read_metrics(run_dir)]
 
 
+def tensor_names(run_dir: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each safetensors file that a run left, checkpoints included."""
+    files = sorted(run_dir.rglob("*.safetensors"))
+    return {file.relative_to(run_dir).as_posix(): set(load_file(file)) for file in files}
+
+
 def assert_equal_tensors(first: Path, second: Path) -> None:
     """Check that two safetensors files hold the same tensors, bit for bit."""
     a, b = load_file(first), load_file(second)
