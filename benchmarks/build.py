@@ -1,6 +1,6 @@
 """How fast a cache is built, against the same encoders fed with inputs that are already decoded.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/build.py --output benchmarks/results
+    python benchmarks/build.py --output benchmarks/results
     python benchmarks/build.py --model-size full --mixed-precision bf16 --batch-size 32
 
 For every table, three ways take turns:

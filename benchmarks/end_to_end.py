@@ -1,6 +1,6 @@
 """What a cache costs and saves over a whole training: building and training from it, against encoders in the loop.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/end_to_end.py --stage prior --price 2.50 --output benchmarks/results
+    python benchmarks/end_to_end.py --stage prior --price 2.50 --output benchmarks/results
 
 Builds the cache, and trains for some epochs and for twice as many, from the cache and with the encoders in the loop,
 each as a user would: `build_cache` and `train`, with the networks loaded and the result saved. The difference of the

@@ -9,7 +9,7 @@
 # LIMIT sets the seconds, PYTHON the interpreter.
 set -u
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 
 size=${1:-full} results=${2:-benchmarks/results} limit=${LIMIT:-570}
 python=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}

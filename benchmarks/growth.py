@@ -10,7 +10,8 @@ written. "mmap" maps pages when they are first read, so that small caches, which
 
 Each quantity is called flat or linear by the slope of a straight line through (log rows, log quantity): 0 is flat, 1 is
 linear. The line goes through the two largest caches, as small ones are all overhead; the slope over all is told beside
-it. Ten million rows take some ten minutes and as many GB of memory to write.
+it. Ten million rows take some ten minutes and as many GB of memory to write. In a folder the JSON is named after the
+largest cache.
 """
 
 import argparse
@@ -86,11 +87,15 @@ def slope(samples: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(samples), np.log(np.maximum(values, 1e-9)), 1)[0])
 
 
+def how_it_grows(slope: float) -> str:
+    """The word for a slope between the two largest caches."""
+    return "flat" if slope <= FLAT else "linear" if slope >= LINEAR else "less than linear"
+
+
 def verdict(samples: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """How a quantity grows: the slope between the two largest caches, the slope over all, and a word for the first."""
     last = slope(samples[-2:], values[-2:])
-    word = "flat" if last <= FLAT else "linear" if last >= LINEAR else "slower than linear"
-    return {"slope": round(last, 3), "slope_over_all": round(slope(samples, values), 3), "grows": word}
+    return {"slope": round(last, 3), "slope_over_all": round(slope(samples, values), 3), "grows": how_it_grows(last)}
 
 
 def verdicts(sizes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -130,7 +135,8 @@ def main(given: Sequence[str] | None = None) -> None:
     sizes = [measure_size(samples, arguments) for samples in sorted(arguments.sizes)]
     results = {"sizes": sizes, "growth": verdicts(sizes)}
     show(results)
-    write_outcome(arguments.output, "growth", vars(arguments), results)
+    # Named after the largest cache, so that a run of fewer rows replaces no run of more.
+    write_outcome(arguments.output, "growth", vars(arguments), results, str(max(arguments.sizes)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     CUDA graphs        compiled so that whole blocks are launched at once (torch.compile's mode "reduce-overhead"); on a
                        GPU only, and no setting of the trainer
     noise draws 4      four draws of noise per caption, as with --noise-draws 4; its loss is of other draws
+    batch x 4          no lever: as many draws a step as with the one before, each of an image of its own
     channels-last      the decoder's weights in the order that puts a pixel's channels together; no setting of the
                        trainer
 
@@ -44,6 +45,8 @@ def lever_ways(run: TrainingRun) -> list[Way]:
     if prior:
         several = replace(run, config=replace(run.config, noise_draws=DRAWS))
         levers.append(replace(_lever(name.format(f"noise draws {DRAWS}"), several), draws=DRAWS))
+        larger = replace(run, config=replace(run.config, train_batch_size=DRAWS * run.config.train_batch_size))
+        levers.append(_lever(name.format(f"batch x {DRAWS}"), larger))
         both = replace(rounded, config=several.config)
         setting = partial(compiled, network, None, packed=True)
         levers.append(replace(_lever(name.format(f"compiled, noise draws {DRAWS}"), both, setting), draws=DRAWS))

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import demo_seeds
-from plots import draw_growth, draw_loader, draw_train_steps
+from growth import how_it_grows
+from plots import draw_growth, draw_loader, draw_train_steps, draws_per_image, row_label
+from summaries import command, summary
 
 __all__ = ["main"]
 
@@ -57,23 +59,34 @@ def train_step_lines(report: Report) -> list[str]:
         if "out_of_memory" in case:
             lines += ["Out of memory.", ""]
             continue
-        head = ["", "images/s", "step, ms", "waiting", "of compute only", "GPU busy", "peak memory, GB", "first loss"]
-        slow = sorted({name for ups in case["speed_up"].values() for name in ups})
-        head += [f"against {name}" for name in slow]
-        rows = []
-        for name, row in case["ways"].items():
-            peak = row.get("peak_memory_bytes")
-            cells = [name, number(row["images_per_second"]), number(row["step_milliseconds"])]
-            cells += [number(row.get("waiting_share"), ".1%"), number(row.get("of_compute_only"), ".3f")]
-            cells += [number(row["gpu_busy_share"], ".1%"), number(None if peak is None else peak / 1e9, ".2f")]
-            cells.append(number(row.get("loss"), ".5f"))
-            cells += [number(case["speed_up"].get(name, {}).get(other), ".2f", "×") for other in slow]
-            rows.append(cells)
-        if upstream := case.get("upstream"):
-            told = [number(upstream.get("images_per_second")), number(upstream.get("step_milliseconds"))]
-            rows.append(["upstream's script", *told, *[""] * (len(head) - 3)])
-        lines += table(head, rows) + lever_lines(case)
+        lines += way_lines(case) + lever_lines(case)
     return lines
+
+
+def way_lines(case: Report) -> list[str]:
+    """How fast each way of a case is; in draws of noise where ways take different numbers of them."""
+    slow = sorted({name for ups in case["speed_up"].values() for name in ups})
+    several = any(draws_per_image(row) > 1 for row in case["ways"].values())
+    head = ["", "images/s", "step, ms", "waiting", "of compute only", "GPU busy", "peak memory, GB", "first loss"]
+    threads = any(row.get("threads") for row in case["ways"].values())
+    head += ["threads"] * threads + ["draws/s"] * several + [f"against {name}{', draws/s' * several}" for name in slow]
+    rows = []
+    for name, row in case["ways"].items():
+        peak, draws = row.get("peak_memory_bytes"), draws_per_image(row)
+        cells = [row_label(case, name), number(row["images_per_second"]), number(row["step_milliseconds"])]
+        # What computes alone takes one draw.
+        cells += [number(row.get("waiting_share"), ".1%"), number(row.get("of_compute_only"), ".3f") * (draws == 1)]
+        cells += [number(row["gpu_busy_share"], ".1%"), number(None if peak is None else peak / 1e9, ".2f")]
+        cells.append(number(row.get("loss"), ".5f"))
+        cells += [number(row.get("threads"), "d")] * threads + [number(draws * row["images_per_second"])] * several
+        ups = case["speed_up"].get(name, {})
+        cells += [number(draws * ups[other] if other in ups else None, ".2f", "×") for other in slow]
+        rows.append(cells)
+    if upstream := case.get("upstream"):
+        told = [number(upstream.get("images_per_second")), number(upstream.get("step_milliseconds"))]
+        rows.append(["upstream's script", *told, *[""] * (len(head) - 3)])
+    note = "Ways are compared by draws of noise, images times draws of each; the draws of an image share its caption."
+    return table(head, rows) + ([note, ""] if several else [])
 
 
 def lever_lines(case: Report) -> list[str]:
@@ -81,14 +94,13 @@ def lever_lines(case: Report) -> list[str]:
     looked = {name: row for name, row in case["ways"].items() if "kernel_milliseconds" in row}
     rows = [
         [
-            name, *(number(spent) for spent in row["kernel_milliseconds"].values()),
-            number(row.get("draws_per_second")), number(row["teraflops"], ",.2f"), number(row["of_peak"], ".1%"),
-            number(row["first_steps_seconds"]),
+            row_label(case, name), *(number(spent) for spent in row["kernel_milliseconds"].values()),
+            number(row["teraflops"], ",.2f"), number(row["of_peak"], ".1%"), number(row["first_steps_seconds"]),
         ]
         for name, row in looked.items()
     ]  # fmt: skip
     kinds = [f"{kind}, ms" for row in list(looked.values())[:1] for kind in row["kernel_milliseconds"]]
-    head = ["of a step", *kinds, "draws of noise/s", "TFLOP/s", "of the peak", "first two steps, s"]
+    head = ["of a step", *kinds, "TFLOP/s", "of the peak", "first two steps, s"]
     failed = [f"{name} failed: {reason}" for name, reason in case.get("failed", {}).items()]
     return (table(head, rows) if rows else []) + [line for text in failed for line in (text, "")]
 
@@ -162,7 +174,7 @@ def growth_lines(report: Report) -> list[str]:
     ]  # fmt: skip
     lines = table(["", "cache, MB", "open, ms", "first batch, ms", "memory, MB", "batch, ms"], rows)
     growth = report["results"]["growth"].items()
-    rows = [[name, row["grows"], f"{row['slope']}", f"{row['slope_over_all']}"] for name, row in growth]
+    rows = [[name, how_it_grows(row["slope"]), f"{row['slope']}", f"{row['slope_over_all']}"] for name, row in growth]
     return lines + table(["", "grows", "slope at the end", "slope over all"], rows)
 
 
@@ -208,12 +220,25 @@ def page(found: Mapping[Path, Report], pictures: Sequence[Path]) -> str:
             for path in files:
                 facts = ", ".join(f"{name} {value}" for name, value in found[path]["machine"].items())
                 lines += [f"[{path.name}]({path.name}): {facts}.", ""]
-                lines += [f"`{found[path]['command']}`", ""] if "command" in found[path] else []
+                lines += [f"`{command(name_of(path), found[path], path.name)}`", ""]
                 lines += LINES[benchmark](found[path])
     others = [path for path in found if found[path].get("benchmark") not in TITLES]
     if others:
-        lines += ["## Other results", "", *(f"- [{path.name}]({path.name})" for path in others), ""]
+        lines += ["## In one line each", "", *(line for path in others for line in one_line(path, found[path])), ""]
     return "\n".join(lines)
+
+
+def one_line(path: Path, report: Report) -> list[str]:
+    """An item of a list: what was found, when, of which commit, and by which command."""
+    facts = report.get("machine", report)
+    where = f"{facts.get('gpu') or facts['cpu']}, {facts['date']}, commit {facts['commit']}"
+    told = [f"- [{path.name}]({path.name}): {summary(name_of(path), report)}".rstrip(": ")]
+    return [*told, f"  {where}:", f"  `{command(name_of(path), report, path.name)}`"]
+
+
+def name_of(path: Path) -> str:
+    """What a result is called: its file, without the device."""
+    return path.stem.removesuffix("-cpu").removesuffix("-gpu")
 
 
 def is_of(path: Path, report: Report, benchmark: str, kind: str) -> bool:
@@ -221,12 +246,16 @@ def is_of(path: Path, report: Report, benchmark: str, kind: str) -> bool:
     return report.get("benchmark") == benchmark and path.stem.endswith(f"-{kind}")
 
 
+def order(path: Path) -> tuple[bool, bool, bool, str]:
+    """The prior first, whole networks before adapters, and levers behind all."""
+    return "levers" in path.stem, "decoder" in path.stem, "lora" in path.stem, path.name
+
+
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "results")
     folder = parser.parse_args(given).folder
-    # The prior first, and whole networks before adapters.
-    paths = sorted(folder.glob("*.json"), key=lambda path: ("decoder" in path.stem, "lora" in path.stem, path.name))
+    paths = sorted(folder.glob("*.json"), key=order)
     found = {path: json.loads(path.read_text()) for path in paths}
     pictures = []
     for benchmark, draw in (("train_step", draw_train_steps), ("loader", draw_loader), ("growth", draw_growth)):

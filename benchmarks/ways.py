@@ -37,6 +37,8 @@ class Way:
     """Whether batches are made ahead; without it a turn is warm at once, and a fifth of the steps will do."""
     draws: int = 1
     """Draws of noise that it learns from per image."""
+    threads: int | None = None
+    """Torch's, where it is said."""
     within: Callable[[], AbstractContextManager[object]] = nullcontext
     """What is set while it has its turn."""
 

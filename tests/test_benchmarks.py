@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from growth import verdict
 from levers import channels_last
 from models import make_network, read_configs
 from outcome import write_outcome
-from report import TITLES, demo_lines
+from report import TITLES, demo_lines, name_of, one_line
 from roofline import KINDS, kind_of
+from summaries import SUMMARIES, command
 from train_step import speed_ups
 from upstream import time_upstream
 from workload import open_workload
@@ -42,7 +43,7 @@ RUNS = {
     "train_step-prior-levers": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --levers --peak-tflops 1",
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
-    "growth": "--sizes 500 5000 --batches 2 --rounds 1",
+    "growth-5000": "--sizes 500 5000 --batches 2 --rounds 1",
 }
 UPSTREAM = """
 import sys
@@ -127,7 +128,13 @@ def test_levers_are_compared_with_the_plain_step(results: Path) -> None:
         assert row["kernel_milliseconds"]["matmul"] > 0
         # One TFLOP/s was named as the peak.
         assert row["of_peak"] == pytest.approx(row["teraflops"], abs=1e-3)
-    assert "| of a step |" in (results / "README.md").read_text()
+    page = (results / "README.md").read_text()
+    assert "| of a step |" in page
+    # More noise per image is compared by draws, of which each of two images has four.
+    name = "cached + noise draws 4, packed"
+    (row,) = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| {name} (8 draws a step) | ")][:1]
+    assert row[-2] == f"{4 * levers[name]['images_per_second']:,.1f}"
+    assert row[-1] == f"{4 * case['speed_up'][name]['cached, packed']:,.2f}× |"
 
 
 def test_weights_lie_channels_last_while_the_lever_is_set() -> None:
@@ -197,7 +204,7 @@ def test_a_whole_training_is_extrapolated_linearly(results: Path) -> None:
 
 
 def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
-    found = outcome(results, "growth")["results"]
+    found = outcome(results, "growth-5000")["results"]
     assert [size["samples"] for size in found["sizes"]] == [500, 5000]
     assert len(found["growth"]) == 9
     assert found["growth"]["bytes"]["grows"] == "linear"
@@ -211,6 +218,37 @@ def test_report_shows_every_benchmark(results: Path) -> None:
         assert f"]({picture}-cpu.png)" in page
     (case,) = outcome(results, "train_step-prior")["results"]
     assert f"| cached, packed | {case['ways']['cached, packed']['images_per_second']:,.1f} |" in page
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_is_of_a_command_that_its_script_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, parse, taken = json.loads(path.read_text()), ArgumentParser.parse_args, []
+
+    def parse_only(parser: ArgumentParser, given: list[str] | None = None) -> None:
+        taken.append(vars(parse(parser, given)))
+        raise InterruptedError
+
+    words = command(name_of(path), report, path.name).split(" > ")[0].split()
+    (script,) = [i for i, word in enumerate(words) if word.endswith(".py")]
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    with pytest.raises(InterruptedError):
+        importlib.import_module(Path(words[script]).stem).main()
+    settings = report.get("settings", report.get("arguments", {}))
+    # What is None is chosen later.
+    given = {name: str(value) for name, value in taken[0].items() if name in settings and value is not None}
+    assert given == {name: str(settings[name]) for name in given}
+
+
+def test_results_without_a_table_are_told_in_a_line() -> None:
+    found = {path: json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*.json")}
+    lines = {name_of(path): one_line(path, report) for path, report in found.items() if name_of(path) in SUMMARIES}
+    assert lines.keys() == SUMMARIES.keys()
+    kills = json.loads((BENCHMARKS / "results" / "kills-cpu.json").read_text())
+    killed = sum(row["kills"] for form in kills["results"].values() for row in form.values())
+    assert f"{killed:,} builders killed" in lines["kills"][0]
+    assert kills["commit"] in lines["kills"][1]
+    assert " > benchmarks/results/kills-cpu.json" in lines["kills"][2]
 
 
 def test_report_shows_what_demos_reached() -> None:
@@ -250,7 +288,7 @@ def test_break_even_counts_the_build_and_both_starts() -> None:
     assert break_even(0.0, cached, online | {"around": 9.0}) == 0.0
 
 
-@pytest.mark.parametrize(("power", "word"), [(0.0, "flat"), (0.5, "slower than linear"), (1.0, "linear")])
+@pytest.mark.parametrize(("power", "word"), [(0.0, "flat"), (0.5, "less than linear"), (1.0, "linear")])
 def test_growth_is_judged_by_the_largest_caches(power: float, word: str) -> None:
     samples = [10.0, 100.0, 1000.0]
     found = verdict(samples, [5.0, *(n**power for n in samples[1:])])

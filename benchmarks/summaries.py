@@ -1,0 +1,113 @@
+"""What `report.py` says in one line of results that have no table: what was found, and the command for it.
+
+Results are named as their files are, without the device: "kills" for kills-cpu.json. All numbers are the files' own.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["SUMMARIES", "command", "summary"]
+
+Report = Mapping[str, Any]
+FOLDER = "benchmarks/results"
+
+
+def command(name: str, report: Report, file: str) -> str:
+    """What to type to measure the report called `name` once more: as it was noted, or by its settings."""
+    if "command" in report:
+        threads = report["machine"].get("omp_wait_policy", "not set")
+        return report["command"] if threads == "not set" else f"OMP_WAIT_POLICY={threads} {report['command']}"
+    script = f"python benchmarks/{name}.py"
+    if name == "estimate":
+        (side,) = {table.split("-")[1] for row in report["results"] for table in row["tables"] if "-" in table}
+        return f"{script} FOLDER --samples {report['samples']} --resolution {side} > {FOLDER}/{file}"
+    if name == "kills":
+        return f"{script} {options(report['arguments'])} > {FOLDER}/{file}"
+    settings = dict(report.get("settings", {}))
+    if name == "scale":
+        settings = {
+            "samples": report["results"]["large cache"]["samples"],
+            "pictures": report["results"]["nothing to do"]["samples"],
+        }
+    return f"{script} {options(settings)} --output {FOLDER}/{file}"
+
+
+def options(settings: Mapping[str, Any]) -> str:
+    """`settings` as options of a command; those that are off are left out."""
+    words = []
+    for name, value in settings.items():
+        if value is not None and value is not False:  # 0 is a value
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(words)
+
+
+def startup(report: Report) -> str:
+    ways = "; ".join(f"{way} {row['all']} s" for way, row in report["results"].items())
+    return f"From the command to the end of the first step: {ways}."
+
+
+def scale(report: Report) -> str:
+    cache, rest = report["results"]["large cache"], report["results"]["nothing to do"]
+    opening = statistics.median(run["open_seconds"] for run in cache["open"]) * 1e3
+    first = cache["loader, full shuffle"]["first_batch_seconds"] * 1e3
+    page = f", its report takes {cache['report']['report_seconds']:.1f} s" if "report" in cache else ""
+    return (
+        f"A cache of {cache['samples']:,} samples opens in {opening:.0f} ms and gives its first batch in {first:.0f} "
+        f"ms{page}. A build of {rest['samples']:,} pictures that finds nothing to do takes "
+        f"{rest['remembered_seconds']:.1f} s, and {rest['rehashed_seconds']:.1f} s where it reads them all again."
+    )
+
+
+def kills(report: Report) -> str:
+    found = [row for form in report["results"].values() for row in form.values()]
+    total = {name: sum(row.get(name, 0) for row in found) for name in ("kills", "rows_lost", "rows_doubled")}
+    late = sum(row.get("finished_before_the_kill", 0) for row in found)
+    differing = sum(len(row["differing"]) for row in found)
+    stops = [form["stops"] for form in report["results"].values() if "stops" in form]
+    stopped = sum(sum(row["codes"].values()) for row in stops)
+    left = sum(len(row["left_behind"]) for row in stops)
+    return (
+        f"{total['kills']:,} builders killed, {late} of them too late to interrupt anything: {total['rows_lost']} rows "
+        f"lost, {total['rows_doubled']} twice, {differing} caches with other bytes. Of {stopped} stopped by a signal, "
+        f"{left} left scratch files behind. It took {report['seconds'] / 60:.0f} minutes."
+    )
+
+
+def estimate(report: Report) -> str:
+    forms = (
+        f"{row['format']} {row['bytes_estimated'] / row['bytes']:.3f} of the bytes and {row['seconds_ratio']:.2f} of "
+        "the seconds"
+        for row in report["results"]
+    )
+    return f"What `--dry-run` foretold of builds of {report['samples']:,} pictures: {', '.join(forms)} that they took."
+
+
+def integrity(report: Report) -> str:
+    parts = []
+    for form, found in report["faults"].items():
+        kinds = found["kinds"].values()
+        faults = sum(kind["faults"] for kind in kinds)
+        noticed = sum(kind["by verifying"] for kind in kinds)
+        speed = report["speed"][form]["gigabytes_per_second"]
+        parts.append(f"{form} {noticed:,} of {faults:,} noticed, {len(found['silent'])} silent, {speed} GB/s")
+    return f"Faults put into a cache that verifying notices, and how fast it verifies: {'; '.join(parts)}."
+
+
+def read_checks(report: Report) -> str:
+    stages = (
+        f"{stage} {row['check_share']:.3%} of the CPU time of a step (runs with and without, in turns: "
+        f"{row['cpu_ratio']:.2f}, quartiles {row['cpu_ratio_quartiles'][0]:.2f} to {row['cpu_ratio_quartiles'][2]:.2f})"
+        for stage, row in report["results"].items()
+    )
+    return f"What it costs to verify each row that training reads: {'; '.join(stages)}."
+
+
+SUMMARIES: dict[str, Callable[[Report], str]] = {
+    function.__name__: function for function in (startup, scale, kills, estimate, integrity, read_checks)
+}
+
+
+def summary(name: str, report: Report) -> str:
+    """One line on the report called `name`, empty where there is none for it."""
+    return SUMMARIES[name](report) if name in SUMMARIES else ""
