@@ -4,9 +4,9 @@
     python benchmarks/demo_seeds.py --control /tmp/control --output benchmarks/results
 
 Runs `kcache demo` for each seed, and with the encoders of the folder --control for the first seed: no network of that
-run, frozen ones included, saw a held-out digit in its ink. Each demo is a process of its own with torch's usual
-threads, timed from outside too. Prints a table, writes JSON and, where --output is a folder, the first demo's picture
-beside it; --folder keeps what all demos made.
+run, frozen ones included, saw a held-out digit in its ink. Each demo is a process of its own, timed from outside
+too. Prints a table, writes JSON and, where --output is a folder, the first demo's picture beside it; --folder keeps
+what all demos made. --quick does it with `kcache demo --quick`, without the picture.
 """
 
 import argparse
@@ -92,13 +92,14 @@ def main() -> None:
         if arguments.control is not None:
             seed = arguments.seeds[0] if arguments.seeds else 0
             results["strict control"] = run(folder / "control", seed, arguments.quick, arguments.control.resolve())
-        if arguments.seeds and arguments.output is not None and arguments.output.is_dir():
+        whole = bool(arguments.seeds) and not arguments.quick
+        if whole and arguments.output is not None and arguments.output.is_dir():
             picture = arguments.output / f"demo-{device_kind()}.png"
             shutil.copyfile(folder / f"seed-{arguments.seeds[0]}" / "demo.png", picture)
     print(f"| {' | '.join(HEAD)} |\n|---|{'---:|' * (len(HEAD) - 1)}")
     for name, found in results.items():
         print(f"| {' | '.join(row(name, found))} |")
-    write_outcome(arguments.output, "demo", vars(arguments), results)
+    write_outcome(arguments.output, "demo", vars(arguments), results, "quick" if arguments.quick else "")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def stage_config(stage: Stage, run_dir: Path, steps: int, batch_size: int, seed:
         seed=seed,
         train_batch_size=batch_size,
         max_train_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=1e-3 if stage == "prior" else 2e-3,
         lr_scheduler="cosine",
         lr_warmup_steps=0,
         use_ema=True,
