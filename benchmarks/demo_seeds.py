@@ -6,7 +6,8 @@
 Runs `kcache demo` for each seed, and with the encoders of the folder --control for the first seed: no network of that
 run, frozen ones included, saw a held-out digit in its ink. Each demo is a process of its own, timed from outside
 too. Prints a table, writes JSON and, where --output is a folder, the first demo's picture beside it; --folder keeps
-what all demos made. --quick does it with `kcache demo --quick`, without the picture.
+what all demos made. --forms trains from webdataset tars and with the encoders in the loop, too, and compares every
+loss. --quick does it with `kcache demo --quick`, without the picture.
 """
 
 import argparse
@@ -28,16 +29,20 @@ import sys
 from pathlib import Path
 from kcache.demo.run import QUICK, WHOLE, run_demo
 from kcache.demo.tiny import WEIGHTS
-output, seed, quick, encoders = sys.argv[1:]
-size = QUICK if quick else WHOLE
-run_demo(Path(output), size, say=print, seed=int(seed), encoders=Path(encoders) if encoders else WEIGHTS)
+output, seed, quick, encoders, form = sys.argv[1:]
+run_demo(
+    Path(output), QUICK if quick else WHOLE, say=print, seed=int(seed),
+    encoders=Path(encoders) if encoders else WEIGHTS,
+    format="webdataset" if form == "webdataset" else "zarr", online=form == "online",
+)
 """
 HEAD = ("", "seconds", "digit", "ink", "paper", "all three", "ceiling", "spread", "real", "to known", "real")
 
 
-def run(output: Path, seed: int, quick: bool, encoders: Path | None) -> dict[str, Any]:
-    """What one demo measured, without the lists of losses and files."""
-    command = [sys.executable, "-c", DEMO, str(output), str(seed), "quick" if quick else "", str(encoders or "")]
+def run(output: Path, seed: int, quick: bool, encoders: Path | None = None, form: str = "zarr") -> dict[str, Any]:
+    """What one demo measured, without the lists of losses and files; `form` is a cache's, or "online"."""
+    given = (str(output), str(seed), "quick" if quick else "", str(encoders or ""), form)
+    command = [sys.executable, "-c", DEMO, *given]
     start = time.perf_counter()
     # As `kcache demo` sets it: threads that spin make a busy machine several times slower.
     subprocess.run(command, check=True, stdout=sys.stderr, env={"OMP_NUM_THREADS": "1"} | os.environ)
@@ -65,6 +70,12 @@ def run(output: Path, seed: int, quick: bool, encoders: Path | None) -> dict[str
     }
 
 
+def losses(output: Path) -> list[float]:
+    """Every loss of both networks of the demo in `output`."""
+    stages = json.loads((output / "result.json").read_text())["stages"]
+    return [loss for stage in stages for loss in max((stage[way]["losses"] for way in ("cached", "online")), key=len)]
+
+
 def row(name: str, found: dict[str, Any]) -> list[str]:
     """A demo's line of the table."""
     exam = found["exam"]
@@ -80,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--control", type=Path, help="folder of pretrain_demo.py --strict-control")
+    parser.add_argument("--forms", action="store_true", help="the first seed also from webdataset tars, and online")
     parser.add_argument("--quick", action="store_true", help="run `kcache demo --quick`")
     parser.add_argument("--folder", type=Path, help="keep what the demos made here")
     parser.add_argument("--output", type=Path, help="file or folder for the JSON")
@@ -88,7 +100,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         for seed in arguments.seeds:
-            results[f"seed {seed}"] = run(folder / f"seed-{seed}", seed, arguments.quick, None)
+            results[f"seed {seed}"] = run(folder / f"seed-{seed}", seed, arguments.quick)
+        for form in ("webdataset", "online") if arguments.forms else ():
+            seed = arguments.seeds[0]
+            results[form] = run(folder / form, seed, arguments.quick, form=form)
+            pairs = zip(losses(folder / form), losses(folder / f"seed-{seed}"), strict=True)
+            results[form]["largest_difference_of_losses"] = max(abs(one - other) for one, other in pairs)
         if arguments.control is not None:
             seed = arguments.seeds[0] if arguments.seeds else 0
             results["strict control"] = run(folder / "control", seed, arguments.quick, arguments.control.resolve())
@@ -99,6 +116,9 @@ def main() -> None:
     print(f"| {' | '.join(HEAD)} |\n|---|{'---:|' * (len(HEAD) - 1)}")
     for name, found in results.items():
         print(f"| {' | '.join(row(name, found))} |")
+    for name, found in results.items():
+        if "largest_difference_of_losses" in found:
+            print(f"{name}: losses differ by at most {found['largest_difference_of_losses']} from those from zarr")
     write_outcome(arguments.output, "demo", vars(arguments), results, "quick" if arguments.quick else "")
 
 

@@ -193,7 +193,15 @@ def parity_lines(report: Report) -> list[str]:
 
 def demo_lines(report: Report) -> list[str]:
     """What each demo reached, in per cent and root mean squared differences of pixels."""
-    return table(demo_seeds.HEAD, [demo_seeds.row(name, found) for name, found in report["results"].items()])
+    results = report["results"]
+    lines = table(demo_seeds.HEAD, [demo_seeds.row(name, found) for name, found in results.items()])
+    far = {name: found.get("largest_difference_of_losses") for name, found in results.items()}
+    same = [
+        f"{name}: losses differ by at most {apart} from those from zarr."
+        for name, apart in far.items()
+        if apart is not None
+    ]
+    return [*lines, *(["", *same] if same else [])]
 
 
 LINES: dict[str, Callable[[Report], list[str]]] = {
