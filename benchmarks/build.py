@@ -38,7 +38,7 @@ from outcome import write_outcome
 from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
 from kcache.build import build_cache, survey
-from kcache.builder import default_device
+from kcache.devices import default_device
 from kcache.digests import ZERO_IMAGE_KEY
 from kcache.encoders import Encoder, full_batches, load_encoder
 from kcache.encoding import Meter, encode_shards

@@ -22,8 +22,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from kcache.builder import default_device
 from kcache.demo.tiny import demo_models
+from kcache.devices import default_device
 from kcache.pretrained import without_bars
 
 __all__ = ["SIZES", "make_network", "read_configs", "write_models"]

@@ -19,9 +19,9 @@ from models import SIZES, write_models
 from PIL import Image
 
 from kcache.build import build_cache
-from kcache.builder import default_device
 from kcache.config import BuildConfig, MixedPrecision, Stage
 from kcache.demo.digits import vocabulary
+from kcache.devices import default_device
 
 __all__ = ["Workload", "add_workload_arguments", "open_workload", "write_pictures"]
 

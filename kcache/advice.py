@@ -11,7 +11,7 @@ from kcache.config import BuildConfig
 if TYPE_CHECKING:
     from kcache.manifest import Manifest
 
-__all__ = ["build_line", "instead_of_cache", "instead_of_source", "near_names"]
+__all__ = ["already_in", "build_line", "instead_of_cache", "instead_of_source", "near_names"]
 
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}
@@ -35,7 +35,7 @@ def instead_of_cache(path: Path) -> str | None:
         return f"it is {kind}; give the cache that it was trained from, or draw with it: kcache sample"
     if inner := [name for name in names if _is_cache(path / name)]:
         return f"the caches are in it: {', '.join(str(path / name) for name in inner[:5])}; give one of them"
-    if any(name in _SOURCE_NAMES or Path(name).suffix.lower() in _PICTURES | {".tar", ".parquet"} for name in names):
+    if _has_pictures(names):
         source = shlex.quote(str(path))
         return f"it is a source of pictures; build a cache of it, and give that: kcache cache-build {source} CACHE"
     return None
@@ -53,6 +53,13 @@ def instead_of_source(path: Path) -> str | None:
         return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
     near = "" if path.exists() else near_names(path)
     return f"there is no file or folder {str(path)!r}; did you mean {near}?" if near else None
+
+
+def already_in(folder: Path) -> str | None:
+    """What `folder`, which is to be written into, is already, if that is nothing to mix with; else None."""
+    if (folder / "manifest.json").is_file() or (folder / "plans").is_dir():
+        return "a cache"
+    return "a source of pictures" if _has_pictures(_names(folder)) else None
 
 
 def near_names(path: Path) -> str:
@@ -114,6 +121,10 @@ def _training_folder(names: Sequence[str]) -> str | None:
     if "metrics.jsonl" in names or {"config.json", "model_index.json"} <= set(names):
         return "a run directory"
     return "a pipeline of networks" if "model_index.json" in names else None
+
+
+def _has_pictures(names: Sequence[str]) -> bool:
+    return any(name in _SOURCE_NAMES or Path(name).suffix.lower() in _PICTURES | {".tar", ".parquet"} for name in names)
 
 
 def _names(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from kcache.assemble import TableState, assemble, whole_samples
 from kcache.builder import Builder, BuildProgress, Report, unfinished
 from kcache.claims import TURN, Patience, holder, turn, worker_place
 from kcache.config import BuildConfig
+from kcache.devices import check_device
 from kcache.durable import remove, remove_temporary, shared, writing
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.inventory import Inventory, missing_rows, take_inventory, why_missing
@@ -159,6 +160,7 @@ def survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], No
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = Path(cache)
     _check_target(folder)
+    check_device(config.device)
     return take_inventory(source, folder, config, say)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kcache.assemble import Candidate, image_sizes, whole_samples
 from kcache.claims import Patience, holder, let_go, take
+from kcache.devices import default_device
 from kcache.durable import writing
 from kcache.errors import CacheWriteError
 from kcache.inventory import Inventory, fetcher
@@ -26,7 +27,7 @@ from kcache.stopping import stop_here
 if TYPE_CHECKING:
     from kcache.encoding import Meter
 
-__all__ = ["BuildProgress", "Builder", "Report", "default_device", "unfinished"]
+__all__ = ["BuildProgress", "Builder", "Report", "unfinished"]
 
 REPORT_SECONDS = 0.2
 """How often progress is reported, at most."""
@@ -228,13 +229,3 @@ class _Progress:
     def say(self, message: str) -> None:
         if self._report:
             self._report(BuildProgress(table="", done=0, total=0, seconds=0.0, busy={}, message=message))
-
-
-def default_device() -> str:
-    """CUDA, then MPS, then the CPU; of several GPUs the one that the launcher meant for this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kcache.cache import Cache
+from kcache.devices import check_device, default_device
 from kcache.online import OnlineEncoders
 from kcache.recipe import Recipe
 from kcache.sources import open_source
@@ -44,14 +45,16 @@ def compare_online(
     """Encode `count` random samples of the cache again, from `source`, and compare every field.
 
     `report` is called with the table, the samples done and their number. Float32 rows made on the same machine with the
-    same libraries differ by 0. Raises the errors of `Cache.open` and `OnlineEncoders`.
+    same libraries differ by 0. Raises ConfigError for a device that is not there, and the errors of `Cache.open`
+    and `OnlineEncoders`.
     """
+    check_device(device)
     whole = Cache.open(cache)
     opened = open_source(source, image_column=image_column, caption_column=caption_column, need_captions=False)
     rng = np.random.default_rng(seed)
     samples = np.sort(rng.choice(len(whole), min(count, len(whole)), replace=False))
     captions = rng.integers(np.maximum(np.diff(whole.caption_bounds), 1))[samples]
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or default_device())
     found: list[Difference] = []
     for table, recipe in whole.recipes.items():
         side = int(table.removeprefix("latents-")) if table.startswith("latents-") else None

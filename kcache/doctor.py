@@ -132,7 +132,9 @@ def _devices() -> Iterator[Fact]:
         yield _no_gpu(torch)
     sdpa = hasattr(torch.nn.functional, "scaled_dot_product_attention")
     yield _judged("devices", "sdpa attention", sdpa, "", not sdpa, "broken", "this torch is too old, or broken")
-    yield Fact(area="devices", name="varlen attention", value=_has("torch.nn.attention.varlen"))
+    varlen, cuda = _has("torch.nn.attention.varlen"), torch.cuda.is_available()
+    advice = "" if cuda or not varlen else "this torch has it, but it needs a CUDA GPU: unused here, and not missed"
+    yield Fact(area="devices", name="varlen attention", value=varlen and cuda, advice=advice)
 
 
 def _cuda(torch: Any, number: int) -> Iterator[Fact]:
@@ -163,19 +165,19 @@ def _no_gpu(torch: Any) -> Fact:
 
 
 _EXTRAS = {
-    "bitsandbytes": ("kcache[bitsandbytes]", "--use-8bit-adam"),
-    "xformers": ("kcache[xformers]", "--attention xformers, for the decoder"),
-    "tensorboard": ("tensorboard", "--report-to tensorboard"),
-    "wandb": ("wandb", "--report-to wandb"),
-    "webdataset": ("webdataset", "reading published caches without kcache"),
+    "bitsandbytes": "--use-8bit-adam",
+    "xformers": "--attention xformers, for the decoder",
+    "tensorboard": "--report-to tensorboard",
+    "wandb": "--report-to wandb",
+    "webdataset": "reading published caches without kcache",
 }
-"""Per package: what to install it by, and what it is for."""
+"""What each package is for."""
 
 
 def _extras() -> Iterator[Fact]:
-    for name, (asked, purpose) in _EXTRAS.items():
+    for name, purpose in _EXTRAS.items():
         found = _installed(name)
-        advice = "" if found else f"for {purpose}: pip install '{asked}'"
+        advice = "" if found else f"for {purpose}: pip install {name}"
         yield Fact(area="extras", name=name, value=found, advice=advice)
 
 
@@ -226,7 +228,8 @@ def _open_files() -> Iterator[Fact]:
 def _disk(path: Path | None) -> Iterator[Fact]:
     folder = Path.cwd() if path is None else path
     if not folder.is_dir():
-        advice = f"there is no folder {folder}; give one that exists, on the disk where the cache is to be"
+        found = f"{folder} is a file, no folder" if folder.exists() else f"there is no folder {folder}"
+        advice = f"{found}; give a folder that exists, on the disk where the cache is to be"
         yield Fact(area="disk", name="path", value=str(folder), state="broken", advice=advice)
         return
     yield Fact(area="disk", name="path", value=str(folder.absolute()))

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from kcache.build import survey
-from kcache.builder import default_device
 from kcache.config import BuildConfig
+from kcache.devices import default_device
 from kcache.encoders import load_encoder, load_tokenizer
 from kcache.encoding import Meter, encode_shards
 from kcache.inventory import Inventory, acceptable, fetcher, missing_rows, why_missing

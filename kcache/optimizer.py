@@ -36,7 +36,7 @@ def check_optimizer(config: TrainConfig) -> None:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"--use-8bit-adam needs bitsandbytes ({error}); install it with pip install 'kcache[bitsandbytes]', or "
+                f"--use-8bit-adam needs bitsandbytes ({error}); install it with pip install bitsandbytes, or "
                 "leave the flag out"
             ) from error
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -20,9 +19,12 @@ from kcache.config import TrainConfig
 from kcache.durable import write_bytes
 from kcache.errors import ModelError
 from kcache.grid import captioned_grid, png_bytes
-from kcache.pretrained import cast_pipeline, without_bars
+from kcache.pretrained import cast_pipeline, without_advice, without_bars
 from kcache.repositories import Repository, component_config
 from kcache.validation import evaluating
+
+with without_advice():
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,5 +1,6 @@
-"""Networks from files: whole, of safetensors only, and without the libraries' progress bars."""
+"""Networks from files: whole, of safetensors only, and without the libraries' progress bars and advice."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from kcache.errors import ModelError
 
-__all__ = ["cast_pipeline", "load_pretrained", "without_bars"]
+__all__ = ["cast_pipeline", "load_pretrained", "without_advice", "without_bars"]
 
 
 def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
@@ -47,6 +48,24 @@ def cast_pipeline(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
         if isinstance(component, torch.nn.Module):
             # Not diffusers' own `to`, which warns of modules that must stay in float32 also where there are none.
             torch.nn.Module.to(component, dtype)
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Keep transformers' advice to install torchvision off the screen, which importing the stock pipelines draws.
+
+    Nothing here needs torchvision: pictures are prepared by Pillow on every machine. All else is logged as ever.
+    """
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def needs_saying(record: logging.LogRecord) -> bool:
+        return "requires torchvision (not installed)" not in record.getMessage()
+
+    logger.addFilter(needs_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(needs_saying)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from kcache.assemble import Candidate
 from kcache.build import BuildProgress, complete
 from kcache.config import BuildConfig, MixedPrecision, Stage
 from kcache.contents import RowCopier
+from kcache.devices import check_device
 from kcache.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 from kcache.durable import exclusive, remove
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
@@ -62,8 +63,10 @@ def repair(
 
     `report` is told how the encoding goes, `checked` how the verifications before and after it do. Nothing is changed
     where that cannot be exact: raises CacheCorruptError for a damaged manifest, CacheMismatchError when rows encoded
-    now would be of another recipe, SourceError when the source lacks what is needed.
+    now would be of another recipe, SourceError when the source lacks what is needed, and ConfigError for a device that
+    is not there.
     """
+    check_device(device)
     folder = Path(cache)
     before = verify(folder, checked)
     if not before.corrupt:

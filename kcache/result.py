@@ -29,6 +29,8 @@ def leave_result(run: TrainingRun) -> None:
         plot_run(run.output_dir)
     if run.average is not None:
         _save(run, run.output_dir / RAW_FOLDER)
+    else:
+        remove(run.output_dir / RAW_FOLDER)  # of an earlier run in this directory
     with averaged(run.average, run.network):
         if config.lora_rank is not None:
             _save(run, run.output_dir)

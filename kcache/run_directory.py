@@ -12,16 +12,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kcache.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from kcache.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from kcache.config import TrainConfig
 from kcache.durable import remove_temporary, write_bytes, write_json
 from kcache.errors import CacheMismatchError, RunError
 
 __all__ = [
+    "CONFIG_FILE",
+    "METRICS_FILE",
     "append_metrics",
     "append_validation",
     "check_same_base",
     "check_same_run",
+    "checkpoint_named",
     "checkpoint_to_resume",
     "read_config",
     "read_metrics",
@@ -66,34 +69,25 @@ _SETTLED = (
 """Settings that decide the course of a run; a run that goes on must keep them."""
 
 
+def checkpoint_named(run_dir: Path, name: str) -> Path:
+    """Where the checkpoint `name` is, or would be: it may be a path, or the name of one in the run directory."""
+    path = Path(name)
+    return run_dir / path if not path.exists() and (run_dir / path).is_dir() else path
+
+
 def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `config` names, or None to start fresh: "latest" starts fresh where there is none yet.
 
-    It may be a path, or the name of one in the run directory. Raises RunError for a checkpoint that is broken, of a run
-    with other settings or past the last step, and for a start where checkpoints of another run are.
+    Raises RunError for a checkpoint that is broken, of a run with other settings or past the last step.
     """
     run_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if name == "latest":
         checkpoint = latest_checkpoint(run_dir)
     else:
-        path = None if name is None else Path(name)
-        if path is not None and not path.exists() and (run_dir / path).is_dir():
-            path = run_dir / path
-        checkpoint = None if path is None else open_checkpoint(path)
-        _check_alone(run_dir, path)
+        checkpoint = None if name is None else open_checkpoint(checkpoint_named(run_dir, name))
     if checkpoint is not None:
         _check_settings(checkpoint, config)
     return checkpoint
-
-
-def _check_alone(run_dir: Path, begin: Path | None) -> None:
-    """Check that a run that begins with checkpoint `begin`, or fresh, does not mix with another one in `run_dir`."""
-    steps = checkpoint_steps(run_dir)
-    if steps and (begin is None or begin.resolve().parent != run_dir.resolve()):
-        raise RunError(
-            f"{run_dir} holds checkpoint-{steps[-1]} of an earlier run; expected a directory without checkpoints; "
-            "go on with that run by --resume-from-checkpoint latest, or choose another --output-dir"
-        )
 
 
 def _check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -173,14 +167,20 @@ def check_same_base(checkpoint: Checkpoint, config: TrainConfig, adapted: Mappin
 
 
 def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) -> None:
-    """Make the run directory: write config.json, and keep of the lines of earlier starts those up to `first_step`."""
+    """Make the run directory: write config.json, and keep of the lines of earlier starts those up to `first_step`.
+
+    Says so when there was no latest checkpoint to go on from: the directory may be another than was meant.
+    """
     run_dir = Path(config.output_dir)
+    if config.resume_from_checkpoint == "latest" and first_step == 0:
+        logger.warning("no checkpoint in %s: starting at step 0", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_temporary(run_dir)
-    write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
     for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE):
         kept = [entry for entry in _read(run_dir / name) if entry["step"] <= first_step]
         write_bytes(run_dir / name, _lines(kept).encode())
+    # After metrics.jsonl, by which a run directory is told from another folder with a file of this name.
+    write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
     began = datetime.now(UTC).isoformat(timespec="seconds")
     _append(run_dir / STARTS_FILE, [{"step": first_step, "time": began}])
 

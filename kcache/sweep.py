@@ -22,6 +22,7 @@ from kcache.cache import Cache
 from kcache.config import TrainConfig
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
+from kcache.output_dir import check_place
 from kcache.run_log import Progress
 from kcache.settings import read_toml, settings_from
 from kcache.sweep_report import SweptRun, comparison_table, plot_runs, swept_run
@@ -30,6 +31,11 @@ from kcache.trainer import train
 __all__ = ["PlannedRun", "SweepResult", "SweptRun", "plan_sweep", "run_sweep"]
 
 SWEEP_FILE = "sweep.json"
+_FORM = (
+    "a [[run]] table per run and nothing else, such as\n\n"
+    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
+    "settings that all runs share are flags"
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARED = ("stage", "output_dir", "resolution", "resume_from_checkpoint")
 """Settings that the runs of a sweep cannot differ in: they read one cache, and have folders and checkpoints of their
@@ -62,13 +68,12 @@ def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
     Raises ConfigError for a file without runs, names that are missing, repeated or no names of folders, and settings
     that do not exist, do not fit or that runs of one sweep cannot differ in.
     """
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}; correct the path, or write one: {_FORM}")
     table = read_toml(path)
     tables = table.pop("run", None)
     if table or not isinstance(tables, list) or not tables or not all(isinstance(run, dict) for run in tables):
-        raise ConfigError(
-            f"{path} has {', '.join(table) or 'no runs'}; expected a [[run]] table per run and nothing else, such as "
-            '[[run]] name = "slow" learning_rate = 1e-5 on lines of their own; settings that all runs share are flags'
-        )
+        raise ConfigError(f"{path} has {', '.join(table) or 'no runs'}; expected {_FORM}")
     if config.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
             f"--resume-from-checkpoint {config.resume_from_checkpoint} was given beside --sweep; expected none: every "
@@ -131,8 +136,9 @@ def run_sweep(
     finished run was trained otherwise than it is planned now, both before anything is trained.
     """
     planned = plan_sweep(sweep, config)
-    opened = Cache.open(cache, config.resolution)
     folder = Path(config.output_dir)
+    check_place(folder, ours=(folder / SWEEP_FILE).exists())
+    opened = Cache.open(cache, config.resolution)
     records = _read_records(folder / SWEEP_FILE)
     finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
     tell = say if say is not None and _is_main_process() else lambda text: None
@@ -154,8 +160,10 @@ def run_sweep(
 def _train(
     run: PlannedRun, cache: Cache, report: Callable[[str, Progress], None] | None, tell: Callable[[str], None]
 ) -> SweptRun:
+    # What was not begun has no checkpoint, which is no surprise here.
+    config = run.config if Path(run.config.output_dir).exists() else replace(run.config, resume_from_checkpoint=None)
     try:
-        train(cache, run.config, report=None if report is None else partial(report, run.name))
+        train(cache, config, report=None if report is None else partial(report, run.name))
         return _swept(run)
     except (KcacheError, OSError, RuntimeError) as error:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

@@ -16,6 +16,7 @@ from kcache.config import TrainConfig
 from kcache.judge import Judge
 from kcache.loader import Batch
 from kcache.noise import draw_seed
+from kcache.output_dir import check_output_dir
 from kcache.publishing import check_publishing, publish_run
 from kcache.result import leave_result
 from kcache.run_log import Progress, RunLog
@@ -56,6 +57,7 @@ def train(
     run goes on in that directory.
     """
     check_publishing(config)
+    check_output_dir(config)
     run = prepare_run(cache, config)
     with run.begun():
         return _train(run, report)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from kcache.build import BuildProgress, BuildResult, TableResult
 from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
-from kcache.errors import CacheCorruptError, CacheNotFoundError
+from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
 from kcache.verify import VerifyProgress
 from kcache_cli import app as cli
 from kcache_cli.build import BUILD_HELP
+from kcache_cli.output_folder import check_folder
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
 from kcache_cli.sample import file_name
 from kcache_cli.train import DECODER_HELP, PRIOR_HELP
@@ -226,6 +228,26 @@ def test_settings_that_contradict_are_refused(run: Any) -> None:
     ran = run("cache-build", "s", "c", "--batch-size", "0")
     assert ran.status == 1
     assert "--batch-size is 0; expected 1 or more" in ran.err
+
+
+def test_a_folder_that_takes_no_files_is_refused_first(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for command in (("sample", "a fox", "--prior=nowhere", "--output-dir"), ("demo", "--output")):
+        for folder, said in (("file", "is a file"), ("file/x", "is a file")):
+            ran = run(*command, str(tmp_path / folder))
+            assert ran.status == 1
+            assert f"kcache: {command[-1]} is {tmp_path / folder}, but {tmp_path / 'file'} {said}" in ran.err
+    check_folder("--output", tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_where_the_system_refuses_files_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(**settings: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=rf"--output is {tmp_path}/x, but .* into {tmp_path} \(Permission denied\)"):
+        check_folder("--output", tmp_path / "x")
 
 
 def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,12 @@ def test_a_sweep_is_handed_on_and_its_comparison_printed(
     assert ("1 of 1 run failed: slow" in err) is failed
 
 
+def test_a_choice_that_is_none_is_answered_in_one_sentence(run: Run) -> None:
+    status, _, err = run("train-prior", "c", "--output-dir=r", "--lr-scheduler=steep")
+    assert status == 2
+    assert "Invalid value for '--lr-scheduler': 'steep' is not one of 'linear'" in err
+
+
 def test_translated_refuses_before_anything_is_parsed() -> None:
     with pytest.raises(ConfigError, match="VALUE CACHE"):
         translated(["train-prior", "--dataset-name", "--seed=1"])

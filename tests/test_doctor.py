@@ -137,6 +137,31 @@ def test_a_gpu_that_torch_does_not_see_is_said(monkeypatch: pytest.MonkeyPatch) 
         assert said in by_name(examine(), "devices")["cuda"].advice
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_packed_attention_is_only_of_use_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(doctor, "_cuda", lambda *_: iter(()))
+    fact = by_name(list(doctor._devices()), "devices")["varlen attention"]
+    assert fact.value is cuda
+    assert ("needs a CUDA GPU: unused here" in fact.advice) is not cuda
+
+
+def test_what_is_missing_is_installed_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kcache itself is installed from a checkout: its name means nothing to an index of packages."""
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    advice = {fact.name: fact.advice for fact in doctor._extras()}
+    assert all(line.endswith(f": pip install {name}") for name, line in advice.items())
+    assert {"bitsandbytes", "xformers"} <= advice.keys()
+
+
+def test_a_file_is_not_taken_for_a_missing_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, said in (("file", f"{tmp_path / 'file'} is a file"), ("no", f"there is no folder {tmp_path / 'no'}")):
+        (fact,) = doctor._disk(tmp_path / name)
+        assert fact.state == "broken"
+        assert fact.advice.startswith(said)
+
+
 def test_the_command_exits_with_one_when_something_is_broken(
     kcache_command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

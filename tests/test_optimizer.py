@@ -118,6 +118,6 @@ def test_weights_are_averaged_within_the_block_and_their_own_after_it() -> None:
 
 def test_an_optimizer_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"--use-8bit-adam needs bitsandbytes .* pip install"):
+    with pytest.raises(ConfigError, match=r"--use-8bit-adam needs bitsandbytes .* pip install bitsandbytes,"):
         check_optimizer(config(use_8bit_adam=True))
     check_optimizer(config())

@@ -64,8 +64,8 @@ def test_pictures_are_those_of_kcache_sample(oracle: Path, stage: str) -> None:
         prior=str(oracle / "prior"),
         prior_num_inference_steps=3,
         num_inference_steps=2,
-        height=100,
-        width=100,
+        height=128,
+        width=128,
         seed=7,
         device="cpu",
     )

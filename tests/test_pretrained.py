@@ -1,21 +1,25 @@
 """Networks are loaded whole or not at all, from safetensors only, and the screen stays the user's."""
 
 import json
+import logging
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import KandinskyV22Pipeline, PriorTransformer
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from kcache.errors import ModelError
-from kcache.pretrained import cast_pipeline, load_pretrained, without_bars
+from kcache.pretrained import cast_pipeline, load_pretrained, without_advice, without_bars
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -98,3 +102,22 @@ def test_progress_bars_are_left_as_they_were(shown: bool) -> None:
         for library, was_shown in zip(libraries, before, strict=True):
             library.enable_progress_bar() if was_shown else library.disable_progress_bar()
     assert are_progress_bars_disabled() == hub
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_of_advice_only_that_on_torchvision_is_kept_off_the_screen(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, said = logging.getLogger("transformers.utils.import_utils"), list[str]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    # As in a process that has not yet asked for it.
+    monkeypatch.delitem(vars(transformers), "CLIPImageProcessor", raising=False)
+    type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
+    with without_advice() if silent else nullcontext():
+        assert transformers.CLIPImageProcessor
+        logger.warning("something else")
+    advice = 0 if silent or is_torchvision_available() else 1
+    assert [line for line in said if "torchvision" not in line] == ["something else"]
+    assert len(said) == 1 + advice

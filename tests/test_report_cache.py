@@ -169,6 +169,23 @@ def test_originals_are_those_that_were_encoded(cache: str, oracle: Path, tmp_pat
         sections(cache, source=str(tmp_path / "nothing"))
 
 
+def test_a_source_without_the_originals_is_refused(
+    cache: str, oracle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = Cache.open(cache)
+    names = opened.samples["name"].to_pylist()[:3]
+    shutil.copyfile(oracle / "data" / names[0], tmp_path / names[0])
+    shutil.copyfile(oracle / "data" / names[0], tmp_path / names[1])
+    originals(opened, np.array([0, 1, 2]), str(tmp_path), "image", 64, ignore)
+    assert "2 of the 3 samples shown have no original" in caplog.text
+    assert "1 are not there, 1 have another picture now" in caplog.text
+    with pytest.raises(SourceError, match=rf"none of the 2 samples .* such as {names[1]} \(1 are not there, 1 have"):
+        originals(opened, np.array([1, 2]), str(tmp_path), "image", 64, ignore)
+    caplog.clear()
+    originals(opened, np.array([0]), str(tmp_path), "image", 64, ignore)
+    assert caplog.text == ""
+
+
 def test_signal_to_noise() -> None:
     black, white = np.full((3, 2, 2), -1.0), np.full((3, 2, 2), 1.0)
     assert psnr(black, white) == 0

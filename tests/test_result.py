@@ -110,7 +110,9 @@ def test_the_curves_are_drawn_whether_or_not_there_is_a_validation(cache: str, t
 def test_a_result_takes_the_place_of_an_earlier_one(cache: str, tmp_path: Path) -> None:
     train(cache, config(tmp_path, use_ema=True, lora_rank=2))
     before = (tmp_path / LORA_WEIGHTS).read_bytes()
-    train(cache, config(tmp_path, use_ema=True, lora_rank=4))
+    train(cache, config(tmp_path, use_ema=True, lora_rank=4, resume_from_checkpoint="latest"))
     assert (tmp_path / LORA_WEIGHTS).read_bytes() != before
     assert load_file(tmp_path / "raw" / LORA_WEIGHTS).keys() == load_file(tmp_path / LORA_WEIGHTS).keys()
+    train(cache, config(tmp_path, lora_rank=4, resume_from_checkpoint="latest"))
+    assert not (tmp_path / "raw").exists()
     assert not list(tmp_path.glob(".tmp-*"))

@@ -84,6 +84,19 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path: Path, text: str, answer: str
         plan_sweep(write(tmp_path, text), config(tmp_path))
 
 
+def test_a_sweep_that_is_not_there_is_answered_with_one_that_can_be_typed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file .*rates\.toml") as refused:
+        plan_sweep(tmp_path / "rates.toml", config(tmp_path))
+    lines = [line for line in str(refused.value).splitlines() if line.startswith("  ")]
+    (run,) = plan_sweep(write(tmp_path, "\n".join(lines)), config(tmp_path))
+    assert (run.name, run.settings) == ("slow", {"learning_rate": 1e-5})
+
+
+def test_a_sweep_does_not_go_into_a_cache(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is a cache, with which"):
+        run_sweep(cache, replace(config(tmp_path), output_dir=str(cache)), write(tmp_path, TWO))
+
+
 def test_runs_do_not_overwrite_each_other_on_the_hub(tmp_path: Path) -> None:
     given = config(tmp_path, push_to_hub=True, hub_model_id="me/fox")
     with pytest.raises(ConfigError, match="several runs have the hub_model_id 'me/fox'"):
@@ -97,7 +110,7 @@ def test_every_run_has_its_own_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_sweep_trains_over_one_cache_compares_and_skips(
-    cache: Path, tmp_path: Path, opened: list[Any], capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, opened: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     given, path = config(tmp_path, val_fraction=0.3), write(tmp_path, TWO)
     said: list[str] = []
@@ -108,6 +121,7 @@ def test_a_sweep_trains_over_one_cache_compares_and_skips(
     assert opened[0] is opened[1]
     assert said == ["slow: learning_rate 1e-05", "fast: learning_rate 0.001, seed 7"]
     assert list(dict.fromkeys(progress)) == ["slow", "fast"]
+    assert "no checkpoint" not in caplog.text
     for run in first.runs:
         metrics = read_metrics(tmp_path / "sweep" / run.name)
         assert run.step == len(metrics) == 3

@@ -6,8 +6,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
 from kcache_cli.build import cache_build
@@ -25,7 +27,19 @@ from kcache_cli.verify import cache_verify
 
 __all__ = ["app", "dashed", "main"]
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, without what typer's own library puts before the reason for which it refuses a value."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="kcache",
     help="Run Kandinsky 2.2's frozen encoders once, then train the prior and the decoder from their cached outputs.",
     epilog="Start with `kcache demo`. Every command explains itself: `kcache cache-build --help`.",

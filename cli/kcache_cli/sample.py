@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache_cli.output_folder import check_folder
 from kcache_cli.progress import say
 
 __all__ = ["sample"]
@@ -28,8 +29,11 @@ def sample(
     prior_num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the prior.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="How strongly the decoder follows the image embedding.")] = 4.0,
     prior_guidance_scale: Annotated[float, typer.Option(help="How strongly the prior follows the prompt.")] = 4.0,
-    height: Annotated[int, typer.Option(min=8, help="Height of the pictures, in pixels.")] = 768,
-    width: Annotated[int, typer.Option(min=8, help="Width of the pictures, in pixels.")] = 768,
+    height: Annotated[
+        int | None,
+        typer.Option(help="Height in pixels; when left out, what the decoder's run was trained at, else 768."),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, likewise.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise; picture i starts from seed + i.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:0; chosen by what there is.")] = None,
 ) -> None:
@@ -43,6 +47,7 @@ def sample(
       kcache sample "a fox" "an owl" --decoder runs/decoder --output-dir pictures --seed 7
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
     """
+    check_folder("--output-dir", output_dir)
     from kcache.sampling import sample as draw
 
     pictures = draw(

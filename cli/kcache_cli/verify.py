@@ -58,6 +58,11 @@ def cache_verify(
     if source is None and (repair or against_online):
         flag = "--repair" if repair else "--against-online"
         raise ConfigError(f"{flag} encodes pictures and captions again; say where they are: --source SOURCE")
+    if device is not None:
+        from kcache.devices import check_device
+
+        # Reading every byte comes first, and takes long.
+        check_device(device)
     columns = {"image_column": image_column, "caption_column": caption_column, "device": device}
     about: dict[str, Any] = {}
     with Report() as report:

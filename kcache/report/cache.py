@@ -116,12 +116,12 @@ def _pictures(
     # Not at the top: only pictures need torch.
     from kcache.report.reconstructions import decoded, originals, psnr
 
-    made: Sequence[np.ndarray | None] = [None] * len(chosen)
-    if look.decoder is not None and f"latents-{side}" in cache.recipes:
-        made = decoded(_at(cache, side), chosen, look.decoder, look.device, report)
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
     if look.source is not None:
         given = originals(cache, chosen, look.source, look.image_column, side, report)
+    made: Sequence[np.ndarray | None] = [None] * len(chosen)
+    if look.decoder is not None and f"latents-{side}" in cache.recipes:
+        made = decoded(_at(cache, side), chosen, look.decoder, look.device, report)
     figures: list[Block] = []
     ratios = []
     for row, first, second in zip(told, given, made, strict=True):

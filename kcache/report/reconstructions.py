@@ -1,5 +1,6 @@
 """Samples of a cache to look at: pictures decoded from their latents by MoVQ, beside the originals of the source."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from diffusers import VQModel
 
 from kcache.cache import Cache
 from kcache.digests import content_key
-from kcache.errors import InputRejected
+from kcache.errors import InputRejected, SourceError
 from kcache.pixels import decode_image, movq_pixels
 from kcache.pretrained import load_pretrained
 from kcache.repositories import find_repository
@@ -18,6 +19,10 @@ from kcache.samples import read_some_samples
 from kcache.sources import Source, open_source
 
 __all__ = ["decoded", "originals", "psnr"]
+
+logger = logging.getLogger(__name__)
+
+ABSENT, CHANGED = "not in the source", "another picture in the source now"
 
 Report = Callable[[str, int, int], None]
 """Told what is done: its name, how much of it, and of how much."""
@@ -48,8 +53,8 @@ def originals(
 ) -> list[np.ndarray | str]:
     """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, side, side) float32 in -1..1 each.
 
-    For one that `source` has no more, or no longer with that content, there is a sentence that says so. Raises
-    SourceError.
+    For one that `source` has no more, or no longer with that content, there is a sentence that says so, and a warning
+    of how many these are. Raises SourceError, also for a source that has none of them.
     """
     opened = open_source(source, image_column=image_column, need_captions=False)
     told = read_some_samples(cache.path, cache.manifest, samples, ["name", "image_key"])
@@ -60,18 +65,34 @@ def originals(
     for number, row in enumerate(told, 1):
         pictures.append(_original(opened, places.get(row["name"]), row, alpha, side))
         report("reading originals", number, len(told))
+    _check_found(pictures, source, cache, told[0]["name"])
     return pictures
+
+
+def _check_found(pictures: list[np.ndarray | str], source: str, cache: Cache, name: str) -> None:
+    absent, changed = (sum(part == why for part in pictures if isinstance(part, str)) for why in (ABSENT, CHANGED))
+    if absent + changed == len(pictures):
+        raise SourceError(
+            f"{source} has none of the {len(pictures)} samples that are shown of {cache.path}, such as {name} "
+            f"({absent} are not there, {changed} have another picture now); expected what the cache was built from; "
+            "give that as --source, or leave it out"
+        )
+    if absent + changed:
+        logger.warning(
+            "%d of the %d samples shown have no original in %s: %d are not there, %d have another picture now",
+            absent + changed, len(pictures), source, absent, changed,
+        )  # fmt: skip
 
 
 def _original(
     source: Source, place: int | None, row: Mapping[str, Any], alpha: Literal["white", "black", "drop"], side: int
 ) -> np.ndarray | str:
     if place is None:
-        return "not in the source"
+        return ABSENT
     try:
         content = source.image(place)
         if content_key(content) != row["image_key"]:
-            return "another picture in the source now"
+            return CHANGED
         return movq_pixels(decode_image(content, alpha), side)
     except InputRejected as error:
         return f"not to be read from the source: {error}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kcache.devices import check_device
 from kcache.errors import ConfigError
 from kcache.manifest import MANIFEST
 from kcache.report.cache import CacheLook, cache_sections
@@ -51,12 +52,13 @@ def write_report(config: ReportConfig, report: Callable[[str, int, int], None] |
     """Write the report of what is at `config.path`.
 
     `report` is told what is done, how much of it and of how much. Raises ConfigError for what is neither a run
-    directory nor a cache and for settings of the other, CacheWriteError when the file cannot be written, and the errors
-    of what is read.
+    directory nor a cache, for settings of the other and for a device that is not there, CacheWriteError when the file
+    cannot be written, and the errors of what is read.
     """
     folder = Path(config.path)
     kind = _kind(folder)
     _check(config, kind)
+    check_device(config.device)
     name = folder.resolve().name
     default = folder / "report.html" if kind == "run" else folder.resolve().parent / f"{name}-report.html"
     output = default if config.output is None else Path(config.output)
