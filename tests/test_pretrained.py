@@ -106,12 +106,14 @@ def test_progress_bars_are_left_as_they_were(shown: bool) -> None:
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_of_advice_only_that_on_torchvision_is_kept_off_the_screen(
-    silent: bool, monkeypatch: pytest.MonkeyPatch
+    silent: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger, said = logging.getLogger("transformers.utils.import_utils"), list[str]()
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
     monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger.manager, "disable", logging.NOTSET)
+    caplog.set_level(logging.WARNING, logger.name)  # other tests have the library say errors only
     # As in a process that has not yet asked for it.
     monkeypatch.delitem(vars(transformers), "CLIPImageProcessor", raising=False)
     type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
