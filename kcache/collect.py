@@ -86,6 +86,7 @@ def collect_garbage(
                 remove(folder / path)
                 if report is not None:
                     report("removed", done, len(garbage.paths))
+        stop_here()
     return garbage
 
 

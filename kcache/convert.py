@@ -11,7 +11,7 @@ from kcache.joining import RESERVED, SAMPLES, TarPacker, joined_recipe, plan_pac
 from kcache.manifest import Manifest
 from kcache.plan import plan_table
 from kcache.shards import record_rejections
-from kcache.stopping import stopped_when_safe
+from kcache.stopping import stop_here, stopped_when_safe
 from kcache.tables import default_rows_per_shard
 
 __all__ = ["convert", "pack_tars"]
@@ -45,7 +45,9 @@ def convert(
         else:
             pack_tars(contents, target, rows_per_shard, report)
         tables = table_states(target, form, contents.recipes)
-        return finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
+        manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
+        stop_here()
+    return manifest
 
 
 def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None, report: Report | None) -> None:

@@ -68,7 +68,9 @@ def merge(new: str | Path, caches: Sequence[str | Path], *, report: Report | Non
                 rejected = list(state.rejected.values())
                 record_rejections(target / state.recipe.directory, state.recipe, rejected, first.provenance)
         states = table_states(target, form, recipes)
-        return finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
+        manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
+        stop_here()
+    return manifest
 
 
 def _check_alike(first: Contents, other: Contents) -> None:

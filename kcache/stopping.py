@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["stop_here", "stopped_when_safe"]
@@ -35,7 +35,8 @@ def stopped_when_safe() -> Iterator[list[int]]:
         _asked.append(number)
         signal.signal(number, previous[signal.Signals(number)])  # its own only: launchers answer Ctrl-C with SIGTERM
         # Not by logging or print: the signal may have come in the middle of either.
-        os.write(2, b"\nstopping as soon as nothing is half done; a second signal stops at once\n")
+        with suppress(OSError):  # nobody may be listening
+            os.write(2, b"\nstopping as soon as nothing is half done; a second signal stops at once\n")
 
     for number in previous:
         signal.signal(number, note)

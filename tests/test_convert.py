@@ -3,7 +3,9 @@
 import gc
 import io
 import json
+import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from building import build, copy_pictures, digests, encoded
 from kcache import Cache
 from kcache.convert import convert
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
+from kcache.joining import SAMPLES
 from kcache.shards import record_commit
 
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
@@ -116,6 +119,16 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
     assert digests(tmp_path / "new") == digests(tmp_path / "whole")
     convert(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
     assert digests(tmp_path / "new") == digests(tmp_path / "whole")
+
+
+def test_a_signal_that_comes_last_is_not_lost(caches: dict[str, Path], tmp_path: Path) -> None:
+    def report(name: str, done: int, total: int) -> None:
+        if name == SAMPLES and done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(caches["zarr"], tmp_path / "new", "webdataset", report=report)
+    assert len(Cache.open(tmp_path / "new")) == len(Cache.open(caches["zarr"]))
 
 
 def test_rows_that_no_sample_uses_are_left_behind(

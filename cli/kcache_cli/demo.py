@@ -43,9 +43,8 @@ def demo(
       kcache demo --quick --output /tmp/demo
     """
     check_folder("--output", output)
-    # In networks this small, threads mostly wait for each other. A step of the decoder took 81 ms on one thread, beside
-    # a busy process too. On two it took 62 to 79 ms where they spin while they wait, and then 302 beside that process;
-    # 154 to 180 where they do not spin.
+    # In networks this small, threads mostly wait for each other: spinning, which beside anything else on the machine
+    # makes a step several times slower, or asleep, which does so always. One thread takes the same time either way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
