@@ -32,20 +32,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from device import synchronize
 from diffusers import VQModel
-from outcome import write_outcome
-from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
+from measuring.device import synchronize
+from measuring.record import write_outcome
+from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
-from kcache.build import build_cache, survey
-from kcache.devices import default_device
-from kcache.digests import ZERO_IMAGE_KEY
-from kcache.encoders import Encoder, full_batches, load_encoder
-from kcache.encoding import Meter, encode_shards
-from kcache.inventory import Inventory, fetcher
-from kcache.plan import PlannedShard
-from kcache.pretrained import load_pretrained
-from kcache.repositories import Repository
+from kcache.build.build import build_cache, survey
+from kcache.build.encode import Meter, encode_shards
+from kcache.build.plan import PlannedShard
+from kcache.build.survey import Inventory, fetcher
+from kcache.encoders.frozen import Encoder, full_batches, load_encoder
+from kcache.encoders.pretrained import load_pretrained
+from kcache.encoders.repositories import Repository
+from kcache.machine import default_device
+from kcache.store.digests import ZERO_IMAGE_KEY
 
 BATCHES_PER_SHARD = 4
 """Enough shards that one is written while the next is encoded, as in a build of many images."""

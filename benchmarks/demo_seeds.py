@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from device import device_kind
-from outcome import write_outcome
+from measuring.device import device_kind
+from measuring.record import write_outcome
 
 DEMO = """
 import sys

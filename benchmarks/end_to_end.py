@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outcome import write_outcome
-from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
+from measuring.record import write_outcome
+from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
 from kcache.config import TrainConfig
-from kcache.trainer import train
+from kcache.training.trainer import train
 
 EXTRAPOLATED = (1, 2, 3, 5, 10, 50, 100)
 """Numbers of epochs for which totals are told."""

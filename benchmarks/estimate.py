@@ -10,13 +10,13 @@ import json
 import time
 from pathlib import Path
 
-from machine import machine
+from measuring.record import machine
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
+from kcache.build.estimate import estimate_build
 from kcache.config import BuildConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
-from kcache.estimate import estimate_build
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from kcache import Cache
-from kcache.card import CARD
+from kcache.build.dataset_card import CARD
 from kcache.errors import KcacheError
 from kcache.loader import CacheLoader
-from kcache.order import epoch_order
-from kcache.shards import OFFSETS
-from kcache.verify import verify
+from kcache.loader.chance import epoch_order
+from kcache.store.shards import OFFSETS
+from kcache.upkeep.verify import verify_cache
 
 __all__ = ["FIELDS", "Fault", "Sweep", "cuts", "file_kind", "flips", "losses"]
 
@@ -101,7 +101,7 @@ class Sweep:
         self.silent: list[str] = []
         self.caught: dict[str, dict[str, int]] = {}
         """By kind of file: faults, and how many reading and verifying noticed."""
-        if verify(cache).corrupt:
+        if verify_cache(cache).corrupt:
             raise ValueError(f"{cache} is corrupt already")
 
     def put(self, fault: Fault, *, loader: bool = True) -> None:
@@ -176,6 +176,6 @@ def _equal(found: Any, expected: Any) -> bool:
 
 def _noticed(cache: Path) -> bool:
     try:
-        return verify(cache).corrupt
+        return verify_cache(cache).corrupt
     except KcacheError:
         return True

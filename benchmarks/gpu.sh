@@ -34,7 +34,7 @@ step() {
 case $size in
 full)
     model=(--model-size full --mixed-precision bf16 --images 256 --folder "$folder") steps=8
-    run models.py "$folder/full" --model-size full
+    run measuring/models.py "$folder/full" --model-size full
     step --stage prior --batch-size 16 64 256
     step --stage decoder --resolution 512 --batch-size 4 16
     step --stage decoder --resolution 768 --batch-size 8
@@ -48,7 +48,7 @@ tiny)
     # The commands are tried, not the compiler: on a CPU it takes minutes.
     export TORCHDYNAMO_DISABLE=1
     model=(--model-size tiny --images 8 --folder "$folder") steps=1
-    run models.py "$folder/tiny"
+    run measuring/models.py "$folder/tiny"
     step --stage prior --batch-size 1 2 4
     step --stage decoder --resolution 64 --batch-size 1 2
     step --stage decoder --resolution 128 --batch-size 2

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome import write_outcome
-from synthetic import write_synthetic_cache
+from measuring.record import write_outcome
+from measuring.synthetic import write_synthetic_cache
 
 FIELDS = ("image_embeds", "text_embeds", "text_encoder_hidden_states", "latents")
 QUANTITIES = ("bytes", "open_seconds", "first_batch_seconds", "memory_bytes", "batch_milliseconds")

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from faults import Sweep, cuts, flips, losses
-from machine import machine
-from synthetic import write_synthetic_cache
+from measuring.record import machine
+from measuring.synthetic import write_synthetic_cache
 
-from kcache.convert import convert
-from kcache.formats import FORMATS
-from kcache.sources import Refusal
-from kcache.verify import verify
+from kcache.store.formats import FORMATS
+from kcache.store.samples import Refusal
+from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.verify import verify_cache
 
 BYTES_PER_SAMPLE = 122_700
 """Of a synthetic cache at 768 pixels in float16: latents, two embeddings and 17 tokens."""
@@ -35,7 +35,7 @@ def sweep(folder: Path, form: str, flip_count: int, seed: int) -> dict[str, Any]
     refused = [Refusal(name="a.png", stage="decode", reason="the file is cut off")]
     write_synthetic_cache(folder / "zarr", 5, dim=4, latent_side=2, rows_per_shard=4, refused=refused)
     if form == "webdataset":
-        convert(folder / "zarr", folder / form, form, rows_per_shard=3)
+        convert_cache(folder / "zarr", folder / form, form, rows_per_shard=3)
     swept = Sweep(folder / form)
     for number, fault in enumerate(
         chain(flips(folder / form, flip_count, seed), cuts(folder / form), losses(folder / form))
@@ -46,8 +46,8 @@ def sweep(folder: Path, form: str, flip_count: int, seed: int) -> dict[str, Any]
 
 def speed(cache: Path, rounds: int) -> dict[str, float]:
     """Gigabytes and gigabytes per second of verifying a cache, the median of some rounds after a first one."""
-    verify(cache)
-    results = [verify(cache) for _ in range(rounds)]
+    verify_cache(cache)
+    results = [verify_cache(cache) for _ in range(rounds)]
     return {
         "gigabytes": round(results[0].bytes / 1e9, 3),
         "gigabytes_per_second": round(statistics.median(r.bytes / r.seconds for r in results) / 1e9, 2),
@@ -71,7 +71,7 @@ def main() -> None:
             print_faults(form, faults[form])
         large = Path(scratch) / "large"
         write_synthetic_cache(large / "zarr", int(arguments.gigabytes * 1e9 / BYTES_PER_SAMPLE))
-        convert(large / "zarr", large / "webdataset", "webdataset")
+        convert_cache(large / "zarr", large / "webdataset", "webdataset")
         for form in FORMATS:
             speeds[form] = speed(large / form, arguments.rounds)
             print(f"{form}: verified at {speeds[form]['gigabytes_per_second']} GB/s")

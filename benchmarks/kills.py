@@ -31,17 +31,17 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from machine import machine
+from measuring.record import machine
 
-import kcache.encoders
-import kcache.encoding  # imported before the first fork: a builder then starts at once
-from kcache.build import build_cache
-from kcache.claims import TURN, holder
+import kcache.build.encode  # imported before the first fork: a builder then starts at once
+import kcache.encoders.frozen
+from kcache.build.build import build_cache
+from kcache.build.claims import TURN, holder
+from kcache.build.plan import CLAIMS
+from kcache.build.survey import take_inventory
 from kcache.config import BuildConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
-from kcache.inventory import take_inventory
-from kcache.plan import CLAIMS
 from kcache_cli import app
 
 __all__ = ["Bench", "Builder", "digests", "main"]
@@ -162,9 +162,9 @@ class Bench:
         """Load the encoders once, and what pyarrow loads when it first makes a table; builders take both over."""
         pyarrow.table({"id": ["a"]})
         job = take_inventory(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
-        load, device = kcache.encoders.load_encoder, torch.device("cpu")
+        load, device = kcache.encoders.frozen.load_encoder, torch.device("cpu")
         encoders = {r.fingerprint: load(r, job.prior, job.decoder, device) for r in job.recipes.values()}
-        kcache.encoders.load_encoder = lambda recipe, *_: encoders[recipe.fingerprint]
+        kcache.encoders.frozen.load_encoder = lambda recipe, *_: encoders[recipe.fingerprint]
 
     def start(self, source: Path, cache: Path, form: str, *, worker: str | None = None, watch: int = -1) -> Builder:
         """Start a builder; `watch` 0 makes it tell every step, k > 0 kills it at step k.

@@ -29,14 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
-from synthetic import write_synthetic_cache
+from measuring.record import machine
+from measuring.synthetic import write_synthetic_cache
 
 from kcache import Cache
-from kcache.convert import convert
-from kcache.formats import FORMATS
-from kcache.index import open_index
 from kcache.loader import CacheLoader
+from kcache.store.formats import FORMATS
+from kcache.store.index import open_index
+from kcache.upkeep.convert import convert_cache
 
 ROW_BYTES = 4 * 96 * 96 * 2
 
@@ -255,7 +255,7 @@ def main() -> None:
         for form in FORMATS if arguments.format == "both" else (arguments.format,):
             folder = folders[form]
             if form != "zarr":
-                convert(folders["zarr"], folder, form)
+                convert_cache(folders["zarr"], folder, form)
             ways, before = warm_ways, lambda: None
             if arguments.cold:
                 ways, before = cold_ways, partial(drop_from_page_cache, folder)

@@ -21,11 +21,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from diffusers import PriorTransformer
-from machine import machine
+from measuring.record import machine
 from torch import Tensor
 
-from kcache.objectives import pad_text
-from kcache.packing import PackedWay, allow_packing, predict_packed
+from kcache.objectives.losses import pad_text
+from kcache.objectives.packing import PackedWay, allow_packing, predict_packed
 
 TINY = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "embedding_dim": 128}
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from measuring.record import machine
 from safetensors.torch import load_file
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
 from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import SIDE, write_digits
 from kcache.demo.tiny import demo_models
-from kcache.run_directory import read_metrics
-from kcache.trainer import train
+from kcache.store.run_directory import read_metrics
+from kcache.training.trainer import train
 
 CASES = (("no", "float32"), ("no", "float16"), ("fp16", "float16"), ("bf16", "float16"), ("bf16", "float32"))
 """(--mixed-precision, --dtype) of cache-build."""

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import VQModel
-from machine import machine
+from measuring.record import machine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

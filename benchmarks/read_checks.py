@@ -26,13 +26,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from awscrt.checksums import crc32c
-from machine import machine
+from measuring.record import machine
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
 from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import SIDE, write_digits
 from kcache.demo.tiny import demo_models
-from kcache.trainer import train
+from kcache.training.trainer import train
 
 AIM = 0.05
 """What the check may cost, as a share of the run without it."""
@@ -58,7 +58,7 @@ class Agreeing:
 def without_checks() -> Iterator[None]:
     """Rows are read as always, but for their checksums, which are neither computed nor compared."""
     agreeing = Agreeing()
-    with patch("kcache.rows.crc32c", lambda *_: agreeing):
+    with patch("kcache.store.rows.crc32c", lambda *_: agreeing):
         yield
 
 

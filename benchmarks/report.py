@@ -15,8 +15,8 @@ from typing import Any
 
 import demo_seeds
 from growth import how_it_grows
-from plots import draw_growth, draw_loader, draw_train_steps, draws_per_image, row_label
-from summaries import command, summary
+from measuring.plots import draw_growth, draw_loader, draw_train_steps, draws_per_image, row_label
+from measuring.summaries import command, summary
 
 __all__ = ["main"]
 

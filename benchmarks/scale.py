@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
-from synthetic import random_rows, write_synthetic_cache
+from measuring.record import machine
+from measuring.synthetic import random_rows, write_synthetic_cache
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
+from kcache.build.plan import plan_table
+from kcache.build.survey import take_inventory
 from kcache.config import BuildConfig
 from kcache.demo.tiny import demo_models
-from kcache.inventory import take_inventory
-from kcache.plan import plan_table
-from kcache.shards import commit_shard
-from kcache.tables import default_rows_per_shard
+from kcache.encoders.recipes import default_rows_per_shard
+from kcache.store.shards import commit_shard
 
 OPEN = """
 import json, sys, time

@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine
+from measuring.record import machine
 
-from kcache.build import build_cache
+from kcache.build.build import build_cache
 from kcache.config import BuildConfig
 from kcache.demo.digits import SIDE, write_digits
 from kcache.demo.tiny import demo_models
@@ -27,7 +27,7 @@ from kcache.demo.tiny import demo_models
 START = """
 import sys, time
 from kcache.config import TrainConfig
-from kcache.trainer import train
+from kcache.training.trainer import train
 imported = time.monotonic()
 stage, cache, output, online = sys.argv[1:]
 config = TrainConfig(stage=stage, output_dir=output, online=online or None, max_train_steps=1, report_to="none")

@@ -40,17 +40,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device import busy_share, forget_peak, peak_memory, synchronize
-from levers import lever_ways
-from outcome import write_outcome
-from roofline import count_flops, peak_flops, time_by_kind
-from upstream import time_upstream
-from ways import COMPUTE, Way, cached_ways, online_ways
-from workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
+from measuring.device import busy_share, forget_peak, peak_memory, synchronize
+from measuring.levers import lever_ways
+from measuring.record import write_outcome
+from measuring.roofline import count_flops, peak_flops, time_by_kind
+from measuring.upstream import time_upstream
+from measuring.ways import COMPUTE, Way, cached_ways, online_ways
+from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
 from kcache.config import TrainConfig
-from kcache.loader import PREFETCH_BATCHES, Batch
-from kcache.training_run import TrainingRun, prepare_run
+from kcache.loader.batches import PREFETCH_BATCHES, Batch
+from kcache.training.run import TrainingRun
+from kcache.training.setup import prepare_run
 
 WARM_UP = PREFETCH_BATCHES + 2
 """Steps before a turn is timed: as many batches then wait as will in the end, and no way gains or owes any."""

@@ -1,6 +1,6 @@
 """kcache: run Kandinsky 2.2's frozen encoders once, then train the prior and the decoder from their cached outputs."""
 
-from kcache.cache import Cache
+from kcache.store.cache import Cache
 
 __all__ = ["Cache", "__version__"]
 

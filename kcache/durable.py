@@ -1,4 +1,4 @@
-"""Writing so that a reader sees a file or folder whole or not at all, also after a crash or a power cut."""
+"""Files and folders, seen whole or not at all, also after a crash or a power cut; and arrays read back warily."""
 
 import errno
 import fcntl
@@ -6,6 +6,8 @@ import json
 import os
 import secrets
 import shutil
+import tokenize
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ __all__ = [
     "exclusive",
     "json_bytes",
     "publish",
+    "read_npy",
     "remove",
     "remove_temporary",
     "shared",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 TEMPORARY_PREFIX = ".tmp-"
+
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 """What file systems without hard links answer."""
@@ -223,3 +227,25 @@ def _held(folder: Path, kind: int, expected: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+# What numpy's parser of headers lets through besides ValueError.
+_HEADER_ERRORS = (
+    SyntaxError, tokenize.TokenError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError, UserWarning,
+)  # fmt: skip
+
+
+def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array in a .npy file, read or memory-mapped; raises OSError, or ValueError for what is no such file.
+
+    Not `np.load`, which opens archives, too, and tries other formats on what it does not know.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # a header of Python 2, which nothing here ever wrote
+            if mapped:
+                return np.lib.format.open_memmap(path, mode="r")
+            with path.open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except _HEADER_ERRORS as error:
+        raise ValueError(f"{path.name} has no header of an array: {error}") from error

@@ -41,10 +41,18 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["zarr", "webdataset"])
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both forms of a cache: whatever `small_builds` makes in the module's tests is of this form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("small_builds.FORM", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def build(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Builds a cache of the recorded pictures, with the settings it is given, and returns its path."""
-    from kcache.build import build_cache
+    from kcache.build.build import build_cache
     from kcache.config import BuildConfig
 
     def build(source: Path | None = None, **settings: Any) -> str:
@@ -123,10 +131,10 @@ def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture(scope="session")
 def published(cache: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same cache as `cache`, in the webdataset form."""
-    from kcache.convert import convert
+    from kcache.upkeep.convert import convert_cache
 
     folder = str(tmp_path_factory.mktemp("published") / "cache")
-    convert(cache, folder, "webdataset")
+    convert_cache(cache, folder, "webdataset")
     return folder
 
 

@@ -14,8 +14,8 @@ from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
-    from kcache.build import BuildResult
-    from kcache.estimate import BuildEstimate
+    from kcache.build.build import BuildResult
+    from kcache.build.estimate import BuildEstimate
 
 __all__ = ["BUILD_HELP", "cache_build"]
 
@@ -76,11 +76,11 @@ def cache_build(
       kcache cache-build lambdalabs/naruto-blip-captions caches/naruto --stage prior --dry-run
       torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
     """
-    from kcache.build import build_cache
+    from kcache.build.build import build_cache
 
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
-        from kcache.estimate import estimate_build
+        from kcache.build.estimate import estimate_build
 
         _print_estimate(estimate_build(source, cache, config, say=note), config.batch_size, as_json)
         return

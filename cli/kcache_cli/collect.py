@@ -30,7 +30,7 @@ def cache_gc(
       kcache cache-gc caches/photos-768 --dry-run
       kcache cache-gc caches/photos-768 --compact
     """
-    from kcache.collect import collect_garbage
+    from kcache.upkeep.garbage import collect_garbage
 
     with Report() as report:
         garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show_counts(report, "done"))

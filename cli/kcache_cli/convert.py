@@ -29,10 +29,10 @@ def cache_convert(
       kcache cache-convert caches/photos-768 published/photos-768 --format webdataset
       kcache cache-convert published/photos-768 caches/photos-768 --format zarr
     """
-    from kcache.convert import convert
+    from kcache.upkeep.convert import convert_cache
 
     with Report() as report:
-        manifest = convert(cache, new, form, report=show_counts(report, "written"))
+        manifest = convert_cache(cache, new, form, report=show_counts(report, "written"))
     size = sum(entry.bytes for entry in manifest.tables.values())
     if as_json:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}

@@ -14,7 +14,7 @@ from rich.table import Table
 from kcache_cli.progress import bytes_text, count_text, say
 
 if TYPE_CHECKING:
-    from kcache.doctor import Fact
+    from kcache.report.doctor import Fact
 
 __all__ = ["doctor"]
 
@@ -40,7 +40,7 @@ def doctor(
       kcache doctor --path caches/
       kcache doctor --json | jq '.facts[] | select(.state != "ok")'
     """
-    from kcache.doctor import examine
+    from kcache.report.doctor import examine
 
     facts = examine(path)
     broken = [fact for fact in facts if fact.state == "broken"]

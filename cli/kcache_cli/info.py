@@ -25,9 +25,9 @@ def cache_info(
       kcache cache-info caches/photos-768
       kcache cache-info caches/photos-768 --json | jq .tables
     """
-    from kcache.info import describe
+    from kcache.upkeep.info import describe_cache
 
-    about = describe(cache)
+    about = describe_cache(cache)
     if as_json:
         say(json.dumps(about, indent=2, ensure_ascii=False))
     else:

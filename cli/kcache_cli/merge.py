@@ -25,10 +25,10 @@ def cache_merge(
     Examples:
       kcache cache-merge caches/all caches/photos caches/paintings
     """
-    from kcache.merge import merge
+    from kcache.upkeep.merge import merge_caches
 
     with Report() as report:
-        manifest = merge(new, caches, report=show_counts(report, "done"))
+        manifest = merge_caches(new, caches, report=show_counts(report, "done"))
     size = sum(entry.bytes for entry in manifest.tables.values())
     if as_json:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}

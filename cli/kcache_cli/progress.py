@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from kcache.build import BuildProgress
-    from kcache.trainer import Progress as TrainProgress
+    from kcache.build.build import BuildProgress
+    from kcache.training.trainer import Progress as TrainProgress
 
 __all__ = [
     "Report",

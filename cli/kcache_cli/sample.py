@@ -48,7 +48,7 @@ def sample(
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
     """
     check_folder("--output-dir", output_dir)
-    from kcache.sampling import sample as draw
+    from kcache.report.sampling import sample as draw
 
     pictures = draw(
         prompts,

@@ -176,7 +176,7 @@ def _check_launcher(config: TrainConfig) -> None:
 
 
 def _run(cache: str, config: TrainConfig) -> None:
-    from kcache.trainer import train
+    from kcache.training.trainer import train
 
     with Report() as report:
         result = train(cache, config, report=partial(show_training, report, config.stage))
@@ -184,7 +184,7 @@ def _run(cache: str, config: TrainConfig) -> None:
 
 
 def _sweep(cache: str, config: TrainConfig, sweep: Path) -> None:
-    from kcache.sweep import run_sweep
+    from kcache.training.sweep import run_sweep
 
     with Report() as report:
         result = run_sweep(cache, config, sweep, report=partial(show_training, report), say=report.note)

@@ -11,9 +11,9 @@ from kcache.errors import CacheCorruptError, ConfigError
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
-    from kcache.comparison import Difference
-    from kcache.repair import RepairResult
-    from kcache.verify import VerifyProgress, VerifyResult
+    from kcache.upkeep.compare import Difference
+    from kcache.upkeep.repair import RepairResult
+    from kcache.upkeep.verify import VerifyProgress, VerifyResult
 
 __all__ = ["cache_verify"]
 
@@ -59,7 +59,7 @@ def cache_verify(
         flag = "--repair" if repair else "--against-online"
         raise ConfigError(f"{flag} encodes pictures and captions again; say where they are: --source SOURCE")
     if device is not None:
-        from kcache.devices import check_device
+        from kcache.machine import check_device
 
         # Reading every byte comes first, and takes long.
         check_device(device)
@@ -86,15 +86,15 @@ def cache_verify(
 
 
 def _verify(cache: str, report: Report) -> "VerifyResult":
-    from kcache.verify import verify
+    from kcache.upkeep.verify import verify_cache
 
-    return verify(cache, partial(show_verify, report))
+    return verify_cache(cache, partial(show_verify, report))
 
 
 def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) -> tuple["VerifyResult", dict[str, Any]]:
-    from kcache.repair import repair
+    from kcache.upkeep.repair import repair_cache
 
-    result: RepairResult = repair(
+    result: RepairResult = repair_cache(
         source, cache, **columns, report=partial(show_build, report), checked=partial(show_verify, report)
     )
     before = _about(result.before)
@@ -104,7 +104,7 @@ def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) ->
 def _compare(
     source: str, cache: str, count: int, seed: int, columns: dict[str, Any], report: Report
 ) -> list[dict[str, Any]]:
-    from kcache.comparison import compare_online
+    from kcache.upkeep.compare import compare_online
 
     def show(table: str, done: int, total: int) -> None:
         report.show(table, done, total, "encoded and compared")

@@ -158,7 +158,7 @@ def _silence_libraries() -> None:
 
 def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     """Seconds that the build took, and bytes of the cache's tables."""
-    from kcache.build import build_cache
+    from kcache.build.build import build_cache
 
     config = BuildConfig(
         resolution=(SIDE,),

@@ -13,10 +13,10 @@ from PIL import Image
 from kcache.config import TrainConfig
 from kcache.demo.result import Measured, StageResult
 from kcache.errors import RunError
-from kcache.grid import cut_grid
+from kcache.report.grid import cut_grid
 
 if TYPE_CHECKING:
-    from kcache.run_log import Progress
+    from kcache.training.log import Progress
 
 __all__ = ["Stage", "cut_looks", "repeat", "stage_config", "train", "with_looks"]
 
@@ -61,8 +61,8 @@ def with_looks(config: TrainConfig, steps: int, looks: int, prompts: Sequence[st
 
 def train(cache: Path, config: TrainConfig, *, last: int | None = None) -> Measured:
     """A training run, left after step `last` or the first report after it."""
-    from kcache import trainer
-    from kcache.run_directory import read_metrics
+    from kcache.store.run_directory import read_metrics
+    from kcache.training import trainer
 
     rates: list[float] = []
 

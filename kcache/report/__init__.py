@@ -1,1 +1,15 @@
-"""Reports that one can open, mail and keep: a run or a cache as one HTML file."""
+"""What people look at: curves, pictures, cards, pages, and the machine.
+
+- `figures`, `grid`: numbers and pictures as images
+- `page`, `write`, `run`, `cache`: a run or a cache as one HTML file
+- `reconstructions`, `neighbours`: samples decoded from their rows, and those that are nearest to what a run drew
+- `sampling`, `pictures`: pictures from prompts, at the end and on the way
+- `model_card`: the README.md of a run
+- `doctor`: the machine
+"""
+
+from kcache.report.figures import plot_run
+from kcache.report.model_card import model_card
+from kcache.report.write import write_report
+
+__all__ = ["model_card", "plot_run", "write_report"]

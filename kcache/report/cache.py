@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kcache.cache import Cache
-from kcache.contents import read_refused
-from kcache.info import statistics, token_counts
-from kcache.manifest import Manifest
 from kcache.report.figures import beside, histogram, picture
 from kcache.report.page import Block, Section, Table, Text
-from kcache.samples import read_some_samples
+from kcache.store.cache import Cache
+from kcache.store.index import statistics, token_counts
+from kcache.store.manifest import Manifest
+from kcache.store.samples import read_refused, read_some_samples
 
 __all__ = ["CacheLook", "cache_sections"]
 

@@ -1,4 +1,4 @@
-"""Figures of a report: curves, histograms, and pictures made small enough for the page."""
+"""Figures: how a run went, curves, histograms, and pictures made small enough for a page."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,14 +7,234 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from kcache.curves import Panel, draw_panel
-from kcache.grid import png_bytes
+from kcache.report.grid import png_bytes
 from kcache.report.page import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["beside", "curve", "histogram", "picture"]
+from kcache.durable import write_bytes
+from kcache.errors import RunError
+from kcache.store.run_directory import read_metrics, read_validation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = [
+    "PICTURE",
+    "Panel",
+    "beside",
+    "curve",
+    "curve_panel",
+    "draw_panel",
+    "histogram",
+    "picture",
+    "plot_run",
+    "run_panels",
+    "smoothed",
+    "thinned",
+]
+
+Panel = Callable[["Axes"], None]
+"""Draws one thing into the axes it is given."""
+
+
+PICTURE = "loss.png"
+POINTS = 1000
+"""Points of a curve: more than the picture has room for would only make it slower to draw."""
+SMOOTHING = 0.02
+"""Standard deviation of the smoothing kernel, as a share of the whole curve."""
+
+
+TRAINING, VALIDATION, TEXT, FAINT = "#0b6e69", "#d1495b", "#22262b", "#7a828c"
+BANDS = ("#f2b134", "#e07a3f", "#a23b72", "#3b2f6b")
+"""From the timesteps of nearly clean samples to those of nearly pure noise."""
+LOOK = {"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}
+
+
+LOSS, HELD_OUT_BANDS = "Loss", "Held-out loss by timestep"
+
+
+def plot_run(run_dir: Path) -> Path:
+    """Draw `run_dir`'s metrics.jsonl and validation.jsonl as loss.png in it, 1800 × 1200 pixels; returns its path.
+
+    One step is enough, and validation need not be there. Raises RunError when there is no step yet, CacheWriteError
+    when the picture cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    metrics, validation = read_metrics(run_dir), read_validation(run_dir)
+    if not metrics:
+        raise RunError(f"{run_dir} has no steps in its metrics.jsonl; expected the directory of a run that has begun")
+    with mpl.rc_context(LOOK):
+        figure = Canvas(figsize=(12, 8), dpi=150, facecolor="white", layout="constrained")
+        _draw(figure, run_dir.resolve().name, metrics, validation)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    write_bytes(run_dir / PICTURE, picture.getvalue())
+    return run_dir / PICTURE
+
+
+def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:
+    """What there is to draw of a run, by title: what was not measured is not there."""
+    names = validation[-1].keys() if validation else ()
+    bands = [key for key in names if re.fullmatch(r"val_loss_t\d+_\d+", key)]
+    panels: dict[str, Panel] = {LOSS: partial(_loss, metrics=metrics, validation=validation)}
+    if bands:
+        panels[HELD_OUT_BANDS] = partial(_bands, validation=validation, bands=bands)
+    panels["Learning rate"] = partial(_rate, metrics=metrics)
+    panels["Gradient norm before clipping"] = curve_panel(metrics, "grad_norm")
+    if "val_cosine" in names:
+        panels["Held-out cosine to the true embedding"] = partial(_cosine, validation=validation)
+    return panels
+
+
+def curve_panel(entries: Sequence[Mapping[str, Any]], name: str) -> Panel:
+    """What draws the value `name` of each entry over the steps, as it is and smoothed."""
+    return partial(_curve, entries=entries, name=name)
+
+
+def draw_panel(title: str, panel: Panel, *, across: str = "optimizer step") -> bytes:
+    """A panel alone as a PNG of 968 × 600 pixels, in the look of loss.png; `across` names what is on the x axis."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    with mpl.rc_context(LOOK):
+        figure = Canvas(figsize=(4.84, 3), dpi=200, facecolor="white", layout="constrained")
+        ax = _axes(figure, 111, title)
+        ax.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=20)  # above the legend: it is narrow
+        ax.set_xlabel(across)
+        panel(ax)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A curve (n,) as at most `POINTS` points: means of equally many neighbours, without what is not finite."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    starts = np.arange(0, len(steps), max(1, -(-len(steps) // POINTS)))
+    counts = np.diff(np.append(starts, len(steps)))
+    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Each value (n,) as the mean of its neighbours, weighted by a Gaussian; at both ends of those that there are."""
+    if not len(values):
+        return values
+    sigma = SMOOTHING * len(values)
+    reach = int(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(values, kernel, "same") / weights
+
+
+def _draw(
+    figure: "Canvas", name: str, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
+) -> None:
+    panels = run_panels(metrics, validation)
+    grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
+    figure.suptitle(f"{name}, step {metrics[-1]['step']:,}", x=0.012, ha="left", fontsize=13, fontweight="bold")
+    below = [title for title in panels if title not in (LOSS, HELD_OUT_BANDS)]
+    width = 6 // len(below)
+    places = {title: grid[1, i * width : (i + 1) * width] for i, title in enumerate(below)}
+    places |= {LOSS: grid[0, : 3 if HELD_OUT_BANDS in panels else 6], HELD_OUT_BANDS: grid[0, 3:]}
+    for title, panel in panels.items():
+        panel(_axes(figure, places[title], title))
+
+
+def _axes(figure: "Canvas", place: Any, title: str) -> "Axes":
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+
+    ax = figure.add_subplot(place)
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    ax.set_xlabel("optimizer step")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=FAINT, labelsize=8)
+    ax.grid(color="#e6e8ea", linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _loss(ax: "Axes", metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
+    _noisy(ax, *_column(metrics, "loss"), label="training, smoothed")
+    if validation:
+        ax.plot(*_column(validation, "val_loss"), "o-", color=VALIDATION, markersize=4, linewidth=1.2, label="held out")
+    _finish(ax)
+
+
+def _bands(ax: "Axes", validation: Sequence[Mapping[str, Any]], bands: Sequence[str]) -> None:
+    for key, color in zip(bands, BANDS, strict=False):
+        first, last = map(int, key.removeprefix("val_loss_t").split("_"))
+        ax.plot(*_column(validation, key), "o-", color=color, markersize=4, linewidth=1.2, label=f"{first}–{last}")
+    _finish(ax)
+
+
+def _rate(ax: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
+    steps, rates = thinned(*_column(metrics, "lr"))
+    ax.plot(steps, rates, color=TRAINING, linewidth=1.5, marker=_marker(steps), markersize=4)
+    ax.set_ylim(bottom=0)
+
+
+def _curve(ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str) -> None:
+    _noisy(ax, *_column(entries, name), label="smoothed")
+    _finish(ax)
+
+
+def _cosine(ax: "Axes", validation: Sequence[Mapping[str, Any]]) -> None:
+    ax.plot(*_column(validation, "val_cosine"), "o-", color=VALIDATION, markersize=4, linewidth=1.2)
+
+
+def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    steps, values = thinned(steps, values)
+    ax.plot(steps, values, color=TRAINING, alpha=0.25, linewidth=0.8)
+    marker = _marker(steps)
+    ax.plot(steps, smoothed(values), color=TRAINING, linewidth=1.8, marker=marker, markersize=4, label=label)
+
+
+def _column(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the entries that have `name`, each (n,) float64."""
+    pairs = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _tick(value: float, position: int | None = None) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _marker(steps: np.ndarray) -> str:
+    """A dot where there is no line to see."""
+    return "o" if len(steps) == 1 else ""
+
+
+def _finish(ax: "Axes") -> None:
+    """A legend beside the title, and a logarithmic axis where the values are positive and far apart."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.legend(
+        frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=4, handlelength=1.2,
+        columnspacing=1.2,
+    )  # fmt: skip
+    values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in ax.lines])
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and values.max() > 5 * values.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.yaxis.set_minor_locator(NullLocator())
+
 
 COLOUR, MEAN = "#0b6e69", "#d1495b"
 """A dark and a light one: told apart without colours, too."""
@@ -26,7 +246,7 @@ MAX_SIDE = 960
 
 
 def curve(title: str, panel: Panel, caption: str) -> Figure:
-    """A panel of `kcache.curves` as a figure."""
+    """A panel of `kcache.report.figures` as a figure."""
     return Figure(png=draw_panel(title, panel), caption=caption, density=2)
 
 

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kcache.cache import Cache
-from kcache.digests import DigestMemo
-from kcache.encoders import ImageEncoder
+from kcache.encoders.frozen import ImageEncoder
+from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import KcacheError, ModelError
-from kcache.grid import cut_grid, png_bytes
-from kcache.report.drawn import drawn_prompts, grids_of, open_grid
+from kcache.report.grid import cut_grid, png_bytes
 from kcache.report.page import Block, Section, Table, Text
-from kcache.report.run import Run
-from kcache.repositories import find_repository, weights_digest
-from kcache.samples import read_some_samples
+from kcache.report.run import Run, drawn_prompts, grids_of, open_grid
+from kcache.store.cache import Cache
+from kcache.store.digests import DigestMemo
+from kcache.store.samples import read_some_samples
 
 __all__ = ["nearest", "neighbours_section"]
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from diffusers import VQModel
 
-from kcache.cache import Cache
-from kcache.digests import content_key
+from kcache.encoders.pixels import decode_image, movq_pixels
+from kcache.encoders.pretrained import load_pretrained
+from kcache.encoders.repositories import find_repository
 from kcache.errors import InputRejected, SourceError
-from kcache.pixels import decode_image, movq_pixels
-from kcache.pretrained import load_pretrained
-from kcache.repositories import find_repository
-from kcache.samples import read_some_samples
 from kcache.sources import Source, open_source
+from kcache.store.cache import Cache
+from kcache.store.digests import content_key
+from kcache.store.samples import read_some_samples
 
 __all__ = ["decoded", "originals", "psnr"]
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kcache.devices import check_device
 from kcache.errors import ConfigError
-from kcache.manifest import MANIFEST
+from kcache.machine import check_device
 from kcache.report.cache import CacheLook, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
-from kcache.run_directory import CONFIG_FILE, METRICS_FILE
+from kcache.store.manifest import MANIFEST
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE
 
 __all__ = ["ReportConfig", "Written", "write_report"]
 

@@ -1,14 +1,20 @@
-"""Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub."""
+"""Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub.
+
+- `protocol`: what a source is
+- `folder`, `table`, `tars`: the three kinds
+- `arrow_files`, `tar_members`, `reading`: the files they are kept in, read warily
+"""
 
 import re
 from pathlib import Path
 
-from kcache.advice import instead_of_source
 from kcache.errors import SourceError
+from kcache.hints import instead_of_source
 from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
-from kcache.sources.protocol import Refusal, Source
+from kcache.sources.protocol import Source
 from kcache.sources.table import SAVED_DATASET_NAMES, TableRequest, open_hub_dataset, open_parquet, open_saved_dataset
 from kcache.sources.tars import expand_braces, is_tar_name, open_tars
+from kcache.store.samples import Refusal
 
 __all__ = ["Refusal", "Source", "open_source"]
 

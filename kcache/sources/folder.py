@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from kcache.digests import DigestMemo, content_key
 from kcache.errors import InputRejected, SourceError
-from kcache.sources.captions import caption_file, caption_tuple
-from kcache.sources.paths import MAX_IMAGE_BYTES, locate, read_file, readable
-from kcache.sources.protocol import Refusal
+from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, caption_tuple, locate, read_file, readable
+from kcache.store.digests import DigestMemo, content_key
+from kcache.store.samples import Refusal
 
 __all__ = [
     "IMAGE_SUFFIXES",

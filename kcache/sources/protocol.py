@@ -1,24 +1,12 @@
 """What a source of images and captions offers to a build, whatever it is stored as."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from kcache.digests import DigestMemo
+from kcache.store.digests import DigestMemo
+from kcache.store.samples import Refusal
 
-__all__ = ["Refusal", "Source"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """An input that was found but is not offered, and why."""
-
-    name: str
-    """The input: a path relative to the source, or a row or line of a file in it."""
-    stage: str
-    """Where it failed, as in InputRejected; "source" for all that a source finds by itself."""
-    reason: str
-    """One line for a person."""
+__all__ = ["Source"]
 
 
 class Source(Protocol):

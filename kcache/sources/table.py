@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kcache.digests import DigestMemo, content_key
 from kcache.errors import InputRejected, SourceError
 from kcache.sources.arrow_files import (
     ArrowStream,
@@ -20,9 +19,9 @@ from kcache.sources.arrow_files import (
     is_caption_type,
     is_image_type,
 )
-from kcache.sources.captions import caption_tuple
-from kcache.sources.paths import MAX_IMAGE_BYTES, locate, read_file, readable
-from kcache.sources.protocol import Refusal
+from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
+from kcache.store.digests import DigestMemo, content_key
+from kcache.store.samples import Refusal
 
 __all__ = [
     "SAVED_DATASET_NAMES",

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kcache.digests import DigestMemo, content_key
 from kcache.errors import InputRejected, SourceError
-from kcache.sources.captions import caption_lines, caption_tuple
 from kcache.sources.folder import IMAGE_SUFFIXES
-from kcache.sources.paths import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, readable
-from kcache.sources.protocol import Refusal
+from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 from kcache.sources.table import TableRequest
 from kcache.sources.tar_members import Member, list_members
+from kcache.store.digests import DigestMemo, content_key
+from kcache.store.samples import Refusal
 
 __all__ = ["TarSource", "expand_braces", "is_tar_name", "open_tars"]
 

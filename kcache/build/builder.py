@@ -1,0 +1,231 @@
+"""One builder of a cache: it works off the open plan, alone or beside other builders.
+
+Every builder claims a shard before it writes it, begins with the shards that are its own by number, goes on with those
+that nobody has claimed, and then waits for the rest. No builder needs another one: what one that died had claimed is
+taken over.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kcache.build.finish import Candidate, image_sizes, whole_samples
+from kcache.build.claims import Patience, holder, let_go, take
+from kcache.machine import default_device
+from kcache.durable import writing
+from kcache.errors import CacheWriteError
+from kcache.build.survey import Inventory, fetcher
+from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_keys
+from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
+from kcache.store.samples import sample_ids
+from kcache.stopping import stop_here
+
+if TYPE_CHECKING:
+    from kcache.build.encode import Meter
+
+__all__ = ["BuildProgress", "Builder", "Report", "unfinished"]
+
+REPORT_SECONDS = 0.2
+"""How often progress is reported, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildProgress:
+    """Where a build stands in the table it is working on."""
+
+    table: str
+    done: int
+    total: int
+    """Inputs that this builder has dealt with, and how many it will, those of other builders left out."""
+    seconds: float
+    """Time spent on this table so far."""
+    busy: Mapping[str, float]
+    """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
+    message: str | None = None
+
+
+Report = Callable[[BuildProgress], None]
+
+
+def unfinished(cache: Path, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
+    """The shards of each table of `plan` that are not committed, tables without any left out."""
+    left = [(table, [s for s in table.shards() if not _record(cache, table, s).exists()]) for table in plan.tables]
+    return [(table, shards) for table, shards in left if shards]
+
+
+def _record(cache: Path, table: TablePlan, shard: PlannedShard) -> Path:
+    return cache / table.recipe.directory / f"{shard.name}.json"
+
+
+@dataclass
+class Builder:
+    """Works off plans, one table at a time so that one encoder is in memory at a time."""
+
+    job: Inventory
+    place: tuple[int, int]
+    """This is builder I of N."""
+    patience: Patience
+    report: Report | None
+    seen: dict[str, set[bytes]] = field(default_factory=dict)
+    """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
+    meters: dict[str, "Meter"] = field(default_factory=dict)
+    """Where the time went, by table that this builder encoded rows of."""
+
+    def work_off(self, plan: Plan) -> None:
+        """Encode or pack what nobody else does of `plan`; returns when all of it is committed."""
+        claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan))
+        try:
+            while left := unfinished(self.job.folder, plan):
+                for table, shards in left:
+                    self._work(table, self._in_order(shards), claims)
+                if not claims.open():
+                    break
+                self._wait(plan, claims)
+        finally:
+            claims.release()
+        if not unfinished(self.job.folder, plan):
+            for table in plan.tables:
+                self.seen.setdefault(table.recipe.table, set()).update(table.keys)
+
+    def seconds(self, table: str) -> dict[str, float]:
+        """What the time of the thread that encoded `table` went into, as `TableResult.seconds` has it."""
+        meter = self.meters.get(table)
+        return {**meter.seconds, "held_up": meter.held_up} if meter else {}
+
+    def _in_order(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
+        """First those of this builder, then its neighbour's, and so on."""
+        index, count = self.place
+        return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
+
+    def _wait(self, plan: Plan, claims: "_Claims") -> None:
+        """Wait a moment for the builder that holds the first shard left; a dead one's is claimed next."""
+        for table, shards in unfinished(self.job.folder, plan)[:1]:
+            claim = claims.path(table, shards[0])
+            if (other := holder(claim)) is not None:
+                self.patience.wait(claim, other)
+
+    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims") -> None:
+        progress = _Progress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
+        mine = claims.claimed(table, shards, progress)
+        # What is needed for the work is read only once there is some: with a claim held, nobody ends the plan.
+        if (first := next(mine, None)) is None:
+            return
+        folder = self.job.folder / table.recipe.directory
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        if table.recipe.table in (RESERVED, SAMPLES):
+            self._pack(table.recipe.table, chain([first], mine), progress)
+        else:
+            self._encode(table, chain([first], mine), progress)
+
+    def _pack(self, kind: str, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
+        job = self.job
+        states, provenance = job.states(), job.provenance()
+        whole, _ = whole_samples(job.candidates, states)
+        ids = sample_ids([candidate.image_key for candidate in whole])
+        by_key = dict(zip(joined_keys(whole), zip(ids, whole, strict=True), strict=True))
+        packer = TarPacker(job.folder, job.recipes, {name: state.stored for name, state in states.items()})
+        for shard in shards:
+            if kind == RESERVED:
+                packer.pack_reserved(shard.name, provenance)
+            else:
+                planned = {key: by_key[key] for key in shard.keys if key in by_key}
+                sizes, _ = image_sizes(job.folder, job.source, [candidate for _, candidate in planned.values()])
+                packer.pack_samples(shard, _readable(planned, sizes), sizes, provenance)
+            progress.add(len(shard.keys), {"write": 1.0})
+
+    def _encode(self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
+        import torch
+
+        from kcache.encoders.frozen import load_encoder
+        from kcache.build.encode import Meter, encode_shards
+
+        job, recipe = self.job, table.recipe
+        progress.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
+        encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or default_device()))
+        workers = job.config.num_workers or os.cpu_count() or 1
+        fetch, meter = fetcher(job.source, job.candidates, recipe.table), self.meters.setdefault(recipe.table, Meter())
+        encode_shards(
+            encoder, job.folder / recipe.directory, shards, fetch,
+            workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
+        )  # fmt: skip
+
+
+def _readable(
+    planned: Mapping[bytes, tuple[str, Candidate]], sizes: Mapping[bytes, tuple[int, int]]
+) -> dict[bytes, tuple[str, Candidate]]:
+    """Those whose image could still be read from the source."""
+    return {key: (i, candidate) for key, (i, candidate) in planned.items() if candidate.image_key in sizes}
+
+
+class _Claims:
+    """This builder's claims on the shards of one plan."""
+
+    def __init__(self, cache: Path, folder: Path) -> None:
+        self._cache = cache
+        self._folder = folder
+        self._held: list[Path] = []
+
+    def path(self, table: TablePlan, shard: PlannedShard) -> Path:
+        return self._folder / f"{table.recipe.table}-{shard.name}"
+
+    def open(self) -> bool:
+        """Whether the plan is still open: another builder closes it once all of it is committed."""
+        return self._folder.is_dir()
+
+    def claimed(
+        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "_Progress"
+    ) -> Iterator[PlannedShard]:
+        """Those of `shards` that this builder gets, each one claimed when it is asked for."""
+        for shard in shards:
+            if self._take(self.path(table, shard)) and not _record(self._cache, table, shard).exists():
+                yield shard
+            else:
+                progress.total -= len(shard.keys)
+
+    def _take(self, claim: Path) -> bool:
+        try:
+            other = take(claim)
+        except CacheWriteError:
+            if self.open():
+                raise
+            return False
+        if other is None:
+            self._held.append(claim)
+        return other is None
+
+    def release(self) -> None:
+        """Let go of everything: what is committed needs no claim, and what is not is free for others."""
+        for claim in self._held:
+            let_go(claim)
+
+
+class _Progress:
+    """Counts inputs of one table and reports now and then."""
+
+    def __init__(self, table: str, total: int, report: Report | None) -> None:
+        self.total = total
+        self._table = table
+        self._report = report
+        self._start = time.perf_counter()
+        self._done = 0
+        self._reported = 0.0
+
+    def add(self, inputs: int, busy: Mapping[str, float]) -> None:
+        stop_here()
+        self._done += inputs
+        now = time.perf_counter()
+        if self._report and (now - self._reported >= REPORT_SECONDS or self._done == self.total):
+            self._reported = now
+            seconds = now - self._start
+            self._report(
+                BuildProgress(table=self._table, done=self._done, total=self.total, seconds=seconds, busy=busy)
+            )
+
+    def say(self, message: str) -> None:
+        if self._report:
+            self._report(BuildProgress(table="", done=0, total=0, seconds=0.0, busy={}, message=message))

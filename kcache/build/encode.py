@@ -1,0 +1,297 @@
+"""Encoding planned shards: decode, encode and write at the same time, results in plan order.
+
+A pool of threads decodes inputs ahead, this thread runs the encoder on full batches, and one more thread writes the
+shard before. Batches never cross a shard's border, so a shard's bytes do not depend on which shards were encoded
+before it. Inputs are taken in plan order, and their rows stored in it, whatever batches they were encoded in.
+"""
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kcache.store.digests import ZERO_IMAGE_KEY
+from kcache.encoders.frozen import Encoder, full_batches
+from kcache.errors import ConfigError, InputRejected
+from kcache.build.plan import PlannedShard
+from kcache.store.recipe import Recipe
+from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
+
+__all__ = ["Meter", "encode_shards", "provenance", "refusal_reasons"]
+
+Fetch = Callable[[bytes], bytes | str | None]
+"""The content behind a key, None when the source no longer has it; may raise InputRejected."""
+
+STAGES = ("decode", "encode", "write")
+
+
+@dataclass
+class Meter:
+    """Where the encoding thread's time goes: waiting for decoded inputs, encoding, or waiting for the writer."""
+
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    held_up: float = 0.0
+    """Seconds of the wait for decoded inputs in which enough for a batch were decoded, but stood behind a slow one."""
+
+    def shares(self) -> dict[str, float]:
+        """Share of the time, 0 to 1, by stage; the largest is the one that binds."""
+        total = sum(self.seconds.values())
+        return {stage: seconds / total if total else 0.0 for stage, seconds in self.seconds.items()}
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, its time counted under `stage`."""
+        start = self.clock()
+        try:
+            return work()
+        finally:
+            self.seconds[stage] += self.clock() - start
+
+    def decoded(self, first: "Future[_Input]", behind: Iterable["Future[_Input]"], lacking: int) -> "_Input":
+        """The `first` of the inputs under way, waited for; `lacking` more of those `behind` it would fill a batch."""
+        if first.done():
+            return first.result()
+        start = self.clock()
+        item: _Input = self.timed("decode", first.result)
+        end = self.clock()
+        ready = sorted(done.result().ready for done in behind if done.done() and done.exception() is None)
+        if lacking <= len(ready):
+            self.held_up += max(0.0, end - max(start, ready[lacking - 1]))
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One planned input after decoding: prepared, or rejected, or gone from the source."""
+
+    key: bytes
+    prepared: Any = None
+    rejection: Rejection | None = None
+    absent: bool = False
+    ready: float = 0.0
+    """When that was, by the meter's clock."""
+
+
+@dataclass
+class _OpenShard:
+    """The rows of the shard that is being filled, as they were encoded."""
+
+    planned: PlannedShard
+    numbers: list[int] = field(default_factory=list)
+    """Where in the plan of the shard each row stands."""
+    parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def block(self, recipe: Recipe) -> RowBlock:
+        """The rows, in plan order."""
+        order = np.argsort(self.numbers)
+        keys = np.frombuffer(b"".join(self.planned.keys[i] for i in sorted(self.numbers)), np.uint8).reshape(-1, 16)
+        if not self.numbers:
+            return RowBlock(keys=keys, arrays={})
+        arrays = {f.name: np.concatenate(self.parts[f.name]) for f in recipe.fields}
+        lengths = np.concatenate(self.lengths) if self.lengths else np.ones(len(order), np.int64)
+        if (np.diff(order) < 0).any():
+            tokens = _runs(lengths, order)
+            arrays = {f.name: arrays[f.name][tokens if f.ragged else order] for f in recipe.fields}
+        offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
+        return RowBlock(keys=keys, arrays=arrays, offsets=offsets if self.lengths else None)
+
+
+def _runs(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where the tokens of rows with these lengths stand, the rows taken in `order`."""
+    starts, taken = np.cumsum(lengths) - lengths, lengths[order]
+    return np.repeat(starts[order] - (np.cumsum(taken) - taken), taken) + np.arange(taken.sum())
+
+
+def encode_shards(
+    encoder: Encoder,
+    folder: Path,
+    shards: Iterator[PlannedShard],
+    fetch: Fetch,
+    *,
+    workers: int,
+    meter: Meter,
+    done: Callable[[int], None],
+) -> None:
+    """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
+
+    `done` is called with the number of inputs dealt with since the last call.
+    """
+    recipe = encoder.recipe
+    made_by = provenance(encoder)
+    with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
+        ahead: deque[_Planned] = deque()
+        prepare = partial(_prepare, encoder, fetch, meter.clock)
+        inputs = _started(pool, prepare, shards, ahead, limit=workers + 2 * encoder.batch_size)
+        committing: Future[Any] | None = None
+        try:
+            for shard, group in groupby(inputs, key=itemgetter(0)):
+                rows = _OpenShard(shard)
+                prepared = _decoded(rows, (future for _, future in group), ahead, encoder.batch_size, meter, done)
+                _encode_shard(encoder, prepared, rows, meter, done, committing)
+                if committing is not None:
+                    meter.timed("write", committing.result)
+                committing = writer.submit(
+                    commit_shard, folder, shard.name, recipe, rows.block(recipe),
+                    rejected=rows.rejected, absent=rows.absent, provenance=made_by,
+                )  # fmt: skip
+            if committing is not None:
+                meter.timed("write", committing.result)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_Planned = tuple[PlannedShard, Future[_Input]]
+
+
+def _started(
+    pool: ThreadPoolExecutor,
+    prepare: Callable[[bytes], _Input],
+    shards: Iterator[PlannedShard],
+    ahead: deque[_Planned],
+    limit: int,
+) -> Iterator[_Planned]:
+    """Each planned input once its decoding has begun, in plan order; the next ones, up to `limit`, are in `ahead`."""
+    for shard in shards:
+        for key in shard.keys:
+            ahead.append((shard, pool.submit(prepare, key)))
+            if len(ahead) > limit:
+                yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
+
+
+def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: bytes) -> _Input:
+    prepared, rejection, absent = None, None, False
+    try:
+        if key == ZERO_IMAGE_KEY:
+            prepared = encoder.reserved()
+        elif (content := fetch(key)) is None:
+            absent = True
+        else:
+            prepared = encoder.prepare(content)
+    except InputRejected as error:
+        rejection = Rejection(key=key.hex(), stage=error.stage, reason=error.reason)
+    return _Input(key, prepared, rejection, absent, ready=clock())
+
+
+def _decoded(
+    rows: _OpenShard,
+    inputs: Iterator[Future[_Input]],
+    ahead: Iterable[_Planned],
+    batch_size: int,
+    meter: Meter,
+    done: Callable[[int], None],
+) -> Iterator[tuple[int, Any]]:
+    """Each input of a shard that can be encoded, with its number; why others cannot be is noted in `rows`."""
+    given = 0
+    for number, future in enumerate(inputs):
+        behind = (other for shard, other in ahead if shard is rows.planned)
+        item = meter.decoded(future, behind, lacking=batch_size - given % batch_size)
+        if item.rejection is None and not item.absent:
+            given += 1
+            yield number, item.prepared
+            continue
+        if item.rejection is not None:
+            rows.rejected.append(item.rejection)
+        else:
+            rows.absent.append(item.key.hex())
+        done(1)
+
+
+def _encode_shard(
+    encoder: Encoder,
+    prepared: Iterator[tuple[int, Any]],
+    rows: _OpenShard,
+    meter: Meter,
+    done: Callable[[int], None],
+    committing: Future[Any] | None,
+) -> None:
+    """Fill `rows`; stops as soon as it turns out that the shard before, `committing`, cannot be written."""
+    for batch in full_batches(encoder, prepared):
+        meter.timed("encode", partial(_encode_batch, encoder, batch, rows))
+        if committing is not None and committing.done():
+            committing.result()
+        done(len(batch))
+
+
+def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _OpenShard) -> None:
+    try:
+        encoded = encoder.encode([prepared for _, prepared in batch])
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{encoder.recipe.encoder} ran out of device memory on batches of {encoder.batch_size} ({error}); "
+            "build with a smaller --batch-size (it is part of the recipe, so the table is encoded anew)"
+        ) from error
+    offsets = encoded[OFFSETS].cpu().numpy() if OFFSETS in encoded else None
+    values = {f.name: encoded[f.name].float().cpu().numpy() for f in encoder.recipe.fields}
+    stored = {name: _cast(array, encoder.recipe.stored_dtype) for name, array in values.items()}
+    reasons = refusal_reasons(encoder.recipe, values, stored, offsets)
+    kept = np.array([reason is None for reason in reasons])
+    for (number, _), reason in zip(batch, reasons, strict=True):
+        if reason is None:
+            rows.numbers.append(number)
+        else:
+            key = rows.planned.keys[number].hex()
+            rows.rejected.append(Rejection(key=key, stage="encode", reason=reason))
+    lengths = None if offsets is None else np.diff(offsets)
+    for f in encoder.recipe.fields:
+        chosen = np.repeat(kept, lengths) if f.ragged and lengths is not None else kept
+        rows.parts.setdefault(f.name, []).append(stored[f.name][chosen])
+    if lengths is not None:
+        rows.lengths.append(lengths[kept])
+
+
+def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is found as an infinity below, and named
+        return array.astype(dtype)
+
+
+def refusal_reasons(
+    recipe: Recipe, values: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray], offsets: np.ndarray | None
+) -> list[str | None]:
+    """Why each row cannot be stored, None where it can: NaN or infinity from the encoder, or beyond the stored dtype.
+
+    `values` are the encoder's results in float32, `stored` the same in the stored dtype; `offsets` bound ragged rows.
+    """
+    rows = len(next(iter(values.values()))) if offsets is None else len(offsets) - 1
+    reasons: list[str | None] = [None] * rows
+    for f in recipe.fields:
+        bounds = offsets if f.ragged and offsets is not None else np.arange(rows + 1)
+        bad = ~np.isfinite(stored[f.name]).reshape(len(stored[f.name]), -1).all(axis=1)
+        for unit in np.flatnonzero(bad).tolist():
+            row = int(np.searchsorted(bounds, unit, side="right")) - 1
+            if np.isfinite(values[f.name][unit]).all():
+                largest = float(np.abs(values[f.name][unit]).max())
+                reasons[row] = (
+                    f"{f.name} holds {largest:g}, more than {recipe.stored_dtype} can; build with --dtype float32"
+                )
+            else:
+                reasons[row] = f"{f.name} came out of {recipe.encoder} as NaN or infinity, in float32 too"
+    return reasons
+
+
+def provenance(encoder: Encoder) -> dict[str, str]:
+    """What the rows were made with: recorded in each commit, shown, never compared."""
+    packages = _versions("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
+    device = torch.device(getattr(encoder, "device", "cpu"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return {**packages, "python": platform.python_version(), "device": name}
+
+
+@cache
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: version(name) for name in packages}

@@ -1,0 +1,286 @@
+"""The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from kcache.encoders.pixels import clip_pixels, clip_processor, decode_image, movq_pixels
+from kcache.encoders.pretrained import load_pretrained
+from kcache.encoders.repositories import Repository
+from kcache.errors import InputRejected, ModelError
+from kcache.store.recipe import Recipe
+
+__all__ = [
+    "Encoder",
+    "ImageEncoder",
+    "LatentsEncoder",
+    "PictureEncoder",
+    "TextEncoder",
+    "full_batches",
+    "load_encoder",
+    "load_tokenizer",
+]
+
+Rows = dict[str, torch.Tensor]
+
+
+class Encoder(Protocol):
+    """A frozen network with its preprocessing, which makes the rows of the table that `recipe` describes."""
+
+    recipe: Recipe
+
+    @property
+    def batch_size(self) -> int:
+        """Most inputs that one call of `encode` takes."""
+
+    def prepare(self, content: Any) -> Any:
+        """One input (an image file's bytes, or a caption) made ready for `encode`, on the CPU.
+
+        Safe to call from several threads; raises InputRejected.
+        """
+
+    def reserved(self) -> Any:
+        """The prepared input of the table's reserved row; None when it has none."""
+
+    def batch_shape(self, prepared: Any) -> tuple[int, ...]:
+        """Shape of the batch in which a prepared input is encoded, whatever else is: one `encode` takes one shape."""
+
+    def encode(self, prepared: Sequence[Any]) -> Rows:
+        """Rows of 1 to batch_size prepared inputs, on the encoder's device and in the recipe's compute dtype."""
+
+
+class PictureEncoder(Encoder, Protocol):
+    """An encoder of images: `prepare` is `pixels` of the picture that `decode_image` makes with `alpha`."""
+
+    alpha: Literal["white", "black", "drop"]
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """An RGB picture made ready for `encode`: several encoders of one image need it decoded once."""
+
+
+class ImageEncoder:
+    """CLIP's image encoder: an image file's bytes → image_embeds (k, D)."""
+
+    def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
+        self.recipe = recipe
+        self.batch_size = recipe.batch_shape[0]
+        self.alpha = recipe.preprocess["alpha"]
+        self._processor = clip_processor(recipe.preprocess["processor"])
+        self._network = _Frozen(CLIPVisionModelWithProjection, prior, "image_encoder", recipe, device)
+
+    def prepare(self, content: bytes) -> np.ndarray:
+        """Pixels (3, S, S) float32 of an image file."""
+        return self.pixels(decode_image(content, self.alpha))
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Pixels (3, S, S) float32 of an RGB picture."""
+        return clip_pixels(picture, self._processor)
+
+    def reserved(self) -> np.ndarray:
+        """The all-zero pixel tensor, which stands for "no image" in guidance."""
+        return np.zeros(self.recipe.batch_shape[1:], np.float32)
+
+    def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
+        """The recipe's, for every image."""
+        return self.recipe.batch_shape
+
+    def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
+        """{"image_embeds": (k, D)} of k pixel arrays."""
+        pixels = _full_batch(prepared, self.recipe.batch_shape)
+
+        def forward(network: Any, dtype: torch.dtype) -> Rows:
+            return {"image_embeds": network(pixels.to(self._network.device, dtype)).image_embeds[: len(prepared)]}
+
+        return self._network.run(forward)
+
+
+class LatentsEncoder:
+    """MoVQ's encoder: an image file's bytes → latents (k, 4, R/8, R/8), before quantisation and not scaled."""
+
+    def __init__(self, recipe: Recipe, decoder: Repository, device: torch.device) -> None:
+        self.recipe = recipe
+        self.batch_size = recipe.batch_shape[0]
+        self.alpha = recipe.preprocess["alpha"]
+        self._network = _Frozen(VQModel, decoder, "movq", recipe, device)
+
+    def prepare(self, content: bytes) -> np.ndarray:
+        """Pixels (3, R, R) float32 of an image file."""
+        return self.pixels(decode_image(content, self.alpha))
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Pixels (3, R, R) float32 of an RGB picture."""
+        return movq_pixels(picture, self.recipe.batch_shape[-1])
+
+    def reserved(self) -> None:
+        """None: training always has latents to denoise."""
+        return
+
+    def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
+        """The recipe's, for every image."""
+        return self.recipe.batch_shape
+
+    def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
+        """{"latents": (k, 4, h, w)} of k pixel arrays."""
+        pixels = _full_batch(prepared, self.recipe.batch_shape)
+
+        def forward(network: Any, dtype: torch.dtype) -> Rows:
+            return {"latents": network.encode(pixels.to(self._network.device, dtype)).latents[: len(prepared)]}
+
+        return self._network.run(forward)
+
+
+class TextEncoder:
+    """CLIP's text encoder: a caption → text_embeds and the states of its tokens, padding left out."""
+
+    def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
+        self.recipe = recipe
+        self.batch_size = recipe.batch_shape[0]
+        self._tokenizer = load_tokenizer(prior)
+        # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
+        self._lock = threading.Lock()
+        self._network = _Frozen(CLIPTextModelWithProjection, prior, "text_encoder", recipe, device)
+
+    def prepare(self, content: str) -> tuple[np.ndarray, int]:
+        """Token ids (77,) int64 of a caption, padded or cut to that length, and how many of them are valid."""
+        try:
+            with self._lock:
+                tokens = self._tokenizer(
+                    content, max_length=self.recipe.batch_shape[1], padding="max_length", truncation=True
+                )
+        except (TypeError, ValueError) as error:
+            raise InputRejected("tokenize", f"the tokenizer cannot take this caption: {error}") from error
+        return np.array(tokens["input_ids"], np.int64), sum(tokens["attention_mask"])
+
+    def reserved(self) -> tuple[np.ndarray, int]:
+        """The empty caption, which stands for "no text" in guidance."""
+        return self.prepare("")
+
+    def batch_shape(self, prepared: tuple[np.ndarray, int]) -> tuple[int, ...]:
+        """The recipe's, or where captions are trimmed, only as long as this one rounded up to the recipe's multiple."""
+        rows, longest = self.recipe.batch_shape
+        step = self.recipe.preprocess.get("pad_to_multiple_of", longest)
+        return rows, min(-(-prepared[1] // step) * step, longest)
+
+    def encode(self, prepared: Sequence[tuple[np.ndarray, int]]) -> Rows:
+        """Rows of k captions whose tokens sum to T.
+
+        {"text_embeds": (k, D), "text_encoder_hidden_states": (T, D), "text_offsets": (k + 1,) int64}; the states of
+        caption i are rows text_offsets[i] to text_offsets[i + 1].
+        """
+        device = self._network.device
+        shapes = {self.batch_shape(caption) for caption in prepared}
+        if len(shapes) > 1:
+            raise ValueError(f"captions of one batch are to be padded to {shapes}; expected one shape: `full_batches`")
+        shape = shapes.pop()
+        input_ids = _full_batch([ids[: shape[1]] for ids, _ in prepared], shape).to(device)
+        lengths = torch.tensor([length for _, length in prepared], device=device)
+        valid = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
+
+        def forward(network: Any, dtype: torch.dtype) -> Rows:
+            # No attention mask, as in the upstream scripts; attention is causal, so valid states never see padding.
+            output = network(input_ids)
+            states = output.last_hidden_state[: len(prepared)]
+            return {
+                "text_embeds": output.text_embeds[: len(prepared)],
+                "text_encoder_hidden_states": states.masked_fill(~valid[..., None], 0),
+            }
+
+        rows = self._network.run(forward)
+        rows["text_encoder_hidden_states"] = rows["text_encoder_hidden_states"][valid]
+        rows["text_offsets"] = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return rows
+
+
+def full_batches(encoder: Encoder, inputs: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """`inputs`, each with its number, in batches of one shape: handed out once full, what is left of each at the end.
+
+    Where all inputs have one shape, batches are runs of them.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
+    for number, prepared in inputs:
+        shape = encoder.batch_shape(prepared)
+        batch = waiting.setdefault(shape, [])
+        batch.append((number, prepared))
+        if len(batch) == encoder.batch_size:
+            yield waiting.pop(shape)
+    yield from waiting.values()
+
+
+def load_encoder(recipe: Recipe, prior: Repository, decoder: Repository | None, device: torch.device) -> Encoder:
+    """The encoder that makes the rows of `recipe`, its network loaded on `device`.
+
+    `decoder` may be None unless the recipe is for latents. Raises ModelError when the weights do not fit the network.
+    """
+    if recipe.table == "image_embeds":
+        return ImageEncoder(recipe, prior, device)
+    if recipe.table == "text":
+        return TextEncoder(recipe, prior, device)
+    if decoder is None:
+        raise ModelError(f"the table {recipe.table} needs a decoder repository with the folder movq; none was given")
+    return LatentsEncoder(recipe, decoder, device)
+
+
+class _Frozen:
+    """A network in the recipe's compute dtype, and the same in float32 once half precision fails on a row."""
+
+    def __init__(
+        self, kind: type[Any], repository: Repository, component: str, recipe: Recipe, device: torch.device
+    ) -> None:
+        self.device = device
+        self._source = (kind, repository, component, device)
+        self._dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
+        self._network = _load_network(*self._source, self._dtype)
+        self._float32: nn.Module | None = None
+
+    @torch.inference_mode()
+    def run(self, forward: Callable[[Any, torch.dtype], Rows]) -> Rows:
+        """The rows that `forward` computes; those with NaN or Inf in half precision are computed again in float32."""
+        rows = forward(self._network, self._dtype)
+        if self._dtype == torch.float32:
+            return rows
+        broken = torch.stack([~values.isfinite().flatten(1).all(1) for values in rows.values()]).any(0)
+        if broken.any():
+            if self._float32 is None:
+                self._float32 = _load_network(*self._source, torch.float32)
+            for name, values in forward(self._float32, torch.float32).items():
+                rows[name][broken] = values[broken].to(self._dtype)
+        return rows
+
+
+def _load_network(
+    kind: type[Any], repository: Repository, component: str, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    network = load_pretrained(kind, repository.path / component, dtype)
+    if kind is VQModel:
+        # Only the encoder half is used.
+        del network.decoder, network.quantize, network.post_quant_conv
+    return network.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(prior: Repository) -> CLIPTokenizer:
+    """The tokenizer of a prior repository; raises ModelError."""
+    path = prior.path / "tokenizer"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded as CLIPTokenizer: {error}") from error
+    if tokenizer.padding_side != "right":
+        raise ModelError(f"{path} pads on the {tokenizer.padding_side}; expected the right, as Kandinsky's does")
+    return tokenizer
+
+
+def _full_batch(prepared: Sequence[np.ndarray], shape: tuple[int, ...]) -> torch.Tensor:
+    """The inputs as one batch of exactly this shape, filled up with zeros.
+
+    A row does not depend on its companions, but its last bits depend on the shape of the batch.
+    """
+    batch = np.zeros(shape, prepared[0].dtype)
+    np.stack(prepared, out=batch[: len(prepared)])
+    return torch.from_numpy(batch)

@@ -1,0 +1,214 @@
+"""The encoders in the training loop, read like a cache: the baseline that a cache is measured against, and its proof.
+
+The same samples in the same order go through the same preprocessing and the same encoders, in the recipe's batch shape.
+An image that several encoders need is read and decoded once.
+Rows come out unrounded, in the dtype that the encoders compute in: with float32 rows in the cache both ways are equal
+bit for bit on the CPU.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
+from kcache.encoders.pixels import decode_image
+from kcache.encoders.recipes import decoder_components, prior_components
+from kcache.encoders.repositories import Repository, find_repository, weights_digest
+from kcache.errors import CacheMismatchError, InputRejected, SourceError
+from kcache.sources import Source
+from kcache.store.cache import Cache
+from kcache.store.digests import DigestMemo, content_key
+from kcache.store.rows import Empty
+from kcache.store.shards import OFFSETS
+
+__all__ = ["OnlineEncoders"]
+
+
+class OnlineEncoders:
+    """Reads like `Cache`, but encodes what it is asked for; tensors are on the encoders' device."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        source: Source,
+        fields: Sequence[str],
+        device: torch.device,
+        *,
+        num_workers: int | None = None,
+    ) -> None:
+        """Load the encoders behind `fields` and find the cache's samples in `source`.
+
+        Raises SourceError when samples of the cache are not in the source, CacheMismatchError when the encoders
+        changed.
+        """
+        self._cache = cache
+        self._source = source
+        self._keys: list[bytes] = cache.samples["image_key"].to_pylist()
+        self._captions: list[list[str]] = cache.samples["captions"].to_pylist()
+        self._positions = _positions(source, self._keys)
+        tables = {cache.table_of(name) for name in fields}
+        self._encoders = {table: _load(cache, table, device) for table in tables}
+        self._reserved: dict[str, dict[str, torch.Tensor]] = {}
+        self._decoders = ThreadPoolExecutor(num_workers or os.cpu_count() or 1, "kcache-decode")
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    @property
+    def samples_digest(self) -> str:
+        """sha256 (hex) of the samples and their order: the cache's."""
+        return self._cache.samples_digest
+
+    @property
+    def caption_bounds(self) -> np.ndarray:
+        """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
+        return self._cache.caption_bounds
+
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        caption: int | np.ndarray = 0,
+        *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
+        empty: Empty = np.empty,
+    ) -> dict[str, torch.Tensor]:
+        """Rows of `fields` for `samples`, named and shaped as `Cache.read` gives them, just encoded.
+
+        The reserved inputs are encoded once. The encoders make their own tensors, so `empty` is not called.
+        """
+        numbers = np.asarray(samples, np.int64)
+        captions = np.broadcast_to(caption, len(numbers))
+        dropped = {"text": drop_caption, "image_embeds": drop_image}
+        everything = np.ones(len(numbers), np.bool_)
+        tables = dict.fromkeys(self._cache.table_of(name) for name in fields)
+        kept = {table: everything if (mask := dropped.get(table)) is None else ~mask for table in tables}
+        prepared = list(self._decoders.map(
+            lambda i: self._prepare(int(numbers[i]), int(captions[i]), [table for table in tables if kept[table][i]]),
+            range(len(numbers)),
+        ))  # fmt: skip
+        rows: dict[str, torch.Tensor] = {}
+        for table in tables:
+            encoded = self._encode(table, [inputs.get(table) for inputs in prepared])
+            rows |= {name: value for name, value in encoded.items() if name in fields or name == OFFSETS}
+        return rows
+
+    def _prepare(self, sample: int, caption: int, tables: Sequence[str]) -> dict[str, Any]:
+        """What the encoders of `tables` take of a sample; its image is read once, and decoded once."""
+        prepared: dict[str, Any] = {}
+        pictures: dict[str, Image.Image] = {}
+        content: bytes | None = None
+        for table in tables:
+            encoder = self._encoders[table]
+            if table == "text":
+                prepared[table] = encoder.prepare(self._captions[sample][caption])
+                continue
+            if content is None:
+                content = self._image(sample)
+            alpha = cast(PictureEncoder, encoder).alpha
+            if alpha not in pictures:
+                pictures[alpha] = decode_image(content, alpha)
+            prepared[table] = cast(PictureEncoder, encoder).pixels(pictures[alpha])
+        return prepared
+
+    def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Rows of prepared inputs, in their order; None stands for the reserved one."""
+        encoder = self._encoders[table]
+        places = np.zeros(len(inputs), np.int64)
+        parts, rows = [], 0
+        for batch in full_batches(encoder, ((i, given) for i, given in enumerate(inputs) if given is not None)):
+            parts.append(encoder.encode([given for _, given in batch]))
+            places[[i for i, _ in batch]] = range(rows, rows + len(batch))
+            rows += len(batch)
+        if rows < len(inputs):
+            parts.append(self._reserved_row(table))
+            places[[i for i, given in enumerate(inputs) if given is None]] = rows
+        encoded = _joined(parts)
+        return encoded if (places == np.arange(len(inputs))).all() else self._take(encoded, places)
+
+    def _reserved_row(self, table: str) -> dict[str, torch.Tensor]:
+        if table not in self._reserved:
+            encoder = self._encoders[table]
+            self._reserved[table] = encoder.encode([encoder.reserved()])
+        return self._reserved[table]
+
+    def _take(self, rows: dict[str, torch.Tensor], positions: np.ndarray) -> dict[str, torch.Tensor]:
+        """The rows at `positions` (n,), in that order."""
+        offsets = rows.pop(OFFSETS, None)
+        taken = {}
+        for name, values in rows.items():
+            if offsets is not None and self._cache.field(name).ragged:
+                runs = values.split(offsets.diff().tolist())
+                taken[name] = torch.cat([runs[position] for position in positions.tolist()])
+            else:
+                taken[name] = values[positions]
+        if offsets is not None:
+            taken[OFFSETS] = functional.pad(offsets.diff()[positions].cumsum(0), (1, 0))
+        return taken
+
+    def _image(self, sample: int) -> bytes:
+        content = self._source.image(self._positions[sample])
+        if content_key(content) != self._keys[sample]:
+            name = self._source.name(self._positions[sample])
+            raise SourceError(f"{name} changed since the cache was built; build the cache again, then train")
+        return content
+
+
+def _positions(source: Source, keys: Sequence[bytes]) -> list[int]:
+    """Where in the source each key's image stands."""
+    found: dict[bytes, int] = {}
+    with DigestMemo() as memo:
+        for i in range(len(source)):
+            try:
+                found.setdefault(source.image_key(i, memo, False), i)
+            except InputRejected:
+                continue  # not in the cache either; a sample that should be is reported below
+    missing = sum(key not in found for key in keys)
+    if missing:
+        raise SourceError(
+            f"{source.description}: {missing} of the cache's {len(keys)} samples are not in it; "
+            "give the source that the cache was built from, or build the cache again"
+        )
+    return [found[key] for key in keys]
+
+
+def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
+    """The encoder that made `table`; raises CacheMismatchError when its weights are not the recipe's any more."""
+    recipe = cache.recipes[table]
+    decoder = None
+    if table.startswith("latents-"):
+        decoder = repository = _repository(cache, "decoder", decoder_components("decoder"))
+        prior, component = repository, "movq"
+    else:
+        prior = repository = _repository(cache, "prior", prior_components("prior" if table == "text" else "decoder"))
+        component = "text_encoder" if table == "text" else "image_encoder"
+    with DigestMemo() as memo:
+        found = weights_digest(repository, component, memo)
+    if found != recipe.weights:
+        raise CacheMismatchError(
+            f"{component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "
+            f"{recipe.weights[:12]}…; build the cache again, then train"
+        )
+    return load_encoder(recipe, prior, decoder, device)
+
+
+def _repository(cache: Cache, role: str, components: Sequence[str]) -> Repository:
+    model = cache.models[role]
+    return find_repository(str(model["name"]), model["revision"], components)
+
+
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows of several encoded batches as those of one."""
+    # Rows as the cache has them: convolutions hand out channels-last tensors, and the layout decides rounding later on.
+    rows = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0] if name != OFFSETS}
+    if OFFSETS in parts[0]:
+        lengths = torch.cat([part[OFFSETS].diff() for part in parts])
+        rows[OFFSETS] = functional.pad(lengths.cumsum(0), (1, 0))
+    return rows

@@ -1,0 +1,224 @@
+"""Which tables a cache has, and the recipe of each, decided by the networks and the build's settings."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kcache.config import BuildConfig, Stage
+from kcache.encoders.repositories import Repository, component_config, config_digest, tokenizer_digest, weights_digest
+from kcache.errors import ConfigError, ModelError
+from kcache.store.digests import DigestMemo
+from kcache.store.recipe import Field, Recipe
+
+__all__ = [
+    "MAX_ASPECT_RATIO",
+    "MAX_PIXELS",
+    "decoder_components",
+    "default_rows_per_shard",
+    "prior_components",
+    "table_names",
+    "table_recipe",
+]
+
+MAX_PIXELS = 64_000_000
+"""Images with more pixels are rejected before they are decoded: 64 Mpx of RGB take 192 MB in memory."""
+MAX_ASPECT_RATIO = 100
+"""Images longer than this many times their width are rejected: resizing the short side to 224 would blow them up."""
+
+_SHARD_BYTES = 256_000_000
+_ROWS_PER_CHUNK = 64
+_TRIMMED_MULTIPLE = 8
+"""Captions of up to 77 tokens fall into 10 lengths; what half-precision matrix products are fast at, too."""
+
+
+def table_names(stage: Stage, resolutions: Sequence[int]) -> tuple[str, ...]:
+    """Names of the tables that a stage reads, e.g. ("image_embeds", "text", "latents-768") for "all"."""
+    text = () if stage == "decoder" else ("text",)
+    latents = () if stage == "prior" else tuple(f"latents-{side}" for side in dict.fromkeys(resolutions))
+    return ("image_embeds", *text, *latents)
+
+
+def prior_components(stage: Stage) -> tuple[str, ...]:
+    """Folders of the prior repository that a build for a stage needs."""
+    image = ("image_encoder", "image_processor")
+    return image if stage == "decoder" else (*image, "text_encoder", "tokenizer")
+
+
+def decoder_components(stage: Stage) -> tuple[str, ...]:
+    """Folders of the decoder repository that a build for a stage needs; () when it needs no decoder."""
+    return () if stage == "prior" else ("movq",)
+
+
+def table_recipe(
+    table: str,
+    config: BuildConfig,
+    prior: Repository,
+    decoder: Repository | None,
+    memo: DigestMemo,
+    rehash: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Recipe:
+    """The recipe of a table under the settings and repositories given; `decoder` may be None unless it is for latents.
+
+    `say` is told of large files that have to be digested. Raises ConfigError for a resolution that the networks cannot
+    take, ModelError for repositories that do not fit.
+    """
+    if table == "image_embeds":
+        component, repository = "image_encoder", prior
+        preprocess, sample_shape, fields = _image_embeds(config, prior)
+        encoder = "CLIPVisionModelWithProjection"
+    elif table == "text":
+        component, repository = "text_encoder", prior
+        preprocess, sample_shape, fields = _text(config, prior)
+        encoder = "CLIPTextModelWithProjection"
+    else:
+        if decoder is None:
+            raise ModelError(f"the table {table} needs a decoder repository with the folder movq; none was given")
+        component, repository = "movq", decoder
+        preprocess, sample_shape, fields = _latents(int(table.removeprefix("latents-")), config, decoder)
+        encoder = "VQModel"
+    return Recipe(
+        table=table,
+        encoder=encoder,
+        weights=weights_digest(repository, component, memo, rehash, say),
+        config=config_digest(repository, component),
+        preprocess=preprocess,
+        compute_dtype=config.compute_dtype,
+        batch_shape=(config.batch_size, *sample_shape),
+        stored_dtype=config.dtype,
+        fields=fields,
+    )
+
+
+def default_rows_per_shard(recipe: Recipe, mean_tokens: int = 16) -> int:
+    """Rows that make a shard of about 256 MB: a multiple of 64, the rows of one chunk.
+
+    A row of a ragged field counts as `mean_tokens` tokens, what captions of a dozen words have.
+    """
+    itemsize = {"float16": 2, "float32": 4}[recipe.stored_dtype]
+    values = sum(math.prod(field.shape) * (mean_tokens if field.ragged else 1) for field in recipe.fields)
+    return max(_SHARD_BYTES // (values * itemsize * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
+
+
+_Parts = tuple[dict[str, Any], tuple[int, ...], tuple[Field, ...]]
+"""Preprocessing, shape of one input, fields of one row."""
+
+
+def _image_embeds(config: BuildConfig, prior: Repository) -> _Parts:
+    network = component_config(prior, "image_encoder")
+    processor = _clip_processor(prior)
+    side = _whole_number(prior, "image_encoder", network, "image_size")
+    width = _whole_number(prior, "image_encoder", network, "projection_dim")
+    output = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
+    if output != {"height": side, "width": side}:
+        raise ModelError(f"{prior.name}: image_processor makes images of {output}; image_encoder expects {side}×{side}")
+    preprocess = {**_decoding(config), "processor": processor}
+    return preprocess, (3, side, side), (Field(name="image_embeds", shape=(width,)),)
+
+
+def _text(config: BuildConfig, prior: Repository) -> _Parts:
+    network = component_config(prior, "text_encoder")
+    positions = _whole_number(prior, "text_encoder", network, "max_position_embeddings")
+    length = _whole_number(prior, "tokenizer", component_config(prior, "tokenizer"), "model_max_length")
+    if length > positions:
+        raise ModelError(f"{prior.name}: tokenizer makes {length} tokens; text_encoder has {positions} positions")
+    preprocess = {
+        "tokenizer": tokenizer_digest(prior),
+        **_padding(config),
+        "truncation": True,
+        # As in the upstream scripts: the mask only says which states are of the caption.
+        "attention_mask": None,
+    }
+    width = _whole_number(prior, "text_encoder", network, "hidden_size")
+    fields = (
+        Field(name="text_embeds", shape=(_whole_number(prior, "text_encoder", network, "projection_dim"),)),
+        Field(name="text_encoder_hidden_states", shape=(width,), ragged=True),
+    )
+    return preprocess, (length,), fields
+
+
+def _padding(config: BuildConfig) -> dict[str, Any]:
+    if config.text_padding == "full":
+        return {"padding": "max_length"}
+    # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
+    return {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
+
+
+def _latents(resolution: int, config: BuildConfig, decoder: Repository) -> _Parts:
+    network = component_config(decoder, "movq")
+    factor = _downsampling(decoder, "movq", network)
+    _check_resolution(resolution, factor, decoder)
+    channels = network.get("vq_embed_dim") or _whole_number(decoder, "movq", network, "latent_channels")
+    preprocess = {
+        **_decoding(config),
+        "center_crop": "short side",
+        "resample": "bicubic",
+        "reducing_gap": 1,
+        "scale": "x / 127.5 - 1",
+    }
+    side = resolution // factor
+    return preprocess, (3, resolution, resolution), (Field(name="latents", shape=(channels, side, side)),)
+
+
+def _decoding(config: BuildConfig) -> dict[str, Any]:
+    return {
+        "backend": "pil",
+        "alpha": config.alpha,
+        "exif_orientation": "applied",
+        "frame": 0,
+        "wide_values": "scaled",
+        "max_pixels": MAX_PIXELS,
+        "max_aspect_ratio": MAX_ASPECT_RATIO,
+    }
+
+
+def _clip_processor(prior: Repository) -> dict[str, Any]:
+    """Settings of CLIPImageProcessor, defaults filled in and in one spelling: size 224 is {"shortest_edge": 224}."""
+    given = component_config(prior, "image_processor")
+    size, crop = given.get("size", 224), given.get("crop_size", 224)
+    return {
+        "do_resize": given.get("do_resize", True),
+        "size": {"shortest_edge": size} if isinstance(size, int) else size,
+        "resample": given.get("resample", 3),
+        "do_center_crop": given.get("do_center_crop", True),
+        "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
+        "do_rescale": given.get("do_rescale", True),
+        "rescale_factor": given.get("rescale_factor", 1 / 255),
+        "do_normalize": given.get("do_normalize", True),
+        "image_mean": given.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),
+        "image_std": given.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
+    }
+
+
+def _check_resolution(resolution: int, factor: int, decoder: Repository) -> None:
+    step, reason = factor, f"MoVQ shrinks each side {factor} times"
+    if (decoder.path / "unet" / "config.json").is_file():
+        halvings = _downsampling(decoder, "unet", component_config(decoder, "unet"))
+        step, reason = factor * halvings, f"{reason}, the UNet another {halvings} times"
+    if resolution % step:
+        below, above = resolution // step * step, (resolution // step + 1) * step
+        nearest = f"{below} and {above}" if below else f"{above}"
+        raise ConfigError(
+            f"--resolution is {resolution}; expected a multiple of {step}, as {reason}; "
+            f"the nearest such values: {nearest}"
+        )
+
+
+def _downsampling(repository: Repository, component: str, network: Mapping[str, Any]) -> int:
+    """How many times a network of `block_out_channels` shrinks each side: every block but the last halves it."""
+    blocks = network.get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise ModelError(
+            f"{repository.name}: {component}/config.json has block_out_channels {blocks!r}; expected a list"
+        )
+    return 2 ** (len(blocks) - 1)
+
+
+def _whole_number(repository: Repository, component: str, config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(
+            f"{repository.name}: the configuration of {component} has {name} {value!r}; expected a whole number; "
+            "give a Kandinsky 2.2 pipeline in diffusers layout"
+        )
+    return value

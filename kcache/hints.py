@@ -1,0 +1,95 @@
+"""What to type instead: for a path that is something else than was expected, and for a cache that lacks a table."""
+
+import difflib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["already_in", "instead_of_cache", "instead_of_source", "near_names"]
+
+_PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}
+_LOOKED_AT = 1000
+"""Names in a folder that are looked at: an error message must not list a folder of a million files."""
+
+
+def instead_of_cache(path: Path) -> str | None:
+    """What `path`, which is no cache, is instead, and what to type; None where nothing is known."""
+    for parent in path.absolute().parents:
+        if _is_cache(parent):
+            return f"it is part of the cache {_shown(parent)}; give that folder"
+    if not path.exists():
+        near = near_names(path)
+        return f"there is nothing at that path; did you mean {near}?" if near else None
+    if path.is_file():
+        return "it is a file; give the folder of a cache"
+    names = _names(path)
+    if kind := _training_folder(names):
+        return f"it is {kind}; give the cache that it was trained from, or draw with it: kcache sample"
+    if inner := [name for name in names if _is_cache(path / name)]:
+        return f"the caches are in it: {', '.join(str(path / name) for name in inner[:5])}; give one of them"
+    if _has_pictures(names):
+        source = shlex.quote(str(path))
+        return f"it is a source of pictures; build a cache of it, and give that: kcache cache-build {source} CACHE"
+    return None
+
+
+def instead_of_source(path: Path) -> str | None:
+    """What `path`, given as a source of pictures, is instead, and what to type; None where nothing is known."""
+    if _is_cache(path):
+        shown = shlex.quote(str(path))
+        return (
+            f"{path} is a cache: its pictures are encoded already; train from it, or look at it: kcache cache-info "
+            f"{shown}; for another form of it: kcache cache-convert {shown} NEW --format webdataset"
+        )
+    if path.is_dir() and (kind := _training_folder(_names(path))):
+        return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
+    near = "" if path.exists() else near_names(path)
+    return f"there is no file or folder {str(path)!r}; did you mean {near}?" if near else None
+
+
+def already_in(folder: Path) -> str | None:
+    """What `folder`, which is to be written into, is already, if that is nothing to mix with; else None."""
+    if (folder / "manifest.json").is_file() or (folder / "plans").is_dir():
+        return "a cache"
+    return "a source of pictures" if _has_pictures(_names(folder)) else None
+
+
+def near_names(path: Path) -> str:
+    """What stands beside `path` under a similar name, "a or b"; "" for nothing."""
+    try:
+        names = _names(path.parent)
+    except OSError:
+        return ""
+    alike = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return " or ".join(str(path.parent / name) for name in alike)
+
+
+def _is_cache(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and any(folder.glob("index-*"))
+
+
+def _training_folder(names: Sequence[str]) -> str | None:
+    if "metrics.jsonl" in names or {"config.json", "model_index.json"} <= set(names):
+        return "a run directory"
+    return "a pipeline of networks" if "model_index.json" in names else None
+
+
+def _has_pictures(names: Sequence[str]) -> bool:
+    return any(name in _SOURCE_NAMES or Path(name).suffix.lower() in _PICTURES | {".tar", ".parquet"} for name in names)
+
+
+def _names(folder: Path) -> list[str]:
+    """Some names in a folder, sorted; those of hidden files left out."""
+    names = []
+    for entry in folder.iterdir():
+        if not entry.name.startswith("."):
+            names.append(entry.name)
+        if len(names) == _LOOKED_AT:
+            break
+    return sorted(names)
+
+
+def _shown(path: Path) -> str:
+    """The path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

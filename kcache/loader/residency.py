@@ -1,0 +1,90 @@
+"""Where rows wait until a batch takes them: whole tables on the device or in memory, or files that are mapped."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kcache.errors import ConfigError
+from kcache.machine import free_memory
+from kcache.store.cache import Cache
+from kcache.store.rows import token_numbers, unit_bytes
+from kcache.store.shards import OFFSETS
+
+__all__ = ["RESIDENCIES", "DeviceTables", "choose_residency"]
+
+RESIDENCIES = ("auto", "gpu", "ram", "mmap")
+
+_UPLOAD_ROWS = 1024
+"""Rows that go to the device at a time: 75 MB of latents at 768 pixels, all the memory that an upload takes here."""
+
+
+class DeviceTables:
+    """Whole tables of a cache on a device, uploaded once, verified; each batch is gathered there.
+
+    A batch then costs the host only the numbers of its rows, eight bytes each.
+    """
+
+    def __init__(self, cache: Cache, fields: Sequence[str], device: torch.device) -> None:
+        self._rows: dict[str, torch.Tensor] = {}
+        self._bounds: dict[str, np.ndarray] = {}
+        for name in fields:
+            self._rows[name], bounds = _upload(cache, name, device)
+            if cache.field(name).ragged:
+                self._bounds[name] = bounds
+
+    def numbers(self, positions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What `take` needs to gather the rows at `positions` (see `Cache.positions`), int64.
+
+        Per fixed field (B,) numbers of rows; per ragged one (T,) numbers of tokens, and `text_offsets` (B + 1,).
+        """
+        numbers = dict(positions)
+        for name, bounds in self._bounds.items():
+            numbers[name], numbers[OFFSETS] = token_numbers(bounds, positions[name])
+        return numbers
+
+    def take(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch with its rows (B, …) or (T, …) in place of their numbers; what are no rows' stays as it is."""
+        return {
+            name: self._rows[name].index_select(0, value) if name in self._rows else value
+            for name, value in batch.items()
+        }
+
+
+def _upload(cache: Cache, name: str, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """All rows of a field's table on the device, and where each of them starts among the tokens, (n + 1,) int64."""
+    field, dtype = cache.field(name), cache.dtype(name)
+    length = cache.resident_bytes([name]) // unit_bytes(field, dtype)
+    table = torch.empty((length, *field.shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+    bounds, filled = [np.zeros(1, np.int64)], 0
+    for first in range(0, cache.table_length(name), _UPLOAD_ROWS):
+        rows, offsets = cache.table_rows(name, first, first + _UPLOAD_ROWS)
+        table[filled : filled + len(rows)] = torch.from_numpy(rows)
+        bounds.append(filled + (np.arange(len(rows) + 1) if offsets is None else offsets)[1:])
+        filled += len(rows)
+    return table, np.concatenate(bounds)
+
+
+def choose_residency(asked: str, cache: Any, fields: Sequence[str], processes: int, device: torch.device) -> str:
+    """Where rows of `fields` are to wait: "gpu", "ram" or "mmap", or "online" when they come from no cache.
+
+    "auto" takes the first of "gpu", only on CUDA, and "ram", whose tables, in each of the `processes`, fit into half of
+    the free memory; else "mmap". Raises ConfigError for a wish that is none, or that the device cannot hold.
+    """
+    if asked not in RESIDENCIES:
+        raise ConfigError(f"residency is {asked!r}; expected 'auto', 'gpu', 'ram' or 'mmap'")
+    if not isinstance(cache, Cache):
+        return "online"
+    size = cache.resident_bytes(fields)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if asked == "gpu" and device.type == "cuda" and size > free:
+        raise ConfigError(
+            f"residency is 'gpu', but the tables of {', '.join(fields)} take {size / 1e9:.1f} GB and {device} has "
+            f"{free / 1e9:.1f} GB free; expected them to fit; choose 'auto', 'ram' or 'mmap'"
+        )
+    if asked != "auto":
+        return asked
+    if size <= free // 2:
+        return "gpu"
+    return "ram" if size * processes <= free_memory() // 2 else "mmap"

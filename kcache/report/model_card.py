@@ -1,0 +1,194 @@
+"""The README.md of a finished run: a model card that says what was trained, on what, how well, and how to load it.
+
+Derived from the run directory alone. In a card that is published, folders of this machine are named without their path.
+The front matter follows the Hub's model cards (https://huggingface.co/docs/hub/model-cards).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from kcache.config import TrainConfig
+from kcache.store.run_directory import read_config, read_metrics, read_validation
+
+__all__ = ["LORA_FILE", "model_card", "newest_picture"]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Where a run directory holds adapters: diffusers' name."""
+
+_ALWAYS_SHOWN = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed")
+_NEVER_SHOWN = (
+    "stage",
+    "output_dir",
+    "pretrained_prior_model_name_or_path",
+    "pretrained_decoder_model_name_or_path",
+    "cache_dir",
+    "online",
+    "resume_from_checkpoint",
+    "validation_prompts",
+    "report_to",
+    "tracker_project_name",
+    "logging_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "residency",
+    "export_pipeline",
+)
+"""Settings that do not change what is learned, or that the card says elsewhere."""
+
+_LAST_STEPS = 100
+"""Steps over which the card averages the loss, which is noisy from step to step."""
+
+
+def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True) -> str:
+    """The card of the run in `run_dir`: front matter, pictures, how to load it, data, results and settings.
+
+    `repo_id` is the Hub repository that the card is for; None is for the folder itself. `whole` says that all
+    components of the pipeline stand beside the trained network. Raises RunError where there is no config.json.
+    """
+    told = read_config(run_dir)
+    lora = (run_dir / LORA_FILE).is_file()
+    base = _Place(told["base"]["name"], published=repo_id is not None)
+    other = _Place(told["counterpart"], published=repo_id is not None)
+    stage = told["config"]["stage"]
+    origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
+    trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
+    merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
+    lines = [
+        "---",
+        _front_matter(stage, base, other, lora),
+        "---",
+        "",
+        f"# {'LoRA adapters for the' if lora else 'Fine-tuned'} Kandinsky 2.2 {stage}",
+        "",
+        f"{trained} were trained with kcache, from cached outputs of the frozen encoders, on top of {origin}.",
+        *(merged if lora else []),
+        *_pictures(run_dir, told),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole),
+        f'image = decoder(**prior("a red fox in the snow"){_size(told["cache"]["tables"])}).images[0]',
+        "```",
+        "",
+        "## Training",
+        "",
+        *_training(run_dir, told, published=repo_id is not None),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | `{_cell(value)}` |" for name, value in _settings(told["config"]).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def newest_picture(run_dir: Path) -> Path | None:
+    """The grid of pictures that was drawn last, if any were drawn."""
+    return max(run_dir.glob("pictures/step-*.png"), key=lambda path: (len(path.name), path.name), default=None)
+
+
+class _Place:
+    """A repository as a card names it."""
+
+    def __init__(self, name: str, *, published: bool) -> None:
+        folder = Path(name).expanduser()
+        self.on_hub = not folder.is_dir()
+        own = os.fspath(folder.resolve())
+        self.shown = name if self.on_hub else f"path/to/{Path(own).name}" if published else own
+        self.usable = self.on_hub or not published
+        """Whether whoever reads the card can load it by this name."""
+
+
+def _front_matter(stage: str, base: _Place, other: _Place, lora: bool) -> str:
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["kandinsky", "kandinsky-2-2", "kcache", *(["lora"] if lora else [])],
+    }
+    if base.on_hub:
+        front |= {"base_model": base.shown, "base_model_relation": "adapter" if lora else "finetune"}
+    if stage == "decoder" and other.usable:
+        # diffusers' AutoPipelineForText2Image reads this line to find the prior that goes with a decoder.
+        front["prior"] = [other.shown]
+    return ModelCardData(**front).to_yaml()
+
+
+def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
+    picture = newest_picture(run_dir)
+    if picture is None:
+        return []
+    prompts = [f"* {prompt}" for prompt in told["config"]["validation_prompts"]]
+    return ["", f"![pictures from the prompts below]({picture.relative_to(run_dir).as_posix()})", "", *prompts]
+
+
+def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool) -> list[str]:
+    """Python that loads the stock pipelines of both halves, with what was trained in its own."""
+    own, network, network_class = (
+        ("prior", "prior", "PriorTransformer") if stage == "prior" else ("decoder", "unet", "UNet2DConditionModel")
+    )
+    classes = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22Pipeline"}
+    sources = {"prior": repr(other.shown), "decoder": repr(other.shown)}
+    imports, extra = sorted(classes.values()), []
+    if lora:
+        sources[own] = repr(base.shown)
+        extra = [f"{own}.{network}.load_lora_adapter({run!r}, prefix=None, weight_name={LORA_FILE!r})"]
+    elif whole:
+        sources[own] = repr(run)
+    else:
+        imports.append(network_class)
+        extra = [f"{network} = {network_class}.from_pretrained({run!r}, subfolder={network!r})"]
+        sources[own] = f"{base.shown!r}, {network}={network}"
+    pipelines = [f"{half} = {name}.from_pretrained({sources[half]})" for half, name in classes.items()]
+    return [
+        f"from diffusers import {', '.join(imports)}",
+        "",
+        *(pipelines + extra if lora else extra + pipelines),
+    ]
+
+
+def _size(tables: Mapping[str, str]) -> str:
+    """Draw at the size that the decoder was trained at, not at its pipeline's default."""
+    sides = [name.removeprefix("latents-") for name in tables if name.startswith("latents-")]
+    return f", height={sides[0]}, width={sides[0]}" if sides else ""
+
+
+def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> list[str]:
+    cache, metrics, validations = told["cache"], read_metrics(run_dir), read_validation(run_dir)
+    tables = ", ".join(f"{name} `{fingerprint[:16]}`" for name, fingerprint in sorted(cache["tables"].items()))
+    where = Path(cache["path"]).name if published else cache["path"]
+    lines = [f"* data: {cache['samples']:,} samples of the cache `{where}`, tables {tables}"]
+    if metrics:
+        last = [entry["loss"] for entry in metrics[-_LAST_STEPS:]]
+        lines.append(f"* steps: {metrics[-1]['step']:,} of {told['global_batch']:,} samples each")
+        lines.append(f"* loss: {sum(last) / len(last):.4g}, mean of the last {len(last)} steps")
+    if validations:
+        values = [f"{name} {value:.4g}" for name, value in validations[-1].items() if name.startswith("val_")]
+        lines.append(f"* held-out images, at step {validations[-1]['step']:,}: {', '.join(values)}")
+    lines.append("* versions: " + ", ".join(f"{name} {version}" for name, version in told["versions"].items()))
+    return lines
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the defaults, and those that everybody asks for."""
+    defaults = {field.name: field.default for field in fields(TrainConfig) if field.name not in _NEVER_SHOWN}
+    return {
+        name: config[name]
+        for name, default in defaults.items()
+        if name in config and (name in _ALWAYS_SHOWN or _plain(config[name]) != _plain(default))
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(_plain(value))
+    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")

@@ -1,0 +1,212 @@
+"""Pictures from prompts, drawn by diffusers' own pipelines."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
+from kcache.encoders.repositories import COMPONENTS, Repository, component_config, find_repository
+from kcache.errors import ConfigError, ModelError
+from kcache.machine import check_device, default_device
+from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, read_config
+
+with without_advice():
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["sample"]
+
+SIDE = 768
+"""Height and width in pixels where nothing says what the decoder was trained at: what the published one is for."""
+
+
+def sample(
+    prompts: Sequence[str],
+    *,
+    decoder: str = DECODER_REPO,
+    prior: str = PRIOR_REPO,
+    lora: Sequence[str] = (),
+    num_inference_steps: int = 50,
+    prior_num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    prior_guidance_scale: float = 4.0,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> "list[Image.Image]":
+    """One picture per prompt, of `height` × `width` pixels.
+
+    Each is a multiple of what MoVQ and the UNet need: 64 with the published networks. None takes the side of the
+    pictures that the decoder, or the last LoRA of it, was trained on, rounded up to such a multiple; 768 where no run
+    directory says.
+
+    `decoder` and `prior` are run directories, folders or Hub ids of pipelines. `lora` are run directories or files of
+    LoRA trainings of either network, recognised by the layers they adapt; several for one network add up. Picture i
+    starts from noise of `seed` + i drawn on the CPU, so it depends on no other picture. `device` None takes CUDA, then
+    MPS, then the CPU; networks run in float16 on CUDA and in float32 elsewhere. Raises ConfigError for a device that is
+    not there and for a size or a guidance that cannot be, ModelError for a repository or a LoRA that cannot be used.
+    """
+    check_device(device)
+    place = torch.device(device or default_device())
+    _check_guidance("--guidance-scale", guidance_scale)
+    _check_guidance("--prior-guidance-scale", prior_guidance_scale)
+    adapters = _by_network(lora)
+    repositories = _find("prior", prior), _find("unet", decoder)
+    height, width = _size(height, width, repositories[1], adapters["unet"])
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+
+    # One half after the other, each let go at its function's end, so that the device never holds both.
+    embeds = _draw_embeds(
+        repositories[0],
+        place,
+        adapters["prior"],
+        prompts,
+        generators,
+        num_inference_steps=prior_num_inference_steps,
+        guidance_scale=prior_guidance_scale,
+    )
+    return _draw_pictures(
+        repositories[1],
+        place,
+        adapters["unet"],
+        embeds,
+        generators,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+    )
+
+
+Embeds = tuple[torch.Tensor, torch.Tensor]
+"""What the decoder draws from: image_embeds and negative_image_embeds, each (1, D)."""
+
+
+def _draw_embeds(
+    repository: Repository,
+    device: torch.device,
+    adapters: Sequence[Path],
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    **settings: Any,
+) -> list[Embeds]:
+    pipeline = _load(KandinskyV22PriorPipeline, repository, device, "prior", adapters)
+    return [
+        pipeline(prompt, generator=generator, **settings).to_tuple()
+        for prompt, generator in zip(prompts, generators, strict=True)
+    ]
+
+
+def _draw_pictures(
+    repository: Repository,
+    device: torch.device,
+    adapters: Sequence[Path],
+    embeds: Sequence[Embeds],
+    generators: Sequence[torch.Generator],
+    **settings: Any,
+) -> "list[Image.Image]":
+    pipeline = _load(KandinskyV22Pipeline, repository, device, "unet", adapters)
+    return [
+        pipeline(image_embeds, negative_image_embeds, generator=generator, **settings).images[0]
+        for (image_embeds, negative_image_embeds), generator in zip(embeds, generators, strict=True)
+    ]
+
+
+def _load(
+    pipeline: type[KandinskyV22PriorPipeline] | type[KandinskyV22Pipeline],
+    repository: Repository,
+    device: torch.device,
+    network: str,
+    adapters: Sequence[Path],
+) -> KandinskyV22PriorPipeline | KandinskyV22Pipeline:
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with without_bars():
+        loaded = pipeline.from_pretrained(repository.path, use_safetensors=True, local_files_only=True)
+    for path in adapters:
+        load_lora(loaded.components[network], path)
+        # Fused in float32, as float16 would round once more; and a layer with one matrix draws faster than with three.
+        fuse_lora(loaded.components[network])
+    # Bars are for terminals: None hides them elsewhere.
+    loaded.set_progress_bar_config(disable=None)
+    cast_pipeline(loaded, dtype)
+    return loaded.to(device)
+
+
+def _by_network(lora: Sequence[str]) -> Mapping[str, list[Path]]:
+    adapters: dict[str, list[Path]] = {"prior": [], "unet": []}
+    for path in map(Path, lora):
+        adapters[adapted_network(path)].append(path)
+    return adapters
+
+
+def _check_guidance(flag: str, scale: float) -> None:
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ConfigError(
+            f"{flag} is {scale:g}; expected a number from 0 up: 4 is usual, and 1 or less draws without guidance; "
+            f"type {flag} 4, or leave it out"
+        )
+
+
+def _find(network: str, name: str) -> Repository:
+    """The repository `name` with the half of `network`, "prior" or "unet"; a run that has none is told from others."""
+    folder = Path(name).expanduser()
+    if not any((folder / half / "config.json").is_file() for half in COMPONENTS):
+        if (folder / WEIGHTS_FILE).is_file():
+            _refuse_lora(folder, name)
+        if (folder / METRICS_FILE).is_file():
+            raise ModelError(
+                f"{name} is the directory of a run that has left no trained network yet; expected one whose training "
+                "has ended; go on with it by the same command and --resume-from-checkpoint latest"
+            )
+    return find_repository(name, None, COMPONENTS[network])
+
+
+def _refuse_lora(folder: Path, name: str) -> NoReturn:
+    half = {"prior": "prior", "unet": "decoder"}[adapted_network(folder)]
+    base = _told(folder).get("base", {}).get("name")
+    under = "" if base is None else f" --{half} {shlex.quote(base)}"
+    raise ModelError(
+        f"{name} holds a LoRA of the {half} ({WEIGHTS_FILE}) and no whole network; expected a pipeline, with the LoRA "
+        f"beside it; type: kcache sample PROMPT{under} --lora {shlex.quote(name)}"
+    )
+
+
+def _size(height: int | None, width: int | None, decoder: Repository, lora: Sequence[Path]) -> tuple[int, int]:
+    """Height and width in pixels: those asked for, checked, and what the decoder was trained at where one is None."""
+    # MoVQ halves the sides once between two blocks, and the pipeline rounds those of latents to that factor, too.
+    unit = 4 ** (len(component_config(decoder, "movq").get("block_out_channels", [64])) - 1)
+    for flag, side in (("--height", height), ("--width", width)):
+        if side is not None and (side < unit or side % unit):
+            near = max(unit, side // unit * unit)
+            raise ConfigError(
+                f"{flag} is {side}; expected a multiple of {unit}, which the decoder {decoder.name} draws in; type "
+                f"{flag} {near}" + (f" or {flag} {near + unit}" if near < side else "")
+            )
+    if height is not None and width is not None:
+        return height, width
+    trained = math.ceil(_trained_side(decoder, lora) / unit) * unit
+    return height or trained, width or trained
+
+
+def _trained_side(decoder: Repository, lora: Sequence[Path]) -> int:
+    """Pixels of a side of what was trained on last: by a LoRA, then by the decoder; `SIDE` where no run says."""
+    for path in (*reversed(lora), decoder.path):
+        tables = _told(path if path.is_dir() else path.parent).get("cache", {}).get("tables", {})
+        for table in tables:
+            if table.startswith("latents-"):
+                return int(table.removeprefix("latents-"))
+    return SIDE
+
+
+def _told(folder: Path) -> Mapping[str, Any]:
+    """What a run directory says of itself; nothing where there is none."""
+    return read_config(folder) if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file() else {}

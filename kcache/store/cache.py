@@ -1,0 +1,325 @@
+"""Opening a finished cache and reading rows of it."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.store.index import CAPTION_BOUNDS, open_index
+from kcache.store.manifest import Manifest, TableEntry, build_line, read_manifest
+from kcache.store.recipe import Field, Recipe
+from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
+from kcache.store.samples import read_samples
+from kcache.store.selection import Column, matching_samples
+from kcache.store.shards import OFFSETS
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Cache"]
+
+
+class Cache:
+    """A finished cache, opened for reading; `len(cache)` is its number of samples.
+
+    Nothing of it is loaded: files are mapped when first read, and any number of threads may read at once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        index: Mapping[str, np.ndarray],
+        resolution: int | None,
+        selected: np.ndarray | None = None,
+    ) -> None:
+        """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
+        self.path = path
+        self.manifest = manifest
+        self.resolution = resolution
+        self._index = index
+        self._selected = selected
+        self._files: dict[str, FieldFiles] = {}
+        self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._asked: dict[str, np.ndarray] = {}
+        self._stays: dict[str, bool] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, resolution: int | None = None) -> "Cache":
+        """Open the cache at `path`; `resolution` (pixels) picks the latents when it holds several.
+
+        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError or CacheCorruptError, each saying what is
+        there, what was expected and what to do.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if resolution is not None and f"latents-{resolution}" not in manifest.tables:
+            raise CacheIncompleteError(
+                f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
+                f"run `{build_line(folder, manifest, 'latents', resolution)}`"
+            )
+        index = open_index(folder, manifest)
+        for name, entry in manifest.tables.items():
+            _check_shards(folder, name, entry)
+        return cls(folder, manifest, index, resolution)
+
+    def __len__(self) -> int:
+        return len(self.caption_bounds) - 1
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, {len(self)} samples, {', '.join(sorted(self.manifest.tables))})"
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipe of each table."""
+        return {name: entry.recipe for name, entry in self.manifest.tables.items()}
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, str | None]]:
+        """Where the encoders came from: {"prior": {"name", "revision"}, "decoder": …}."""
+        return self.manifest.models
+
+    @property
+    def samples_digest(self) -> str:
+        """sha256 (hex) of the samples and their order."""
+        digest = self.manifest.samples_digest
+        if self._selected is None:
+            return digest
+        return hashlib.sha256(digest.encode() + self._selected.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the recipes and the samples: equal caches train equal models."""
+        return replace(self.manifest, samples_digest=self.samples_digest).fingerprint
+
+    @cached_property
+    def samples(self) -> "pyarrow.Table":
+        """The samples: id, name, image_key, captions, caption_keys, width, height."""
+        table = read_samples(self.path, self.manifest)
+        return table if self._selected is None else table.take(self._selected)
+
+    @property
+    def index(self) -> Mapping[str, np.ndarray]:
+        """Where the rows of the samples stand, by table, and `caption_bounds`: what `open_index` gives."""
+        return self._index
+
+    @property
+    def caption_bounds(self) -> np.ndarray:
+        """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
+        return self._index[CAPTION_BOUNDS]
+
+    def where(self, expression: str) -> "Cache":
+        """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
+
+        Columns are id, name, captions, width, height, n_captions (captions of the sample) and tokens (of its longest
+        caption). Nothing is written or copied but the index. Raises ConfigError for an expression that is not
+        understood, see `kcache.store.selection`, or holds for no sample.
+        """
+        numbers = matching_samples(expression, self._columns())
+        if not len(numbers):
+            raise ConfigError(f"{expression!r} holds for none of the {len(self)} samples of {self.path}; loosen it")
+        return self.select(numbers)
+
+    def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
+        """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
+        numbers = self._checked(samples)
+        if np.array_equal(numbers, np.arange(len(self))):
+            return self
+        starts, counts = self.caption_bounds[numbers], np.diff(self.caption_bounds)[numbers]
+        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        captions = np.repeat(starts - bounds[:-1], counts) + np.arange(bounds[-1])
+        index = {CAPTION_BOUNDS: bounds}
+        for table in self.recipes:
+            positions, entries = captions if table == "text" else numbers, self._index[table]
+            index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
+        selected = numbers if self._selected is None else self._selected[numbers]
+        return Cache(self.path, self.manifest, index, self.resolution, selected)
+
+    def table_of(self, field: str) -> str:
+        """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
+        tables = [name for name, recipe in self.recipes.items() if any(f.name == field for f in recipe.fields)]
+        if self.resolution is not None:
+            tables = [name for name in tables if field != "latents" or name == f"latents-{self.resolution}"]
+        if not tables:
+            known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
+            raise CacheIncompleteError(
+                f"{self.path} holds no {field!r}; found {', '.join(known)}; "
+                f"run `{build_line(self.path, self.manifest, field)}` to add what is missing"
+            )
+        if len(tables) > 1:
+            sides = ", ".join(sorted(name.removeprefix("latents-") for name in tables))
+            raise ConfigError(
+                f"{self.path} holds latents at {sides} pixels; say which: --resolution, or Cache.open(…, resolution=…)"
+            )
+        return tables[0]
+
+    def field(self, name: str) -> Field:
+        """Shape of one row of `name`, and whether it is ragged."""
+        recipe = self.recipes[self.table_of(name)]
+        return next(field for field in recipe.fields if field.name == name)
+
+    def dtype(self, name: str) -> np.dtype[np.generic]:
+        """Dtype of the rows of `name`, as stored."""
+        return np.dtype(self.recipes[self.table_of(name)].stored_dtype)
+
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        caption: int | np.ndarray = 0,
+        *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
+        empty: Empty = np.empty,
+    ) -> dict[str, np.ndarray]:
+        """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
+
+        Fixed fields are (B, …). `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
+        and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
+        `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
+        bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
+        condition left out, as classifier-free guidance needs it. `empty` makes the arrays from shape and dtype. Every
+        row's checksum is verified: each time, or once by `make_resident`.
+        Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
+        that is not there.
+        """
+        rows: dict[str, np.ndarray] = {}
+        positions = self.positions(samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image)
+        for name in fields:
+            rows[name], offsets = self._read_field(name, positions[name], empty)
+            if offsets is not None:
+                rows[OFFSETS] = offsets
+        return rows
+
+    def positions(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        fields: Sequence[str],
+        caption: int | np.ndarray = 0,
+        *,
+        drop_caption: np.ndarray | None = None,
+        drop_image: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
+        numbers = self._checked(samples)
+        dropped = {"text": drop_caption, "image_embeds": drop_image}
+        positions = {}
+        for name in fields:
+            table = self.table_of(name)
+            positions[name] = self._caption_positions(numbers, caption) if table == "text" else numbers
+            if (mask := dropped.get(table)) is not None:
+                # where the reserved row stands
+                positions[name] = np.where(mask, self._rows_in_use(table), positions[name])
+        return positions
+
+    def table_rows(self, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows `first` to `last` of the table of `name`, in the order of `positions`, every checksum verified.
+
+        Fixed rows are (n, …), None; ragged ones (T, …) and (n + 1,) int64, where each of them starts.
+        """
+        return gather(self.field_files(name), self._index[self.table_of(name)][first:last], np.empty)
+
+    def table_length(self, name: str) -> int:
+        """Rows that `positions` can name for a field: one per sample, or per caption, and the reserved one."""
+        return len(self._index[self.table_of(name)])
+
+    def field_files(self, name: str) -> FieldFiles:
+        """The files behind `name`, opened when first read."""
+        if name not in self._files:
+            shards = self.manifest.tables[self.table_of(name)].shards
+            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards)
+        return self._files[name]
+
+    def resident_bytes(self, fields: Sequence[str]) -> int:
+        """Memory that `make_resident(fields)` takes."""
+        return sum(int(self._index[self.table_of(name)][name]["length"].sum(dtype=np.int64)) for name in fields)
+
+    def make_resident(self, fields: Sequence[str]) -> None:
+        """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
+        for name in fields:
+            if name not in self._resident:
+                self._resident[name] = self.table_rows(name, 0, self.table_length(name))
+
+    def make_mapped(self, fields: Sequence[str], *, stays: bool) -> None:
+        """Prepare for random reads of `fields` from mapped files: a read then asks the disk for all its rows at once.
+
+        With `stays`, for files that fit into memory, it asks for a row only once.
+        """
+        for name in fields:
+            self._stays[name] = stays
+            self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
+
+    def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        numbers = np.asarray(samples, np.int64)
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
+        return numbers
+
+    def _rows_in_use(self, table: str) -> int:
+        """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
+        return int(self.caption_bounds[-1]) if table == "text" else len(self)
+
+    def _columns(self) -> dict[str, Callable[[], Column]]:
+        """What `where` may name."""
+        columns: dict[str, Callable[[], Column]] = {
+            name: lambda name=name: self.samples[name].to_pylist()  # type: ignore[misc]
+            for name in ("id", "name", "captions")
+        }
+        for name in ("width", "height"):
+            columns[name] = lambda name=name: self.samples[name].to_numpy()  # type: ignore[misc]
+        columns["n_captions"] = lambda: np.array([len(captions) for captions in self.samples["captions"].to_pylist()])
+        if "text" in self.recipes:
+            columns["tokens"] = self._most_tokens
+        return columns
+
+    def _most_tokens(self) -> np.ndarray:
+        """Tokens of each sample's longest caption, (N,) int64."""
+        name = "text_encoder_hidden_states"
+        tokens = self._index["text"][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
+        return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
+
+    def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
+        if name in self._resident:
+            return _take(self._resident[name], positions, empty)
+        files, entries = self.field_files(name), self._index[self.table_of(name)][positions]
+        if name in self._asked:
+            asked = self._asked[name]
+            if not asked[positions].all():
+                files.will_need(entries[~asked[positions]])
+                asked[positions] = self._stays[name]
+        return gather(files, entries, empty)
+
+    def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
+        starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
+        positions = starts + caption
+        if samples.size and not ((starts <= positions) & (positions < ends)).all():
+            wrong = int(np.flatnonzero(~((starts <= positions) & (positions < ends)))[0])
+            asked = int(positions[wrong] - starts[wrong])
+            raise IndexError(
+                f"caption {asked} asked of sample {samples[wrong]}, which has {ends[wrong] - starts[wrong]}"
+            )
+        return positions
+
+
+def _take(
+    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
+    rows, bounds = resident
+    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
+    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
+    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets
+
+
+def _check_shards(folder: Path, name: str, entry: TableEntry) -> None:
+    missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
+    if missing:
+        raise CacheCorruptError(
+            f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} ({', '.join(missing[:3])}); "
+            "build the cache again with its source to encode them anew"
+        )

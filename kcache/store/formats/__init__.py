@@ -1,0 +1,27 @@
+"""The two forms of a cache on disk, behind one small protocol that the modules `zarr` and `webdataset` both fulfil."""
+
+from typing import Protocol
+
+from kcache.store.formats import webdataset, zarr
+from kcache.store.recipe import Field
+
+__all__ = ["FORMATS", "Format", "format_of"]
+
+FORMATS = ("zarr", "webdataset")
+
+
+class Format(Protocol):
+    """Where in a shard's files the rows stand."""
+
+    def field_file(self, data: str, field: Field) -> str:
+        """Path of the file that holds `field`, given the path of the shard's data."""
+        ...
+
+    def pieces(self, unit_bytes: int) -> tuple[int, int]:
+        """Payload bytes after which a checksum follows, and its size; `unit_bytes` is the size of a row or token."""
+        ...
+
+
+def format_of(data: str) -> Format:
+    """The form of a shard, told by the name of its data: a tar is webdataset, a folder zarr."""
+    return webdataset if data.endswith(".tar") else zarr

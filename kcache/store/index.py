@@ -1,0 +1,249 @@
+"""The join, done once per build: memory-mapped arrays that say, for every sample, where each of its rows stands.
+
+`index-<digest>/<table>.npy` holds one entry per sample (per caption for `text`), in sample order: the shard's position
+in the manifest and a locator per field. The last entry of `image_embeds` is the all-zero image, that of `text` the
+empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1].
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kcache.durable import publish, read_npy, remove, temporary_folder, write_npy
+from kcache.errors import CacheCorruptError
+from kcache.store.checksums import crc32c
+from kcache.store.manifest import Manifest, ShardEntry, TableEntry
+from kcache.store.recipe import Field, Recipe, canonical_json
+from kcache.store.rows import unit_bytes
+from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+
+__all__ = [
+    "CAPTION_BOUNDS",
+    "StoredRows",
+    "TableState",
+    "index_dtype",
+    "merged_rows",
+    "open_index",
+    "statistics",
+    "stored_rows",
+    "table_state",
+    "token_counts",
+    "write_index",
+]
+
+CAPTION_BOUNDS = "captions"
+
+
+def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
+    """Dtype of an index entry: position of the shard in the manifest, then a locator per field."""
+    return np.dtype([("shard", "<u4"), *[(field.name, LOCATOR) for field in fields]])
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The committed rows of one table, findable by key, and the shards that they stand in."""
+
+    entries: np.ndarray
+    """(R,) of `index_dtype`, sorted by key."""
+    keys: np.ndarray
+    """(R,) S16, sorted, no key twice."""
+    shards: tuple[ShardEntry, ...]
+    """What the `shard` of an entry is a position in."""
+
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
+        wanted = np.frombuffer(b"".join(keys), "S16") if keys else np.empty(0, "S16")
+        if not len(self.keys):
+            return np.full(len(wanted), -1)
+        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[position] == wanted, position, -1)
+
+    def key_set(self) -> frozenset[bytes]:
+        """All keys, as 16 bytes each."""
+        return self._key_set
+
+    @cached_property
+    def _key_set(self) -> frozenset[bytes]:
+        # As V16: numpy would cut zero bytes off the end of an S16.
+        return frozenset(self.keys.view("V16").tolist())
+
+
+def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
+    """The rows of a table's commits in `folder`; `part` names the table where shards hold several.
+
+    Of a key that was committed twice the later row counts.
+    """
+    sides, shards = [], []
+    for commit in commits:
+        if commit.data is not None and commit.holds(part):
+            side = read_side_file(folder, commit, recipe, part)
+            size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
+            shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
+            sides.append(side)
+    return _sorted_rows(recipe, sides, shards)
+
+
+def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
+    """The rows of several places as one; of a key that is in two of them the later place's counts."""
+    entries, keys = [], []
+    shards: list[ShardEntry] = []
+    for part in parts:
+        moved = part.entries.copy()
+        moved["shard"] += len(shards)
+        entries.append(moved)
+        keys.append(part.keys)
+        shards += part.shards
+    return _latest(recipe, entries, keys, shards)
+
+
+def _sorted_rows(recipe: Recipe, sides: Sequence[np.ndarray], shards: Sequence[ShardEntry]) -> StoredRows:
+    parts, keys = [], []
+    for position, side in enumerate(sides):
+        entries = np.empty(len(side), index_dtype(recipe.fields))
+        entries["shard"] = position
+        for field in recipe.fields:
+            entries[field.name] = side[field.name]
+        parts.append(entries)
+        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
+    return _latest(recipe, parts, keys, shards)
+
+
+def _latest(
+    recipe: Recipe, entries: Sequence[np.ndarray], keys: Sequence[np.ndarray], shards: Sequence[ShardEntry]
+) -> StoredRows:
+    if not entries:
+        return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
+    unique, latest = np.unique(np.concatenate(keys)[::-1], return_index=True)
+    return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
+
+
+def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
+    with temporary_folder(cache) as temporary:
+        for name, array in arrays.items():
+            write_npy(temporary / f"{name}.npy", array)
+        digest = _index_digest(temporary, sorted(arrays))
+        final = cache / f"index-{digest[:16]}"
+        if _holds(final, sorted(arrays), digest):
+            shutil.rmtree(temporary)
+        else:
+            remove(final)  # damaged, if there is anything
+            publish(temporary, final)
+    return digest
+
+
+def _holds(folder: Path, names: Sequence[str], digest: str) -> bool:
+    try:
+        return _index_digest(folder, names) == digest
+    except (OSError, ValueError):
+        return False
+
+
+def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
+    folder = cache / manifest.index_folder
+    names = sorted([*manifest.tables, CAPTION_BOUNDS])
+    try:
+        digest = _index_digest(folder, names)
+        if digest != manifest.index_digest:
+            raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
+        # Plain views of the mapped arrays: a batch takes them apart several times, 3 µs each where they are np.memmap.
+        arrays = {name: np.asarray(read_npy(folder / f"{name}.npy", mapped=True)) for name in names}
+        _check_lengths(manifest, arrays)
+        for name, entry in manifest.tables.items():
+            _check_entries(name, entry, arrays[name])
+        return arrays
+    except (OSError, ValueError) as error:
+        raise CacheCorruptError(
+            f"the index arrays in {folder} are not what was written ({error}); "
+            "build the cache again with its source to write them anew: no row is encoded for that"
+        ) from error
+
+
+def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
+    bounds = arrays[CAPTION_BOUNDS]
+    # Where there are texts every sample has one or more; else none has any.
+    fits = np.greater if "text" in manifest.tables else np.equal
+    well_formed = bounds.dtype == np.int64 and bounds.shape == (manifest.samples + 1,) and bounds[0] == 0
+    if not well_formed or not fits(bounds[1:], bounds[:-1]).all():
+        raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
+    for name in manifest.tables:
+        expected = int(bounds[-1]) + 1 if name == "text" else manifest.samples + (name == "image_embeds")
+        if arrays[name].shape != (expected,):
+            raise ValueError(f"{name}.npy has shape {arrays[name].shape} instead of ({expected},)")
+
+
+def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:
+    """Raise ValueError when entries name shards that are none, or rows of another size than the recipe's."""
+    recipe = entry.recipe
+    if array.dtype != index_dtype(recipe.fields):
+        raise ValueError(f"{name}.npy has dtype {array.dtype} instead of {index_dtype(recipe.fields)}")
+    if len(array) and array["shard"].max() >= len(entry.shards):
+        raise ValueError(f"{name}.npy names shard {array['shard'].max()} of {len(entry.shards)}")
+    for field in recipe.fields:
+        size = math.prod(field.shape) * np.dtype(recipe.stored_dtype).itemsize
+        lengths = array[field.name]["length"]
+        if size >= 1 << 32 or (lengths % size).any() or (not field.ragged and (lengths != size).any()):
+            raise ValueError(f"{name}.npy has rows of {field.name} that are not {field.shape} of {recipe.stored_dtype}")
+
+
+def _index_digest(folder: Path, names: Sequence[str]) -> str:
+    sums = []
+    for name in names:
+        content = np.memmap(folder / f"{name}.npy", np.uint8, mode="r")
+        sums.append([name, content.size, crc32c(content)])
+    return hashlib.sha256(canonical_json(sums).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    """What is committed of one table."""
+
+    recipe: Recipe
+    stored: StoredRows
+    rejections: tuple[Rejection, ...] = ()
+    next_shard: int = 0
+    """Number that the table's next shard gets."""
+
+    @cached_property
+    def rejected(self) -> dict[bytes, Rejection]:
+        """Rejections by key, those left out that a later shard stored after all."""
+        stored = self.stored.key_set()
+        by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
+        return {key: rejection for key, rejection in by_key.items() if key not in stored}
+
+
+def table_state(cache: Path, recipe: Recipe) -> TableState:
+    """What is committed of a table in a folder of its own."""
+    folder = cache / recipe.directory
+    commits = read_commits(folder, recipe)
+    return TableState(
+        recipe=recipe,
+        stored=stored_rows(folder, commits, recipe),
+        rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
+        next_shard=next_shard(commits),
+    )
+
+
+def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Valid tokens of each caption, the reserved row's left out; empty where there is no text."""
+    recipe = recipes.get("text")
+    ragged = [field for field in recipe.fields if field.ragged] if recipe else []
+    if recipe is None or not ragged:
+        return np.empty(0, np.int64)
+    return index["text"][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
+
+
+def statistics(values: np.ndarray) -> dict[str, float] | None:
+    """Smallest, mean, percentiles and largest; None where there are no values."""
+    if not len(values) or not values.any():
+        return None
+    percentiles = {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+    return {"min": int(values.min()), "mean": float(values.mean()), **percentiles, "max": int(values.max())}

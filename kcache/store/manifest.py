@@ -1,0 +1,244 @@
+"""The manifest: the one JSON file that makes a folder a cache, and the only file that is ever replaced."""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kcache.config import BuildConfig
+from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
+from kcache.hints import instead_of_cache
+from kcache.store.recipe import SCHEMA_VERSION, STORED_DTYPES, Recipe, canonical_json
+
+__all__ = [
+    "MANIFEST",
+    "SHARD_NAME",
+    "Manifest",
+    "ShardEntry",
+    "TableEntry",
+    "build_line",
+    "check_count",
+    "read_manifest",
+]
+
+MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"[0-9]{5,18}")
+_TABLE_NAME = re.compile(r"image_embeds|text|latents-[1-9][0-9]{0,4}")
+_DATA = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9a-f]{1,8}){1,2}/([0-9]{5,18})(\.tar)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """A committed shard: the index refers to it by its position in the manifest."""
+
+    name: str
+    data: str
+    """Where its data stands, from the cache's folder: "latents-768-1a2b3c4d/00000", "samples-1a2b3c4d/00000.tar"."""
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableEntry:
+    """A table of the cache: its recipe and its shards."""
+
+    recipe: Recipe
+    rows: int
+    """Rows in all shards, those that no sample uses any more included."""
+    bytes: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What is in a cache."""
+
+    format: str
+    """"zarr": the form of the shards."""
+    tables: Mapping[str, TableEntry]
+    samples: int
+    samples_digest: str
+    """sha256 (hex) of the samples' ids, keys and names, in order."""
+    samples_file_digest: str
+    """sha256 (hex) of the bytes of the parquet file with the samples; also part of its name."""
+    index_digest: str
+    """sha256 (hex) of the index arrays; also part of the index folder's name."""
+    rejected: int
+    """Inputs of the source that are not in the cache; rejected.jsonl names each."""
+    rejected_digest: str
+    """sha256 (hex) of the bytes of rejected.jsonl."""
+    models: Mapping[str, Mapping[str, str | None]]
+    """Where the encoders came from: {"prior": {"name": …, "revision": …}, "decoder": …}. Shown, never compared."""
+
+    @property
+    def samples_file(self) -> str:
+        """Name of the parquet file with one row per sample."""
+        return f"samples-{self.samples_file_digest[:16]}.parquet"
+
+    @property
+    def index_folder(self) -> str:
+        """Name of the folder with the memory-mapped join."""
+        return f"index-{self.index_digest[:16]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what a training run sees: the recipes and the samples."""
+        recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
+        return hashlib.sha256(canonical_json([recipes, self.samples_digest]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it stands on disk, with the sha256 of all that it says."""
+        body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **_plain(self)}))
+        return {**body, "digest": _digest(body)}
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """The manifest of the cache at `cache`.
+
+    Raises CacheNotFoundError, CacheMismatchError for another schema or format, CacheCorruptError for damaged content.
+    """
+    path = cache / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _not_found(cache) from None
+    except OSError as error:
+        if (instead := instead_of_cache(cache)) is not None:
+            raise CacheNotFoundError(f"{cache} is not a finished cache: {instead}") from error
+        raise CacheNotFoundError(f"{path} cannot be read: {error.strerror}; expected a cache's manifest") from error
+    try:
+        data = json.loads(content)
+        version = data["schema_version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CacheCorruptError(
+            f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise CacheMismatchError(
+            f"{path} has schema version {version}; this kcache reads version {SCHEMA_VERSION}; "
+            "use the kcache that wrote it, or build the cache again"
+        )
+    try:
+        return _from_json(data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
+
+
+def _from_json(data: dict[str, Any]) -> Manifest:
+    digest = data.pop("digest")
+    if digest != _digest(data):
+        raise ValueError("its digest does not match its content")
+    data.pop("schema_version")
+    tables = {}
+    for name, entry in data.pop("tables").items():
+        shards = tuple(_shard(shard) for shard in entry["shards"])
+        recipe = Recipe.from_json(entry["recipe"])
+        if not _TABLE_NAME.fullmatch(name) or recipe.table != name or recipe.stored_dtype not in STORED_DTYPES:
+            raise ValueError(f"{name!a} is no table of {recipe.stored_dtype!a} rows")
+        check_count(entry["rows"], entry["bytes"])
+        tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
+    manifest = Manifest(tables=tables, **data)
+    _check(manifest)
+    return manifest
+
+
+def _shard(data: Mapping[str, Any]) -> ShardEntry:
+    shard = ShardEntry(**data)
+    place = _DATA.fullmatch(shard.data)
+    # Part of a path: it must not be able to lead out of the cache.
+    if not SHARD_NAME.fullmatch(shard.name) or place is None or place[2] != shard.name:
+        raise ValueError(f"shard {shard.name!a} with data in {shard.data!a}")
+    check_count(shard.rows, shard.bytes)
+    return shard
+
+
+def _check(manifest: Manifest) -> None:
+    check_count(manifest.samples, manifest.rejected)
+    for digest in (
+        manifest.samples_digest,
+        manifest.samples_file_digest,
+        manifest.rejected_digest,
+        manifest.index_digest,
+    ):
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{digest!a} is no digest")
+    for role, model in manifest.models.items():
+        if not isinstance(model["name"], str) or not isinstance(model["revision"], str | None):
+            raise ValueError(f"{model!a} says not where the {role} comes from")
+
+
+def check_count(*counts: object) -> None:
+    """Raise ValueError for what a file gives as a number of rows or bytes and cannot be one."""
+    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+        raise ValueError(f"{counts!a} are no counts")
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    data = asdict(manifest)
+    for name, entry in manifest.tables.items():
+        data["tables"][name]["recipe"] = entry.recipe.to_json()
+        data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
+    return data
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def _not_found(cache: Path) -> CacheNotFoundError:
+    if not (cache / "plans").is_dir() and (instead := instead_of_cache(cache)) is not None:
+        return CacheNotFoundError(f"{cache} is not a finished cache: {instead}")
+    if not cache.exists():
+        found = "there is nothing at that path"
+    elif (cache / "plans").is_dir():
+        found = "a build was started there and has not finished"
+    else:
+        found = f"there is no {MANIFEST} in it"
+    return CacheNotFoundError(f"{cache} is not a finished cache: {found}; run `kcache cache-build SOURCE {cache}`")
+
+
+def build_line(folder: Path, manifest: "Manifest", field: str, resolution: int | None = None) -> str:
+    """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
+    recipes = [entry.recipe for entry in manifest.tables.values()]
+    fields = {f.name for recipe in recipes for f in recipe.fields} | {field}
+    text, latents = "text_embeds" in fields or "text_encoder_hidden_states" in fields, "latents" in fields
+    sides = [int(name.removeprefix("latents-")) for name in manifest.tables if name.startswith("latents-")]
+    values: dict[str, object] = {
+        "stage": "all" if text and latents else "prior" if text else "decoder",
+        "format": manifest.format,
+        **{
+            role_flag: manifest.models[role]["name"]
+            for role, role_flag in _MODEL_FLAGS.items()
+            if role in manifest.models
+        },
+    }
+    if recipes:
+        alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
+        paddings = [recipe.preprocess.get("padding") for recipe in recipes]
+        values |= {
+            "dtype": recipes[0].stored_dtype,
+            "mixed_precision": _PRECISION.get(recipes[0].compute_dtype, "no"),
+            "batch_size": recipes[0].batch_shape[0],
+            "alpha": alphas[0] if alphas else BuildConfig.alpha,
+            "text_padding": "trimmed" if "own length" in paddings else "full",
+        }
+    words = ["kcache", "cache-build", "SOURCE", str(folder)]
+    for name, value in values.items():
+        if value != getattr(BuildConfig, name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    asked = sorted({*sides, *([] if resolution is None else [resolution])})
+    if latents and tuple(asked) not in ((), BuildConfig.resolution):
+        words += [word for side in asked for word in ("--resolution", str(side))]
+    return shlex.join(words)
+
+
+_MODEL_FLAGS = {
+    "prior": "pretrained_prior_model_name_or_path",
+    "decoder": "pretrained_decoder_model_name_or_path",
+}
+_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}

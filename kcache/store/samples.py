@@ -1,0 +1,219 @@
+"""The samples of a cache: one image with its captions each, kept in a parquet file for people and tools.
+
+Trainers never read it: they use the index. Ids are the image's key in hex, with "-2", "-3", … for further samples of
+the same image, so an id says which picture it is and stays when others come or go.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kcache.durable import write_bytes
+from kcache.errors import CacheCorruptError
+from kcache.store.manifest import Manifest
+from kcache.store.recipe import canonical_json
+
+if TYPE_CHECKING:
+    import pyarrow
+import json
+
+__all__ = [
+    "Refusal",
+    "Sample",
+    "read_refused",
+    "read_samples",
+    "read_some_samples",
+    "sample_ids",
+    "samples_digest",
+    "stored_samples",
+    "write_samples",
+]
+
+SAMPLES_PER_PART = 1 << 14
+"""Samples that `read_some_samples` holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image with its captions."""
+
+    id: str
+    name: str
+    """Where it came from: the source's name for it."""
+    image_key: bytes
+    captions: tuple[str, ...]
+    caption_keys: tuple[bytes, ...]
+    width: int
+    """Pixels, as seen: after EXIF orientation."""
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """An input that was found but is not offered, and why."""
+
+    name: str
+    """The input: a path relative to the source, or a row or line of a file in it."""
+    stage: str
+    """Where it failed, as in InputRejected; "source" for all that a source finds by itself."""
+    reason: str
+    """One line for a person."""
+
+
+def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
+    """One id per sample, unique: the image's key in hex, then "-2", "-3", … where the same image comes again."""
+    seen: dict[bytes, int] = {}
+    ids = []
+    for key in image_keys:
+        seen[key] = count = seen.get(key, 0) + 1
+        ids.append(key.hex() if count == 1 else f"{key.hex()}-{count}")
+    return ids
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """sha256 (hex) of what the samples are, in order: ids, names and caption keys."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        line = [sample.id, sample.name, [key.hex() for key in sample.caption_keys]]
+        digest.update(canonical_json(line).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _schema() -> "pyarrow.Schema":
+    """The columns of the parquet file."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "id": pa.string(),
+            "name": pa.string(),
+            "image_key": pa.binary(16),
+            "captions": pa.list_(pa.string()),
+            "caption_keys": pa.list_(pa.binary(16)),
+            "width": pa.int32(),
+            "height": pa.int32(),
+        }
+    )
+
+
+def _flat(column: "pyarrow.ChunkedArray") -> list["pyarrow.Array"]:
+    """The values in the lists of a column, none where it holds no lists."""
+    import pyarrow as pa
+
+    return [chunk.flatten() for chunk in column.chunks] if pa.types.is_list(column.type) else []
+
+
+def write_samples(cache: Path, samples: Sequence[Sample]) -> tuple[str, str]:
+    """Write the samples under the name that their bytes give; returns the samples' digest and the file's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in _schema()]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_schema()), buffer, compression="zstd")
+    content = buffer.getvalue()
+    file_digest = hashlib.sha256(content).hexdigest()
+    path = cache / f"samples-{file_digest[:16]}.parquet"
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+    return samples_digest(samples), file_digest
+
+
+def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
+    """The samples as an Arrow table, in the cache's order; raises CacheCorruptError."""
+    table = stored_samples(cache, manifest)
+    _check_count(cache, manifest, len(table))
+    return table
+
+
+def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
+    """The samples as `read_samples` gives them, however many the manifest counts; raises CacheCorruptError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = cache / manifest.samples_file
+    with _reading(path):
+        content = path.read_bytes()
+        _check_digest(hashlib.sha256(content).hexdigest(), manifest)
+        # Arrow's threads may still hold `content` when a short process ends, and then abort it.
+        table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
+        _check_schema(table.schema)
+        _check_values(table)
+    return table
+
+
+def read_some_samples(
+    cache: Path, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `columns` say of the samples `numbers` (k,) int64, which ascend, of a list of any length.
+
+    The file is read and checked part by part, and never in memory as a whole. Raises CacheCorruptError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, rows, seen = cache / manifest.samples_file, list[dict[str, Any]](), 0
+    with _reading(path):
+        with path.open("rb") as file:
+            _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
+        with pq.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as opened:
+            _check_schema(opened.schema_arrow)
+            for batch in opened.iter_batches(SAMPLES_PER_PART, columns=list(columns), use_threads=False):
+                part = pa.Table.from_batches([batch])
+                _check_values(part)
+                first, last = np.searchsorted(numbers, (seen, seen + len(part)))
+                rows += part.take(numbers[first:last] - seen).to_pylist()
+                seen += len(part)
+    _check_count(cache, manifest, seen)
+    return rows
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise CacheCorruptError for whatever is wrong with the file of the samples."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
+
+
+def _check_digest(found: str, manifest: Manifest) -> None:
+    if found != manifest.samples_file_digest:
+        raise ValueError(f"its sha256 is {found[:16]}…, the manifest says {manifest.samples_file_digest[:16]}…")
+
+
+def _check_schema(schema: "pyarrow.Schema") -> None:
+    if not schema.equals(_schema()):
+        raise ValueError(f"its columns are {schema.to_string(show_schema_metadata=False)}")
+
+
+def _check_values(table: "pyarrow.Table") -> None:
+    table.validate(full=True)  # parquet's strings need not be UTF-8
+    if any(part.null_count for column in table.columns for part in (column, *_flat(column))):
+        raise ValueError("values are missing in it")
+
+
+def _check_count(cache: Path, manifest: Manifest, found: int) -> None:
+    if found != manifest.samples:
+        path = cache / manifest.samples_file
+        raise CacheCorruptError(f"{path} has {found} samples; the manifest says {manifest.samples}; build again")
+
+
+def read_refused(cache: Path) -> Iterator[Refusal]:
+    """The inputs that the builds of a cache rejected, one by one; raises CacheCorruptError."""
+    path = cache / "rejected.jsonl"
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as lines:
+            yield from (Refusal(**json.loads(line)) for line in lines)
+    except (OSError, ValueError, TypeError) as error:
+        raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error

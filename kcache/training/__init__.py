@@ -1,0 +1,16 @@
+"""The training loop, what it works with, and what it leaves.
+
+- `trainer`: the loop
+- `setup`, `resume`: a run found possible, its parts loaded, fresh or from a checkpoint
+- `run`: all that the loop works with
+- `network`, `optimizer`, `accelerator`: what learns, what moves it, where
+- `validation`, `log`: how it goes
+- `result`, `publish`: what is left of it, and for whom
+- `sweep`: several runs over one cache
+"""
+
+from kcache.training.log import Progress
+from kcache.training.trainer import train
+from kcache.training.validation import Validation, split_by_key
+
+__all__ = ["Progress", "Validation", "split_by_key", "train"]

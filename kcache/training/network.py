@@ -1,0 +1,83 @@
+"""The network that learns, as a run's settings want it: with adapters or whole, lean or quick, in which dtype."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditionModel
+
+from kcache.config import TrainConfig
+from kcache.encoders.pretrained import load_pretrained
+from kcache.encoders.repositories import Repository, weights_digest
+from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
+from kcache.objectives.lora import add_lora, load_lora, save_lora
+from kcache.objectives.losses import DecoderObjective, Objective, PriorObjective
+from kcache.store.digests import DigestMemo
+
+__all__ = ["find_adapted", "load_network", "load_objective", "save_network"]
+
+_FOLDERS = {"prior": "prior", "decoder": "unet"}
+"""Stage → folder of its network in a pipeline."""
+
+
+def load_objective(config: TrainConfig, base: Repository, saved: Path | None) -> Objective:
+    """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
+
+    The parameters that learn are float32. With adapters the others never change, and are kept in the dtype that mixed
+    precision computes in, as the upstream scripts keep them. Raises the KcacheError of what does not fit the network.
+    """
+    network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
+    if config.lora_rank is not None:
+        _keep_in(network, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision])
+        if saved is not None:
+            load_lora(network, saved, trainable=True, dropout=config.lora_dropout)
+        else:
+            add_lora(
+                network,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                target_modules=config.lora_target_modules,
+                seed=config.seed,
+            )
+    choose_attention(network, config.attention)
+    if config.gradient_checkpointing:
+        recompute_blocks(network)
+    packed = config.stage == "prior" and config.packing
+    if config.compile:
+        compile_blocks(network, packed=packed)
+    if config.stage == "prior":
+        return PriorObjective(network, packed=packed, bucketed=config.compile)
+    return DecoderObjective(
+        network, DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+    )
+
+
+def load_network(stage: str, folder: Path) -> ModelMixin:
+    """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
+    kind = PriorTransformer if stage == "prior" else UNet2DConditionModel
+    return load_pretrained(kind, folder / _FOLDERS[stage], torch.float32)
+
+
+def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
+    """Name of `base` and digest (hex) of the weights in it that adapters are trained on; None where all weights learn.
+
+    Raises ModelError when there are no such weights.
+    """
+    if config.lora_rank is None:
+        return None
+    with DigestMemo() as memo:
+        return {"name": base.name, "weights": weights_digest(base, _FOLDERS[config.stage], memo)}
+
+
+def save_network(network: ModelMixin, name: str, folder: Path) -> None:
+    """Write what learned into `folder`: adapters as one file for diffusers, a whole network into `folder`/`name`."""
+    if getattr(network, "peft_config", None):
+        save_lora(network, folder)
+    else:
+        network.save_pretrained(folder / name)
+
+
+def _keep_in(network: ModelMixin, dtype: torch.dtype) -> None:
+    for name, parameter in network.named_parameters():
+        if name not in ("clip_mean", "clip_std"):  # the target is normalised by these, in float32
+            parameter.data = parameter.data.to(dtype)

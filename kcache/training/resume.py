@@ -1,0 +1,244 @@
+"""Whether a run may write into its output directory, and go on from what an earlier start left there."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kcache.config import TrainConfig
+from kcache.durable import shared, writing
+from kcache.errors import CacheMismatchError, RunError
+from kcache.hints import already_in
+from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, logger
+
+__all__ = [
+    "check_output_dir",
+    "check_place",
+    "check_same_base",
+    "check_same_run",
+    "checkpoint_named",
+    "checkpoint_to_resume",
+]
+
+_RESULT = (
+    "README.md",
+    "loss.png",
+    "pictures",
+    "raw",
+    "pytorch_lora_weights.safetensors",
+    "model_index.json",
+    "prior",
+    "image_encoder",
+    "text_encoder",
+    "tokenizer",
+    "image_processor",
+    "scheduler",
+    "unet",
+    "movq",
+)
+"""What a run leaves beside its settings, logs and checkpoints, in the place of whatever stands there."""
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Check, before anything is loaded, that the run of `config` may write into its directory; in all processes.
+
+    Refused is only where something would be lost or mixed: a file, a cache, a folder of pictures, one with names that a
+    run writes over, and an earlier run that this one does not go on with. Whatever else is there may stay, as no run
+    touches it: logs, scripts, notes. A start that ended before its first step left nothing to lose. Processes may not
+    check when one of them may have begun. Raises RunError, CacheBusyError where another run still goes on, and
+    CacheWriteError for what may not be looked into.
+    """
+    run_dir = Path(config.output_dir)
+    with writing(run_dir):
+        _check(run_dir, config.resume_from_checkpoint)
+
+
+def _check(run_dir: Path, resume: str | None) -> None:
+    steps, begun = checkpoint_steps(run_dir), (run_dir / METRICS_FILE).exists()
+    check_place(run_dir, ours=begun or bool(steps))
+    found = [name for name in _RESULT if os.path.lexists(run_dir / name)]
+    if not begun and not steps:
+        foreign = [name for name in (CONFIG_FILE, *found) if os.path.lexists(run_dir / name)]
+        if foreign:
+            raise RunError(
+                f"{run_dir} holds {', '.join(foreign[:3])}, which a run would replace, and is no run directory; "
+                "expected one of the run's own; give another --output-dir"
+            )
+        return
+    if not _goes_on(run_dir, resume) and (steps or found or (run_dir / METRICS_FILE).stat().st_size):
+        with shared(run_dir):  # a run that is still going on is not to be removed
+            raise _not_alone(run_dir, steps, found)
+
+
+def check_place(folder: Path, *, ours: bool) -> None:
+    """Check that `folder` is, or can be made, a folder to write into: no file, no cache and no pictures but `ours`.
+
+    Raises RunError.
+    """
+    place = folder.absolute()
+    standing = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not standing.is_dir():
+        shown, kind = folder if standing == place else standing, "a file" if standing.exists() else "a broken link"
+        raise RunError(
+            f"{shown} is {kind}; expected a folder, or a path where nothing is yet; give another --output-dir, such as "
+            "runs/prior"
+        )
+    what = already_in(folder) if standing == place else None
+    if what == "a cache" or (what is not None and not ours):
+        raise RunError(
+            f"{folder} is {what}, with which the files of a run would mix; expected a folder of the run's own; give "
+            "another --output-dir, such as runs/prior"
+        )
+
+
+def _goes_on(run_dir: Path, name: str | None) -> bool:
+    """Whether a run that resumes from `name` goes on with the one in `run_dir`."""
+    if name is None or name == "latest":
+        return name is not None
+    path = checkpoint_named(run_dir, name)
+    # What is not there is refused when it is opened.
+    return not path.exists() or path.resolve().parent == run_dir.resolve()
+
+
+def _not_alone(run_dir: Path, steps: Sequence[int], found: Sequence[str]) -> RunError:
+    if steps:
+        return RunError(
+            f"{run_dir} holds checkpoint-{steps[-1]} of an earlier run; expected a directory without checkpoints; "
+            "go on with that run by --resume-from-checkpoint latest, or choose another --output-dir"
+        )
+    return RunError(
+        f"{run_dir} holds {', '.join([METRICS_FILE, *found][:3])} of an earlier run, and no checkpoint; expected a "
+        "directory without a run; choose another --output-dir or remove this one, or put a run from step 0 in its "
+        "place by --resume-from-checkpoint latest"
+    )
+
+
+_SETTLED = (
+    "stage",
+    "seed",
+    "shuffle",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "snr_gamma",
+    "noise_draws",
+    "mixed_precision",
+    "val_fraction",
+    "caption_dropout",
+    "image_dropout",
+    "use_8bit_adam",
+    "use_ema",
+    "ema_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+)
+"""Settings that decide the course of a run; a run that goes on must keep them."""
+
+
+def checkpoint_named(run_dir: Path, name: str) -> Path:
+    """Where the checkpoint `name` is, or would be: it may be a path, or the name of one in the run directory."""
+    path = Path(name)
+    return run_dir / path if not path.exists() and (run_dir / path).is_dir() else path
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that `config` names, or None to start fresh: "latest" starts fresh where there is none yet.
+
+    Raises RunError for a checkpoint that is broken, of a run with other settings or past the last step.
+    """
+    run_dir, name = Path(config.output_dir), config.resume_from_checkpoint
+    if name == "latest":
+        checkpoint = latest_checkpoint(run_dir)
+    else:
+        checkpoint = None if name is None else open_checkpoint(checkpoint_named(run_dir, name))
+    if checkpoint is not None:
+        _check_settings(checkpoint, config)
+    return checkpoint
+
+
+def _check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Check that `config` gives the run that was begun, and asks for no step before the checkpoint."""
+    try:
+        begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
+    except (KeyError, TypeError) as error:
+        raise _unknown(checkpoint, error) from error
+    asked = json.loads(json.dumps({name: getattr(config, name) for name in _SETTLED}))
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in _SETTLED if begun[name] != asked[name]]
+    if changed:
+        raise RunError(
+            f"{checkpoint.path} was made with other settings ({', '.join(changed)}); expected those it was begun with; "
+            "resume with them, or start a new run from the trained network of that one"
+        )
+    if config.max_train_steps is not None and config.max_train_steps < checkpoint.step:
+        raise RunError(
+            f"{checkpoint.path} comes after step {checkpoint.step}; expected one no later than --max-train-steps "
+            f"{config.max_train_steps}; resume from an earlier one, or ask for more steps"
+        )
+
+
+def _unknown(checkpoint: Checkpoint, error: Exception) -> RunError:
+    return RunError(
+        f"{checkpoint.path} does not say how its run was set up ({error!r}); expected the settings of this version of "
+        "kcache; resume with the one that wrote it"
+    )
+
+
+def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[str, str]) -> None:
+    """Check that going on from `checkpoint` reads what was read before.
+
+    `tables` maps each table that is read to its fingerprint. `global_batch` is in samples per optimizer step; another
+    number of processes may change it, which is said in a warning. Raises CacheMismatchError for other tables, RunError
+    when the checkpoint does not say.
+    """
+    try:
+        begun_batch, begun_tables = int(checkpoint.state["global_batch"]), dict(checkpoint.state["tables"])
+        int(checkpoint.state["samples_seen"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unknown(checkpoint, error) from error
+    if begun_tables != tables:
+        raise CacheMismatchError(
+            f"{checkpoint.path} was trained from tables {_short(begun_tables)}; this cache has "
+            f"{_short(tables)}; resume with the cache it was begun with, or start a new run"
+        )
+    if begun_batch != global_batch:
+        logger.warning(
+            "%s was made with %d samples per step, this run takes %d: the samples go on in their order, but a step is "
+            "another; to keep it, choose --train-batch-size and --gradient-accumulation-steps that, times the number "
+            "of processes, give what it was",
+            checkpoint.path,
+            begun_batch,
+            global_batch,
+        )
+
+
+def check_same_base(checkpoint: Checkpoint, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
+    """Check that adapters go on with the weights that they were trained on, wherever these lie now.
+
+    `adapted` is what `find_adapted` found, None where all weights learn: those are in the checkpoint. A checkpoint from
+    before this was recorded does not say, and is taken. Raises RunError for other weights.
+    """
+    begun = checkpoint.state.get("adapted")
+    if begun is None or adapted is None:
+        return
+    try:
+        name, weights = str(begun["name"]), str(begun["weights"])
+    except (KeyError, TypeError) as error:
+        raise _unknown(checkpoint, error) from error
+    if weights != adapted["weights"]:
+        raise RunError(
+            f"{checkpoint.path} has adapters trained on the network of {name}, weights {weights[:12]}…; found that of "
+            f"{adapted['name']}, weights {adapted['weights'][:12]}…; expected the same weights, in whatever folder; "
+            f"give these by --pretrained-{config.stage}-model-name-or-path, or start a new run in another --output-dir"
+        )
+
+
+def _short(tables: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}-{fingerprint[:8]}" for name, fingerprint in sorted(tables.items()))

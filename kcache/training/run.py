@@ -1,0 +1,171 @@
+"""A training run: all that the loop works with, what a checkpoint keeps of it, and how it is taken back.
+
+Only the objective and the optimizer are handed to accelerate, for the device, mixed precision and data parallelism. A
+prepared loader would repeat samples to fill its last batch, and a prepared schedule would step once per process.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+
+import kcache
+from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
+from kcache.durable import exclusive, writing
+from kcache.encoders.repositories import Repository
+from kcache.errors import KcacheError, RunError
+from kcache.loader.batches import CacheLoader
+from kcache.objectives.losses import Objective
+from kcache.store.cache import Cache
+from kcache.store.checkpoint import Checkpoint, save_checkpoint
+from kcache.store.run_directory import start_run
+from kcache.training.accelerator import machine_facts
+from kcache.training.network import save_network
+from kcache.training.optimizer import optimizer_tensors, restore_average, restore_optimizer, trainable_parameters
+
+__all__ = ["TrainingRun"]
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "ema.safetensors"
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """All that the training loop works with."""
+
+    config: TrainConfig
+    cache: Cache
+    tables: Mapping[str, str]
+    """Each table that is read, and its fingerprint."""
+    base: Repository
+    """Where the network comes from, and the pipeline that it goes back into."""
+    accelerator: Accelerator
+    raw_objective: Objective
+    """The objective and its network, as they are saved."""
+    objective: torch.nn.Module
+    """The objective as accelerate prepared it: what the loop calls."""
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: CacheLoader
+    global_batch: int
+    """Samples per optimizer step, of all processes and accumulated batches."""
+    max_steps: int
+    counterpart: Repository | None = None
+    """The half that does not learn, when there are prompts to draw with it."""
+    average: EMAModel | None = None
+    """The moving average of what learns, when one is kept."""
+    held_out: Cache | None = None
+    """The samples that are validated on and never trained on."""
+    adapted: Mapping[str, str] | None = None
+    """The network that adapters are trained on, by name and weights; None where all weights learn."""
+    first_step: int = 0
+    """Optimizer steps done by earlier starts of the run."""
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output_dir)
+
+    @property
+    def network(self) -> ModelMixin:
+        """The network that learns, as it is saved."""
+        return self.raw_objective.network
+
+    @cached_property
+    def learning(self) -> list[torch.nn.Parameter]:
+        """The parameters that learn."""
+        return list(trainable_parameters(self.network).values())
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Have the run directory, made and ready, for the main process alone while the block runs.
+
+        Raises CacheBusyError when another run has it, CacheWriteError when it cannot be made.
+        """
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.output_dir):
+            start_run(self.config, _facts(self), self.first_step)
+            yield
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after optimizer step `step`; for the main process."""
+        scaler = self.accelerator.scaler
+        state = {
+            "config": asdict(self.config),
+            "global_batch": self.global_batch,
+            "samples_seen": self.loader.consumed,
+            "tables": dict(self.tables),
+            "adapted": self.adapted,
+            "loader": self.loader.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "grad_scaler": None if scaler is None else scaler.state_dict(),
+        }
+        save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
+
+    def _write_tensors(self, folder: Path) -> None:
+        save_network(self.network, self.raw_objective.network_name, folder)
+        save_file(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE)
+        if self.average is not None:
+            names = trainable_parameters(self.network)
+            save_file(dict(zip(names, self.average.shadow_params, strict=True)), folder / AVERAGE_FILE)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back from `checkpoint` what `save` put there; the network was loaded from it already.
+
+        Raises RunError when something of it is missing or does not fit.
+        """
+        state = checkpoint.state
+        restore_optimizer(checkpoint.path / OPTIMIZER_FILE, self.optimizer, self.network)
+        if self.average is not None:
+            restore_average(checkpoint.path / AVERAGE_FILE, self.average, self.network, checkpoint.step)
+        try:
+            self.loader.load_state_dict(state["loader"])
+            self.lr_scheduler.load_state_dict(dict(state["lr_scheduler"]))
+            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        except KcacheError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"{checkpoint.path} does not hold the state of such a run ({error!r}); expected what a run with these "
+                "settings writes; resume from another checkpoint"
+            ) from error
+        self.first_step = checkpoint.step
+
+
+def _counterpart_name(cache: Cache, config: TrainConfig) -> str:
+    """The repository of the half that does not learn: the one named, the cache's, or the published one."""
+    if config.stage == "prior":
+        half, given, published = "decoder", config.pretrained_decoder_model_name_or_path, DECODER_REPO
+    else:
+        half, given, published = "prior", config.pretrained_prior_model_name_or_path, PRIOR_REPO
+    return given or str(cache.models.get(half, {}).get("name") or published)
+
+
+def _facts(run: TrainingRun) -> dict[str, Any]:
+    return {
+        "cache": {"path": os.fspath(run.cache.path.resolve()), "samples": len(run.cache), "tables": dict(run.tables)},
+        "base": {"name": run.base.name, "revision": run.base.revision},
+        "counterpart": _counterpart_name(run.cache, run.config),
+        "global_batch": run.global_batch,
+        "max_steps": run.max_steps,
+        "residency": run.loader.residency,
+        "machine": machine_facts(run.accelerator),
+        "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }

@@ -1,0 +1,229 @@
+"""A training run set up: the cache checked against the network, its parts found, loaded and put together.
+
+A cache must have the right tables, of encoders that belong to the network, in shapes that it takes.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from kcache.config import TrainConfig
+from kcache.encoders.repositories import COMPONENTS, Repository, find_repository, weights_digest
+from kcache.errors import CacheIncompleteError, CacheMismatchError
+from kcache.loader.batches import CacheLoader, RowReader
+from kcache.loader.chance import draw_noise, draw_timesteps
+from kcache.objectives.blocks import check_attention, check_compiler
+from kcache.objectives.losses import Objective
+from kcache.sources import open_source
+from kcache.store.cache import Cache
+from kcache.store.checkpoint import Checkpoint
+from kcache.store.digests import DigestMemo
+from kcache.training.accelerator import make_accelerator
+from kcache.training.network import find_adapted, load_objective
+from kcache.training.optimizer import (
+    check_optimizer,
+    make_average,
+    make_optimizer,
+)
+from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
+from kcache.training.run import TrainingRun, _counterpart_name
+from kcache.training.validation import split_by_key
+
+__all__ = ["check_contract", "prepare_run"]
+
+_COMPONENTS = {"image_embeds": "image_encoder", "text_embeds": "text_encoder", "latents": "movq"}
+"""Field → folder of the frozen network that made it."""
+
+
+def check_contract(cache: Cache, objective: Objective, repository: Repository) -> None:
+    """Check that `cache` holds what `objective` reads, made by the encoders that `repository` has.
+
+    A decoder repository has no image encoder, so its image_embeds are compared by shape only. Raises
+    CacheIncompleteError for a missing table, CacheMismatchError for another encoder or shape, each with what was found
+    and what to do.
+    """
+    if len(cache) == 0:
+        raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
+    for field, expected in objective.row_shapes.items():
+        found = cache.field(field).shape
+        fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
+        if not fits:
+            raise CacheMismatchError(
+                f"{cache.path} has {field} of shape {found}; {repository.name} wants {_shape_text(expected)}; "
+                "build the cache with the encoders that belong to this model, or train the model they belong to"
+            )
+    _check_text_length(cache, objective, repository)
+    _check_encoders(cache, objective, repository)
+
+
+def _check_text_length(cache: Cache, objective: Objective, repository: Repository) -> None:
+    if "text_encoder_hidden_states" not in objective.row_shapes:
+        return
+    found, expected = cache.recipes["text"].batch_shape[1], objective.network.config.num_embeddings
+    if found > expected:
+        raise CacheMismatchError(
+            f"{cache.path} has captions of up to {found} tokens; {repository.name} takes {expected}; "
+            "build the cache with the tokenizer that belongs to this model"
+        )
+
+
+def _check_encoders(cache: Cache, objective: Objective, repository: Repository) -> None:
+    with DigestMemo() as memo:
+        for field, component in _COMPONENTS.items():
+            if field not in objective.row_shapes or not (repository.path / component).is_dir():
+                continue
+            table = cache.table_of(field)
+            found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
+            if found != expected:
+                raise CacheMismatchError(
+                    f"{table} of {cache.path} was made with the {component} weights {found[:12]}…; "
+                    f"{repository.name} has {expected[:12]}…; train from the repository that the cache was built with "
+                    f"({_origins(cache)}), or build the cache again with this one"
+                )
+
+
+def _origins(cache: Cache) -> str:
+    return ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
+
+
+def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
+    """Find, check and load everything that training from `cache` needs; what is quickly refused comes first.
+
+    Raises the KcacheError of whatever is missing or does not fit together.
+    """
+    check_optimizer(config)
+    check_attention(config.attention, config.stage)
+    accelerator = make_accelerator(config)
+    if config.compile:
+        check_compiler(accelerator.device)
+    cache, held_out = _choose_samples(cache, config)
+    base = _find_base(cache, config)
+    counterpart = _find_counterpart(cache, config) if config.validation_prompts else None
+    checkpoint, adapted = _find_beginning(config, base)
+    objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
+    check_contract(cache, objective, base)
+    tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
+
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    if checkpoint is not None:
+        check_same_run(checkpoint, global_batch, tables)
+    max_steps = config.max_train_steps or _steps_until(config.num_train_epochs * len(cache), global_batch, checkpoint)
+    objective.to(accelerator.device)
+    # Made where the weights lie, and before the objective is wrapped.
+    average = make_average(objective.network, config) if config.use_ema else None
+    made = make_optimizer(objective.network, config, accelerator.device)
+    prepared, optimizer = accelerator.prepare(objective.train(), made)
+    run = TrainingRun(
+        config=config,
+        cache=cache,
+        tables=tables,
+        base=base,
+        accelerator=accelerator,
+        raw_objective=objective,
+        objective=prepared,
+        optimizer=optimizer,
+        # Warm-up and total are counted in optimizer steps, whatever the accumulation and the number of processes.
+        lr_scheduler=get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_steps
+        ),
+        loader=_make_loader(cache, objective, config, accelerator),
+        global_batch=global_batch,
+        max_steps=max_steps,
+        counterpart=counterpart,
+        average=average,
+        held_out=held_out,
+        adapted=adapted,
+    )
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    return run
+
+
+def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cache, Cache | None]:
+    """The samples to train on, and those held out, if any."""
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache, config.resolution)
+    if config.where is not None:
+        opened = opened.where(config.where)
+    return split_by_key(opened, config.val_fraction) if config.val_fraction else (opened, None)
+
+
+def _find_beginning(config: TrainConfig, base: Repository) -> tuple[Checkpoint | None, dict[str, str] | None]:
+    """The checkpoint to go on from, if any, and the network that adapters are trained on, checked to be its own."""
+    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
+    if checkpoint is not None:
+        check_same_base(checkpoint, config, adapted)
+    return checkpoint, adapted
+
+
+def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None) -> int:
+    """Optimizer steps until `samples` have been seen, those before the checkpoint counted as they were."""
+    if checkpoint is None:
+        return math.ceil(samples / global_batch)
+    return checkpoint.step + math.ceil(max(0, samples - checkpoint.state["samples_seen"]) / global_batch)
+
+
+def _find_base(cache: Cache, config: TrainConfig) -> Repository:
+    """The repository whose network is trained: the one named, else the one that the cache was built with."""
+    if config.stage == "prior":
+        name, components = config.pretrained_prior_model_name_or_path, COMPONENTS["prior"]
+    else:
+        name, components = config.pretrained_decoder_model_name_or_path, COMPONENTS["unet"]
+        cache.table_of("latents")
+    if name is not None:
+        return find_repository(name, config.revision, components, config.cache_dir)
+    origin = cache.models[config.stage]
+    return find_repository(str(origin["name"]), config.revision or origin["revision"], components, config.cache_dir)
+
+
+def _find_counterpart(cache: Cache, config: TrainConfig) -> Repository:
+    half, components = ("decoder", "unet") if config.stage == "prior" else ("prior", "prior")
+    name, origin = _counterpart_name(cache, config), cache.models.get(half, {})
+    # A --revision is of the repository that is trained, and names nothing in this one.
+    revision = origin.get("revision") if origin.get("name") == name else None
+    return find_repository(name, revision, COMPONENTS[components], config.cache_dir)
+
+
+def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
+    fields = tuple(objective.row_shapes)
+    noise_shape = cache.field(objective.noised_field).shape
+    num_train_timesteps = objective.scheduler.config.num_train_timesteps
+
+    def draws(turns: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            "noise": draw_noise(config.seed, turns, noise_shape, config.noise_draws),
+            "timesteps": draw_timesteps(config.seed, turns, num_train_timesteps, config.noise_draws),
+        }
+
+    rows: RowReader = cache
+    if config.online is not None:
+        # Not at the top: a run from a cache needs neither encoders nor what reads a source.
+        from kcache.encoders.online import OnlineEncoders
+
+        source = open_source(
+            config.online,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            need_captions=False,
+        )
+        rows = OnlineEncoders(cache, source, fields, accelerator.device)
+    return CacheLoader(
+        rows,
+        fields,
+        config.train_batch_size,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        residency=config.residency,
+        caption_dropout=config.caption_dropout,
+        image_dropout=config.image_dropout,
+        draws=draws,
+    )

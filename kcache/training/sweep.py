@@ -1,0 +1,340 @@
+"""A sweep: several runs that differ in some settings, one after another over one opened cache, and their comparison.
+
+The runs are [[run]] tables of a TOML file. Each goes into a folder of the sweep's output directory, where sweep.json,
+sweep.md and sweep.png compare them after every run. A run that is finished is not run again, one that was interrupted
+goes on, and one that fails is reported while the others go on.
+"""
+
+import gc
+import io
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kcache.config import TrainConfig
+from kcache.durable import write_bytes, write_json
+from kcache.errors import ConfigError, KcacheError, RunError
+from kcache.report.figures import smoothed, thinned
+from kcache.settings import read_toml, settings_from
+from kcache.store.cache import Cache
+from kcache.store.run_directory import read_metrics, read_validation
+from kcache.training.log import Progress
+from kcache.training.resume import check_place
+from kcache.training.trainer import train
+
+__all__ = [
+    "PlannedRun",
+    "SweepResult",
+    "SweptRun",
+    "comparison_table",
+    "plan_sweep",
+    "plot_runs",
+    "run_sweep",
+    "swept_run",
+]
+
+_LAST_STEPS = 100
+"""Steps over which a run's loss is averaged, as it is noisy from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptRun:
+    """What became of one run of a sweep."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that its table gives."""
+    step: int | None = None
+    """Optimizer steps done."""
+    loss: float | None = None
+    """Mean over its last 100 steps."""
+    val_loss: float | None = None
+    """On held-out images, at the end."""
+    samples_per_second: float | None = None
+    """Mean over its last 100 steps."""
+    error: str | None = None
+    """Why it failed; None when it did not."""
+
+
+def swept_run(name: str, settings: Mapping[str, Any], run_dir: Path, error: str | None = None) -> SweptRun:
+    """What the run's directory says about it, which is nothing where it was not begun."""
+    last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
+
+    def mean(value: str) -> float | None:
+        return sum(entry[value] for entry in last) / len(last) if last else None
+
+    return SweptRun(
+        name=name,
+        settings=settings,
+        step=last[-1]["step"] if last else None,
+        loss=mean("loss"),
+        val_loss=validations[-1]["val_loss"] if validations else None,
+        samples_per_second=mean("samples_per_second"),
+        error=error,
+    )
+
+
+def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
+    """Markdown: a line per run, with every setting that some run changes; where a run does not, `config`'s value."""
+    changed = list(dict.fromkeys(name for run in runs for name in run.settings))
+    validated = any(run.val_loss is not None for run in runs)
+    header = ["run", *changed, "steps", f"loss (last {_LAST_STEPS})", *(["val_loss"] if validated else [])]
+    rows = [[*header, "samples/s", "outcome"]]
+    for run in runs:
+        settings = [str(run.settings.get(name, getattr(config, name))) for name in changed]
+        losses = [_number(run.loss, ".5f"), *([_number(run.val_loss, ".5f")] if validated else [])]
+        numbers = [_number(run.step, ",d"), *losses, _number(run.samples_per_second, ",.1f")]
+        rows.append([run.name, *settings, *numbers, _outcome(run)])
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+
+
+def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
+    """Write a PNG to `path`: the smoothed training losses of all runs and, where there are any, those on held-out
+    images. `run_dirs` maps the runs' names to their directories.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    training = {name: _curve(read_metrics(run_dir), "loss") for name, run_dir in run_dirs.items()}
+    held_out = {name: _curve(read_validation(run_dir), "val_loss") for name, run_dir in run_dirs.items()}
+    panels = 2 if any(len(steps) for steps, _ in held_out.values()) else 1
+    figure = Figure(figsize=(7 * panels, 5), layout="constrained")
+    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+    colors = mpl.color_sequences["tab10" if len(run_dirs) <= 10 else "tab20"]
+    for name, color in zip(run_dirs, itertools.cycle(colors), strict=False):
+        style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": name}
+        steps, losses = thinned(*training[name])
+        axes[0].plot(steps, smoothed(losses), marker="o" if len(steps) == 1 else "", **style)
+        if panels == 2:
+            axes[1].plot(*held_out[name], marker="o", markersize=4, **style)
+    for panel, title in zip(axes, ("Training loss, smoothed", "Held-out loss"), strict=False):
+        panel.set_title(title, loc="left", fontweight="bold")
+        panel.set_xlabel("optimizer step")
+        panel.grid(color="#e6e8ea", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_bytes(path, picture.getvalue())
+
+
+def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of all entries, each (n,) float64."""
+    return np.array([entry["step"] for entry in entries], np.float64), np.array([entry[name] for entry in entries])
+
+
+def _outcome(run: SweptRun) -> str:
+    """In a cell there is room for what was found, not for what to do about it."""
+    return "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+SWEEP_FILE = "sweep.json"
+_FORM = (
+    "a [[run]] table per run and nothing else, such as\n\n"
+    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
+    "settings that all runs share are flags"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHARED = ("stage", "output_dir", "resolution", "resume_from_checkpoint")
+"""Settings that the runs of a sweep cannot differ in: they read one cache, and have folders and checkpoints of their
+own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a sweep, as it will be trained."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that its table gives."""
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep came to."""
+
+    output_dir: str
+    runs: tuple[SweptRun, ...]
+    table: str = field(repr=False)
+    """The comparison, in Markdown."""
+
+
+def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
+    """The runs that the TOML file at `path` asks for: `config` with what each [[run]] table changes.
+
+    Raises ConfigError for a file without runs, names that are missing, repeated or no names of folders, and settings
+    that do not exist, do not fit or that runs of one sweep cannot differ in.
+    """
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}; correct the path, or write one: {_FORM}")
+    table = read_toml(path)
+    tables = table.pop("run", None)
+    if table or not isinstance(tables, list) or not tables or not all(isinstance(run, dict) for run in tables):
+        raise ConfigError(f"{path} has {', '.join(table) or 'no runs'}; expected {_FORM}")
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise ConfigError(
+            f"--resume-from-checkpoint {config.resume_from_checkpoint} was given beside --sweep; expected none: every "
+            "run goes on from its own latest checkpoint; leave it out"
+        )
+    runs = tuple(_plan_run(path, number, run, config) for number, run in enumerate(tables, start=1))
+    _check_distinct(path, "name", [run.name for run in runs])
+    uploaded = [run.config.hub_model_id for run in runs if run.config.push_to_hub]
+    _check_distinct(path, "hub_model_id", [name for name in uploaded if name is not None])
+    return runs
+
+
+def _check_distinct(path: Path, what: str, values: Sequence[str]) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise ConfigError(
+            f"{path}: several runs have the {what} {', '.join(map(repr, repeated))}, and would overwrite each other; "
+            f"give each run a {what} of its own"
+        )
+
+
+def _plan_run(path: Path, number: int, table: Mapping[str, Any], config: TrainConfig) -> PlannedRun:
+    name = table.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{path}: run {number} has the name {name!r}; expected letters, digits, dots, dashes and underscores: it "
+            'names a folder; write name = "slow"'
+        )
+    where = f"{path}, run {name!r}"
+    shared = [key for key in table if key.replace("-", "_") in _SHARED]
+    if shared:
+        raise ConfigError(
+            f"{where}: runs of one sweep cannot differ in {', '.join(shared)}; take it out, or give a flag"
+        )
+    allowed = {field.name for field in fields(TrainConfig)}
+    given = {key: value for key, value in table.items() if key != "name"}
+    settings = settings_from(given, TrainConfig, allowed, where=where)
+    run_dir = str(Path(config.output_dir) / name)
+    try:
+        own = replace(config, **settings, output_dir=run_dir, resume_from_checkpoint="latest")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return PlannedRun(name=name, settings=settings, config=own)
+
+
+def run_sweep(
+    cache: str | Path,
+    config: TrainConfig,
+    sweep: Path,
+    *,
+    report: Callable[[str, Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> SweepResult:
+    """Train every run of the TOML file `sweep` that is not finished, and compare them all.
+
+    `config` holds what the runs share, and in `output_dir` the sweep's directory. `report` is called with a run's name
+    and progress, `say` with a line whenever a run is begun, left out or has failed. A run fails by a KcacheError or by
+    what the system or torch raises, such as a lack of memory; on several processes, which cannot be brought back into
+    step, that ends the sweep. Raises ConfigError for a plan that cannot be, see `plan_sweep`, and RunError when a
+    finished run was trained otherwise than it is planned now, both before anything is trained.
+    """
+    planned = plan_sweep(sweep, config)
+    folder = Path(config.output_dir)
+    check_place(folder, ours=(folder / SWEEP_FILE).exists())
+    opened = Cache.open(cache, config.resolution)
+    records = _read_records(folder / SWEEP_FILE)
+    finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
+    tell = say if say is not None and _is_main_process() else lambda text: None
+    runs: list[SweptRun] = []
+    for run in planned:
+        if run.name in finished:
+            tell(f"{run.name}: finished before, not run again")
+            runs.append(_swept(run))
+        else:
+            tell(f"{run.name}: " + (", ".join(f"{name} {value}" for name, value in run.settings.items()) or "as given"))
+            runs.append(_train(run, opened, report, tell))
+        records[run.name] = {"cache": opened.fingerprint, "config": asdict(run.config), "run": asdict(runs[-1])}
+        result = SweepResult(output_dir=config.output_dir, runs=tuple(runs), table=comparison_table(runs, config))
+        if _is_main_process():
+            _write(folder, records, result)
+    return result
+
+
+def _train(
+    run: PlannedRun, cache: Cache, report: Callable[[str, Progress], None] | None, tell: Callable[[str], None]
+) -> SweptRun:
+    # What was not begun has no checkpoint, which is no surprise here.
+    config = run.config if Path(run.config.output_dir).exists() else replace(run.config, resume_from_checkpoint=None)
+    try:
+        train(cache, config, report=None if report is None else partial(report, run.name))
+        return _swept(run)
+    except (KcacheError, OSError, RuntimeError) as error:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tell(f"{run.name} failed: {reason}")
+        return _swept(run, error=reason)
+    finally:
+        # Networks and optimizers refer to themselves: without this the next run's would stand beside them in memory.
+        gc.collect()
+
+
+def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
+    return swept_run(run.name, run.settings, Path(run.config.output_dir), error)
+
+
+def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> bool:
+    """Whether the run was trained to its end; raises RunError when that was with other settings or rows."""
+    run_dir = folder / run.name
+    if record is None or record["run"]["error"] is not None or not run_dir.is_dir():
+        return False
+    begun, asked = record["config"], json.loads(json.dumps(asdict(run.config)))
+    # A sweep's directory may be moved, and may be older than a setting.
+    compared = [name for name in asked if name in begun and name != "output_dir"]
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in compared if begun[name] != asked[name]]
+    if record["cache"] != fingerprint:
+        changed.append(f"cache: {record['cache'][:16]} → {fingerprint[:16]}")
+    if changed:
+        raise RunError(
+            f"{run_dir} was trained with other settings than the sweep gives now ({', '.join(changed)}); expected the "
+            "same, to compare it without training it again; give the run another name, or remove the folder"
+        )
+    return True
+
+
+def _read_records(path: Path) -> dict[str, Any]:
+    """What sweep.json says of each run by its name, runs included that the sweep no longer has."""
+    if not path.exists():
+        return {}
+    try:
+        records: dict[str, Any] = json.loads(path.read_bytes())["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error!r}); expected what an earlier sweep wrote; remove it: runs then go on "
+            "from their checkpoints"
+        ) from error
+    return records
+
+
+def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SWEEP_FILE, {"runs": records})
+    write_bytes(folder / "sweep.md", (result.table + "\n").encode())
+    plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})
+
+
+def _is_main_process() -> bool:
+    # By what launchers set, as processes know nothing of each other before the first run.
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,223 @@
+"""The training loop, one for both stages: batches of cached rows in, a trained network out.
+
+Every so many steps a run is judged: by the loss on held-out samples, pictures of fixed prompts, and its curves.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kcache.config import TrainConfig
+from kcache.loader.batches import Batch
+from kcache.loader.chance import draw_seed
+from kcache.objectives.blocks import uncompiled
+from kcache.report.figures import plot_run
+from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.cache import Cache
+from kcache.store.run_directory import append_validation
+from kcache.training.log import Progress, RunLog
+from kcache.training.optimizer import averaged
+from kcache.training.publish import check_publishing, publish_run
+from kcache.training.result import leave_result
+from kcache.training.resume import check_output_dir
+from kcache.training.run import TrainingRun
+from kcache.training.setup import prepare_run
+from kcache.training.validation import Validation
+
+if TYPE_CHECKING:
+    from kcache.report.pictures import PromptPictures
+
+__all__ = ["Judge", "Progress", "TrainResult", "take_step", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to."""
+
+    output_dir: str
+    step: int
+    """Optimizer steps done, those of earlier starts of the run included."""
+    loss: float | None
+    """Mean over the last steps reported; None when nothing was left to do."""
+    seconds: float
+    """Time in the loop, checkpoints included."""
+    samples_per_second: float
+    """Of all processes together, over `seconds`."""
+    address: str | None = None
+    """Where the result was uploaded to."""
+
+
+def train(
+    cache: str | Path | Cache, config: TrainConfig, *, report: Callable[[Progress], None] | None = None
+) -> TrainResult:
+    """Train the prior or the decoder from `cache`, opened or its path, as `config` says, into `config.output_dir`.
+
+    `report` is called every few optimizer steps, in the main process. On SIGINT or SIGTERM the step is finished and a
+    checkpoint saved, then KeyboardInterrupt or SystemExit(143) raised. torch's global generators are seeded at each
+    step. Raises a KcacheError for what does not fit together, all checked before the first step; RunError when a loss
+    or gradient is no longer finite, and when a result that is whole could not be uploaded; CacheBusyError when another
+    run goes on in that directory.
+    """
+    check_publishing(config)
+    check_output_dir(config)
+    run = prepare_run(cache, config)
+    with run.begun():
+        return _train(run, report)
+
+
+def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
+    config, accelerator, log = run.config, run.accelerator, RunLog(run)
+    judge = Judge(run, log)
+    log.restart_clock()
+    step, progress, begun = run.first_step, None, time.perf_counter()
+
+    with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
+        while step < run.max_steps:
+            lr = float(run.lr_scheduler.get_last_lr()[0])
+            loss, grad_norm = take_step(run, batches)
+            step += 1
+            log.add(step, lr, loss, grad_norm)
+
+            save, look, stopping = step % config.checkpointing_steps == 0, judge.is_due(step), False
+            if save or look or log.is_due(step) or (caught and accelerator.num_processes == 1):
+                progress = log.fetch()
+                stopping = _any_process(accelerator, caught)
+                if report is not None and accelerator.is_main_process:
+                    report(progress)
+            if (save or stopping) and accelerator.is_main_process:
+                run.save(step)
+            if look and not stopping:
+                judge.judge(step)
+            if save or look:
+                log.restart_clock()
+            if stopping:
+                # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
+                stop_here()
+                raise SystemExit(128 + signal.SIGTERM)  # another process was asked
+
+    seconds = time.perf_counter() - begun
+    address = None
+    if accelerator.is_main_process:
+        leave_result(run)
+        address = publish_run(run.output_dir, config.hub_model_id) if config.push_to_hub else None
+    accelerator.wait_for_everyone()
+    return TrainResult(
+        output_dir=config.output_dir,
+        step=step,
+        loss=None if progress is None else progress.loss,
+        seconds=seconds,
+        samples_per_second=(step - run.first_step) * run.global_batch / seconds,
+        address=address,
+    )
+
+
+def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step: the mean loss of this process's batches, and the gradient's norm before it was clipped.
+
+    Both are 0-dimensional tensors on the device, which nothing here waits for.
+    """
+    config, accelerator, losses = run.config, run.accelerator, []
+    for _ in range(config.gradient_accumulation_steps):
+        batch = next(batches)
+        # For dropout, which draws from torch's own generator.
+        torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
+        with accelerator.accumulate(run.objective):
+            loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
+    run.optimizer.step()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad()
+    if run.average is not None:
+        run.average.step(run.learning)
+    return torch.stack(losses).mean(), grad_norm
+
+
+def _any_process(accelerator: Any, caught: list[int]) -> bool:
+    return bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
+
+
+BATCH_SIZE = 8
+"""Held-out samples at a time, at least: without gradients they need little memory."""
+RESOLUTION = 512
+"""Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
+
+
+class Judge:
+    """Looks at a run every so many steps and at its end; with a moving average of the weights, at that."""
+
+    def __init__(self, run: TrainingRun, log: RunLog) -> None:
+        """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
+        self._run = run
+        self._log = log
+        config, accelerator = run.config, run.accelerator
+        epochs = math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
+        self._every = config.validation_steps or epochs
+        self._validation = None
+        if run.held_out is not None:
+            self._validation = Validation(
+                run.held_out,
+                run.raw_objective,
+                batch_size=max(config.train_batch_size, BATCH_SIZE),
+                seed=config.seed,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        self._pictures = _make_pictures(run)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after optimizer step `step`; the same in all processes."""
+        asked = self._validation is not None or bool(self._run.config.validation_prompts)
+        return asked and (step % self._every == 0 or step == self._run.max_steps)
+
+    def judge(self, step: int) -> None:
+        """Look at the run after optimizer step `step`; in all processes. It tells validation.jsonl and loss.png."""
+        run, network = self._run, self._run.network
+        with averaged(run.average, network), uncompiled(run.config.compile):
+            if self._validation is not None:
+                with run.accelerator.autocast():
+                    totals = self._validation.totals()
+                entry = {"step": step, **self._validation.summary(run.accelerator.reduce(totals, "sum"))}
+                self._log.track(entry)
+                if run.accelerator.is_main_process:
+                    append_validation(run.output_dir, entry)
+            if self._pictures is not None:
+                from kcache.report.pictures import save_pictures
+
+                drawn = self._pictures.draw(network)
+                save_pictures(run.output_dir, step, drawn, self._pictures.prompts)
+                self._log.track_pictures(step, drawn)
+        if run.accelerator.is_main_process:
+            plot_run(run.output_dir)
+
+
+def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
+    if run.counterpart is None or not run.accelerator.is_main_process:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.report.pictures import PromptPictures
+
+    pictures = PromptPictures(run.config, run.base, run.counterpart, _picture_side(run), run.accelerator.device)
+    pictures.prepare()
+    return pictures
+
+
+def _picture_side(run: TrainingRun) -> int:
+    """The resolution that is trained at, in pixels; for a prior that of the cache's latents, if it has any."""
+    sides = [int(table.removeprefix("latents-")) for table in run.cache.recipes if table.startswith("latents-")]
+    return run.config.resolution or (max(sides) if sides else RESOLUTION)

@@ -1,0 +1,138 @@
+"""The loss on samples that are never trained on, always at the same noise and timesteps: what changes it is learning.
+
+Which images those are is decided by each image's key alone, so that every run holds out the same ones.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kcache.errors import ConfigError
+from kcache.loader.chance import draw_noise, draw_timesteps
+from kcache.objectives.blocks import evaluating
+from kcache.objectives.losses import Batch, Objective, PriorObjective
+from kcache.store.cache import Cache
+
+__all__ = ["BANDS", "MAX_SAMPLES", "Validation", "key_numbers", "split_by_key"]
+
+
+def split_by_key(cache: Cache, fraction: float) -> tuple[Cache, Cache]:
+    """The samples to train on, and those held out: of all images about `fraction`, 0 to 1, each with all its samples.
+
+    An image is held out when its `key_numbers` is below `fraction` × 2⁶⁴. It is on the same side in every run, whatever
+    joins the cache or leaves it, and what a smaller fraction holds out a larger one does too. Raises ConfigError when
+    either side is empty.
+    """
+    limit = int(fraction * 2**64)
+    held_out = np.array([number < limit for number in key_numbers(cache)], np.bool_)
+    if held_out.all() or not held_out.any():
+        images = len(set(cache.samples["image_key"].to_pylist()))
+        raise ConfigError(
+            f"--val-fraction {fraction} holds out {'all' if held_out.any() else 'none'} of the {images:,} images of "
+            f"{cache.path}; expected some to train on and some to validate with; give another fraction or more images"
+        )
+    return cache.select(np.flatnonzero(~held_out)), cache.select(np.flatnonzero(held_out))
+
+
+def key_numbers(cache: Cache) -> list[int]:
+    """A number below 2⁶⁴ for each sample: the first eight bytes, big-endian, of the sha256 of its image's key."""
+    keys = cache.samples["image_key"].to_pylist()
+    return [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys]
+
+
+MAX_SAMPLES = 1024
+"""Samples looked at, however many are held out: their mean is known to 3 % (1 / √1024) of the spread of one."""
+BANDS = 4
+"""Equal parts of the timesteps: the loss of nearly clean samples and that of nearly pure noise move differently."""
+
+
+class Validation:
+    """Measures an objective on held-out samples; equal weights give equal numbers, however often it is asked.
+
+    Of `cache`, which holds the held-out samples only, the first 1,024 in order of their `key_numbers` are taken, each
+    with its first caption and nothing dropped. A sample meets one noise and one timestep of each band, the same place
+    in every band; both follow from `seed` and the image's key, so they are the same in every run and beside any other
+    samples. Process `rank` of `world_size` measures its share.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        objective: Objective,
+        *,
+        batch_size: int,
+        seed: int,
+        device: str | torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        numbers = np.array(key_numbers(cache), np.uint64)
+        self._cache = cache
+        self._objective = objective
+        self._samples = np.argsort(numbers, kind="stable")[:MAX_SAMPLES][rank::world_size]
+        # Far above the turns of training, so that no noise is met there too; one bit less, to be an int64.
+        self._turns = (numbers[self._samples] >> np.uint64(1)).astype(np.int64)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._device = torch.device(device)
+        self._width = objective.scheduler.config.num_train_timesteps // BANDS
+        self._names = ("loss", "cosine") if isinstance(objective, PriorObjective) else ("loss",)
+
+    def totals(self) -> Tensor:
+        """What this process's samples add up to, (BANDS, 1 + measures) float32 on the device: a count, then the sums.
+
+        Added up over all processes it is what `summary` wants. The network runs without gradients in evaluation mode,
+        and is left as it was; no generator of random numbers is touched. Precision is the caller's, by autocast.
+        """
+        totals = torch.zeros(BANDS, 1 + len(self._names), device=self._device)
+        with torch.no_grad(), evaluating(self._objective):
+            for batch, noise, places in self._batches():
+                for band in range(BANDS):
+                    measures = self._measure(batch, noise, places + band * self._width)
+                    totals[band, 0] += len(places)
+                    totals[band, 1:] += measures.sum(1)
+        return totals
+
+    def summary(self, totals: Tensor) -> dict[str, float]:
+        """Means by name: val_loss, val_loss_t000_249 and so on for each band of timesteps, and val_cosine of the prior.
+
+        The loss is the mean squared error that the network trains on, unweighted; val_loss is its mean over all bands.
+        val_cosine is the mean cosine of the angle between the image embedding that the prior predicts and the true one.
+        """
+        counts, sums = totals.double().cpu().split([1, len(self._names)], dim=1)
+        means = dict(zip(self._names, (sums / counts).T, strict=True))
+        last = BANDS * self._width - 1
+        bands = {
+            f"val_loss_t{band * self._width:0{len(str(last))}}_{(band + 1) * self._width - 1}": loss
+            for band, loss in enumerate(means["loss"].tolist())
+        }
+        return {"val_loss": means["loss"].mean().item(), **bands} | {
+            f"val_{name}": means[name].mean().item() for name in self._names if name != "loss"
+        }
+
+    def _batches(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Batches of rows, their noise, and their places in a band: timesteps from 0 to the width of one."""
+        fields = tuple(self._objective.row_shapes)
+        shape = self._cache.field(self._objective.noised_field).shape
+        for start in range(0, len(self._samples), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            rows = self._cache.read(self._samples[part], fields)
+            noise = draw_noise(self._seed, self._turns[part], shape)
+            places = draw_timesteps(self._seed, self._turns[part], self._width)
+            batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
+            yield batch, torch.from_numpy(noise).to(self._device), torch.from_numpy(places).to(self._device)
+
+    def _measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Each sample's loss and, of a prior, its cosine: (measures, B) float32."""
+        prediction, target = self._objective.predict(batch, noise, timesteps)
+        prediction, target = prediction.float(), target.float()
+        losses = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+        if not isinstance(self._objective, PriorObjective):
+            return losses[None]
+        network = self._objective.network
+        predicted, true = network.post_process_latents(prediction), network.post_process_latents(target)
+        return torch.stack([losses, functional.cosine_similarity(predicted, true)])

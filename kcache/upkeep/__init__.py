@@ -1,0 +1,18 @@
+"""Looking after a finished cache.
+
+- `info`: what is in it
+- `records`, `scan`, `verify`: every byte checked
+- `compare`: its rows beside what its encoders give now
+- `repair`: broken rows encoded again
+- `copying`, `convert`, `merge`: other caches made of it
+- `garbage`: what is no part of it any more
+"""
+
+from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.info import describe_cache
+from kcache.upkeep.merge import merge_caches
+from kcache.upkeep.repair import repair_cache
+from kcache.upkeep.verify import verify_cache
+
+__all__ = ["collect_garbage", "convert_cache", "describe_cache", "merge_caches", "repair_cache", "verify_cache"]

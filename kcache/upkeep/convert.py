@@ -1,0 +1,85 @@
+"""The same cache in the other form: rows are copied, checked on the way; nothing is encoded and no source is needed."""
+
+from pathlib import Path
+
+from kcache.build.finish import finish_cache, wanted_keys
+from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_recipe, plan_packing, table_states
+from kcache.build.plan import plan_table
+from kcache.durable import exclusive
+from kcache.encoders.recipes import default_rows_per_shard
+from kcache.errors import ConfigError
+from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.formats import FORMATS
+from kcache.store.manifest import Manifest
+from kcache.store.shards import record_rejections
+from kcache.upkeep.copying import Contents, Report, RowCopier, check_new_cache, counted, read_contents, sweep
+
+__all__ = ["convert_cache", "pack_tars"]
+
+
+def convert_cache(
+    cache: str | Path,
+    new: str | Path,
+    form: str,
+    *,
+    rows_per_shard: int | None = None,
+    report: Report | None = None,
+) -> Manifest:
+    """Write the cache at `cache` into the folder `new` in the form `form`, "zarr" or "webdataset".
+
+    Samples, recipes and fingerprint stay; rows that no sample uses are left behind. `new` is a cache once all of it is
+    there; after an interruption the same call finishes it. `rows_per_shard` None takes what makes about 256 MB.
+    `report` is called with what is written, how many rows or samples of it are done, and their number. Raises
+    ConfigError, CacheMismatchError for a `new` that holds something else, CacheBusyError, and the errors of
+    `Cache.open` for `cache`.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format is {form!r}; expected {' or '.join(FORMATS)}")
+    contents, target = read_contents(Path(cache)), Path(new)
+    check_new_cache(target, form, contents.recipes, contents.manifest.samples_digest)
+    target.mkdir(parents=True, exist_ok=True)
+    with exclusive(target), stopped_when_safe():
+        sweep(target)
+        if form == "zarr":
+            _copy_to_tables(contents, target, rows_per_shard, report)
+        else:
+            pack_tars(contents, target, rows_per_shard, report)
+        tables = table_states(target, form, contents.recipes)
+        manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
+        stop_here()
+    return manifest
+
+
+def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None, report: Report | None) -> None:
+    """Commit in `target` whatever of the tables it lacks; the cut is the same whenever it is resumed."""
+    for name, state in contents.tables.items():
+        there = table_states(target, "zarr", {name: state.recipe})[name]
+        plan = plan_table(
+            state.recipe,
+            wanted_keys(name, contents.samples),
+            there.stored.key_set(),
+            (),
+            rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
+            first_shard=there.next_shard,
+        )
+        copier, folder = RowCopier(contents.folder, state.recipe, state.stored), target / state.recipe.directory
+        for shard in counted(plan, name, report):
+            copier.write(folder, shard, contents.provenance)
+        record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
+
+
+def pack_tars(
+    contents: Contents, target: Path, rows_per_shard: int | None = None, report: Report | None = None
+) -> None:
+    """Commit in `target` the tars of whatever samples it lacks; the cut is the same whenever it is resumed."""
+    recipe = joined_recipe(SAMPLES, contents.recipes)
+    packer = TarPacker(target, contents.recipes, contents.stored, rows_from=contents.folder)
+    plan = plan_packing(target, contents.recipes, contents.candidates, rows_per_shard or default_rows_per_shard(recipe))
+    for table in plan.tables:
+        for shard in counted(table, table.recipe.table, report):
+            if table.recipe.table == RESERVED:
+                packer.pack_reserved(shard.name, contents.provenance)
+            else:
+                packer.pack_samples(shard, contents.by_joined_key, contents.sizes, contents.provenance)
+    rejected = [rejection for state in contents.tables.values() for rejection in state.rejected.values()]
+    record_rejections(target / recipe.directory, recipe, rejected, contents.provenance)

@@ -1,0 +1,171 @@
+"""A finished cache taken apart again: all that another cache of the same rows can be made of."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kcache.build.finish import Candidate
+from kcache.build.joined_tars import joined_keys, shard_recipes, table_states
+from kcache.build.plan import PlannedShard, TablePlan
+from kcache.durable import remove_temporary
+from kcache.errors import CacheCorruptError, CacheMismatchError
+from kcache.stopping import stop_here
+from kcache.store.cache import Cache
+from kcache.store.index import StoredRows, TableState
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest
+from kcache.store.recipe import Recipe
+from kcache.store.rows import FieldFiles, field_files, gather
+from kcache.store.samples import Refusal, Sample, read_refused
+from kcache.store.shards import RowBlock, commit_shard, read_commits
+
+__all__ = ["Contents", "Report", "RowCopier", "check_new_cache", "counted", "find_all", "read_contents", "sweep"]
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being written, how many rows or samples of it are done, and their number."""
+
+
+_DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
+"""What a cache holds beside its shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What is in a finished cache, by key."""
+
+    folder: Path
+    manifest: Manifest
+    samples: Sequence[Sample]
+    refused: Sequence[Refusal]
+    tables: Mapping[str, TableState]
+    provenance: Mapping[str, str]
+    """What the rows were made with."""
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipe of each table."""
+        return {name: entry.recipe for name, entry in self.manifest.tables.items()}
+
+    @property
+    def stored(self) -> dict[str, StoredRows]:
+        """The committed rows of each table."""
+        return {name: state.stored for name, state in self.tables.items()}
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The samples as what a source would offer."""
+        return [
+            Candidate(position=i, name=s.name, image_key=s.image_key, captions=s.captions, caption_keys=s.caption_keys)
+            for i, s in enumerate(self.samples)
+        ]
+
+    @cached_property
+    def by_joined_key(self) -> dict[bytes, tuple[str, Candidate]]:
+        """Id and sample by the key that the sample has in tars."""
+        candidates = self.candidates
+        named = zip([sample.id for sample in self.samples], candidates, strict=True)
+        return dict(zip(joined_keys(candidates), named, strict=True))
+
+    @property
+    def sizes(self) -> dict[bytes, tuple[int, int]]:
+        """Width and height in pixels by image key."""
+        return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
+
+
+def read_contents(cache: Path) -> Contents:
+    """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
+    opened = Cache.open(cache)
+    recipes, form = opened.recipes, opened.manifest.format
+    commits = [
+        commit for recipe in shard_recipes(form, recipes) for commit in read_commits(cache / recipe.directory, recipe)
+    ]
+    columns = opened.samples.to_pydict()
+    samples = [
+        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return Contents(
+        folder=cache,
+        manifest=opened.manifest,
+        samples=samples,
+        refused=list(read_refused(cache)),
+        tables=table_states(cache, form, recipes),
+        provenance={name: value for commit in commits for name, value in commit.provenance.items()},
+    )
+
+
+def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samples_digest: str) -> None:
+    """Refuse a folder that holds anything but this very cache, finished or interrupted; raises CacheMismatchError."""
+    if target.exists() and not target.is_dir():
+        raise CacheMismatchError(f"{target} is a file; expected a path where nothing is, for the new cache")
+    if (target / MANIFEST).exists():
+        found = read_manifest(target)
+        if (found.format, found.samples_digest) != (form, samples_digest):
+            raise CacheMismatchError(
+                f"{target} is a {found.format} cache of {found.samples:,} other samples already; "
+                "give a new or empty folder for the new cache"
+            )
+    own = {recipe.directory for recipe in shard_recipes(form, recipes)}
+    found_names = [entry.name for entry in target.iterdir()] if target.exists() else []
+    foreign = sorted(name for name in found_names if name not in own and not any(fnmatch(name, p) for p in _DERIVED))
+    if foreign:
+        raise CacheMismatchError(
+            f"{target} is not empty (found {', '.join(foreign[:3])}); give a new or empty folder for the new cache"
+        )
+
+
+def sweep(cache: Path) -> None:
+    """Remove what killed writers left under temporary names; call it only while holding the cache exclusively."""
+    remove_temporary(cache)
+    for folder in cache.iterdir():
+        if folder.is_dir() and not folder.is_symlink():
+            remove_temporary(folder)
+
+
+def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.ndarray:
+    """The index entries of `keys`, in their order; raises CacheCorruptError when one is not stored."""
+    positions = stored.find(keys)
+    if (positions < 0).any():
+        raise CacheCorruptError(
+            f"{int((positions < 0).sum())} rows of {recipe.table} that samples use are in no shard of "
+            f"{recipe.directory}; build the cache again with its source to encode them anew"
+        )
+    return stored.entries[positions]
+
+
+class RowCopier:
+    """Writes rows that stand somewhere in `cache` into new zarr shards, checking each on the way."""
+
+    def __init__(self, cache: Path, recipe: Recipe, stored: StoredRows) -> None:
+        self._recipe = recipe
+        self._stored = stored
+        dtype = np.dtype(recipe.stored_dtype)
+        self._files: dict[str, FieldFiles] = {
+            field.name: field_files(cache, field, dtype, stored.shards) for field in recipe.fields
+        }
+
+    def write(self, folder: Path, shard: PlannedShard, provenance: Mapping[str, str]) -> None:
+        """Commit `shard` in the table's `folder`; raises CacheCorruptError for rows that are not what was committed."""
+        entries = find_all(self._stored, shard.keys, self._recipe)
+        arrays, offsets = {}, None
+        for field in self._recipe.fields:
+            arrays[field.name], bounds = gather(self._files[field.name], entries, np.empty)
+            offsets = offsets if bounds is None else bounds
+        keys = np.frombuffer(b"".join(shard.keys), np.uint8).reshape(-1, 16)
+        folder.mkdir(exist_ok=True)
+        block = RowBlock(keys=keys, arrays=arrays, offsets=offsets)
+        commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)
+
+
+def counted(plan: TablePlan, name: str, report: Report | None) -> Iterator[PlannedShard]:
+    """The shards of a plan, one after another; when the next is asked for, `report` is told that the last is done."""
+    done = 0
+    for shard in plan.shards():
+        yield shard
+        stop_here()
+        done += len(shard.keys)
+        if report is not None:
+            report(name, done, len(plan.keys))

@@ -1,0 +1,229 @@
+"""Garbage: what stands in a cache's folder and is no part of it any more, found and removed.
+
+Building never changes or removes a committed shard, so edited inputs, other recipes and killed builders leave things
+behind. A shard goes when no row of it is used, a tar when no sample of it is. `compact` first writes the used rows of
+the other shards again, without the unused ones between them.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from kcache.build.finish import finish_cache, wanted_keys
+from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_keys, packed_keys, shard_recipes
+from kcache.build.plan import TablePlan, open_plan, shard_name
+from kcache.durable import exclusive, remove
+from kcache.encoders.recipes import default_rows_per_shard
+from kcache.errors import CacheCorruptError, CacheIncompleteError
+from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.index import TableState, merged_rows, stored_rows
+from kcache.store.recipe import Recipe
+from kcache.store.shards import Commit, next_shard, read_commits, record_commit
+from kcache.upkeep.copying import Contents, Report, RowCopier, counted, find_all, read_contents
+
+__all__ = ["Garbage", "LiveShard", "collect_garbage", "find_garbage", "live_shards"]
+
+_SHARD_FOLDER = re.compile(r"(image_embeds|text|latents-[0-9]+|samples|reserved)-[0-9a-f]{8}")
+_DERIVED = ("samples-*.parquet", "index-*", ".tmp-*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Garbage:
+    """What was removed, or would be."""
+
+    paths: tuple[str, ...]
+    """Files and folders, from the cache's folder."""
+    bytes: int
+    """Disk space given back: files that are also in another cache, by hard links, count nothing."""
+    unused_bytes: int
+    """About what the shards that stay hold of rows that no sample uses: `compact` gives that back too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveShard:
+    """A shard that stays, and the keys of its rows (joined keys of its samples, in a tar) that are in use."""
+
+    commit: Commit
+    keys: frozenset[bytes]
+
+    @property
+    def unused_bytes(self) -> int:
+        """About what the rest of it takes, its rows being of about the same size."""
+        return round(self.commit.bytes * (1 - len(self.keys) / self.commit.rows))
+
+
+def collect_garbage(
+    cache: str | Path, *, compact: bool = False, dry_run: bool = False, report: Report | None = None
+) -> Garbage:
+    """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
+
+    Samples, fingerprint and rows stay what they are, and building again has nothing to do. A process that has the cache
+    open may lose files that it has not opened yet. `report` is called with the table that `compact` writes again, or
+    "removed", how many rows or paths are done, and their number. Raises CacheIncompleteError while a build is
+    unfinished, CacheBusyError while one runs, and the errors of `Cache.open`.
+    """
+    folder = Path(cache)
+    contents = read_contents(folder)
+    with exclusive(folder), stopped_when_safe():
+        if open_plan(folder) is not None:
+            raise CacheIncompleteError(
+                f"{folder} has an unfinished build, whose rows would be taken for garbage; expected none; "
+                f"finish it with `kcache cache-build SOURCE {folder}`"
+            )
+        if compact and not dry_run:
+            _rewrite_mixed(contents, report)
+            contents = read_contents(folder)
+        live = live_shards(contents)
+        if not dry_run:
+            _forget(contents, live)
+            contents = read_contents(folder)
+        garbage = find_garbage(contents, live)
+        if not dry_run:
+            for done, path in enumerate(garbage.paths, start=1):
+                stop_here()
+                remove(folder / path)
+                if report is not None:
+                    report("removed", done, len(garbage.paths))
+        stop_here()
+    return garbage
+
+
+def live_shards(contents: Contents) -> dict[str, list[LiveShard]]:
+    """The shards that stay, by the name of their folder."""
+    form, recipes = contents.manifest.format, contents.recipes
+    live = {}
+    for recipe in shard_recipes(form, recipes):
+        folder = contents.folder / recipe.directory
+        commits = [commit for commit in read_commits(folder, recipe) if commit.data is not None]
+        used = _used_samples(contents, recipe, commits) if form == "webdataset" else _used_rows(contents, recipe)
+        live[recipe.directory] = [
+            LiveShard(commit=commit, keys=frozenset(used[commit.name])) for commit in commits if commit.name in used
+        ]
+    return live
+
+
+def _used_rows(contents: Contents, recipe: Recipe) -> dict[str, list[bytes]]:
+    """By shard, the keys of the table's rows that samples use."""
+    stored = contents.tables[recipe.table].stored
+    keys = list(dict.fromkeys(wanted_keys(recipe.table, contents.samples)))
+    used: dict[str, list[bytes]] = {}
+    for key, shard in zip(keys, find_all(stored, keys, recipe)["shard"].tolist(), strict=True):
+        used.setdefault(stored.shards[shard].name, []).append(key)
+    return used
+
+
+def _used_samples(contents: Contents, recipe: Recipe, commits: list[Commit]) -> dict[str, list[bytes]]:
+    """By tar, the joined keys of the samples that are as they are now; of several copies the latest."""
+    folder = contents.folder / recipe.directory
+    latest = {key: commit.name for commit in commits for key in packed_keys(folder, commit)}
+    wanted = list(latest) if recipe.table == RESERVED else joined_keys(contents.candidates)
+    used: dict[str, list[bytes]] = {}
+    for key in wanted:
+        if key not in latest:
+            raise CacheCorruptError(
+                f"{folder} lacks a sample that the manifest counts; build the cache again with its source to pack it"
+            )
+        used.setdefault(latest[key], []).append(key)
+    return used
+
+
+def _forget(contents: Contents, live: Mapping[str, list[LiveShard]]) -> None:
+    """Write the cache anew without the shards that are not `live`; what they rejected stays known."""
+    folder, manifest = contents.folder, contents.manifest
+    for recipe in shard_recipes(manifest.format, contents.recipes):
+        kept = {shard.commit.name for shard in live[recipe.directory]}
+        commits = read_commits(folder / recipe.directory, recipe)
+        dropped = [commit for commit in commits if commit.data is not None and commit.name not in kept]
+        known = {rejection.key for commit in commits if commit not in dropped for rejection in commit.rejected}
+        lost = [r for commit in dropped for r in commit.rejected if r.key not in known]
+        if lost:
+            name = shard_name(next_shard(commits))
+            record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=contents.provenance)
+    states = _live_states(contents, live)
+    finish_cache(folder, contents.samples, contents.refused, states, manifest.models, manifest.format)
+
+
+def _live_states(contents: Contents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:
+    form, recipes, states = contents.manifest.format, contents.recipes, {}
+    for name, recipe in recipes.items():
+        parts = []
+        for kept in [recipe] if form == "zarr" else shard_recipes(form, recipes):
+            commits = [shard.commit for shard in live[kept.directory]]
+            part = "" if form == "zarr" else name
+            parts.append(stored_rows(contents.folder / kept.directory, commits, recipe, part))
+        states[name] = TableState(recipe=recipe, stored=merged_rows(recipe, parts))
+    return states
+
+
+def find_garbage(contents: Contents, live: Mapping[str, list[LiveShard]]) -> Garbage:
+    """What in the cache's folder is neither of its manifest nor one of the `live` shards; unknown files are left."""
+    folder, manifest = contents.folder, contents.manifest
+    paths: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name in live:
+            recipe = next(r for r in shard_recipes(manifest.format, contents.recipes) if r.directory == entry.name)
+            paths += _dead_files(entry, recipe, {shard.commit.name for shard in live[entry.name]})
+        elif entry.name in (manifest.samples_file, manifest.index_folder):
+            continue
+        elif any(fnmatch(entry.name, pattern) for pattern in _DERIVED) or _SHARD_FOLDER.fullmatch(entry.name):
+            paths.append(entry.name)
+    freed = sum(_freed(file) for path in paths for file in _files(folder / path))
+    unused = sum(shard.unused_bytes for shards in live.values() for shard in shards)
+    return Garbage(paths=tuple(paths), bytes=freed, unused_bytes=unused)
+
+
+def _dead_files(folder: Path, recipe: Recipe, kept: set[str]) -> list[str]:
+    """What in a folder of shards is of none that stays, commit records first; records of rejections stay."""
+    staying = kept | {commit.name for commit in read_commits(folder, recipe) if commit.data is None}
+    dead = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name.startswith(".tmp-")
+        or ((shard := entry.name.split(".")[0]).isdecimal() and shard not in staying)
+    ]  # fmt: skip
+    return [f"{folder.name}/{name}" for name in sorted(dead, key=lambda name: (not name.endswith(".json"), name))]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir() and not path.is_symlink():
+        yield from (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    else:
+        yield path
+
+
+def _freed(file: Path) -> int:
+    status = file.lstat()
+    return status.st_size if status.st_nlink == 1 else 0
+
+
+def _rewrite_mixed(contents: Contents, report: Report | None) -> None:
+    """Commit new shards with the used rows of all shards that have unused ones too: the latest of equal rows counts."""
+    live = live_shards(contents)
+    for recipe in shard_recipes(contents.manifest.format, contents.recipes):
+        folder = contents.folder / recipe.directory
+        mixed = [shard for shard in live[recipe.directory] if len(shard.keys) < shard.commit.rows]
+        keys = frozenset[bytes]().union(*(shard.keys for shard in mixed))
+        if not keys or recipe.table == RESERVED:
+            continue
+        tars = recipe.table == SAMPLES
+        order = joined_keys(contents.candidates) if tars else wanted_keys(recipe.table, contents.samples)
+        plan = TablePlan(
+            recipe=recipe,
+            rows_per_shard=default_rows_per_shard(recipe),
+            first_shard=next_shard(read_commits(folder, recipe)),
+            keys=tuple(key for key in dict.fromkeys(order) if key in keys),
+        )
+        if tars:
+            _pack(contents, plan, report)
+        else:
+            copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored)
+            for shard in counted(plan, recipe.table, report):
+                copier.write(folder, shard, contents.provenance)
+
+
+def _pack(contents: Contents, plan: TablePlan, report: Report | None) -> None:
+    packer = TarPacker(contents.folder, contents.recipes, contents.stored)
+    for shard in counted(plan, plan.recipe.table, report):
+        packer.pack_samples(shard, contents.by_joined_key, contents.sizes, contents.provenance)

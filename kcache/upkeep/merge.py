@@ -1,0 +1,191 @@
+"""Several caches of equal recipes made one: their shards are linked or copied, nothing is encoded.
+
+Samples are united by id. The same image with the same captions counts once, with other captions it gets them all, those
+of the first cache first. The new cache owns its files: removing an old one takes nothing from it.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kcache.build.finish import finish_cache
+from kcache.build.joined_tars import packed_keys, shard_recipes, table_states
+from kcache.build.plan import shard_name
+from kcache.durable import exclusive, sync_folder
+from kcache.errors import CacheMismatchError, ConfigError
+from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.index import TableState
+from kcache.store.manifest import Manifest
+from kcache.store.recipe import Recipe, recipe_differences
+from kcache.store.samples import Sample, sample_ids, samples_digest
+from kcache.store.shards import (
+    Commit,
+    discard_uncommitted,
+    read_commits,
+    read_side_file,
+    record_rejections,
+    write_commit,
+)
+from kcache.upkeep.convert import pack_tars
+from kcache.upkeep.copying import Contents, Report, check_new_cache, read_contents, sweep
+from kcache.upkeep.garbage import LiveShard, live_shards
+
+__all__ = ["merge_caches"]
+
+
+def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Report | None = None) -> Manifest:
+    """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.
+
+    `new` is a cache once all of it is there; after an interruption the same call finishes it. `report` is called with
+    the table, the shards linked and their number, then as by `convert`. Raises CacheMismatchError, field by field, for
+    caches of other tables, recipes or another form, and for a `new` that holds something else, and the errors of
+    `Cache.open`.
+    """
+    if not caches:
+        raise ConfigError("no cache to merge given; expected at least one")
+    parts, target = [read_contents(Path(cache)) for cache in caches], Path(new)
+    first = parts[0]
+    for part in parts[1:]:
+        _check_alike(first, part)
+    samples = _united(parts)
+    form, recipes = first.manifest.format, first.recipes
+    check_new_cache(target, form, recipes, samples_digest(samples))
+    target.mkdir(parents=True, exist_ok=True)
+    with exclusive(target), stopped_when_safe():
+        sweep(target)
+        live = [live_shards(part) for part in parts]
+        for recipe in shard_recipes(form, recipes):
+            sources = [
+                (part.folder / recipe.directory, shards[recipe.directory])
+                for part, shards in zip(parts, live, strict=True)
+            ]
+            _link_shards(sources, target / recipe.directory, recipe, report)
+        merged = replace(
+            first,
+            folder=target,
+            samples=samples,
+            refused=[refusal for part in parts for refusal in part.refused],
+            tables=_states(parts, target),
+        )
+        if form == "webdataset":
+            pack_tars(merged, target, report=report)
+        else:
+            for state in merged.tables.values():
+                rejected = list(state.rejected.values())
+                record_rejections(target / state.recipe.directory, state.recipe, rejected, first.provenance)
+        states = table_states(target, form, recipes)
+        manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
+        stop_here()
+    return manifest
+
+
+def _check_alike(first: Contents, other: Contents) -> None:
+    found, expected = other.manifest, first.manifest
+    differences = []
+    if found.format != expected.format:
+        differences.append(f"format: {found.format} → {expected.format}")
+    if found.tables.keys() != expected.tables.keys():
+        differences.append(f"tables: {', '.join(sorted(found.tables))} → {', '.join(sorted(expected.tables))}")
+    for name in sorted(found.tables.keys() & expected.tables.keys()):
+        lines = recipe_differences(other.recipes[name], first.recipes[name])
+        differences += [f"{name}.{line}" for line in lines]
+    if differences:
+        raise CacheMismatchError(
+            f"{other.folder} cannot be merged with {first.folder}, which differs in {'; '.join(differences)}; "
+            "expected equal tables, recipes and forms; build or convert one of them like the other first"
+        )
+
+
+def _united(parts: Sequence[Contents]) -> list[Sample]:
+    """All samples in the order of the caches, of each id one, with all its captions."""
+    by_id: dict[str, Sample] = {}
+    for sample in (sample for part in parts for sample in part.samples):
+        known = by_id.setdefault(sample.id, sample)
+        captions = dict(zip(known.caption_keys, known.captions, strict=True))
+        captions = {**dict(zip(sample.caption_keys, sample.captions, strict=True)), **captions}
+        order = dict.fromkeys((*known.caption_keys, *sample.caption_keys))
+        if len(order) > len(known.caption_keys):
+            united = tuple(captions[key] for key in order)
+            by_id[sample.id] = replace(known, captions=united, caption_keys=tuple(order))
+    samples = list(by_id.values())
+    ids = sample_ids([sample.image_key for sample in samples])
+    return [replace(sample, id=i) for sample, i in zip(samples, ids, strict=True)]
+
+
+def _states(parts: Sequence[Contents], target: Path) -> dict[str, TableState]:
+    """What is committed in `target`, with all that the tables of `parts` have rejected."""
+    states = table_states(target, parts[0].manifest.format, parts[0].recipes)
+    return {
+        name: replace(state, rejections=tuple(r for part in parts for r in part.tables[name].rejections))
+        for name, state in states.items()
+    }
+
+
+def _link_shards(
+    sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe, report: Report | None
+) -> None:
+    """Commit in `folder`, under new numbers, every shard in use that has rows which no shard before it has."""
+    committed = {commit.name: commit for commit in read_commits(folder, recipe)}
+    present: set[bytes] = set()
+    number, every = 0, [(source, shard) for source, shards in sources for shard in shards]
+    for done, (source, shard) in enumerate(every):
+        stop_here()
+        if report is not None:
+            report(recipe.table, done, len(every))
+        keys = _shard_keys(source, shard.commit, recipe)
+        if keys <= present:
+            continue
+        present |= keys
+        commit = _renumbered(shard.commit, shard_name(number))
+        number += 1
+        if commit.name not in committed:
+            _link(source, shard.commit, folder, commit)
+        elif committed[commit.name].files != commit.files:
+            raise CacheMismatchError(
+                f"{folder / commit.name} is a shard of another merge; expected the one of {source}; "
+                f"remove {folder.parent} and merge again"
+            )
+    if report is not None:
+        report(recipe.table, len(every), len(every))
+
+
+def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:
+    if commit.data != commit.name:
+        return set(packed_keys(folder, commit))
+    content = read_side_file(folder, commit, recipe)["key"].tobytes()
+    return {content[i : i + 16] for i in range(0, len(content), 16)}
+
+
+def _renumbered(commit: Commit, name: str) -> Commit:
+    """The record of the same shard under another number; what it rejected is recorded apart."""
+    files = tuple(replace(file, path=name + file.path.removeprefix(commit.name)) for file in commit.files)
+    data = name + (commit.data or "").removeprefix(commit.name)
+    return replace(commit, name=name, data=data, files=files, rejected=(), absent=())
+
+
+def _link(source: Path, commit: Commit, folder: Path, new: Commit) -> None:
+    folder.mkdir(exist_ok=True)
+    discard_uncommitted(folder, new.name)
+    places = {source / old.path: folder / file.path for old, file in zip(commit.files, new.files, strict=True)}
+    for old, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(old, place)
+    made = {parent for place in places.values() for parent in place.parents if parent.is_relative_to(folder)}
+    for parent in sorted(made, key=lambda path: len(path.parts), reverse=True):
+        sync_folder(parent)
+    write_commit(folder, new)
+
+
+def _link_or_copy(old: Path, place: Path) -> None:
+    """Committed files never change, so two caches may share one; across file systems there are no hard links."""
+    try:
+        os.link(old, place, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(old, place)
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,179 @@
+"""What the small files of a cache say and vouch for: manifest, index, samples, rejections and commit records."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kcache.build.dataset_card import CARD, card_text, is_derived
+from kcache.build.plan import open_plan
+from kcache.durable import json_bytes
+from kcache.errors import CacheCorruptError, KcacheError
+from kcache.store.index import CAPTION_BOUNDS, open_index
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest
+from kcache.store.samples import Sample, samples_digest, stored_samples
+from kcache.store.shards import Commit, read_commit, record_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["BrokenFile", "Vouched", "read_vouched"]
+
+_TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+)?-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrokenFile:
+    """A file that is not what was committed, or is not there."""
+
+    path: str
+    """Relative to the cache."""
+    shard: str | None
+    """The shard that it belongs to, such as "latents-768-1a2b3c4d/00000"; None for a file of the whole cache."""
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Vouched:
+    """What the small files of a cache say, as far as they could be read."""
+
+    folder: Path
+    manifest: Manifest | None = None
+    index: Mapping[str, np.ndarray] | None = None
+    samples: "pyarrow.Table | None" = None
+    commits: dict[str, Commit | None] = field(default_factory=dict)
+    """By shard; None where the record is missing or damaged."""
+    broken: list[BrokenFile] = field(default_factory=list)
+    wrong_counts: list[str] = field(default_factory=list)
+    """Where the manifest counts other samples or rejections than its files hold; `manifest` is corrected for them."""
+    known: set[str] = field(default_factory=set)
+    """Paths, relative to the cache, that are part of it."""
+
+    def add_broken(self, path: str, reason: object, shard: str | None = None) -> None:
+        """Note that a file is broken, and part of the cache all the same."""
+        self.broken.append(BrokenFile(path=path, shard=shard, reason=str(reason)))
+        self.known.add(path)
+
+    def compare(self, what: str, said: int, found: int, file: str) -> None:
+        """Compare what the manifest counts with what stands in `file`."""
+        if said != found:
+            self.wrong_counts.append(f"{said:,} {what}, {file} has {found:,}")
+
+
+def read_vouched(folder: Path) -> Vouched:
+    """Read and check the small files of the cache at `folder`, each as far as those before it allow.
+
+    Raises CacheNotFoundError or CacheMismatchError where there is no cache that this version reads.
+    """
+    vouched = Vouched(folder=folder)
+    _read_manifest(vouched)
+    _read_derived(vouched)
+    _read_records(vouched)
+    _read_plan(vouched)
+    return vouched
+
+
+def _read_manifest(vouched: Vouched) -> None:
+    vouched.known.add(MANIFEST)
+    try:
+        vouched.manifest = read_manifest(vouched.folder)
+        if (vouched.folder / MANIFEST).read_bytes() != json_bytes(vouched.manifest.to_json()):
+            raise CacheCorruptError("it says what was written, but not byte for byte")
+    except CacheCorruptError as error:
+        vouched.add_broken(MANIFEST, error)
+
+
+def _read_derived(vouched: Vouched) -> None:
+    """Index, samples and rejections, which the manifest has digests of."""
+    folder, manifest = vouched.folder, vouched.manifest
+    if manifest is None:
+        return
+    names = [*manifest.tables, CAPTION_BOUNDS]
+    vouched.known |= {manifest.samples_file, "rejected.jsonl", *(f"{manifest.index_folder}/{n}.npy" for n in names)}
+    try:
+        table = stored_samples(folder, manifest)
+        if samples_digest([Sample(**row) for row in table.to_pylist()]) != manifest.samples_digest:
+            raise CacheCorruptError("its samples are not those of the manifest")
+        vouched.samples = table
+        vouched.compare("samples", manifest.samples, len(table), manifest.samples_file)
+        manifest = replace(manifest, samples=len(table))
+    except CacheCorruptError as error:
+        vouched.add_broken(manifest.samples_file, error)
+    try:
+        content = (folder / "rejected.jsonl").read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest == manifest.rejected_digest:
+            vouched.compare("rejected", manifest.rejected, content.count(b"\n"), "rejected.jsonl")
+            manifest = replace(manifest, rejected=content.count(b"\n"))
+        else:
+            vouched.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
+    except OSError as error:
+        vouched.add_broken("rejected.jsonl", error.strerror)
+    vouched.manifest = manifest
+    try:
+        vouched.index = open_index(folder, manifest)
+    except CacheCorruptError as error:
+        vouched.add_broken(manifest.index_folder, error)
+    _read_card(vouched, manifest)
+
+
+def _read_card(vouched: Vouched, manifest: Manifest) -> None:
+    """The card, which says what the manifest does unless its owner took it over; nothing reads it."""
+    path = vouched.folder / CARD
+    vouched.known.add(CARD)
+    if vouched.samples is not None and path.is_file() and is_derived(content := path.read_bytes()):
+        most_captions = max(map(len, vouched.samples["captions"].to_pylist()), default=1)
+        if content != card_text(manifest, most_captions).encode():
+            vouched.add_broken(CARD, "it says something else than the manifest does")
+
+
+def _read_records(vouched: Vouched) -> None:
+    """The commit records of all tables, those of the manifest or not."""
+    folders = [path for path in sorted(vouched.folder.iterdir()) if _TABLE_FOLDER.fullmatch(path.name)]
+    for folder in (path for path in folders if path.is_dir() and not path.is_symlink()):
+        for path in sorted(folder.glob("*.json")):
+            if SHARD_NAME.fullmatch(path.stem):
+                _read_record(vouched, path, f"{folder.name}/{path.stem}")
+    for shard in _manifest_shards(vouched.manifest):
+        if shard not in vouched.commits:
+            vouched.commits[shard] = None
+            vouched.add_broken(f"{shard}.json", "the commit record is missing", shard)
+    for shard, commit in vouched.commits.items():
+        parent = shard.partition("/")[0]
+        if commit is not None:
+            vouched.known |= {f"{parent}/{file.path}" for file in commit.files}
+        else:  # nothing says which files are the shard's: all that bear its name count as such
+            vouched.known |= {shard, *(f"{parent}/{path.name}" for path in vouched.folder.glob(f"{shard}.*"))}
+
+
+def _read_record(vouched: Vouched, path: Path, shard: str) -> None:
+    vouched.known.add(f"{shard}.json")
+    vouched.commits[shard] = None
+    try:
+        commit = read_commit(path)
+        if path.read_bytes() != json_bytes(record_json(commit)):
+            raise CacheCorruptError("it says what was written, but not byte for byte")
+        if not path.parent.name.endswith("-" + commit.fingerprint[:8]):
+            raise CacheCorruptError(f"it is of another table, with fingerprint {commit.fingerprint[:8]}")
+        vouched.commits[shard] = commit
+    except CacheCorruptError as error:
+        vouched.add_broken(f"{shard}.json", error, shard)
+
+
+def _read_plan(vouched: Vouched) -> None:
+    """The plan of an unfinished build, if there is one."""
+    if (vouched.folder / "plans").is_dir():
+        vouched.known.add("plans")
+        try:
+            open_plan(vouched.folder)
+        except KcacheError as error:
+            vouched.add_broken("plans", error)
+
+
+def _manifest_shards(manifest: Manifest | None) -> list[str]:
+    tables = manifest.tables.values() if manifest else ()
+    return sorted({shard.data.removesuffix(".tar") for table in tables for shard in table.shards})

@@ -1,0 +1,60 @@
+"""Builders killed at random moments and at steps of their writing, alone and together: the cache ends as it would.
+
+All steps, and more random moments: python benchmarks/kills.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+
+
+@pytest.fixture(scope="module")
+def outcome() -> dict[str, Any]:
+    """What the script says of 12 random kills, a kill at every 131st step, 8 stops, and 12 builds by several processes.
+
+    Of these, two to four at once, every other loses one. All of it is over both forms of a cache.
+    """
+    arguments = ["--random", "12", "--every", "131", "--stops", "8", "--together", "12"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        check=False, capture_output=True, text=True, env=environment, timeout=280,
+    )  # fmt: skip
+    assert run.stdout, run.stderr[-3000:]
+    return json.loads(run.stdout)["results"]
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+@pytest.mark.parametrize("kind", ["steps_of_a_first_build", "steps_of_an_incremental_build", "random"])
+def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
+    outcome: dict[str, Any], form: str, kind: str
+) -> None:
+    result = outcome[form][kind]
+    assert result["kills"] >= 5
+    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_stopped_build_clears_up_and_goes_on_later(outcome: dict[str, Any], form: str) -> None:
+    result = outcome[form]["stops"]
+    assert set(result["codes"]) <= {"0", str(128 + signal.SIGINT), str(128 + signal.SIGTERM)}
+    assert len(result["codes"]) > 1
+    assert result["left_behind"] == []
+    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_processes_share_a_build_and_lose_nothing_with_one_of_them(outcome: dict[str, Any], form: str) -> None:
+    result = outcome[form]["together"]
+    assert result["runs"] == 6
+    assert result["kills"] >= 1
+    assert max(result["builders_that_encoded"]) > 1
+    assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])

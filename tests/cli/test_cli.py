@@ -1,0 +1,297 @@
+"""The command line: flags become settings, errors become exit codes, data goes to stdout."""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kcache.build.build
+from kcache.build.build import BuildProgress, BuildResult, TableResult
+from kcache.config import BuildConfig, TrainConfig
+from kcache.demo.digits import write_digits
+from kcache.demo.tiny import demo_models
+from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
+from kcache.upkeep.verify import VerifyProgress
+from kcache_cli import app as cli
+from kcache_cli.build import BUILD_HELP
+from kcache_cli.output_folder import check_folder
+from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
+from kcache_cli.sample import file_name
+from kcache_cli.train import DECODER_HELP, PRIOR_HELP
+from kcache_cli.verify import show_verify
+
+COMMANDS = (
+    "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
+    "train-prior", "train-decoder", "sample", "report", "demo",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What one run of the command left: exit status and the two streams."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the `kcache` command in this process."""
+    monkeypatch.delenv("KCACHE_DEBUG", raising=False)
+
+    def command(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["kcache", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        captured = capsys.readouterr()
+        return Ran(exited.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four pictures (pictures/) and the demo's networks (models/)."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_digits(folder / "pictures", 4)
+    demo_models(folder / "models")
+    return folder
+
+
+def build_arguments(inputs: Path, cache: Path) -> list[str]:
+    models = inputs / "models"
+    return [
+        "cache-build",
+        str(inputs / "pictures"),
+        str(cache),
+        f"--pretrained-prior-model-name-or-path={models / 'kandinsky-2-2-prior'}",
+        f"--pretrained_decoder_model_name_or_path={models / 'kandinsky-2-2-decoder'}",
+        "--resolution=32",
+        "--batch-size=4",
+        "--device=cpu",
+    ]
+
+
+def result_of(rejected: int = 0, encoded: int = 4) -> BuildResult:
+    seconds = {"decode": 0.5, "encode": 4.0, "write": 0.5, "held_up": 0.005}
+    tables = {"text": TableResult(encoded=encoded, present=2, bytes=1_500, seconds=seconds)}
+    return BuildResult(cache="c", samples=4, rejected=rejected, tables=tables, seconds=1.0, notes=("a note",))
+
+
+def test_underscores_in_flags_become_dashes_and_values_stay() -> None:
+    given = ["train-prior", "my_cache", "--train_batch_size=4", "--online", "a_b", "--x=a_b", "--", "--a_b"]
+    assert cli.dashed(given) == [
+        "train-prior", "my_cache", "--train-batch-size=4", "--online", "a_b", "--x=a_b", "--", "--a_b"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_examples(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Examples:\n    kcache {command}" in result.stdout
+
+
+def test_every_setting_is_a_flag() -> None:
+    train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
+    assert set(BUILD_HELP) == {field.name for field in dataclasses.fields(BuildConfig)}
+    assert set(DECODER_HELP) == train_fields - {"caption_dropout", "packing", "noise_draws"}
+    assert set(PRIOR_HELP) == train_fields - {"resolution", "image_dropout"}
+
+
+def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def build(source: str, cache: str, config: BuildConfig, *, report: Any) -> BuildResult:
+        calls.append((source, cache, config))
+        return result_of()
+
+    monkeypatch.setattr(kcache.build.build, "build_cache", build)
+    ran = run(
+        "cache-build", "s", "c", "--resolution", "512", "--resolution", "768", "--max_train_samples=3", "--rehash"
+    )
+    assert ran.status == 0
+    assert calls == [("s", "c", BuildConfig(resolution=(512, 768), max_train_samples=3, rehash=True))]
+
+
+def test_build_then_nothing_to_do_then_info(run: Any, inputs: Path, tmp_path: Path) -> None:
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    first, second = run(*arguments), run(*arguments)
+    assert first.status == second.status == 0
+    assert "latents-32: 4 encoded, 0 present before" in first.out
+    assert "0 to do" in second.out
+    assert "0 to do" not in first.out
+
+    about = json.loads(run("cache-info", str(tmp_path / "cache"), "--json").out)
+    assert about["samples"] == 4
+    assert set(about["tables"]) == {"image_embeds", "text", "latents-32"}
+    assert about["bytes"] == sum(table["bytes"] for table in about["tables"].values())
+    assert "latents (4, 8, 8) float16" in run("cache-info", str(tmp_path / "cache")).out
+
+
+def test_rejected_inputs_are_named(run: Any, inputs: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    write_digits(pictures, 2)
+    (pictures / "0001.png").write_bytes(b"not a picture")
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    arguments[1] = str(pictures)
+    assert run(*arguments, "--strict").status == 3
+    assert "0001.png: decode: " in run("cache-info", str(tmp_path / "cache")).out
+
+
+def test_dry_run_writes_nothing(run: Any, inputs: Path, tmp_path: Path) -> None:
+    ran = run(*build_arguments(inputs, tmp_path / "cache"), "--dry-run")
+    assert "latents-32: 4 rows to encode (the table is new: 4 images)" in ran.out
+    assert "decoder: saves " in ran.out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_path: Path) -> None:
+    cache, tars, merged = (str(tmp_path / name) for name in ("cache", "tars", "merged"))
+    run(*build_arguments(inputs, tmp_path / "cache"))
+    assert run("cache-convert", cache, tars, "--format", "webdataset").out.startswith(f"{tars}: 4 samples")
+    assert json.loads(run("cache-merge", merged, cache, cache, "--json").out)["samples"] == 4
+    (tmp_path / "merged" / ".tmp-1-dead").write_bytes(b"half a file")
+    assert "1 path would be removed" in run("cache-gc", merged, "--dry-run").out
+    assert json.loads(run("cache-gc", merged, "--json").out)["paths"] == [".tmp-1-dead"]
+    assert run("cache-convert", cache, str(tmp_path / "new"), "--format", "tar").status == 2
+    assert run("cache-merge", str(tmp_path / "new"), cache, tars).status == 1
+
+
+def test_another_recipe_is_said_once_and_before_the_work(run: Any, inputs: Path, tmp_path: Path) -> None:
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    run(*arguments)
+    said = run(*arguments, "--dtype", "float32").err
+    notes = ["imagefolder: 4 images", *(f"{name} in the cache is of another recipe" for name in ("latents-32", "text"))]
+    assert [said.count(note) for note in notes] == [1, 1, 1]
+    assert max(map(said.index, notes)) < said.index("loading ")
+    planned = run(*arguments, "--dtype", "float32", "--alpha", "drop", "--dry-run")
+    assert (planned.out + planned.err).count("preprocess.alpha: white → drop") == 2
+
+
+def test_a_rehearsed_compaction_says_what_it_would_free(run: Any, inputs: Path, tmp_path: Path) -> None:
+    pictures, cache = tmp_path / "pictures", str(tmp_path / "cache")
+    write_digits(pictures, 2)
+    arguments = build_arguments(inputs, tmp_path / "cache")
+    arguments[1] = str(pictures)
+    run(*arguments, "--stage", "decoder")
+    (pictures / "0001.png").write_bytes((pictures / "0000.png").read_bytes())
+    run(*arguments, "--stage", "decoder")
+    planned = run("cache-gc", cache, "--compact", "--dry-run").out
+    assert "0 paths would be removed" in planned
+    assert "would be freed by writing shards again without their unused rows" in planned
+    assert "0 paths removed" not in run("cache-gc", cache, "--compact").out
+
+
+def test_errors_are_one_message_and_an_exit_code(run: Any, tmp_path: Path) -> None:
+    ran = run("cache-info", str(tmp_path / "nothing"))
+    assert ran.status == 1
+    assert ran.out == ""
+    assert ran.err.startswith("kcache: ")
+    assert "Traceback" not in ran.err
+
+
+def test_debug_shows_the_traceback(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KCACHE_DEBUG", "1")
+    ran = run("cache-info", str(tmp_path / "nothing"))
+    assert ran.status == 1
+    assert "Traceback" in ran.err
+    assert CacheNotFoundError.__name__ in ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(CacheCorruptError("cut off"), 4), (OSError(28, "No space left on device", "c/x"), 1)]
+)
+def test_errors_have_their_own_status(run: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int) -> None:
+    def build(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(kcache.build.build, "build_cache", build)
+    assert run("cache-build", "s", "c").status == status
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("cache-build", "s", "c", "--no-such-flag"), ("cache-build", "s"), ("cache-build", "s", "c", "--stage=x")],
+)
+def test_wrong_usage_is_two(run: Any, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).status == 2
+
+
+def test_settings_that_contradict_are_refused(run: Any) -> None:
+    ran = run("cache-build", "s", "c", "--batch-size", "0")
+    assert ran.status == 1
+    assert "--batch-size is 0; expected 1 or more" in ran.err
+
+
+def test_a_folder_that_takes_no_files_is_refused_first(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for command in (("sample", "a fox", "--prior=nowhere", "--output-dir"), ("demo", "--output")):
+        for folder, said in (("file", "is a file"), ("file/x", "is a file")):
+            ran = run(*command, str(tmp_path / folder))
+            assert ran.status == 1
+            assert f"kcache: {command[-1]} is {tmp_path / folder}, but {tmp_path / 'file'} {said}" in ran.err
+    check_folder("--output", tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_where_the_system_refuses_files_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(**settings: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=rf"--output is {tmp_path}/x, but .* into {tmp_path} \(Permission denied\)"):
+        check_folder("--output", tmp_path / "x")
+
+
+def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kcache.build.build, "build_cache", lambda *_, **__: result_of(rejected=2))
+    ran = run("cache-build", "s", "c", "--strict", "--json")
+    assert ran.status == 3
+    assert json.loads(ran.out)["rejected"] == 2
+    assert json.loads(ran.out)["tables"]["text"]["seconds"]["held_up"] == 0.005
+    ran = run("cache-build", "s", "c")
+    assert ran.status == 0
+    shares = "80% of the time encoding, 10% waiting for decoded inputs (0.1% with enough for a batch at hand)"
+    assert f"text: {shares}, 10% for the disk" in ran.out
+
+
+def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with Report() as report:
+        for done in range(1, 1001):
+            progress = BuildProgress(table="text", done=done, total=1000, seconds=done / 500, busy={"encode": 0.9})
+            show_build(report, progress)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "text: 1 of 1,000, 500 rows/s (encode 90%)",
+        "text: 1,000 of 1,000, 500 rows/s (encode 90%)",
+    ]
+
+
+def test_a_small_cache_is_not_verified_as_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Report() as report:
+        show_verify(report, VerifyProgress(done=34_842, total=34_800, seconds=0.5))
+    assert capsys.readouterr().err == "verify: 1 of 1, MB, 0.00 GB/s, 0.0 s left\n"
+
+
+def test_numbers_for_people() -> None:
+    assert [bytes_text(count) for count in (999, 25_100_000, 3_000_000_000_000)] == ["999 B", "25.1 MB", "3.0 TB"]
+    assert [count_text(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
+    assert [duration_text(seconds) for seconds in (0.42, 60, 200, 7500)] == [
+        "0.4 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "2 h 05 min",
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "name"), [("A Red/Fox..", "0007-a-red-fox.png"), ("狐", "0007-picture.png")])
+def test_pictures_are_named_after_prompts(prompt: str, name: str) -> None:
+    assert file_name(7, prompt) == name

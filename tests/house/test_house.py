@@ -1,0 +1,170 @@
+"""The house rules that no other test sees: import weight, layers, pins, and nothing that executes what it opens."""
+
+import ast
+import importlib.metadata
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TORCH_FREE = [
+    "kcache",
+    "kcache.store",
+    "kcache.sources",
+    "kcache.build",
+    "kcache.upkeep",
+    "kcache.report",
+    "kcache_cli.app",
+]
+HEAVY = ("accelerate", "datasets", "diffusers", "torch", "transformers")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def best_seconds(command: list[str | Path]) -> float:
+    """Processor time of the best of a few runs: what a quiet machine takes, even while others keep this one busy."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_needs_no_torch_loads_none(module: str) -> None:
+    assert python(f"import sys, {module}\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]\n"
+
+
+def test_no_module_of_the_words_the_store_or_the_sources_loads_torch() -> None:
+    files = [*(ROOT / "kcache").glob("*.py"), *python_files("kcache/store", "kcache/sources")]
+    imports = "".join(f"import {module_of(path)}\n" for path in files)
+    assert python(f"import sys\n{imports}print([name for name in {HEAVY} if name in sys.modules])") == "[]\n"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_import_is_quick() -> None:
+    assert best_seconds([sys.executable, "-c", "import kcache"]) < 0.3
+
+
+def test_help_is_quick() -> None:
+    assert best_seconds([BIN / "kcache", "--help"]) < 0.6
+
+
+def test_imports_go_one_way() -> None:
+    ran = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_constraints_pin_what_is_installed_and_all_of_it() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins == {name: importlib.metadata.version(name).split("+")[0] for name in closure("kcache", {"dev"})}
+
+
+def closure(name: str, extras: set[str], found: set[str] | None = None) -> set[str]:
+    """The distributions that `name` needs here, and those that they need; not what only CUDA builds of torch need."""
+    found = set() if found is None else found
+    for text in importlib.metadata.requires(name) or []:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}
+        )
+        needed = canonicalize_name(requirement.name)
+        if not applies or needed in found or needed.startswith(("nvidia-", "cuda-")) or needed == "triton":
+            continue
+        found.add(needed)
+        closure(needed, set(requirement.extras), found)
+    return found
+
+
+def test_every_dependency_is_used() -> None:
+    names = {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]}
+    modules = {name: {"pillow": "PIL"}.get(name, name) for name in names}
+    sources = "\n".join(path.read_text() for path in python_files("kcache", "cli"))
+    unused = [name for name, module in modules.items() if not re.search(rf"(from|import) {module}\b", sources)]
+    assert unused == []
+
+
+UNSAFE_MODULES = {"cloudpickle", "dill", "jsonpickle", "marshal", "pickle", "runpy", "shelve"}
+UNSAFE_CALLS = {"__import__", "compile", "eval", "exec", "os.popen", "os.system", "torch.load", "yaml.load"}
+UNSAFE_UNLESS_FALSE = {"allow_pickle", "shell", "trust_remote_code"}
+
+
+def test_nothing_that_is_opened_is_executed() -> None:
+    found = {str(path): unsafe_parts(path.read_text()) for path in python_files("kcache", "cli")}
+    assert {path: parts for path, parts in found.items() if parts} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "safe"),
+    [
+        ("import pickle", False), ("from pickle import loads", False), ("import torch; torch.load(p)", False),
+        ("np.load(p)", False), ("np.load(p, allow_pickle=False)", True), ("np.load(p, allow_pickle=flag)", False),
+        ("AutoModel.from_pretrained(p, trust_remote_code=True)", False), ("run(c, shell=True)", False),
+        ("eval(text)", False), ("exec(text)", False), ("network.eval()", True), ("re.compile(text)", True),
+        ("torch.load(p, weights_only=False)", False), ("load(p, weights_only=False)", False),
+    ],
+)  # fmt: skip
+def test_what_executes_is_recognised(code: str, safe: bool) -> None:
+    assert (unsafe_parts(code) == []) is safe
+
+
+def unsafe_parts(code: str) -> list[str]:
+    """The imports and calls in `code` that would execute what they open, or that would on request."""
+    parts = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            parts += [alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE_MODULES:
+            parts.append(str(node.module))
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            asks = any(flags.get(flag, "False") != "False" for flag in UNSAFE_UNLESS_FALSE)
+            loads = name in ("np.load", "numpy.load") and flags.get("allow_pickle") != "False"
+            if name in UNSAFE_CALLS or asks or loads or flags.get("weights_only", "True") != "True":
+                parts.append(ast.unparse(node))
+    return parts
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def packages() -> list[Path]:
+    return sorted(path.parent for path in (ROOT / "kcache").rglob("__init__.py"))
+
+
+def test_the_readme_maps_every_package_and_the_core_path() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [path.name for path in packages() if f"{path.name}/" not in readme] == []
+    core = re.findall(r"^\| \d+ \| `(\w+/\w+\.py)`", readme, re.MULTILINE)
+    assert len(core) == 10
+    assert sum(len((ROOT / "kcache" / path).read_text().splitlines()) for path in core) <= 2300
+
+
+@pytest.mark.parametrize("package", packages(), ids=lambda path: path.name)
+def test_a_package_has_a_face_that_names_its_files_and_few_of_them(package: Path) -> None:
+    modules = sorted(path for path in package.glob("*.py") if path.name != "__init__.py")
+    assert len(modules) <= 12
+    face = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    if package.name not in ("kcache", "formats"):
+        assert [path.stem for path in modules if f"`{path.stem}`" not in face] == []
+    assert {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) > 330} == {}

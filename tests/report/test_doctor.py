@@ -1,0 +1,193 @@
+"""The doctor's facts: true of this machine, without a secret, and never an exception."""
+
+import builtins
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kcache import machine as limits
+from kcache.report import doctor
+from kcache.report.doctor import Fact, examine
+
+AREAS = ["versions", "devices", "extras", "processor", "memory", "disk", "checksums", "hub"]
+ENVIRONMENT = {"HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "4096", "HF_HUB_OFFLINE": "1"}
+
+
+def by_name(facts: list[Fact], area: str) -> dict[str, Fact]:
+    return {fact.name: fact for fact in facts if fact.area == area}
+
+
+def test_every_area_is_looked_at_and_nothing_is_broken_here(tmp_path: Path) -> None:
+    facts = examine(tmp_path, ENVIRONMENT)
+    assert list(dict.fromkeys(fact.area for fact in facts)) == AREAS
+    assert [fact for fact in facts if fact.state == "broken"] == []
+    assert all(fact.advice for fact in facts if fact.state != "ok")
+    assert list(tmp_path.iterdir()) == []
+    versions, disk = by_name(facts, "versions"), by_name(facts, "disk")
+    assert versions["torch"].value == importlib.metadata.version("torch")
+    assert int(disk["write"].value or 0) > 0
+    assert int(disk["read"].value or 0) > 0
+    assert by_name(facts, "processor")["OMP_NUM_THREADS"].state == "slow"
+
+
+def test_of_a_token_only_whether_there_is_one(tmp_path: Path) -> None:
+    facts = examine(environment=ENVIRONMENT)
+    assert "hf_secret" not in str(facts)
+    assert by_name(facts, "hub")["token"].value is True
+    assert by_name(facts, "hub")["HF_HUB_OFFLINE"].state == "note"
+    (tmp_path / "token").write_text("hf_secret")
+    assert by_name(examine(environment={"HF_HOME": str(tmp_path)}), "hub")["token"].value is True
+    assert by_name(examine(environment={"HF_HOME": str(tmp_path / "no")}), "hub")["token"].value is False
+
+
+def test_versions_outside_of_the_range_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "99.0" if name == "torch" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = by_name(examine(), "versions")
+    assert (versions["torch"].state, versions["peft"].state) == ("note", "broken")
+    assert "pip install 'torch<3,>=2.10'" in versions["torch"].advice
+    assert "pip install 'peft" in versions["peft"].advice
+
+
+@pytest.mark.parametrize("missing", ["torch", "packaging", "kcache.store.checksums", "resource"])
+def test_what_cannot_be_imported_is_a_fact(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **others: Any) -> Any:
+        if name == missing or name.startswith(f"{missing}."):
+            raise ImportError(f"No module named {missing!r}")
+        return real(name, *rest, **others)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    facts = examine()
+    assert list(dict.fromkeys(fact.area for fact in facts)) == AREAS
+    broken = {fact.name for fact in facts if fact.state == "broken"}
+    assert broken == {"torch": {"torch"}, "kcache.store.checksums": {"crc32c"}}.get(missing, set())
+
+
+def test_limits_of_a_container_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/sys/fs/cgroup/cpu.max": "50000 100000\n",
+        "/sys/fs/cgroup/memory.max": "1000000\n",
+        "/proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1500 kB\n",
+    }
+    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr("kcache.report.doctor._SLOW_CHECKSUM", math.inf)
+    facts = examine(tmp_path / "no")
+    assert by_name(facts, "processor")["cgroup cores"].state == "slow"
+    assert by_name(facts, "memory")["cgroup limit"].value == 1_000_000
+    assert by_name(facts, "memory")["available"].value == 1500 * 1024
+    assert by_name(facts, "memory")["cgroup limit"].state == "note"
+    assert by_name(facts, "disk")["path"].state == "broken"
+    assert by_name(facts, "checksums")["crc32c"].state == "slow"
+
+
+def test_no_limits_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/sys/fs/cgroup/cpu.max": "max 100000\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
+    assert (limits.cpu_quota(), limits.memory_limit()) == (None, None)
+    monkeypatch.setattr(limits, "_text", lambda _: "")
+    assert (limits.cpu_quota(), limits.memory_limit(), limits.machine_memory()) == (None, None, (None, None))
+
+
+def test_a_folder_that_cannot_be_written_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    fact = by_name(examine(tmp_path), "disk")["write"]
+    assert fact.state == "broken"
+    assert "cannot be written (Permission denied)" in fact.advice
+
+
+@pytest.mark.parametrize(("capability", "free", "states"), [((9, 0), 79, {"ok"}), ((7, 5), 10, {"ok", "note", "slow"})])
+def test_a_gpu_is_described(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int, states: set[str]
+) -> None:
+    device = SimpleNamespace(name="A GPU", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free * 10**9, 80 * 10**9))
+    devices = {name: fact for name, fact in by_name(examine(), "devices").items() if name.startswith("cuda:0")}
+    assert devices["cuda:0"].value == "A GPU"
+    assert devices["cuda:0 memory"].value == 80 * 10**9
+    assert {fact.state for fact in devices.values()} == states
+
+
+def test_a_gpu_that_torch_does_not_see_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    for version, said in ((None, "this torch is built for the CPU"), ("13.0", "built for CUDA 13.0, and sees none")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert said in by_name(examine(), "devices")["cuda"].advice
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_packed_attention_is_only_of_use_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(doctor, "_cuda", lambda *_: iter(()))
+    fact = by_name(list(doctor._devices()), "devices")["varlen attention"]
+    assert fact.value is cuda
+    assert ("needs a CUDA GPU: unused here" in fact.advice) is not cuda
+
+
+def test_what_is_missing_is_installed_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kcache itself is installed from a checkout: its name means nothing to an index of packages."""
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    advice = {fact.name: fact.advice for fact in doctor._extras()}
+    assert all(line.endswith(f": pip install {name}") for name, line in advice.items())
+    assert {"bitsandbytes", "xformers"} <= advice.keys()
+
+
+def test_a_file_is_not_taken_for_a_missing_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, said in (("file", f"{tmp_path / 'file'} is a file"), ("no", f"there is no folder {tmp_path / 'no'}")):
+        (fact,) = doctor._disk(tmp_path / name)
+        assert fact.state == "broken"
+        assert fact.advice.startswith(said)
+
+
+def test_the_command_exits_with_one_when_something_is_broken(
+    kcache_command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = Fact(area="disk", name="free", value=3_000_000, unit="bytes")
+    broken = Fact(area="versions", name="torch", value=None, state="broken", advice="pip install 'torch[x]'")
+    monkeypatch.setattr(doctor, "examine", lambda path: [sound])
+    assert kcache_command("doctor") == 0
+    assert "3.0 MB" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "examine", lambda path: [sound, broken])
+    assert kcache_command("doctor") == 1
+    said = capsys.readouterr().out
+    assert "pip install 'torch[x]'" in said
+    assert said.endswith("1 thing broken\n")
+    assert kcache_command("doctor", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["broken"] == 1
+
+
+def test_free_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 4000 kB\nMemAvailable: 3000 kB\n",
+        "/sys/fs/cgroup/memory.max": "1024000\n",
+        "/sys/fs/cgroup/memory.current": "900000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 500000\ninactive_file 300000\n",
+    }
+    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
+    assert limits.free_memory() == 1_024_000 - 900_000 + 300_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert limits.free_memory() == 3000 * 1024

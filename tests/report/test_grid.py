@@ -1,0 +1,85 @@
+"""The grid of pictures: every picture whole, every prompt in writing."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kcache.report.grid import CAPTION_LINES, _font, _wrapped, captioned_grid, cut_grid, png_bytes
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200)]
+
+
+def squares(count: int, side: int = 64) -> list[Image.Image]:
+    return [Image.new("RGB", (side, side), colour) for colour in COLOURS[:count]]
+
+
+def places(grid: Image.Image, count: int) -> list[tuple[int, int, int]]:
+    """(top, left, pixels) of each of the coloured squares."""
+    pixels = np.asarray(grid)
+    masks = [(pixels == colour).all(-1) for colour in COLOURS[:count]]
+    return [(int(mask.any(1).argmax()), int(mask.any(0).argmax()), int(mask.sum())) for mask in masks]
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [1]), (4, [4]), (5, [3, 2]), (6, [3, 3])])
+def test_each_prompt_has_its_picture_and_its_words(count: int, rows: list[int]) -> None:
+    grid = captioned_grid(squares(count), [f"prompt {i}" for i in range(count)])
+    found = places(grid, count)
+    assert {pixels for _, _, pixels in found} == {64 * 64}
+    assert found == sorted(found)
+    tops = [top for top, _, _ in found]
+    assert [tops.count(top) for top in sorted(set(tops))] == rows
+    for top, left, _ in found:
+        below = np.asarray(grid)[top + 64 : top + 84, left : left + 64]
+        assert (below < 128).any()
+
+
+def test_pictures_of_one_prompt_share_a_row_and_a_caption() -> None:
+    grid = captioned_grid(squares(6), ["a"] * 3 + ["b"] * 3)
+    found = places(grid, 6)
+    assert [top for top, _, _ in found] == [found[0][0]] * 3 + [found[3][0]] * 3
+    assert found[3][0] > found[0][0] + 64
+    # Only below the first of the three there is something to read.
+    pixels = np.asarray(grid)[found[0][0] + 64 : found[3][0]]
+    assert (pixels[:, : found[1][1]] < 128).any()
+    assert not (pixels[:, found[1][1] :] < 128).any()
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three", "рыжая лиса на снегу", "x" * 200, "a " * 200, "word " * 3 + "y" * 90, "", "  a \n b "]
+)
+def test_captions_fit(text: str) -> None:
+    font = _font(12)
+    lines = _wrapped(text, font, 100)
+    assert len(lines) <= CAPTION_LINES
+    assert all(0 < font.getlength(line) <= 100 for line in lines)
+    shown, whole = "".join(lines).replace(" ", ""), "".join(text.split())
+    assert shown == whole or (len(lines) == CAPTION_LINES and shown[-1] == "…" and whole.startswith(shown[:-1]))
+
+
+def test_lines_break_between_words() -> None:
+    assert _wrapped("one two three four five six", _font(12), 100) == ["one two three", "four five six"]
+
+
+def test_a_png_comes_back() -> None:
+    grid = captioned_grid(squares(2), ["a", "b"])
+    with Image.open(io.BytesIO(png_bytes(grid))) as read:
+        assert read.format == "PNG"
+        assert np.array_equal(np.asarray(read), np.asarray(grid))
+
+
+@pytest.mark.parametrize("side", [8, 64, 512])
+@pytest.mark.parametrize("prompts", ["a", "abc", "abcdef", "aabbcc", "aaaaab"])
+def test_a_grid_is_cut_into_the_pictures_it_was_made_of(side: int, prompts: str) -> None:
+    pictures = squares(len(prompts), side)
+    texts = [f"{letter} long enough for several lines" for letter in prompts]
+    grid = captioned_grid(pictures, texts)
+    cut = cut_grid(grid, texts)
+    assert cut is not None
+    assert [png_bytes(picture) for picture in cut] == [png_bytes(picture) for picture in pictures]
+    assert cut_grid(grid, [*texts, "another", "and one more"]) is None
+
+
+def test_what_is_no_grid_is_not_cut() -> None:
+    assert cut_grid(Image.new("RGB", (100, 77)), ["a"]) is None

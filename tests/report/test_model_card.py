@@ -1,0 +1,107 @@
+"""A model card says what was trained and loads it: its Python runs as it is."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from short_runs import write_run
+
+from kcache.config import DECODER_REPO
+from kcache.errors import RunError
+from kcache.report.model_card import LORA_FILE, model_card, newest_picture
+
+NETWORKS: dict[str, Any] = {"prior": ("prior", PriorTransformer), "decoder": ("unet", UNet2DConditionModel)}
+OTHER = {"prior": "decoder", "decoder": "prior"}
+
+
+def train_nothing(run_dir: Path, oracle: Path, stage: str, *, lora: bool) -> torch.Tensor:
+    """Put a network with a marked weight into a run directory, or adapters with one, and return that weight."""
+    name, network_class = NETWORKS[stage]
+    network = network_class.from_pretrained(oracle / stage, subfolder=name)
+    if lora:
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        network.save_lora_adapter(run_dir, weight_name=LORA_FILE)
+        return next(value for key, value in network.named_parameters() if "lora_B" in key).detach()
+    for parameter in network.parameters():
+        parameter.data.mul_(1.25)
+    network.save_pretrained(run_dir / name)
+    return next(network.parameters()).detach()
+
+
+def code_of(card: str) -> str:
+    return card.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("stage", NETWORKS)
+@pytest.mark.parametrize("kind", ["whole", "part", "lora"])
+def test_the_python_of_a_card_draws_with_what_was_trained(oracle: Path, tmp_path: Path, stage: str, kind: str) -> None:
+    run_dir = write_run(tmp_path / "run", oracle / stage, oracle / OTHER[stage], stage)
+    if kind == "whole":
+        shutil.copytree(oracle / stage, run_dir, dirs_exist_ok=True)
+    weight = train_nothing(run_dir, oracle, stage, lora=kind == "lora")
+    code = code_of(model_card(run_dir, whole=kind == "whole"))
+    drawing = "num_inference_steps=2"
+    names: dict[str, Any] = {}
+    exec(code.replace('snow")', f'snow", {drawing})').replace(").images", f", {drawing}).images"), names)  # noqa: S102
+    trained = names["prior"].prior if stage == "prior" else names["decoder"].unet
+    weights = [value for key, value in trained.named_parameters() if kind != "lora" or "lora_B" in key]
+    assert torch.equal(weights[0], weight)
+    assert names["image"].size == (64, 64)
+
+
+def test_a_card_says_what_was_done(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", "me/base", "me/other", learning_rate=3e-5, validation_prompts=("a fox", "b"))
+    (run_dir / "pictures").mkdir()
+    for step in (999_999, 1_000_000):
+        (run_dir / "pictures" / f"step-{step:06}.png").write_bytes(b"")
+    card = model_card(run_dir)
+    assert "on top of me/base at c0ffee" in card
+    assert "1,234 samples of the cache `/home/someone/caches/foxes`, tables latents-64 `abababab" in card
+    assert "* steps: 3 of 8 samples each\n* loss: 3, mean of the last 3 steps" in card
+    assert "at step 3: val_loss 0.25, val_loss_t000_249 0.5" in card
+    assert "| learning_rate | `3e-05` |" in card
+    assert "adam_epsilon" not in card
+    assert "](pictures/step-1000000.png)\n\n* a fox\n* b\n" in card
+    assert newest_picture(tmp_path) is None
+
+
+def test_cells_stay_in_their_table(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", "me/base", "me/other", where="name == '`|\n'")
+    (row,) = [line for line in model_card(run_dir).splitlines() if line.startswith("| where")]
+    assert row == "| where | `name == ''\\| '` |"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_front_matter_is_a_model_cards(tmp_path: Path, lora: bool) -> None:
+    run_dir = write_run(tmp_path / "run", DECODER_REPO, "me/prior")
+    if lora:
+        (run_dir / LORA_FILE).write_bytes(b"")
+    data = ModelCard(model_card(run_dir, repo_id="me/fox")).data.to_dict()
+    assert data["base_model"] == DECODER_REPO
+    assert data["base_model_relation"] == ("adapter" if lora else "finetune")
+    assert data["prior"] == ["me/prior"]
+    assert data["library_name"] == "diffusers"
+    assert ("lora" in data["tags"]) is lora
+
+
+@pytest.mark.parametrize("stage", NETWORKS)
+def test_a_published_card_names_no_folder_of_this_machine(tmp_path: Path, stage: str) -> None:
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+    run_dir = write_run(tmp_path / "run", tmp_path / "base", tmp_path / "other", stage)
+    assert str(tmp_path / "base") in model_card(run_dir)
+    card = model_card(run_dir, repo_id="me/fox", whole=False)
+    assert str(tmp_path) not in card
+    assert "/home" not in card
+    assert "'path/to/base'" in code_of(card)
+    assert {"base_model", "prior"}.isdisjoint(ModelCard(card).data.to_dict())
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+        model_card(tmp_path)

@@ -1,0 +1,184 @@
+"""Pictures during training: those of the stock pipelines, without the encoders, leaving training as it was."""
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from kcache.config import TrainConfig
+from kcache.encoders.repositories import COMPONENTS, Repository, find_repository
+from kcache.errors import ModelError
+from kcache.report import pictures
+from kcache.report.pictures import PromptPictures, save_pictures
+from kcache.report.sampling import sample
+
+STAGES = ["prior", "decoder"]
+PROMPTS = ("a red circle", "a blue square")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "PRIOR_STEPS", 3)
+    monkeypatch.setattr(pictures, "DECODER_STEPS", 2)
+
+
+def repositories(oracle: Path) -> dict[str, Repository]:
+    return {
+        "prior": find_repository(str(oracle / "prior"), None, COMPONENTS["prior"]),
+        "decoder": find_repository(str(oracle / "decoder"), None, COMPONENTS["unet"]),
+    }
+
+
+def prompt_pictures(oracle: Path, stage: str, resolution: int = 64, **settings: Any) -> PromptPictures:
+    found = repositories(oracle)
+    base, counterpart = found[stage], found["decoder" if stage == "prior" else "prior"]
+    settings = {"seed": 7, "validation_prompts": PROMPTS, "num_validation_images": 2} | settings
+    config = TrainConfig(stage=stage, output_dir="run", **settings)  # type: ignore[arg-type]
+    return PromptPictures(config, base, counterpart, resolution, "cpu")
+
+
+def learner(oracle: Path, stage: str) -> torch.nn.Module:
+    kind, folder = (PriorTransformer, "prior") if stage == "prior" else (UNet2DConditionModel, "unet")
+    network: torch.nn.Module = kind.from_pretrained(oracle / stage, subfolder=folder)
+    return network.train()
+
+
+def arrays(drawn: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in drawn])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_are_those_of_kcache_sample(oracle: Path, stage: str) -> None:
+    expected = sample(
+        [prompt for prompt in PROMPTS for _ in range(2)],
+        decoder=str(oracle / "decoder"),
+        prior=str(oracle / "prior"),
+        prior_num_inference_steps=3,
+        num_inference_steps=2,
+        height=128,
+        width=128,
+        seed=7,
+        device="cpu",
+    )
+    drawer = prompt_pictures(oracle, stage, resolution=100)
+    drawer.prepare()
+    network = learner(oracle, stage)
+    for _ in range(2):
+        assert np.array_equal(arrays(drawer.draw(network)), arrays(expected))
+    assert drawer.prompts == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_show_what_was_learned(oracle: Path, stage: str) -> None:
+    drawer = prompt_pictures(oracle, stage)
+    drawer.prepare()
+    network = learner(oracle, stage)
+    before = arrays(drawer.draw(network))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02
+    assert not np.array_equal(arrays(drawer.draw(network)), before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_goes_on_as_if_nothing_had_been(oracle: Path, stage: str) -> None:
+    drawer = prompt_pictures(oracle, stage, num_validation_images=1)
+    drawer.prepare()
+    network = learner(oracle, stage)
+    next(iter(network.children())).eval()
+    modes = [module.training for module in network.modules()]
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    seen: list[bool] = []
+    network.register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
+    state = torch.get_rng_state()
+    drawer.draw(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_encoders_are_gone_once_they_were_asked(oracle: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
+        begin = kind.__init__
+
+        def remember(self: Any, *args: Any, _begin: Any = begin, **settings: Any) -> None:
+            made.append(weakref.ref(self))
+            _begin(self, *args, **settings)
+
+        monkeypatch.setattr(kind, "__init__", remember)
+    drawer = prompt_pictures(oracle, stage)
+    drawer.prepare()
+    gc.collect()
+    assert len(made) == 2
+    assert all(network() is None for network in made)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_precision_draws_nearly_the_same(oracle: Path, stage: str) -> None:
+    network = learner(oracle, stage)
+    whole, half = (prompt_pictures(oracle, stage, mixed_precision=precision) for precision in ("no", "bf16"))
+    whole.prepare()
+    half.prepare()
+    expected = arrays(whole.draw(network)).astype(int)
+    autocast = arrays(half.draw(network)).astype(int)
+    assert 0 < np.abs(autocast - expected).mean() < 2
+    # Under adapters the network's own weights are kept in half precision.
+    for name, parameter in network.named_parameters():
+        if name not in ("clip_mean", "clip_std"):
+            parameter.data = parameter.data.bfloat16()
+    assert np.abs(arrays(half.draw(network)).astype(int) - expected).mean() < 2
+
+
+def test_a_prior_and_a_decoder_that_do_not_belong_together_are_refused(oracle: Path, tmp_path: Path) -> None:
+    shutil.copytree(oracle / "decoder", tmp_path / "decoder")
+    config = tmp_path / "decoder" / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"encoder_hid_dim": 32', '"encoder_hid_dim": 48'))
+    shutil.copytree(oracle / "prior", tmp_path / "prior")
+    for stage in STAGES:
+        with pytest.raises(ModelError, match=r"makes image_embeds of 32 numbers; .* expects 48"):
+            prompt_pictures(tmp_path, stage).prepare()
+
+
+@pytest.mark.parametrize(
+    ("stage", "broken"),
+    [
+        ("decoder", "prior/text_encoder/model.safetensors"),
+        ("decoder", "prior/prior/diffusion_pytorch_model.safetensors"),
+        ("decoder", "decoder/movq/diffusion_pytorch_model.safetensors"),
+        ("prior", "decoder/unet/diffusion_pytorch_model.safetensors"),
+        ("prior", "decoder/model_index.json"),
+    ],
+)
+def test_a_half_that_cannot_be_loaded_is_refused_at_the_start(
+    oracle: Path, tmp_path: Path, stage: str, broken: str
+) -> None:
+    for name in ("prior", "decoder"):
+        shutil.copytree(oracle / name, tmp_path / name)
+    path = tmp_path / broken
+    path.write_bytes(path.read_bytes()[:1000])
+    if path.suffix == ".json":
+        path.unlink()
+    with pytest.raises(ModelError, match=r"cannot be loaded as KandinskyV22.*leave --validation-prompts out"):
+        prompt_pictures(tmp_path, stage).prepare()
+
+
+def test_the_grid_lies_in_the_run_directory(tmp_path: Path) -> None:
+    drawn = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    path = save_pictures(tmp_path, 500, drawn, PROMPTS)
+    assert path == tmp_path / "pictures" / "step-000500.png"
+    assert save_pictures(tmp_path, 500, drawn[::-1], PROMPTS) == path
+    with Image.open(path) as grid:
+        assert grid.getpixel((10, 10)) == (0, 0, 255)
+    assert [entry.name for entry in path.parent.iterdir()] == ["step-000500.png"]

@@ -1,0 +1,210 @@
+"""Two processes see what one would: the same samples, once each, and the same steps."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course, tensor_names
+
+from kcache.objectives.losses import PriorObjective
+from kcache.store.cache import Cache
+from kcache.store.checkpoint import latest_checkpoint
+from kcache.training.trainer import train
+
+NETWORKS = [("prior", False), ("decoder", False), ("prior", True)]
+"""Stage, and whether adapters are trained."""
+STEPS = 7
+"""Of 4 of the 10 samples each: the first epoch ends within a step, the second with one."""
+AS_ONE = [
+    ("prior", {}),
+    ("decoder", {}),
+    ("prior", {"compile": True, "noise_draws": 2}),
+    ("decoder", {"compile": True, "gradient_checkpointing": True}),
+]
+"""Stage, and what saves time or memory."""
+WATCHED = {
+    "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
+}  # fmt: skip
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+SCRIPT = """
+# A process that waits for another for ever would outlive the test.
+import faulthandler; faulthandler.dump_traceback_later(280, exit=True)
+import hashlib, json, os, sys
+from pathlib import Path
+from kcache.objectives import blocks as compilation, losses as objectives
+from kcache.config import TrainConfig
+from kcache.training.trainer import train
+
+compilation.BACKEND = "eager"  # runs graphs as they are
+seen = []
+
+def watch(objective):
+    predict = objective.predict
+    def watched(self, batch, noise, timesteps):
+        seen.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch["image_embeds"])
+        return predict(self, batch, noise, timesteps)
+    objective.predict = watched
+
+watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
+cache, *runs = sys.argv[1:]
+for run in map(json.loads, runs):
+    train(cache, TrainConfig(**run))
+    Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
+    seen.clear()
+"""
+
+
+STOPPED = """
+import faulthandler; faulthandler.dump_traceback_later(280, exit=True)
+import os, signal, sys, time
+from pathlib import Path
+from kcache.training import log as run_log, trainer, run as training_run
+from short_runs import config
+
+take, save = trainer.take_step, training_run.save_checkpoint
+steps = []
+
+def take_step(*arguments):
+    steps.append(len(steps))
+    if len(steps) == 12 and os.environ["RANK"] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take(*arguments)
+
+def save_slowly(*arguments):
+    time.sleep(3)
+    return save(*arguments)
+
+trainer.take_step, training_run.save_checkpoint, run_log.SLOW_SECONDS = take_step, save_slowly, 100
+trainer.train(sys.argv[1], config(Path(sys.argv[2]), max_train_steps=1000, gradient_accumulation_steps=1))
+"""
+
+
+def settings(output_dir: Path, stage: str, **changes: Any) -> dict[str, Any]:
+    return vars(config(output_dir, stage, gradient_accumulation_steps=1, **changes))
+
+
+def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]]:
+    """A run that is not interrupted, and those that go on from each of its steps, only whose last step is kept."""
+    folder = folder / f"{stage}-{lora}"
+    changes = {"max_train_steps": STEPS, "use_ema": True, "lora_rank": 2 if lora else None}
+    checkpoints = [folder / "whole" / f"checkpoint-{step}" for step in range(1, STEPS)]
+    parts = [
+        settings(folder / f"from-{step}", stage, **changes, checkpointing_steps=STEPS, resume_from_checkpoint=str(path))
+        for step, path in enumerate(checkpoints, 1)
+    ]
+    return [settings(folder / "whole", stage, **changes, checkpointing_steps=1), *parts]
+
+
+@pytest.fixture(scope="module")
+def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that two processes train here, one run after another: to start them takes longer than the runs.
+
+    Each run leaves the samples that its processes saw in seen-RANK.json.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    runs = [settings(folder / f"as-one-{n}", stage, **WATCHED, **fast) for n, (stage, fast) in enumerate(AS_ONE)]
+    runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
+    runs.append(settings(folder / "begun", "prior", max_train_steps=2, checkpointing_steps=2))
+    (folder / "script.py").write_text(SCRIPT)
+    subprocess.run(
+        [*LAUNCHER, str(folder / "script.py"), cache, *map(json.dumps, runs)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(AS_ONE)))
+def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to_it(
+    cache: str, trained: Path, tmp_path: Path, number: int
+) -> None:
+    stage, fast = AS_ONE[number]
+    plain = WATCHED | fast | {"compile": False, "gradient_checkpointing": False}
+    two, one = trained / f"as-one-{number}", tmp_path / "one"
+    train(cache, config(one, stage, **plain))
+    for of_two, of_one in zip(course(two), course(one), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4)
+    lines_of_two, lines_of_one = ((run / "validation.jsonl").read_text().splitlines() for run in (two, one))
+    assert lines_of_two
+    for line_of_two, line_of_one in zip(lines_of_two, lines_of_one, strict=True):
+        assert json.loads(line_of_two) == pytest.approx(json.loads(line_of_one), rel=1e-4)
+    assert tensor_names(two) == tensor_names(one)
+    train(cache, config(tmp_path / "on", stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
+    for of_two, of_one in zip(course(tmp_path / "on"), course(one)[2:], strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "lora"), NETWORKS)
+def test_two_processes_go_on_from_every_step(trained: Path, stage: str, lora: bool) -> None:
+    whole = trained / f"{stage}-{lora}" / "whole"
+    weights = LORA_WEIGHTS if lora else WEIGHTS[stage]
+    for step in range(1, STEPS):
+        part = trained / f"{stage}-{lora}" / f"from-{step}"
+        assert course(part) == course(whole)[step:]
+        for name in (f"checkpoint-{STEPS}/optimizer.safetensors", f"checkpoint-{STEPS}/ema.safetensors", weights):
+            assert_equal_tensors(part / name, whole / name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_ends_all_and_leaves_a_checkpoint(cache: str, tmp_path: Path, rank: int) -> None:
+    (tmp_path / "script.py").write_text(STOPPED)
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [*LAUNCHER, str(tmp_path / "script.py"), cache, str(tmp_path / "run"), str(rank)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert "exitcode  : 143" in ended.stderr
+    assert ended.stderr.count("go on with: --resume-from-checkpoint latest") == 1
+    # All have to agree on the step to stop after, which they do every ten steps.
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.step == len(course(tmp_path / "run")) == 20
+
+
+def test_one_process_goes_on_where_two_were_and_misses_no_sample(
+    cache: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = [image for path in trained.glob("begun/seen-*.json") for image in json.loads(path.read_text())]
+    samples, predict = len(Cache.open(cache)), PriorObjective.predict
+    assert len(seen) == 2 * 4
+
+    def watched(self: PriorObjective, batch: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
+        seen.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch["image_embeds"])
+        return predict(self, batch, *inputs)
+
+    monkeypatch.setattr(PriorObjective, "predict", watched)
+    left = samples * 2 - 2 * 4
+    assert left % 2 == 0
+    steps = {"max_train_steps": 2 + left // 2, "resume_from_checkpoint": str(trained / "begun" / "checkpoint-2")}
+    with caplog.at_level("WARNING"):
+        train(cache, config(tmp_path, gradient_accumulation_steps=1, **steps))
+    assert "4 samples per step, this run takes 2" in caplog.text
+    times = Counter(seen)
+    assert len(times) == samples
+    assert set(times.values()) == {2}
+
+
+def test_epochs_are_epochs_after_a_change_of_processes(cache: str, tmp_path: Path) -> None:
+    samples = len(Cache.open(cache))
+    train(cache, config(tmp_path / "first", max_train_steps=2, checkpointing_steps=2))
+    result = train(
+        cache,
+        config(
+            tmp_path / "second",
+            gradient_accumulation_steps=1,
+            max_train_steps=None,
+            num_train_epochs=2,
+            resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"),
+        ),
+    )
+    assert result.step == 2 + -(-(2 * samples - 8) // 2)

@@ -1,0 +1,139 @@
+"""When a run is looked at, by what weights, and that looking changes nothing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from short_runs import STAGES, config, course
+
+import kcache.training.trainer
+from kcache.errors import ModelError
+from kcache.store.cache import Cache
+from kcache.store.run_directory import append_metrics, read_validation
+from kcache.training.log import RunLog
+from kcache.training.run import TrainingRun
+from kcache.training.setup import prepare_run
+from kcache.training.trainer import Judge, train
+
+PROMPTS = ("a fox", "an owl")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.report.pictures.PRIOR_STEPS", 2)
+    monkeypatch.setattr("kcache.report.pictures.DECODER_STEPS", 2)
+
+
+def looked_at(run_dir: Path) -> list[int]:
+    return [entry["step"] for entry in read_validation(run_dir)]
+
+
+def pictures(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").glob("*"))}
+
+
+def run_and_judge(cache: str, run_dir: Path, **settings: Any) -> tuple[TrainingRun, Judge]:
+    run = prepare_run(cache, config(run_dir, **settings))
+    run_dir.mkdir()
+    append_metrics(run_dir, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-4, "samples_per_second": 1.0}])
+    return run, Judge(run, RunLog(run))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"validation_steps": 3}, [3, 6, 7]),
+        ({"validation_steps": 7}, [7]),
+        ({"validation_steps": 100}, [7]),
+        ({"validation_epochs": 1}, [2, 4, 6, 7]),  # 8 samples are left to train on, and a step takes 4
+        ({"validation_epochs": 3}, [6, 7]),
+    ],
+)
+def test_a_run_is_looked_at_now_and_then_and_at_its_end(
+    cache: str, tmp_path: Path, settings: dict[str, Any], steps: list[int]
+) -> None:
+    train(cache, config(tmp_path, max_train_steps=7, val_fraction=0.3, **settings))
+    assert looked_at(tmp_path) == steps
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_without_anything_to_look_at_nothing_is_due(cache: str, tmp_path: Path) -> None:
+    _, judge = run_and_judge(cache, tmp_path / "run")
+    assert not any(judge.is_due(step) for step in range(1, 5))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_looking_changes_nothing(cache: str, tmp_path: Path, stage: str) -> None:
+    settings = {"val_fraction": 0.3, "lora_rank": 2, "lora_dropout": 0.5, "max_train_steps": 4}
+    looking = {"validation_prompts": PROMPTS, "validation_steps": 1}
+    train(cache, config(tmp_path / "seldom", stage, **settings))
+    train(cache, config(tmp_path / "often", stage, **settings, **looking))
+    assert course(tmp_path / "often") == course(tmp_path / "seldom")
+    assert list(pictures(tmp_path / "often")) == [f"step-{step:06d}.png" for step in range(1, 5)]
+    assert not (tmp_path / "seldom" / "pictures").exists()
+
+
+def test_a_resumed_run_looks_as_if_it_had_not_been_stopped(cache: str, tmp_path: Path) -> None:
+    settings = {"val_fraction": 0.3, "validation_prompts": PROMPTS, "validation_steps": 2, "checkpointing_steps": 3}
+    train(cache, config(tmp_path / "whole", max_train_steps=6, **settings))
+    train(cache, config(tmp_path / "parts", max_train_steps=5, **settings))
+    train(cache, config(tmp_path / "parts", max_train_steps=6, resume_from_checkpoint="latest", **settings))
+    assert read_validation(tmp_path / "parts") == read_validation(tmp_path / "whole")
+    assert looked_at(tmp_path / "parts") == [2, 4, 6]
+    whole, parts = pictures(tmp_path / "whole"), pictures(tmp_path / "parts")
+    assert {name: parts[name] for name in whole} == whole
+
+
+def test_with_an_average_that_is_looked_at(cache: str, tmp_path: Path) -> None:
+    run, judge = run_and_judge(cache, tmp_path / "run", val_fraction=0.3, use_ema=True)
+    judge.judge(1)
+    for parameter in run.learning:
+        parameter.data.mul_(2)
+    judge.judge(2)
+    assert run.average is not None
+    run.average.shadow_params = [tensor * 2 for tensor in run.average.shadow_params]
+    judge.judge(3)
+    first, moved, averaged = ({**entry, "step": 0} for entry in read_validation(run.output_dir))
+    assert moved == first
+    assert averaged["val_loss"] != pytest.approx(first["val_loss"], rel=1e-3)
+
+
+def test_what_is_held_out_is_not_trained_on(cache: str, tmp_path: Path) -> None:
+    run, _ = run_and_judge(cache, tmp_path / "run", val_fraction=0.3)
+    assert run.held_out is not None
+    keys = [set(part.samples["image_key"].to_pylist()) for part in (run.cache, run.held_out)]
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == len(set(Cache.open(cache).samples["image_key"].to_pylist()))
+
+
+def test_halves_that_do_not_belong_together_are_refused_before_the_first_step(
+    oracle: Path, cache: str, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for component in (oracle / "decoder").iterdir():
+        (foreign / component.name).symlink_to(component)
+    (foreign / "unet").unlink()
+    (foreign / "unet").mkdir()
+    text = (oracle / "decoder" / "unet" / "config.json").read_text()
+    (foreign / "unet" / "config.json").write_text(text.replace('"encoder_hid_dim": 32', '"encoder_hid_dim": 16'))
+    settings = {"pretrained_decoder_model_name_or_path": str(foreign), "validation_prompts": PROMPTS}
+    with pytest.raises(ModelError, match=r"makes image_embeds of 32 numbers; .* expects 16"):
+        train(cache, config(tmp_path / "run", **settings))
+    assert course(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("tables", "asked", "side"), [((), None, 512), ((256, 768), None, 768), ((64,), 96, 96)])
+def test_pictures_are_as_large_as_what_is_trained_on(tables: tuple[int, ...], asked: int | None, side: int) -> None:
+    recipes = ["image_embeds", *(f"latents-{table}" for table in tables)]
+    run: Any = SimpleNamespace(cache=SimpleNamespace(recipes=recipes), config=SimpleNamespace(resolution=asked))
+    assert kcache.training.trainer._picture_side(run) == side
+
+
+def test_no_generator_is_touched_by_looking(cache: str, tmp_path: Path) -> None:
+    _, judge = run_and_judge(cache, tmp_path / "run", val_fraction=0.3, validation_prompts=PROMPTS)
+    before = torch.get_rng_state()
+    judge.judge(1)
+    assert torch.equal(torch.get_rng_state(), before)

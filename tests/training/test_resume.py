@@ -1,0 +1,238 @@
+"""A run that was interrupted anywhere goes on as if it had not been, bit for bit, and from nothing else."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
+
+import kcache.training.run
+from kcache.encoders.repositories import find_repository, weights_digest
+from kcache.errors import CacheMismatchError, RunError
+from kcache.store.checkpoint import open_checkpoint
+from kcache.store.digests import DigestMemo
+from kcache.training.resume import checkpoint_to_resume
+from kcache.training.trainer import train
+
+STEPS = 8
+ALL = {
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": STEPS,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "use_ema": True,
+}
+
+
+@pytest.mark.parametrize(("stage", "lora_rank"), [("prior", None), ("decoder", None), ("prior", 2)])
+def test_every_step_is_one_to_go_on_from(cache: str, tmp_path: Path, stage: str, lora_rank: int | None) -> None:
+    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank}
+    whole, last = tmp_path / "whole", f"checkpoint-{STEPS}"
+    train(cache, config(whole, stage, **settings, checkpointing_steps=1))
+    weights = WEIGHTS[stage] if lora_rank is None else LORA_WEIGHTS
+    for step in range(1, STEPS):
+        part, path = tmp_path / f"from-{step}", str(whole / f"checkpoint-{step}")
+        train(cache, config(part, stage, **settings, checkpointing_steps=STEPS, resume_from_checkpoint=path))
+        assert course(part) == course(whole)[step:]
+        for name in (f"{last}/{weights}", f"{last}/optimizer.safetensors", f"{last}/ema.safetensors", weights):
+            assert_equal_tensors(part / name, whole / name)
+        assert_equal_tensors(part / "raw" / weights, whole / "raw" / weights)
+        shutil.rmtree(part)
+
+
+def test_the_average_is_the_result_and_the_raw_weights_stay_beside_it(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path / "plain"))
+    train(cache, config(tmp_path / "averaged", use_ema=True))
+    assert course(tmp_path / "averaged") == course(tmp_path / "plain")
+    assert_equal_tensors(tmp_path / "averaged" / "raw" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
+    with pytest.raises(AssertionError):
+        assert_equal_tensors(tmp_path / "averaged" / WEIGHTS["prior"], tmp_path / "plain" / WEIGHTS["prior"])
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_checkpoint_with_a_damaged_file_is_refused_and_the_one_before_it_taken(
+    cache: str, tmp_path: Path, lora_rank: int | None
+) -> None:
+    settings: dict[str, Any] = {"use_ema": True, "lora_rank": lora_rank, "checkpointing_steps": 2}
+    train(cache, config(tmp_path, **settings))
+    last = tmp_path / "checkpoint-4"
+    files = [path for path in last.rglob("*") if path.is_file()]
+    assert len(files) == (5 if lora_rank is None else 4)
+    for file in files:
+        whole = file.read_bytes()
+        changed = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+        for damaged in (None, b"", whole[:-2], whole + b"x", changed):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(RunError, match=rf"checkpoint-4 is (broken|not a checkpoint).*{file.name}"):
+                checkpoint_to_resume(config(tmp_path, **settings, resume_from_checkpoint=str(last)))
+            latest = checkpoint_to_resume(config(tmp_path, **settings, resume_from_checkpoint="latest"))
+            assert latest is not None
+            assert latest.step == 2
+            file.write_bytes(whole)
+    assert train(cache, config(tmp_path, **settings, max_train_steps=5, resume_from_checkpoint=str(last))).step == 5
+
+
+def test_a_checkpoint_may_be_named_by_its_path_or_its_name(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(cache, config(Path("run"), checkpointing_steps=2))
+    paths = [
+        "run/checkpoint-2",
+        "./run/checkpoint-2/",
+        f"{tmp_path}/run/checkpoint-2/",
+        "checkpoint-2",
+        "checkpoint-2/",
+    ]
+    for path in paths:
+        checkpoint = checkpoint_to_resume(config(Path("run"), resume_from_checkpoint=path))
+        assert checkpoint is not None
+        assert checkpoint.step == 2
+    for path in ("checkpoint-3", "run", "", "run/checkpoint-2/prior"):
+        with pytest.raises(RunError, match="is not a checkpoint"):
+            checkpoint_to_resume(config(Path("run"), resume_from_checkpoint=path))
+
+
+def test_two_runs_do_not_mix_in_one_directory(cache: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(cache, config(tmp_path / name, checkpointing_steps=2))
+    with pytest.raises(RunError, match="two holds checkpoint-4 of an earlier run"):
+        train(cache, config(tmp_path / "two", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2")))
+
+
+def test_a_run_does_not_go_back(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(
+        RunError, match="checkpoint-4 comes after step 4; expected one no later than --max-train-steps 3"
+    ):
+        train(cache, config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest"))
+    again = config(tmp_path, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
+    assert train(cache, again).step == len(course(tmp_path)) == 3
+
+
+def test_another_kind_of_run_is_refused_before_its_network_is_loaded(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(cache, config(tmp_path, lora_rank=2, checkpointing_steps=4))
+    monkeypatch.setattr(kcache.training.setup, "load_objective", lambda *_: pytest.fail("loaded"))
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"lora_rank": 4}, "lora_rank: 2 → 4"),
+        ({}, "lora_rank: 2 → None"),
+        ({"lora_rank": 2, "stage": "decoder"}, "stage: prior → decoder"),
+        ({"lora_rank": 2, "lora_target_modules": ("to_q",)}, "lora_target_modules: .* → .*to_q"),
+        (
+            {"lora_rank": 2, "lora_alpha": 8.0, "lora_dropout": 0.5},
+            r"lora_alpha: None → 8\.0, lora_dropout: 0\.0 → 0\.5",
+        ),
+    ]
+    for settings, change in others:
+        with pytest.raises(RunError, match=change):
+            train(cache, config(tmp_path, **settings, resume_from_checkpoint="latest"))
+
+
+def test_another_selection_of_samples_is_refused(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=4))
+    with pytest.raises(CacheMismatchError, match="samples_digest"):
+        train(cache, config(tmp_path, where="tokens <= 10", resume_from_checkpoint="latest"))
+
+
+def repainted(oracle: Path, folder: Path) -> Path:
+    """A copy of the recorded prior pipeline whose prior, and nothing else, has other weights."""
+    shutil.copytree(oracle / "prior", folder)
+    file = folder / WEIGHTS["prior"]
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def test_adapters_are_refused_another_base_before_it_is_loaded(
+    cache: str, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(cache, config(tmp_path / "run", lora_rank=2, checkpointing_steps=4))
+    other = str(repainted(oracle, tmp_path / "other"))
+    again = config(
+        tmp_path / "run", lora_rank=2, pretrained_prior_model_name_or_path=other, resume_from_checkpoint="latest"
+    )
+    monkeypatch.setattr(kcache.training.setup, "load_objective", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(RunError) as refused:
+        train(cache, again)
+    with DigestMemo() as memo:
+        begun, found = (
+            weights_digest(find_repository(str(base), None, ["prior"]), "prior", memo)[:12]
+            for base in (oracle / "prior", other)
+        )
+    assert f"the network of {oracle / 'prior'}, weights {begun}…; found that of {other}, weights {found}…" in str(
+        refused.value
+    )
+    assert "give these by --pretrained-prior-model-name-or-path" in str(refused.value)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_base_that_moved_is_the_same_one(cache: str, oracle: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    settings: dict[str, Any] = {"lora_rank": lora_rank, "checkpointing_steps": 2}
+    train(cache, config(tmp_path / "run", **settings))
+    settings["pretrained_prior_model_name_or_path"] = str(shutil.copytree(oracle / "prior", tmp_path / "moved"))
+    path = str(tmp_path / "run" / "checkpoint-2")
+    train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=path))
+    assert course(tmp_path / "again") == course(tmp_path / "run")[2:]
+
+
+def test_a_checkpoint_from_before_the_base_was_recorded_is_taken(cache: str, oracle: Path, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, lora_rank=2, checkpointing_steps=2))
+    state = dict(open_checkpoint(tmp_path / "checkpoint-4").state)
+    del state["adapted"]
+    reseal(tmp_path / "checkpoint-4", state)
+    settings: dict[str, Any] = {"lora_rank": 2, "checkpointing_steps": 2, "max_train_steps": 6}
+    train(cache, config(tmp_path, **settings, resume_from_checkpoint="latest"))
+    assert open_checkpoint(tmp_path / "checkpoint-6").state["adapted"]["name"] == str(oracle / "prior")
+
+
+def plant_pickles(folder: Path, marker: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(marker),)
+
+    for name in ("optimizer.bin", "random_states_0.pkl", "scheduler.bin", "prior/diffusion_pytorch_model.bin"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+
+
+def test_a_planted_pickle_is_not_run(cache: str, tmp_path: Path) -> None:
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2}
+    train(cache, config(tmp_path / "run", **settings))
+    marker = tmp_path / "run-by-a-pickle"
+    plant_pickles(tmp_path / "run" / "checkpoint-2", marker)
+    path = str(tmp_path / "run" / "checkpoint-2")
+    train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=path))
+    assert course(tmp_path / "again") == course(tmp_path / "run")[2:]
+    assert not marker.exists()
+
+
+def reseal(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Make a checkpoint whose state is another, and which nevertheless passes for whole."""
+    from kcache.store.checkpoint import _digest
+
+    body = json.loads((checkpoint / "state.json").read_text())
+    del body["digest"]
+    body["state"] = state
+    (checkpoint / "state.json").write_text(json.dumps({**body, "digest": _digest(body)}))
+
+
+@pytest.mark.parametrize("lacking", ["config", "global_batch", "tables", "loader", "lr_scheduler", "samples_seen"])
+def test_a_state_that_lacks_something_is_refused_in_one_message(cache: str, tmp_path: Path, lacking: str) -> None:
+    settings = {"max_train_steps": None, "num_train_epochs": 1, "checkpointing_steps": 2}
+    train(cache, config(tmp_path, **settings))
+    checkpoint = tmp_path / "checkpoint-2"
+    state = {name: value for name, value in open_checkpoint(checkpoint).state.items() if name != lacking}
+    reseal(checkpoint, state)
+    with pytest.raises(RunError, match=lacking):
+        train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=str(checkpoint)))
+
+
+def test_an_average_cannot_be_taken_up_halfway(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, checkpointing_steps=2))
+    with pytest.raises(RunError, match="use_ema: False → True"):
+        train(cache, config(tmp_path, use_ema=True, resume_from_checkpoint="latest"))

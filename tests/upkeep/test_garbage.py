@@ -1,0 +1,166 @@
+"""Garbage: what is no part of a cache goes, everything else stays, and building again has nothing to do."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_builds import build, copy_pictures, digests, encoded
+
+from kcache import Cache
+from kcache.build.plan import Plan, freeze_plan
+from kcache.durable import exclusive
+from kcache.errors import CacheBusyError, CacheIncompleteError
+from kcache.upkeep.garbage import collect_garbage
+
+pytestmark = pytest.mark.usefixtures("form")
+
+FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
+
+
+@pytest.fixture(scope="module")
+def built(form: str, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source of six pictures, one of them broken, and its cache in shards of two rows."""
+    folder = tmp_path_factory.mktemp("collect")
+    source = copy_pictures(oracle, folder / "pictures")
+    (source / "img_05.png").write_bytes(b"no picture")
+    (source / "img_05.txt").write_text("picture number 4")
+    build(source, folder / "cache", oracle, rows_per_shard=2)
+    return source, folder / "cache"
+
+
+@pytest.fixture
+def copies(built: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return tuple(Path(shutil.copytree(path, tmp_path / path.name)) for path in built)  # type: ignore[return-value]
+
+
+def disk_bytes(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
+def rows(cache: Path) -> dict[str, np.ndarray]:
+    opened = Cache.open(cache)
+    return opened.read(range(len(opened)), FIELDS)
+
+
+def assert_same_cache(cache: Path, before: dict[str, np.ndarray], source: Path, oracle: Path) -> None:
+    """The rows are what they were, and a build finds nothing to do and changes nothing."""
+    after = rows(cache)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    files = digests(cache)
+    assert encoded(build(source, cache, oracle, rows_per_shard=2)) == {}
+    assert digests(cache) == files
+
+
+def test_a_cache_without_garbage_stays_as_it_is(copies: tuple[Path, Path]) -> None:
+    before = digests(copies[1])
+    garbage = collect_garbage(copies[1])
+    assert (garbage.paths, garbage.bytes) == ((), 0)
+    assert digests(copies[1]) == before
+
+
+def test_shards_that_no_sample_uses_go(copies: tuple[Path, Path], oracle: Path, form: str) -> None:
+    source, cache = copies
+    for name in ("img_01", "img_02", "img_03"):
+        (source / f"{name}.txt").write_text(f"another caption for {name}")
+        (source / f"{name}.png").write_bytes(
+            (oracle / "data" / name.replace("0", "1", 1)).with_suffix(".png").read_bytes()
+        )
+    build(source, cache, oracle, rows_per_shard=2)
+    before, samples, fingerprint = rows(cache), Cache.open(cache).samples, Cache.open(cache).fingerprint
+    planned = collect_garbage(cache, dry_run=True)
+    size = disk_bytes(cache)
+    garbage = collect_garbage(cache)
+    assert garbage.paths == planned.paths
+    assert garbage.bytes == planned.bytes > 0
+    assert size - disk_bytes(cache) == pytest.approx(garbage.bytes, abs=3000)  # manifest and index are shorter, too
+    gone = "samples-" if form == "webdataset" else "latents-64-"
+    assert any(path.startswith(gone) and "/00001" in path for path in garbage.paths)
+    assert not any((cache / path).exists() for path in garbage.paths)
+    assert (Cache.open(cache).samples, Cache.open(cache).fingerprint) == (samples, fingerprint)
+    assert_same_cache(cache, before, source, oracle)
+
+
+def test_compact_drops_unused_rows_from_mixed_shards(copies: tuple[Path, Path], oracle: Path) -> None:
+    source, cache = copies
+    (source / "img_02.txt").write_text("another caption")
+    (source / "img_00.png").unlink()
+    (source / "img_00.txt").unlink()
+    build(source, cache, oracle, rows_per_shard=2)
+    before = rows(cache)
+    assert collect_garbage(cache).unused_bytes > 0
+    size = disk_bytes(cache)
+    garbage = collect_garbage(cache, compact=True)
+    assert (garbage.unused_bytes, collect_garbage(cache, dry_run=True).paths) == (0, ())
+    assert disk_bytes(cache) < size
+    captions = len(Cache.open(cache).caption_bounds) - 1
+    assert Cache.open(cache).manifest.tables["text"].rows == captions + 1
+    assert_same_cache(cache, before, source, oracle)
+
+
+def test_tables_of_another_recipe_and_leftovers_go(copies: tuple[Path, Path], oracle: Path, form: str) -> None:
+    source, cache = copies
+    build(source, cache, oracle, rows_per_shard=2, dtype="float16")
+    (cache / ".tmp-1-dead").mkdir()
+    (cache / ".tmp-1-dead" / "half").write_bytes(b"half a shard")
+    live = next(cache.glob("samples-*/" if form == "webdataset" else "text-*/"))
+    (live / ".tmp-2-dead").write_bytes(b"half a file")
+    (live / "00099.rows.npy").write_bytes(b"never committed")
+    (cache / f"samples-{'0' * 16}.parquet").write_bytes(b"of an older manifest")
+    (cache / "notes.txt").write_text("not kcache's")
+    before = rows(cache)
+    old = {path.name for path in cache.iterdir() if path.is_dir()} - {".tmp-1-dead"}
+    garbage = collect_garbage(cache)
+    removed = old - {path.name for path in cache.iterdir()}
+    assert len(removed) == (2 if form == "webdataset" else 3)
+    assert garbage.bytes > 0
+    assert not list(cache.rglob(".tmp-*"))
+    assert not list(cache.rglob("00099*"))
+    assert (cache / "notes.txt").exists()
+    for name, array in rows(cache).items():
+        assert np.array_equal(array, before[name])
+    assert encoded(build(source, cache, oracle, rows_per_shard=2, dtype="float16")) == {}
+
+
+def test_what_was_rejected_stays_known(
+    copies: tuple[Path, Path], oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = copies
+    for path in source.glob("img_0[0-4].*"):
+        path.unlink()
+    for i in (10, 11):
+        shutil.copyfile(oracle / "data" / f"img_{i}.png", source / f"img_{i}.png")
+        (source / f"img_{i}.txt").write_text("a new picture")
+    build(source, cache, oracle, rows_per_shard=2)
+    collect_garbage(cache, compact=True)
+    monkeypatch.setattr("kcache.encoders.frozen.load_encoder", lambda *_: pytest.fail("an encoder was loaded"))
+    assert build(source, cache, oracle, rows_per_shard=2).rejected == 1
+
+
+def test_hard_links_free_nothing(copies: tuple[Path, Path], oracle: Path, tmp_path: Path) -> None:
+    source, cache = copies
+    build(source, cache, oracle, rows_per_shard=2, dtype="float16")
+    shutil.copytree(cache, tmp_path / "linked", copy_function=os.link)
+    assert collect_garbage(cache).bytes == 0
+
+
+def test_it_waits_for_builds(copies: tuple[Path, Path]) -> None:
+    with exclusive(copies[1]), pytest.raises(CacheBusyError):
+        collect_garbage(copies[1])
+    freeze_plan(copies[1], Plan(tables=()))
+    with pytest.raises(CacheIncompleteError, match="unfinished build"):
+        collect_garbage(copies[1])
+
+
+def test_interrupted_it_goes_on(copies: tuple[Path, Path], oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = copies
+    build(source, cache, oracle, rows_per_shard=2, dtype="float16")
+    before = rows(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("kcache.upkeep.garbage.remove", lambda path: path.rename(path.parent / ".tmp-3-x") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collect_garbage(cache)
+    assert all(np.array_equal(rows(cache)[name], before[name]) for name in before)
+    assert collect_garbage(cache).bytes > 0
+    assert collect_garbage(cache).paths == ()

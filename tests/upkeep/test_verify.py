@@ -1,0 +1,370 @@
+"""Verifying a whole cache, naming what is broken, repairing exactly that, and comparing rows with their encoders."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from small_builds import build, copy_pictures, digests
+
+from kcache import Cache
+from kcache.build.dataset_card import CARD
+from kcache.durable import json_bytes
+from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
+from kcache.store.manifest import MANIFEST, read_manifest
+from kcache.store.recipe import canonical_json
+from kcache.store.rows import gather
+from kcache.upkeep.compare import compare_online
+from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.merge import merge_caches
+from kcache.upkeep.repair import repair_cache
+from kcache.upkeep.verify import VerifyProgress, verify_cache
+from kcache_cli import app as cli
+
+pytestmark = pytest.mark.usefixtures("form")
+
+FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
+
+
+@pytest.fixture(scope="module")
+def built(form: str, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source of six pictures, one of them broken, and its cache in shards of two; tests copy both."""
+    folder = tmp_path_factory.mktemp("built")
+    source = copy_pictures(oracle, folder / "pictures", 7)
+    (source / "img_05.png").write_bytes(b"no picture")
+    build(source, folder / "cache", oracle, rows_per_shard=2)
+    return source, folder / "cache"
+
+
+@pytest.fixture
+def copies(built: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return tuple(Path(shutil.copytree(path, tmp_path / path.name)) for path in built)  # type: ignore[return-value]
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+def row_place(cache: Path, field: str, sample: int) -> tuple[Path, int]:
+    """File and offset of a sample's row."""
+    opened = Cache.open(cache)
+    entry = opened._index[opened.table_of(field)][sample]
+    return opened.field_files(field).files[entry["shard"]].path, int(entry[field]["offset"])
+
+
+def everything(cache: Path) -> dict[str, Any]:
+    opened = Cache.open(cache)
+    rows = {name: array.tobytes() for name, array in opened.read(range(len(opened)), FIELDS).items()}
+    reserved = {}
+    for name in ("image_embeds", "text_embeds"):
+        index = opened._index[opened.table_of(name)]
+        reserved[name] = gather(opened.field_files(name), index[-1:], np.empty)[0].tobytes()
+    return {"rows": rows, "reserved": reserved, "samples": opened.samples.to_pylist()}
+
+
+def test_a_sound_cache_is_read_to_the_last_byte(built: tuple[Path, Path]) -> None:
+    seen: list[VerifyProgress] = []
+    result = verify_cache(built[1], seen.append)
+    assert (result.files, result.rows, result.orphaned, result.corrupt) == ((), (), (), False)
+    records = [json.loads(path.read_bytes()) for path in built[1].glob("*/[0-9]*.json")]
+    committed = sum(file["bytes"] for record in records for file in record["files"])
+    assert result.bytes == committed == seen[-1].done == seen[-1].total
+
+
+def test_a_broken_row_is_named_with_its_sample(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+    path, offset = row_place(cache, "latents", 3)
+    flip(path, offset + 5)
+    result = verify_cache(cache)
+    [file], [row] = result.files, result.rows
+    assert file.path == path.relative_to(cache).as_posix()
+    assert "crc32c" in file.reason
+    sample = Cache.open(cache).samples.to_pylist()[3]
+    assert (row.table, row.field, row.sample, row.name) == ("latents-64", "latents", sample["id"], sample["name"])
+    assert row.shard == file.shard
+    assert path.relative_to(cache).as_posix().startswith(row.shard)
+
+
+def test_foreign_files_are_orphaned_not_corrupt(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+    shard = Path(verify_shard(cache))
+    (cache / "notes.txt").write_text("mine")
+    (cache / ".tmp-1-abc").mkdir()
+    (cache / "index-0123456789abcdef").mkdir()
+    (cache / shard.parent / "99999.rows.npy").write_bytes(b"left over")
+    result = verify_cache(cache)
+    assert not result.corrupt
+    assert result.orphaned == tuple(
+        sorted([".tmp-1-abc/", "index-0123456789abcdef/", "notes.txt", f"{shard.parent}/99999.rows.npy"])
+    )
+
+
+def verify_shard(cache: Path) -> str:
+    """A shard of the latents, relative to the cache, without suffix."""
+    return read_manifest(cache).tables["latents-64"].shards[0].data.removesuffix(".tar")
+
+
+def test_a_card_says_what_the_manifest_does_or_is_its_owners(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+    text = (cache / CARD).read_text()
+    (cache / CARD).write_text(text.replace("6 samples", "7 samples"))
+    assert [file.path for file in verify_cache(cache).files] == [CARD]
+    (cache / CARD).write_text("# My cache\n")
+    assert not verify_cache(cache).corrupt
+
+
+def recount(cache: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what the manifest says, and seal it again as whoever writes it would."""
+    body = json.loads((cache / MANIFEST).read_bytes())
+    del body["digest"]
+    change(body)
+    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (cache / MANIFEST).write_bytes(json_bytes({**body, "digest": digest}))
+
+
+def manifest_fault(cache: Path) -> str:
+    """What is said of the manifest, the one thing that is wrong besides the card, which repeats it."""
+    result = verify_cache(cache)
+    assert result.corrupt
+    assert result.rows == ()
+    [reason] = [file.reason for file in result.files if file.path == MANIFEST]
+    assert {file.path for file in result.files} <= {MANIFEST, CARD}
+    return reason
+
+
+def test_a_manifest_that_counts_otherwise_is_corrupt_and_mended_without_encoding(
+    copies: tuple[Path, Path], oracle: Path, form: str
+) -> None:
+    source, cache = copies
+    true, content = read_manifest(cache), (cache / MANIFEST).read_bytes()
+    latents = true.tables["latents-64"]
+
+    def one_more(*keys: str | int) -> Callable[[dict[str, Any]], None]:
+        def change(body: Any) -> None:
+            for key in keys[:-1]:
+                body = body[key]
+            body[keys[-1]] += 1
+
+        return change
+
+    shard = latents.shards[0]
+    place = ("tables", "latents-64")
+    expected = {
+        ("samples",): f"7 samples, {true.samples_file} has 6;",
+        ("rejected",): "2 rejected, rejected.jsonl has 1;",
+        (*place, "rows"): f"{latents.rows + 1} rows of latents-64, there are {latents.rows};",
+        (*place, "bytes"): f"{latents.bytes + 1:,} bytes of latents-64, there are {latents.bytes:,};",
+        (*place, "shards", 0, "rows"): f"{shard.rows + 1} rows of latents-64 in {shard.data}, there are {shard.rows};",
+        (*place, "shards", 0, "bytes"): f"bytes of latents-64 in {shard.data}, there are {shard.bytes:,};",
+    }
+    recount(cache, one_more("rejected"))
+    build(source, cache, oracle, rows_per_shard=2)
+    assert (cache / MANIFEST).read_bytes() == content
+    (source / "img_00.png").unlink()  # a repair that encodes nothing needs no picture
+    for keys, text in expected.items():
+        recount(cache, one_more(*keys))
+        reason = manifest_fault(cache)
+        assert text in reason
+        assert "--repair writes it anew" in reason
+        result = repair_cache(str(source), cache)
+        assert (result.encoded, result.after.corrupt) == ({}, False)
+        assert (cache / MANIFEST).read_bytes() == content
+
+
+def test_no_way_to_a_cache_miscounts(copies: tuple[Path, Path], oracle: Path, form: str, tmp_path: Path) -> None:
+    source, cache = copies
+    (source / "img_01.txt").write_text("another caption")
+    shutil.copyfile(source / "img_02.png", source / "img_09.png")
+    build(source, cache, oracle, rows_per_shard=2)
+    more = copy_pictures(oracle, tmp_path / "more", 9)
+    build(more, tmp_path / "second", oracle, rows_per_shard=3)
+    merge_caches(tmp_path / "merged", [cache, tmp_path / "second"])
+    convert_cache(cache, tmp_path / "converted", "zarr" if form == "webdataset" else "webdataset")
+    for compact in (False, True):
+        collect_garbage(shutil.copytree(cache, tmp_path / f"collected-{compact}"), compact=compact)
+    for name in ("second", "merged", "converted", "collected-False", "collected-True"):
+        assert not verify_cache(tmp_path / name).corrupt, name
+    assert not verify_cache(cache).corrupt
+
+
+def test_many_wrong_counts_are_one_line(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+
+    def change(body: dict[str, Any]) -> None:
+        for entry in body["tables"].values():
+            for shard in entry["shards"]:
+                shard["rows"] += 1
+
+    recount(cache, change)
+    wrong = sum(len(entry.shards) for entry in read_manifest(cache).tables.values())
+    reason = manifest_fault(cache)
+    assert reason.count(", there are ") == 5
+    assert f"(and {wrong - 5} more)" in reason
+
+
+def test_counts_of_broken_shards_are_not_doubted(copies: tuple[Path, Path]) -> None:
+    _, cache = copies
+    [side] = (
+        cache.glob("text-*/00001.rows.npy")
+        if read_manifest(cache).format == "zarr"
+        else cache.glob("samples-*/00001.text.rows.npy")
+    )
+    side.write_bytes(side.read_bytes()[:-7])
+    assert [file.path for file in verify_cache(cache).files] == [side.relative_to(cache).as_posix()]
+
+
+def test_only_the_broken_row_is_encoded_again(copies: tuple[Path, Path], form: str) -> None:
+    source, cache = copies
+    before, files = everything(cache), digests(cache)
+    for field, sample in (("latents", 3), ("image_embeds", -1)):
+        path, offset = row_place(cache, field, sample)
+        flip(path, offset + 5)
+    result = repair_cache(str(source), cache)
+    assert result.encoded == {"latents-64": 1, "image_embeds": 1}
+    assert len(result.before.rows) == 2
+    assert not result.after.corrupt
+    assert verify_cache(cache).orphaned == ()
+    assert everything(cache) == before
+    after = digests(cache)
+    broken = tuple(result.before.shards)
+    untouched = {n: d for n, d in files.items() if "/" in n and not n.startswith((*broken, "index-"))}
+    assert untouched
+    assert {name: after.get(name) for name in untouched} == untouched
+    assert after["rejected.jsonl"] == files["rejected.jsonl"]
+
+
+@pytest.mark.parametrize("damage", ["emptied", "removed"])
+def test_every_kind_of_file_can_be_repaired(copies: tuple[Path, Path], damage: str) -> None:
+    source, cache = copies
+    before, files = everything(cache), sorted(digests(cache))
+    whole = shutil.copytree(cache, cache.parent / "whole")
+    # One shard of each folder, and one of a zarr group's many small files.
+    shards = [name for name in files if "/00001" in name and not name.endswith("zarr.json")]
+    groups = [name for name in files if name.endswith("/00001/zarr.json")]
+    others = [name for name in files if "/0" not in name and name not in (MANIFEST, CARD)]
+    for name in [*shards, *groups[:1], *others]:
+        shutil.rmtree(cache)
+        shutil.copytree(whole, cache)
+        (cache / name).unlink()
+        if damage == "emptied":
+            (cache / name).touch()
+        result = repair_cache(str(source), cache)
+        lost = {(row.table, row.entry) for row in result.before.rows}
+        assert (result.before.corrupt, sum(result.encoded.values())) == (True, len(lost)), name
+        assert (verify_cache(cache).corrupt, everything(cache)) == (False, before), name
+
+
+def test_repair_changes_nothing_but_what_was_broken_when_the_source_moved_on(copies: tuple[Path, Path]) -> None:
+    source, cache = copies
+    before = everything(cache)
+    path, offset = row_place(cache, "latents", 3)
+    flip(path, offset + 5)
+    (source / "img_00.png").unlink()
+    (source / "img_01.txt").write_text("another caption")
+    shutil.copyfile(source / "img_02.png", source / "img_09.png")
+    (source / "img_09.txt").write_text("one more")
+    assert repair_cache(str(source), cache).encoded == {"latents-64": 1}
+    assert everything(cache) == before
+
+
+def test_repair_refuses_what_it_cannot_do_exactly(copies: tuple[Path, Path], oracle: Path, tmp_path: Path) -> None:
+    source, _ = copies
+    prior = Path(shutil.copytree(oracle / "prior", tmp_path / "prior"))
+    build(source, tmp_path / "own", oracle, pretrained_prior_model_name_or_path=str(prior))
+    path, offset = row_place(tmp_path / "own", "image_embeds", 3)
+    flip(path, offset)
+    files = digests(tmp_path / "own")
+    weights = prior / "image_encoder" / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(CacheMismatchError, match=r"image_embeds encoded now .* another recipe .*weights: "):
+        repair_cache(str(source), tmp_path / "own")
+    shutil.copyfile(oracle / "prior" / "image_encoder" / "model.safetensors", weights)
+    (source / "img_03.png").unlink()
+    with pytest.raises(SourceError, match=r"it lacks 1, such as img_03\.png"):
+        repair_cache(str(source), tmp_path / "own")
+    assert digests(tmp_path / "own") == files
+    flip(tmp_path / "own" / "manifest.json", 100)
+    with pytest.raises(CacheCorruptError, match="nothing says which encoders"):
+        repair_cache(str(source), tmp_path / "own")
+
+
+def test_settings_are_taken_from_the_recipes(copies: tuple[Path, Path], oracle: Path, tmp_path: Path) -> None:
+    source, _ = copies
+    settings = {"dtype": "float16", "mixed_precision": "bf16", "alpha": "drop", "batch_size": 2, "resolution": (32, 64)}
+    for stage in ("prior", "decoder", "all"):
+        cache = tmp_path / stage
+        build(source, cache, oracle, stage=stage, **settings)
+        path, offset = row_place(cache, "image_embeds", 1)
+        flip(path, offset)
+        assert repair_cache(str(source), cache).encoded == {"image_embeds": 1}
+
+
+def test_float32_rows_are_what_the_encoders_give(built: tuple[Path, Path]) -> None:
+    found = compare_online(str(built[0]), built[1], 4, seed=1)
+    assert {difference.field for difference in found} == set(FIELDS)
+    assert [(d.rows, d.absolute, d.relative) for d in found] == [(4, 0.0, 0.0)] * 4
+
+
+def test_a_difference_is_measured(copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = copies
+    read = Cache.read
+
+    def moved(self: Cache, *arguments: Any, **options: Any) -> dict[str, np.ndarray]:
+        rows = read(self, *arguments, **options)
+        for name in set(rows) & {"latents"}:
+            rows[name][1] += 0.25
+        return rows
+
+    monkeypatch.setattr(Cache, "read", moved)
+    found = {difference.field: difference for difference in compare_online(str(source), cache, 6)}
+    assert found["latents"].absolute == pytest.approx(0.25, rel=1e-5)
+    largest = np.abs(read(Cache.open(cache), [1], ["latents"])["latents"]).max()
+    assert found["latents"].relative == pytest.approx(0.25 / largest, rel=1e-5)
+    assert found["image_embeds"].absolute == 0
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `kcache cache-verify` in this process; returns exit status, stdout and stderr."""
+
+    def command(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kcache", "cache-verify", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        captured = capsys.readouterr()
+        return exited.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
+
+    return command
+
+
+def test_the_command_names_what_is_broken_repairs_and_compares(
+    copies: tuple[Path, Path], run: Callable[..., tuple[int, str, str]]
+) -> None:
+    source, cache = copies
+    path, offset = row_place(cache, "latents", 3)
+    flip(path, offset + 5)
+    status, out, err = run(cache)
+    assert status == 4
+    assert f"broken file: {path.relative_to(cache)}: crc32c is" in out
+    assert "img_03.png" in out
+    assert "--repair" in err
+    status, out, _ = run(cache, "--json")
+    about = json.loads(out)
+    assert (status, about["corrupt"], [row["name"] for row in about["rows"]]) == (4, True, ["img_03.png"])
+    status, out, err = run(cache, "--repair")
+    assert (status, "--source SOURCE" in err) == (1, True)
+    status, out, _ = run(cache, "--source", source, "--repair", "--against-online", "3")
+    assert status == 0
+    assert "repaired file: " in out
+    assert "rows encoded again: 1 of latents-64" in out
+    assert "latents-64 latents: 3 rows, largest difference 0.00e+00" in out
+    assert run(cache)[0] == 0
