@@ -17,8 +17,6 @@ from kcache.loader.chance import epoch_order
 from kcache.store.shards import OFFSETS
 from kcache.upkeep.verify import verify_cache
 
-__all__ = ["FIELDS", "Fault", "Sweep", "cuts", "file_kind", "flips", "losses"]
-
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
 RAGGED = FIELDS[-1]
 CUT_BYTES = 64

@@ -44,8 +44,6 @@ from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache_cli import app
 
-__all__ = ["Bench", "Builder", "digests", "main"]
-
 FORMATS = ("zarr", "webdataset")
 PICTURES = 6
 CALLS = ("fsync", "rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir")

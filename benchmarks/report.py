@@ -18,8 +18,6 @@ from growth import how_it_grows
 from measuring.plots import draw_growth, draw_loader, draw_train_steps, draws_per_image, row_label
 from measuring.summaries import command, summary
 
-__all__ = ["main"]
-
 Report = Mapping[str, Any]
 TITLES = {
     "train_step": "A training step",

@@ -6,8 +6,6 @@ from typing import Literal, get_args
 
 from kcache.errors import ConfigError
 
-__all__ = ["DECODER_REPO", "PRIOR_REPO", "BuildConfig", "LrScheduler", "MixedPrecision", "Stage", "TrainConfig"]
-
 Stage = Literal["prior", "decoder", "all"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]

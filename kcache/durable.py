@@ -18,24 +18,6 @@ import numpy as np
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
 from kcache.processes import from_label, is_gone, this_process
 
-__all__ = [
-    "create_bytes",
-    "exclusive",
-    "json_bytes",
-    "publish",
-    "read_npy",
-    "remove",
-    "remove_temporary",
-    "shared",
-    "sync_folder",
-    "temporary_folder",
-    "temporary_path",
-    "write_bytes",
-    "write_json",
-    "write_npy",
-    "writing",
-]
-
 TEMPORARY_PREFIX = ".tmp-"
 
 

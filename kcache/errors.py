@@ -1,21 +1,5 @@
 """Every error that kcache raises on purpose: each message says what was found, what was expected and what to do."""
 
-__all__ = [
-    "CacheBusyError",
-    "CacheCorruptError",
-    "CacheIncompleteError",
-    "CacheMismatchError",
-    "CacheNotFoundError",
-    "CacheWriteError",
-    "ConfigError",
-    "InputRejected",
-    "KcacheError",
-    "ModelError",
-    "RejectedInputsError",
-    "RunError",
-    "SourceError",
-]
-
 
 class KcacheError(Exception):
     """Parent of every error below; `exit_code` is what the command line returns for it."""

@@ -5,8 +5,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["already_in", "instead_of_cache", "instead_of_source", "near_names"]
-
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}
 _LOOKED_AT = 1000

@@ -9,18 +9,6 @@ from pathlib import Path
 
 from kcache.errors import ConfigError
 
-__all__ = [
-    "check_device",
-    "cpu_flags",
-    "cpu_name",
-    "cpu_quota",
-    "default_device",
-    "free_memory",
-    "machine_memory",
-    "memory_limit",
-    "usable_cores",
-]
-
 _UNLIMITED = 1 << 60
 """Control groups write "max", or a number near 2^63, for no limit."""
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["Process", "from_label", "is_gone", "is_here", "this_process"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:

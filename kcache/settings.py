@@ -9,8 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kcache.errors import ConfigError
 
-__all__ = ["read_toml", "settings_from"]
-
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["stop_here", "stopped_when_safe"]
-
 _asked: list[int] = []
 """The signals that came; of the process, like the handlers."""
 

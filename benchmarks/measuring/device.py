@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["busy_share", "covered", "device_kind", "forget_peak", "peak_memory", "synchronize"]
-
 
 def device_kind() -> str:
     """ "gpu" where CUDA has a device, which is then used, else "cpu"."""

@@ -26,8 +26,6 @@ from kcache.training.run import TrainingRun
 from kcache.training.trainer import take_step
 from measuring.ways import Way, cached_ways, loader
 
-__all__ = ["DRAWS", "lever_ways"]
-
 DRAWS = 4
 
 

@@ -26,8 +26,6 @@ from kcache.demo.tiny import demo_models
 from kcache.encoders.pretrained import without_bars
 from kcache.machine import default_device
 
-__all__ = ["SIZES", "make_network", "read_configs", "write_models"]
-
 SIZES = ("tiny", "full")
 COMPONENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "prior": PriorTransformer.from_config,

@@ -14,8 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter
 
-__all__ = ["draw_growth", "draw_loader", "draw_train_steps", "draws_per_image", "row_label"]
-
 Report = Mapping[str, Any]
 WIDTH, DPI = 8.3, 160
 """Inches, of which a page shows each with some 100 pixels, and the pixels that are in the file."""

@@ -16,8 +16,6 @@ import torch
 import kcache
 from measuring.device import device_kind
 
-__all__ = ["machine", "write_outcome"]
-
 
 def machine() -> dict[str, str]:
     """Where and with what this was measured."""

@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from measuring.device import device_kind, synchronize
 
-__all__ = ["count_flops", "kind_of", "peak_flops", "time_by_kind"]
-
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 """FLOP per second in bfloat16, dense, as the makers say; a name that begins another stands behind it."""
 KINDS = {

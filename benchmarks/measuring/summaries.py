@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["SUMMARIES", "command", "summary"]
-
 Report = Mapping[str, Any]
 FOLDER = "benchmarks/results"
 

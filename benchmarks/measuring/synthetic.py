@@ -15,8 +15,6 @@ from kcache.store.recipe import Field, Recipe
 from kcache.store.samples import Refusal
 from kcache.store.shards import RowBlock, commit_shard
 
-__all__ = ["SyntheticSource", "random_rows", "synthetic_recipe", "write_synthetic_cache"]
-
 
 class SyntheticSource:
     """Images that are only named: their bytes are a 1-pixel picture, the same for all, and their keys differ."""

@@ -19,8 +19,6 @@ import torch
 
 from measuring.workload import Workload
 
-__all__ = ["time_upstream"]
-
 
 def time_upstream(
     arguments: argparse.Namespace, workload: Workload, resolution: int, batch_size: int

@@ -19,8 +19,6 @@ from kcache.sources import open_source
 from kcache.training.run import TrainingRun
 from kcache.training.trainer import take_step
 
-__all__ = ["COMPUTE", "Way", "cached_ways", "loader", "online_ways"]
-
 COMPUTE = "compute only"
 
 

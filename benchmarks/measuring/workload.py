@@ -23,8 +23,6 @@ from kcache.demo.digits import vocabulary
 from kcache.machine import default_device
 from measuring.models import SIZES, write_models
 
-__all__ = ["Workload", "add_workload_arguments", "open_workload", "write_pictures"]
-
 SIDES = {"tiny": 256, "full": 1024}
 """Sides of the pictures, in pixels, unless told."""
 RESOLUTIONS = {"tiny": 128, "full": 768}

@@ -25,8 +25,6 @@ from kcache_cli.sample import sample
 from kcache_cli.train import train_decoder, train_prior
 from kcache_cli.verify import cache_verify
 
-__all__ = ["app", "dashed", "main"]
-
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kcache.build.build import BuildResult
     from kcache.build.estimate import BuildEstimate
 
-__all__ = ["BUILD_HELP", "cache_build"]
-
 BUILD_HELP = {
     "stage": "Which trainer the cache is for; `all` serves both.",
     "resolution": "Side in pixels of the square pictures whose latents are stored; repeat it for several tables.",

@@ -8,8 +8,6 @@ import typer
 
 from kcache_cli.progress import Report, bytes_text, count_text, note, say, show_counts
 
-__all__ = ["cache_gc"]
-
 
 def cache_gc(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],

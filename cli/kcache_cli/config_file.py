@@ -11,8 +11,6 @@ from kcache.errors import ConfigError
 from kcache.settings import read_toml, settings_from
 from kcache_cli.renamed import TRANSLATED, refusal
 
-__all__ = ["ConfigOption", "read_config"]
-
 _NOT_SETTINGS = {"config", "sweep", "help"}
 
 

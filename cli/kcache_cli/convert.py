@@ -7,8 +7,6 @@ import typer
 
 from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
 
-__all__ = ["cache_convert"]
-
 
 def cache_convert(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the finished cache to read.")],

@@ -15,8 +15,6 @@ from kcache_cli.progress import bytes_text, count_text, duration_text, note, say
 if TYPE_CHECKING:
     from kcache.demo.result import DemoResult, ExamResult
 
-__all__ = ["demo"]
-
 
 def demo(
     *,

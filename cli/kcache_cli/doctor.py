@@ -16,8 +16,6 @@ from kcache_cli.progress import bytes_text, count_text, say
 if TYPE_CHECKING:
     from kcache.report.doctor import Fact
 
-__all__ = ["doctor"]
-
 _STYLES = {"ok": "", "note": "yellow", "slow": "yellow", "broken": "bold red"}
 
 

@@ -8,8 +8,6 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-__all__ = ["with_flags"]
-
 Command = TypeVar("Command", bound=Callable[..., None])
 
 

@@ -7,8 +7,6 @@ import typer
 
 from kcache_cli.progress import bytes_text, count_text, say
 
-__all__ = ["cache_info"]
-
 SHOWN_REJECTED = 10
 """Rejected inputs that are named one by one; more are counted by reason, and --json names them all."""
 

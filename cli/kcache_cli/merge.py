@@ -7,8 +7,6 @@ import typer
 
 from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
 
-__all__ = ["cache_merge"]
-
 
 def cache_merge(
     new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],

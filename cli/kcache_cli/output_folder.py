@@ -5,8 +5,6 @@ from pathlib import Path
 
 from kcache.errors import ConfigError
 
-__all__ = ["check_folder"]
-
 
 def check_folder(flag: str, folder: Path) -> None:
     """Check that `folder`, which `flag` names, takes files, or could be made; nothing is left there.

@@ -13,20 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from kcache.build.build import BuildProgress
-    from kcache.training.trainer import Progress as TrainProgress
-
-__all__ = [
-    "Report",
-    "bytes_text",
-    "count_text",
-    "duration_text",
-    "note",
-    "say",
-    "show_build",
-    "show_counts",
-    "show_training",
-]
+    from kcache.build import BuildProgress
+    from kcache.training import Progress as TrainProgress
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines of progress where there is no terminal."""

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from kcache.errors import ConfigError
 
-__all__ = ["REFUSED", "TRANSLATED", "refusal", "translated"]
-
 TRAINING = ("train-prior", "train-decoder")
 
 TRANSLATED = {

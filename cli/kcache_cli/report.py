@@ -8,8 +8,6 @@ import typer
 
 from kcache_cli.progress import Report, say
 
-__all__ = ["report"]
-
 
 def report(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CACHE", help="A run directory, or the folder of a cache.")],

@@ -10,8 +10,6 @@ from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache_cli.output_folder import check_folder
 from kcache_cli.progress import say
 
-__all__ = ["sample"]
-
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture each.")],

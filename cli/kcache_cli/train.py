@@ -15,8 +15,6 @@ from kcache_cli.config_file import ConfigOption
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, count_text, say, show_training
 
-__all__ = ["DECODER_HELP", "PRIOR_HELP", "train_decoder", "train_prior"]
-
 TRAIN_HELP = {
     "output_dir": "Run directory: configuration, metrics, checkpoints and the trained network.",
     "pretrained_prior_model_name_or_path": "Prior pipeline: folder or Hub id. The cache's own when left out.",

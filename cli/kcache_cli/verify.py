@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from kcache.upkeep.repair import RepairResult
     from kcache.upkeep.verify import VerifyProgress, VerifyResult
 
-__all__ = ["cache_verify"]
-
 SHOWN = 20
 """Broken files, broken rows and orphaned files that are named one by one; --json names them all."""
 

@@ -27,17 +27,6 @@ from kcache.store.shards import record_rejections
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.encoders.recipes import default_rows_per_shard
 
-__all__ = [
-    "BuildPreview",
-    "BuildProgress",
-    "BuildResult",
-    "TableResult",
-    "build_cache",
-    "complete",
-    "plan_build",
-    "survey",
-]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableResult:

@@ -27,8 +27,6 @@ from kcache.stopping import stop_here
 if TYPE_CHECKING:
     from kcache.build.encode import Meter
 
-__all__ = ["BuildProgress", "Builder", "Report", "unfinished"]
-
 REPORT_SECONDS = 0.2
 """How often progress is reported, at most."""
 

@@ -18,8 +18,6 @@ from kcache.errors import CacheBusyError, CacheCorruptError
 from kcache.processes import Process, is_gone, is_here, this_process
 from kcache.stopping import stop_here
 
-__all__ = ["TURN", "Patience", "holder", "let_go", "take", "turn", "worker_place"]
-
 TURN = ".turn"
 """The claim, in a cache's folder, of the builder that plans or assembles while the others wait."""
 

@@ -12,8 +12,6 @@ from kcache.durable import write_bytes
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import Field
 
-__all__ = ["CARD", "card_text", "is_derived", "write_card"]
-
 CARD = "README.md"
 _MARK = "<!-- Written by kcache, anew with every build. Remove this line to keep your own changes. -->"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))

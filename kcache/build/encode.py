@@ -28,8 +28,6 @@ from kcache.build.plan import PlannedShard
 from kcache.store.recipe import Recipe
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 
-__all__ = ["Meter", "encode_shards", "provenance", "refusal_reasons"]
-
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
 

@@ -35,8 +35,6 @@ from kcache.store.recipe import Field, Recipe
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import side_dtype
 
-__all__ = ['BuildEstimate', 'Saving', 'TableEstimate', 'estimate_build', 'reserved_tar_bytes', 'table_bytes', 'tar_bytes', 'zarr_shard_bytes']
-
 Item = TypeVar("Item")
 
 

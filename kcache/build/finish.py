@@ -22,8 +22,6 @@ from kcache.store.samples import Refusal
 from kcache.sources import Source
 from kcache.store.index import TableState
 
-__all__ = ['Candidate', 'assemble', 'finish_cache', 'image_sizes', 'wanted_keys', 'whole_samples']
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A sample that the source offers: it becomes one of the cache's when its rows are there."""

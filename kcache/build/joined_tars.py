@@ -67,8 +67,6 @@ from kcache.store.shards import RowBlock, commit_shard, read_commits
 from kcache.store.samples import Refusal
 from kcache.stopping import stop_here
 
-__all__ = ['RESERVED', 'SAMPLES', 'TarPacker', 'joined_keys', 'joined_recipe', 'packed_keys', 'packed_states', 'plan_packing', 'shard_recipes', 'table_states']
-
 SAMPLES = "samples"
 """Name of the folder with the tars of the samples, before its fingerprint."""
 RESERVED = "reserved"

@@ -21,19 +21,6 @@ from kcache.errors import CacheBusyError, CacheCorruptError, CacheWriteError
 from kcache.store.manifest import check_count
 from kcache.store.recipe import SCHEMA_VERSION, Recipe, canonical_json
 
-__all__ = [
-    "CLAIMS",
-    "Plan",
-    "PlannedShard",
-    "TablePlan",
-    "claims_folder",
-    "close_plan",
-    "freeze_plan",
-    "open_plan",
-    "plan_table",
-    "shard_name",
-]
-
 KEY_BYTES = 16
 CLAIMS = "claims"
 """Name of the folder beside an open plan where builders claim its shards."""

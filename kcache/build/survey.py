@@ -22,8 +22,6 @@ from kcache.store.samples import Refusal
 from kcache.sources import Source, open_source
 from kcache.encoders.recipes import decoder_components, default_rows_per_shard, prior_components, table_names, table_recipe
 
-__all__ = ["Inventory", "acceptable", "fetcher", "missing_rows", "take_inventory", "why_missing"]
-
 _REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through: for the first time, each of them is read."""
 

@@ -15,25 +15,6 @@ from PIL import Image
 
 from kcache.errors import ConfigError
 
-__all__ = [
-    "DIGITS",
-    "FULL",
-    "INKS",
-    "PAPERS",
-    "SIDE",
-    "TEMPLATES",
-    "Drawing",
-    "all_drawings",
-    "caption_of",
-    "coloured",
-    "cover_of",
-    "is_held_out",
-    "read_scans",
-    "vocabulary",
-    "write_digits",
-    "write_lesson",
-]
-
 SCANS = Path(__file__).parent / "scans.npz"
 """`scans` (1797, 8, 8) uint8 from 0 to 16, and `digits` (1797,) uint8."""
 SIDE = 32

@@ -23,8 +23,6 @@ from PIL import Image
 
 from kcache.demo.digits import SIDE
 
-__all__ = ["draw", "questions", "round_trip", "sit_exam"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:

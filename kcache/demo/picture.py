@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-__all__ = [
-    "Part",
-    "draw_part",
-    "draw_result",
-    "show_drawn",
-    "show_inputs",
-    "show_learning",
-    "show_measurements",
-    "show_time",
-]  # fmt: skip
-
 CACHED, ONLINE, TEXT, FAINT = "#0b6e69", "#f2a65a", "#22262b", "#7a828c"
 """Colours of the cached runs, the online runs, the writing and the small print."""
 PHASES = ("#e2dccc", "#a23b72", "#7fb3ae", ONLINE, CACHED, "#3b2f6b")

@@ -7,8 +7,6 @@ from kcache.demo.result import DemoResult
 from kcache.demo.tiny import WEIGHTS
 from kcache.report.page import Figure, Section, Table, Text, write_page
 
-__all__ = ["write_report"]
-
 
 def write_report(result: DemoResult, path: Path) -> None:
     """Write the page to `path`; raises CacheWriteError when it cannot be written."""

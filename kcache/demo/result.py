@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["DemoResult", "DemoSize", "DigitScore", "ExamResult", "Measured", "Score", "StageResult", "Variety"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSize:

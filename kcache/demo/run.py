@@ -19,8 +19,6 @@ from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.durable import write_bytes
 from kcache.errors import ConfigError
 
-__all__ = ["QUICK", "WHOLE", "Format", "run_demo"]
-
 MARKER = ".kcache-demo"
 """File that says that a folder is a demo's own, to be emptied by the next."""
 PRIOR_BATCH_SIZE = 64

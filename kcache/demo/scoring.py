@@ -13,8 +13,6 @@ from PIL import Image
 from kcache.demo.digits import INKS, PAPERS, SIDE, Drawing, coloured, read_scans
 from kcache.demo.result import Score
 
-__all__ = ["CHANCE", "JUDGES", "distance_to_known", "read", "score", "spread"]
-
 CHANCE = Score(digit=100 / 10, ink=100 / len(INKS), paper=100 / len(PAPERS), everything=100 / 240)
 """What guessing comes to."""
 

@@ -18,8 +18,6 @@ from kcache.report.grid import cut_grid
 if TYPE_CHECKING:
     from kcache.training.log import Progress
 
-__all__ = ["Stage", "cut_looks", "repeat", "stage_config", "train", "with_looks"]
-
 Stage = Literal["prior", "decoder"]
 """The network that learns."""
 

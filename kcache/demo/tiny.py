@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Network = TypeVar("Network", bound="torch.nn.Module")
 
-__all__ = ["WEIGHTS", "demo_models", "image_encoder", "image_processor", "movq", "text_encoder", "tokenizer"]
-
 EMBEDDING = 64
 """Width of image and text embeddings; the published networks have 1280."""
 TEXT_LENGTH = 16

@@ -17,17 +17,6 @@ from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
 from kcache.store.recipe import Recipe
 
-__all__ = [
-    "Encoder",
-    "ImageEncoder",
-    "LatentsEncoder",
-    "PictureEncoder",
-    "TextEncoder",
-    "full_batches",
-    "load_encoder",
-    "load_tokenizer",
-]
-
 Rows = dict[str, torch.Tensor]
 
 

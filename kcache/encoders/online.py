@@ -27,8 +27,6 @@ from kcache.store.digests import DigestMemo, content_key
 from kcache.store.rows import Empty
 from kcache.store.shards import OFFSETS
 
-__all__ = ["OnlineEncoders"]
-
 
 class OnlineEncoders:
     """Reads like `Cache`, but encodes what it is asked for; tensors are on the encoders' device."""

@@ -12,8 +12,6 @@ from transformers import CLIPImageProcessorPil
 from kcache.encoders.recipes import MAX_ASPECT_RATIO, MAX_PIXELS
 from kcache.errors import InputRejected
 
-__all__ = ["clip_pixels", "clip_processor", "decode_image", "movq_pixels"]
-
 Image.init()
 # Formats that hold pictures and decode within this process: EPS, for one, would start Ghostscript.
 _FORMATS = tuple(

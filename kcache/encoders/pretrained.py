@@ -15,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from kcache.errors import ModelError
 
-__all__ = ["cast_pipeline", "load_pretrained", "without_advice", "without_bars"]
-
 
 def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
     """The network of class `kind` in the folder `path`, on the CPU in `dtype`.

@@ -10,16 +10,6 @@ from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import Field, Recipe
 
-__all__ = [
-    "MAX_ASPECT_RATIO",
-    "MAX_PIXELS",
-    "decoder_components",
-    "default_rows_per_shard",
-    "prior_components",
-    "table_names",
-    "table_recipe",
-]
-
 MAX_PIXELS = 64_000_000
 """Images with more pixels are rejected before they are decoded: 64 Mpx of RGB take 192 MB in memory."""
 MAX_ASPECT_RATIO = 100

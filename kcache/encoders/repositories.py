@@ -15,16 +15,6 @@ from kcache.errors import ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import canonical_json
 
-__all__ = [
-    "COMPONENTS",
-    "Repository",
-    "component_config",
-    "config_digest",
-    "find_repository",
-    "tokenizer_digest",
-    "weights_digest",
-]
-
 _CONFIG_NAMES = {
     "image_processor": "preprocessor_config.json",
     "scheduler": "scheduler_config.json",

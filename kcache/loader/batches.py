@@ -18,8 +18,6 @@ from kcache.machine import free_memory
 from kcache.store.cache import Cache
 from kcache.store.rows import Empty
 
-__all__ = ["Batch", "CacheLoader", "RowReader"]
-
 Batch = dict[str, torch.Tensor]
 
 STATE_VERSION = 1

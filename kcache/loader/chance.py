@@ -11,18 +11,6 @@ from itertools import product
 
 import numpy as np
 
-__all__ = [
-    "BLOCK_ROWS",
-    "WINDOW_ROWS",
-    "draw_caption_dropout",
-    "draw_choice",
-    "draw_image_dropout",
-    "draw_noise",
-    "draw_seed",
-    "draw_timesteps",
-    "epoch_order",
-]
-
 _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = 1, 2, 3, 4, 5, 6
 
 

@@ -12,8 +12,6 @@ from kcache.store.cache import Cache
 from kcache.store.rows import token_numbers, unit_bytes
 from kcache.store.shards import OFFSETS
 
-__all__ = ["RESIDENCIES", "DeviceTables", "choose_residency"]
-
 RESIDENCIES = ("auto", "gpu", "ram", "mmap")
 
 _UPLOAD_ROWS = 1024

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["BatchMemory", "Upload"]
-
 
 class Upload:
     """Puts batches on a device. On CUDA they go out of pinned memory in a stream of their own, beside the computation.

@@ -33,17 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kcache.errors import ConfigError
 
-__all__ = [
-    "check_attention",
-    "check_compiler",
-    "choose_attention",
-    "compile_blocks",
-    "evaluating",
-    "outermost_blocks",
-    "recompute_blocks",
-    "uncompiled",
-]
-
 _BLOCKS = (Attention, BasicTransformerBlock, ResnetBlock2D)
 
 

@@ -23,16 +23,6 @@ from torch import Tensor
 
 from kcache.errors import ConfigError, ModelError
 
-__all__ = [
-    "WEIGHTS_FILE",
-    "adapted_network",
-    "add_lora",
-    "default_target_modules",
-    "fuse_lora",
-    "load_lora",
-    "save_lora",
-]
-
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 """The adapters' file in a folder."""
 

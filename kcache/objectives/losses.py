@@ -16,8 +16,6 @@ from torch.nn import functional
 from kcache.errors import ModelError
 from kcache.objectives.packing import allow_packing, predict_packed
 
-__all__ = ["Batch", "DecoderObjective", "Objective", "PriorObjective"]
-
 Batch = Mapping[str, Tensor]
 
 

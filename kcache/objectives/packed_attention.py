@@ -19,19 +19,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from kcache.errors import ConfigError, ModelError
 
-__all__ = [
-    "DRAW_TOKENS",
-    "EXTRA_TOKENS",
-    "Attend",
-    "PackedWay",
-    "PackingPlan",
-    "bucket_step",
-    "choose_way",
-    "packed_attention",
-    "plan_packing",
-    "sees",
-]
-
 EXTRA_TOKENS = 4
 """Tokens behind the text: text_embed, time, noisy embedding, prediction."""
 DRAW_TOKENS = 3

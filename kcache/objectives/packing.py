@@ -33,8 +33,6 @@ from kcache.objectives.packed_attention import (
     plan_packing,
 )
 
-__all__ = ["PackedAttention", "PackedWay", "allow_packing", "predict_packed"]
-
 
 def allow_packing(prior: PriorTransformer) -> None:
     """Let the attention of every block of a prior take packed batches; its stock forward pass stays as it is.

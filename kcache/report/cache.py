@@ -19,8 +19,6 @@ from kcache.store.index import statistics, token_counts
 from kcache.store.manifest import Manifest
 from kcache.store.samples import read_refused, read_some_samples
 
-__all__ = ["CacheLook", "cache_sections"]
-
 SHOWN = 24
 """Samples that are shown, evenly spread over the cache."""
 SIDE = 152

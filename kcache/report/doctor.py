@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 from kcache.machine import cpu_flags, cpu_name, cpu_quota, machine_memory, memory_limit, usable_cores
 
-__all__ = ["Fact", "State", "examine"]
-
 State = Literal["ok", "note", "slow", "broken"]
 Value = str | int | float | bool | None
 

@@ -26,21 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = [
-    "PICTURE",
-    "Panel",
-    "beside",
-    "curve",
-    "curve_panel",
-    "draw_panel",
-    "histogram",
-    "picture",
-    "plot_run",
-    "run_panels",
-    "smoothed",
-    "thinned",
-]
-
 Panel = Callable[["Axes"], None]
 """Draws one thing into the axes it is given."""
 

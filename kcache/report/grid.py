@@ -14,8 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-__all__ = ["captioned_grid", "cut_grid", "png_bytes"]
-
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
 CAPTION_LINES = 3

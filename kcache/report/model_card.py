@@ -16,8 +16,6 @@ from huggingface_hub import ModelCardData
 from kcache.config import TrainConfig
 from kcache.store.run_directory import read_config, read_metrics, read_validation
 
-__all__ = ["LORA_FILE", "model_card", "newest_picture"]
-
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """Where a run directory holds adapters: diffusers' name."""
 

@@ -20,8 +20,6 @@ from kcache.store.cache import Cache
 from kcache.store.digests import DigestMemo
 from kcache.store.samples import read_some_samples
 
-__all__ = ["nearest", "neighbours_section"]
-
 NEAREST = 3
 """Neighbours of each picture that are named."""
 ROWS_PER_READ = 4096

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from kcache.durable import write_bytes
 
-__all__ = ["Block", "Figure", "Section", "Table", "Text", "write_page"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:

@@ -29,8 +29,6 @@ with without_advice():
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PromptPictures", "save_pictures"]
-
 PRIOR_STEPS = 25
 DECODER_STEPS = 20
 """Half of what a finished picture takes: enough to see what was learned."""

@@ -18,8 +18,6 @@ from kcache.store.cache import Cache
 from kcache.store.digests import content_key
 from kcache.store.samples import read_some_samples
 
-__all__ = ["decoded", "originals", "psnr"]
-
 logger = logging.getLogger(__name__)
 
 ABSENT, CHANGED = "not in the source", "another picture in the source now"

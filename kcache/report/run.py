@@ -19,8 +19,6 @@ from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import read_config, read_metrics, read_starts, read_validation
 
-__all__ = ["Run", "drawn_blocks", "drawn_prompts", "grids_of", "open_grid", "read_run", "run_sections", "spread"]
-
 LAST_STEPS = 100
 """Steps over which the loss, which is noisy from step to step, is averaged."""
 NOT_RECORDED = "not recorded"

@@ -22,8 +22,6 @@ with without_advice():
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["sample"]
-
 SIDE = 768
 """Height and width in pixels where nothing says what the decoder was trained at: what the published one is for."""
 

@@ -13,8 +13,6 @@ from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE
 
-__all__ = ["ReportConfig", "Written", "write_report"]
-
 Report = Callable[[str, int, int], None]
 
 

@@ -14,18 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-__all__ = [
-    "ArrowStream",
-    "HeldImages",
-    "Images",
-    "ParquetFile",
-    "RowFile",
-    "chunk_of",
-    "decode_captions",
-    "is_caption_type",
-    "is_image_type",
-]
-
 _HELD_BYTES = 1 << 30
 """Image bytes of recently read chunks that are kept in memory, so that nearby rows do not read them again."""
 

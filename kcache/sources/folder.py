@@ -13,16 +13,6 @@ from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, caption_tuple,
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "METADATA_NAMES",
-    "FolderListing",
-    "FolderSource",
-    "list_folder",
-    "open_imagefolder",
-    "open_pairs",
-]
-
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 # fmt: off
 IMAGE_SUFFIXES = frozenset({

@@ -6,8 +6,6 @@ from typing import Protocol
 from kcache.store.digests import DigestMemo
 from kcache.store.samples import Refusal
 
-__all__ = ["Source"]
-
 
 class Source(Protocol):
     """A fixed sequence of samples: one encoded image each, with its captions."""

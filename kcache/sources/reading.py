@@ -7,17 +7,6 @@ from pathlib import Path
 
 from kcache.errors import InputRejected
 
-__all__ = [
-    "MAX_IMAGE_BYTES",
-    "MAX_TEXT_BYTES",
-    "caption_file",
-    "caption_lines",
-    "caption_tuple",
-    "locate",
-    "read_file",
-    "readable",
-]
-
 
 def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
     """The captions in one cell of metadata: a string is one caption, a list of strings several.

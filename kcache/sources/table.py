@@ -23,15 +23,6 @@ from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
-__all__ = [
-    "SAVED_DATASET_NAMES",
-    "TableRequest",
-    "TableSource",
-    "open_hub_dataset",
-    "open_parquet",
-    "open_saved_dataset",
-]
-
 _KEY_BYTES = 16
 _NO_BYTES = bytes(_KEY_BYTES)
 """Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""

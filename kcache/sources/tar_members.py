@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-__all__ = ["Member", "TarListing", "list_members"]
-
 MAX_HEADER_BYTES = 1 << 20
 """Most that one header may make the reader hold: long names and extended attributes need far less."""
 

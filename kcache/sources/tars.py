@@ -16,8 +16,6 @@ from kcache.sources.tar_members import Member, list_members
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
-__all__ = ["TarSource", "expand_braces", "is_tar_name", "open_tars"]
-
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -21,8 +21,6 @@ from kcache.store.shards import OFFSETS
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Cache"]
-
 
 class Cache:
     """A finished cache, opened for reading; `len(cache)` is its number of samples.

@@ -19,14 +19,6 @@ from kcache.durable import publish, remove, sync_folder, temporary_path, write_j
 from kcache.errors import RunError
 from kcache.store.recipe import canonical_json
 
-__all__ = [
-    "Checkpoint",
-    "checkpoint_steps",
-    "latest_checkpoint",
-    "open_checkpoint",
-    "save_checkpoint",
-]
-
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1

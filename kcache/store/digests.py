@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["EMPTY_CAPTION_KEY", "ZERO_IMAGE_KEY", "DigestMemo", "caption_key", "content_key"]
-
 logger = logging.getLogger(__name__)
 
 _RACY_NS = 2_000_000_000

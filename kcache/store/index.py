@@ -23,20 +23,6 @@ from kcache.store.recipe import Field, Recipe, canonical_json
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
 
-__all__ = [
-    "CAPTION_BOUNDS",
-    "StoredRows",
-    "TableState",
-    "index_dtype",
-    "merged_rows",
-    "open_index",
-    "statistics",
-    "stored_rows",
-    "table_state",
-    "token_counts",
-    "write_index",
-]
-
 CAPTION_BOUNDS = "captions"
 
 

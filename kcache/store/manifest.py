@@ -14,17 +14,6 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundEr
 from kcache.hints import instead_of_cache
 from kcache.store.recipe import SCHEMA_VERSION, STORED_DTYPES, Recipe, canonical_json
 
-__all__ = [
-    "MANIFEST",
-    "SHARD_NAME",
-    "Manifest",
-    "ShardEntry",
-    "TableEntry",
-    "build_line",
-    "check_count",
-    "read_manifest",
-]
-
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
 _TABLE_NAME = re.compile(r"image_embeds|text|latents-[1-9][0-9]{0,4}")

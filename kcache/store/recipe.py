@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["SCHEMA_VERSION", "STORED_DTYPES", "Field", "Recipe", "canonical_json", "recipe_differences"]
-
 SCHEMA_VERSION = 1
 """Raised by one whenever the bytes on disk of an unchanged recipe would change."""
 

@@ -15,8 +15,6 @@ from kcache.store.formats import format_of
 from kcache.store.manifest import ShardEntry
 from kcache.store.recipe import Field
 
-__all__ = ["Empty", "FieldFiles", "RowFile", "field_files", "gather", "token_numbers", "unit_bytes"]
-
 Empty = Callable[[tuple[int, ...], np.dtype[np.generic]], np.ndarray]
 """Makes an array of unspecified content from its shape and dtype, as `np.empty` does."""
 

@@ -16,18 +16,6 @@ from kcache.config import TrainConfig
 from kcache.durable import remove_temporary, write_bytes, write_json
 from kcache.errors import RunError
 
-__all__ = [
-    "CONFIG_FILE",
-    "METRICS_FILE",
-    "append_metrics",
-    "append_validation",
-    "read_config",
-    "read_metrics",
-    "read_starts",
-    "read_validation",
-    "start_run",
-]
-
 logger = logging.getLogger(__name__)
 
 

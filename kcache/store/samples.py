@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     import pyarrow
 import json
 
-__all__ = [
-    "Refusal",
-    "Sample",
-    "read_refused",
-    "read_samples",
-    "read_some_samples",
-    "sample_ids",
-    "samples_digest",
-    "stored_samples",
-    "write_samples",
-]
-
 SAMPLES_PER_PART = 1 << 14
 """Samples that `read_some_samples` holds at a time."""
 

@@ -14,8 +14,6 @@ import numpy as np
 
 from kcache.errors import ConfigError
 
-__all__ = ["matching_samples"]
-
 Column = Sequence[str] | Sequence[Sequence[str]] | np.ndarray
 """One value per sample: strings, lists of strings, or numbers."""
 

@@ -23,27 +23,6 @@ from kcache.store.formats import zarr
 from kcache.store.manifest import SHARD_NAME, check_count
 from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json
 
-__all__ = [
-    "LOCATOR",
-    "OFFSETS",
-    "Commit",
-    "CommittedFile",
-    "Rejection",
-    "RowBlock",
-    "commit_shard",
-    "discard_uncommitted",
-    "next_shard",
-    "read_commit",
-    "read_commits",
-    "read_side_file",
-    "record_commit",
-    "record_json",
-    "record_rejections",
-    "side_dtype",
-    "side_name",
-    "write_commit",
-]
-
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
 

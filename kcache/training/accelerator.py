@@ -16,8 +16,6 @@ from accelerate.utils import GradientAccumulationPlugin
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
 
-__all__ = ["choose_trackers", "machine_facts", "make_accelerator"]
-
 logger = logging.getLogger(__name__)
 
 _SPLITTING = {

@@ -18,8 +18,6 @@ from kcache.training.run import TrainingRun
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Progress", "RunLog"]
-
 LOG_STEPS = 10
 """Optimizer steps for which losses wait on the device: fetching them makes the host wait until it is done."""
 SLOW_SECONDS = 0.5

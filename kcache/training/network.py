@@ -13,8 +13,6 @@ from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import DecoderObjective, Objective, PriorObjective
 from kcache.store.digests import DigestMemo
 
-__all__ = ["find_adapted", "load_network", "load_objective", "save_network"]
-
 _FOLDERS = {"prior": "prior", "decoder": "unet"}
 """Stage → folder of its network in a pipeline."""
 

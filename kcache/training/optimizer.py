@@ -12,17 +12,6 @@ from safetensors.torch import load_file
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
 
-__all__ = [
-    "averaged",
-    "check_optimizer",
-    "make_average",
-    "make_optimizer",
-    "optimizer_tensors",
-    "restore_average",
-    "restore_optimizer",
-    "trainable_parameters",
-]
-
 
 def trainable_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that learn, by name, in the order in which the optimizer holds them."""

@@ -17,8 +17,6 @@ from kcache.encoders.repositories import COMPONENTS
 from kcache.errors import ConfigError, RunError
 from kcache.report.model_card import LORA_FILE, model_card, newest_picture
 
-__all__ = ["check_publishing", "files_to_publish", "publish_run"]
-
 # Whichever client the Hub's library is built on, its errors of transport are no OSError.
 _TRANSPORT_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 

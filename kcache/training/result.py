@@ -21,8 +21,6 @@ from kcache.training.network import load_network, save_network
 from kcache.training.optimizer import averaged
 from kcache.training.run import TrainingRun
 
-__all__ = ["export_run", "leave_result"]
-
 _PIPELINE_CLASSES = {"prior": "KandinskyV22PriorPipeline", "unet": "KandinskyV22Pipeline"}
 _COMPONENT_CLASSES = {
     "prior": ("diffusers", "PriorTransformer"),

@@ -12,15 +12,6 @@ from kcache.hints import already_in
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, logger
 
-__all__ = [
-    "check_output_dir",
-    "check_place",
-    "check_same_base",
-    "check_same_run",
-    "checkpoint_named",
-    "checkpoint_to_resume",
-]
-
 _RESULT = (
     "README.md",
     "loss.png",

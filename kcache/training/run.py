@@ -33,8 +33,6 @@ from kcache.training.accelerator import machine_facts
 from kcache.training.network import save_network
 from kcache.training.optimizer import optimizer_tensors, restore_average, restore_optimizer, trainable_parameters
 
-__all__ = ["TrainingRun"]
-
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "ema.safetensors"
 

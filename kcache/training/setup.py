@@ -32,8 +32,6 @@ from kcache.training.resume import check_same_base, check_same_run, checkpoint_t
 from kcache.training.run import TrainingRun, _counterpart_name
 from kcache.training.validation import split_by_key
 
-__all__ = ["check_contract", "prepare_run"]
-
 _COMPONENTS = {"image_embeds": "image_encoder", "text_embeds": "text_encoder", "latents": "movq"}
 """Field → folder of the frozen network that made it."""
 

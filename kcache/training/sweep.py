@@ -32,17 +32,6 @@ from kcache.training.log import Progress
 from kcache.training.resume import check_place
 from kcache.training.trainer import train
 
-__all__ = [
-    "PlannedRun",
-    "SweepResult",
-    "SweptRun",
-    "comparison_table",
-    "plan_sweep",
-    "plot_runs",
-    "run_sweep",
-    "swept_run",
-]
-
 _LAST_STEPS = 100
 """Steps over which a run's loss is averaged, as it is noisy from step to step."""
 

@@ -35,8 +35,6 @@ from kcache.training.validation import Validation
 if TYPE_CHECKING:
     from kcache.report.pictures import PromptPictures
 
-__all__ = ["Judge", "Progress", "TrainResult", "take_step", "train"]
-
 logger = logging.getLogger(__name__)
 
 

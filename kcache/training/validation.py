@@ -17,8 +17,6 @@ from kcache.objectives.blocks import evaluating
 from kcache.objectives.losses import Batch, Objective, PriorObjective
 from kcache.store.cache import Cache
 
-__all__ = ["BANDS", "MAX_SAMPLES", "Validation", "key_numbers", "split_by_key"]
-
 
 def split_by_key(cache: Cache, fraction: float) -> tuple[Cache, Cache]:
     """The samples to train on, and those held out: of all images about `fraction`, 0 to 1, each with all its samples.

@@ -13,8 +13,6 @@ from kcache.sources import open_source
 from kcache.store.cache import Cache
 from kcache.store.recipe import Recipe
 
-__all__ = ["Difference", "compare_online"]
-
 SAMPLES_PER_READ = 64
 
 

@@ -14,8 +14,6 @@ from kcache.store.manifest import Manifest
 from kcache.store.shards import record_rejections
 from kcache.upkeep.copying import Contents, Report, RowCopier, check_new_cache, counted, read_contents, sweep
 
-__all__ = ["convert_cache", "pack_tars"]
-
 
 def convert_cache(
     cache: str | Path,

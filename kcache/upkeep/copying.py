@@ -22,8 +22,6 @@ from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_refused
 from kcache.store.shards import RowBlock, commit_shard, read_commits
 
-__all__ = ["Contents", "Report", "RowCopier", "check_new_cache", "counted", "find_all", "read_contents", "sweep"]
-
 Report = Callable[[str, int, int], None]
 """Called with what is being written, how many rows or samples of it are done, and their number."""
 

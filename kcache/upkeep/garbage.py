@@ -23,8 +23,6 @@ from kcache.store.recipe import Recipe
 from kcache.store.shards import Commit, next_shard, read_commits, record_commit
 from kcache.upkeep.copying import Contents, Report, RowCopier, counted, find_all, read_contents
 
-__all__ = ["Garbage", "LiveShard", "collect_garbage", "find_garbage", "live_shards"]
-
 _SHARD_FOLDER = re.compile(r"(image_embeds|text|latents-[0-9]+|samples|reserved)-[0-9a-f]{8}")
 _DERIVED = ("samples-*.parquet", "index-*", ".tmp-*")
 

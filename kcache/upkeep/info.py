@@ -14,8 +14,6 @@ from kcache.store.shards import read_commits
 from kcache.upkeep.copying import Contents, read_contents
 from kcache.upkeep.garbage import LiveShard, find_garbage, live_shards
 
-__all__ = ["describe_cache"]
-
 
 def describe_cache(cache: str | Path) -> dict[str, Any]:
     """All that `kcache cache-info` says, as JSON values under names that stay.

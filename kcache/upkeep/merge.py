@@ -32,8 +32,6 @@ from kcache.upkeep.convert import pack_tars
 from kcache.upkeep.copying import Contents, Report, check_new_cache, read_contents, sweep
 from kcache.upkeep.garbage import LiveShard, live_shards
 
-__all__ = ["merge_caches"]
-
 
 def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Report | None = None) -> Manifest:
     """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.

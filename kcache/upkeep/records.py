@@ -21,8 +21,6 @@ from kcache.store.shards import Commit, read_commit, record_json
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["BrokenFile", "Vouched", "read_vouched"]
-
 _TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+)?-[0-9a-f]{8}")
 
 

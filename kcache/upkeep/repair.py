@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kcache.build.build import BuildProgress, complete
+from kcache.build.build import complete
+from kcache.build.builder import BuildProgress
 from kcache.build.finish import Candidate
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Inventory, take_inventory
@@ -34,8 +35,6 @@ from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
 
 if TYPE_CHECKING:
     import pyarrow
-
-__all__ = ["RepairResult", "recorded_config", "repair_cache"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

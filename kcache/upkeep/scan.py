@@ -9,8 +9,6 @@ import numpy as np
 
 from kcache.store.checksums import crc32c
 
-__all__ = ["FileCheck", "RowSpans", "check_file"]
-
 BLOCK_BYTES = 1 << 20
 """Read at a time: a block's rows are checked while it lies in the processor's cache."""
 

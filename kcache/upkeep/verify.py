@@ -24,8 +24,6 @@ from kcache.store.shards import Commit, CommittedFile, read_side_file, side_name
 from kcache.upkeep.records import BrokenFile, Vouched, read_vouched
 from kcache.upkeep.scan import FileCheck, RowSpans, check_file
 
-__all__ = ["BrokenFile", "BrokenRow", "VerifyProgress", "VerifyResult", "check_counts", "verify_cache"]
-
 READ_THREADS = 2
 """One waits for the disk while the other computes checksums; more only make a disk's head jump."""
 REPORT_SECONDS = 0.2

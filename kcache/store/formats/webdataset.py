@@ -18,8 +18,6 @@ import numpy as np
 
 from kcache.store.recipe import Field
 
-__all__ = ["JoinedSample", "field_file", "pieces", "write_tar"]
-
 _HEADER_BYTES = 512
 """A tar header; names are short enough never to need a second one."""
 

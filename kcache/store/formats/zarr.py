@@ -17,17 +17,6 @@ import numpy as np
 from kcache.store.checksums import crc32c
 from kcache.store.recipe import Field
 
-__all__ = [
-    "CHECKSUM_BYTES",
-    "CHUNK_ROWS",
-    "array_file",
-    "field_dimensions",
-    "field_file",
-    "pieces",
-    "row_spans",
-    "write_group",
-]
-
 CHUNK_ROWS = 64
 """Rows of one inner chunk: large enough for foreign readers to stream, small enough for their random reads."""
 
