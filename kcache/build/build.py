@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from kcache.store.index import TableState
-from kcache.build.finish import assemble, whole_samples
 from kcache.build.builder import Builder, BuildProgress, Report, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
-from kcache.config import BuildConfig
-from kcache.machine import check_device
-from kcache.durable import remove, remove_temporary, shared, writing
-from kcache.errors import CacheBusyError, CacheMismatchError
-from kcache.build.survey import Inventory, missing_rows, take_inventory, why_missing
+from kcache.build.finish import assemble, whole_samples
 from kcache.build.joined_tars import RESERVED, SAMPLES, joined_recipe, plan_packing
-from kcache.store.manifest import MANIFEST, Manifest
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.processes import is_gone
-from kcache.store.shards import record_rejections
-from kcache.stopping import stop_here, stopped_when_safe
+from kcache.build.survey import Inventory, missing_rows, take_inventory, why_missing
+from kcache.config import BuildConfig
+from kcache.durable import remove, remove_temporary, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
+from kcache.errors import CacheBusyError, CacheMismatchError
+from kcache.machine import check_device
+from kcache.processes import is_gone
+from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.index import TableState
+from kcache.store.manifest import MANIFEST, Manifest
+from kcache.store.shards import record_rejections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

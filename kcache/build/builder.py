@@ -13,16 +13,16 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcache.build.finish import Candidate, image_sizes, whole_samples
 from kcache.build.claims import Patience, holder, let_go, take
-from kcache.machine import default_device
-from kcache.durable import writing
-from kcache.errors import CacheWriteError
-from kcache.build.survey import Inventory, fetcher
+from kcache.build.finish import Candidate, image_sizes, whole_samples
 from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
-from kcache.store.samples import sample_ids
+from kcache.build.survey import Inventory, fetcher
+from kcache.durable import writing
+from kcache.errors import CacheWriteError
+from kcache.machine import default_device
 from kcache.stopping import stop_here
+from kcache.store.samples import sample_ids
 
 if TYPE_CHECKING:
     from kcache.build.encode import Meter
@@ -139,8 +139,8 @@ class Builder:
     def _encode(self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
         import torch
 
-        from kcache.encoders.frozen import load_encoder
         from kcache.build.encode import Meter, encode_shards
+        from kcache.encoders.frozen import load_encoder
 
         job, recipe = self.job, table.recipe
         progress.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")

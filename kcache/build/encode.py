@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kcache.store.digests import ZERO_IMAGE_KEY
+from kcache.build.plan import PlannedShard
 from kcache.encoders.frozen import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
-from kcache.build.plan import PlannedShard
+from kcache.store.digests import ZERO_IMAGE_KEY
 from kcache.store.recipe import Recipe
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 

@@ -4,33 +4,32 @@ Sizes are computed from the rows and from really tokenized captions. Times are m
 missing inputs are really decoded and encoded, into a temporary folder.
 """
 
+import io
+import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
 import numpy as np
 import torch
+
 from kcache.build.build import survey
-from kcache.config import BuildConfig
-from kcache.machine import default_device
-from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.build.encode import Meter, encode_shards
-from kcache.build.survey import Inventory, acceptable, fetcher, missing_rows, why_missing
+from kcache.build.finish import Candidate
 from kcache.build.joined_tars import RESERVED, SAMPLES, joined_keys, joined_recipe, plan_packing
 from kcache.build.plan import PlannedShard, TablePlan
+from kcache.build.survey import Inventory, acceptable, fetcher, missing_rows, why_missing
+from kcache.config import BuildConfig
+from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard, table_names
-import io
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-import numpy as np
-from kcache.build.finish import Candidate
+from kcache.machine import default_device
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
-from kcache.build.plan import TablePlan
 from kcache.store.recipe import Field, Recipe
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import side_dtype

@@ -6,21 +6,20 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+
 import numpy as np
+
 from kcache.build.dataset_card import write_card
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
-from kcache.store.index import CAPTION_BOUNDS, StoredRows, stored_rows, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
-from kcache.store.recipe import Recipe
-from kcache.store.samples import Sample, sample_ids, stored_samples, write_samples
-from kcache.store.shards import Rejection, next_shard, read_commits
-from kcache.store.samples import Refusal
 from kcache.sources import Source
-from kcache.store.index import TableState
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
+from kcache.store.index import CAPTION_BOUNDS, TableState, write_index
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
+from kcache.store.samples import Refusal, Sample, sample_ids, stored_samples, write_samples
+from kcache.store.shards import Rejection
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:

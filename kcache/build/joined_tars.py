@@ -9,63 +9,30 @@ taken over from their tars: only what is new was encoded. The reserved rows stan
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 import numpy as np
-from kcache.durable import read_npy
+
 from kcache.build.finish import Candidate
-from kcache.store.index import TableState
+from kcache.build.plan import Plan, PlannedShard, plan_table
+from kcache.durable import publish, read_npy, temporary_path, write_npy, writing
+from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.store.checksums import crc32c
 from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, content_key
-from kcache.durable import publish, temporary_path, write_npy, writing
-from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.store.formats.webdataset import JoinedSample, write_tar
-from kcache.store.index import StoredRows, merged_rows, stored_rows
-from kcache.build.plan import Plan, PlannedShard, plan_table
+from kcache.store.index import StoredRows, TableState, merged_rows, stored_rows, table_state
 from kcache.store.recipe import Field, Recipe, canonical_json
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import sample_ids
-from kcache.store.shards import Commit, Rejection, discard_uncommitted, next_shard, read_commits, record_commit, side_dtype, side_name
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import cached_property
-from pathlib import Path
-import numpy as np
-from kcache.build.finish import Candidate
-from kcache.store.index import TableState, table_state
-from kcache.store.cache import Cache
-from kcache.durable import remove_temporary
-from kcache.errors import CacheCorruptError, CacheMismatchError
-from kcache.store.index import StoredRows
-from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.build.plan import PlannedShard, TablePlan
-from kcache.store.recipe import Recipe
-from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Sample
-from kcache.store.shards import RowBlock, commit_shard, read_commits
-from kcache.store.samples import Refusal
-from kcache.stopping import stop_here
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import cached_property
-from pathlib import Path
-import numpy as np
-from kcache.build.finish import Candidate
-from kcache.store.index import TableState, table_state
-from kcache.store.cache import Cache
-from kcache.durable import remove_temporary
-from kcache.errors import CacheCorruptError, CacheMismatchError
-from kcache.store.index import StoredRows
-from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.build.plan import PlannedShard, TablePlan
-from kcache.store.recipe import Recipe
-from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Sample
-from kcache.store.shards import RowBlock, commit_shard, read_commits
-from kcache.store.samples import Refusal
-from kcache.stopping import stop_here
+from kcache.store.shards import (
+    Commit,
+    Rejection,
+    discard_uncommitted,
+    next_shard,
+    read_commits,
+    record_commit,
+    side_dtype,
+    side_name,
+)
 
 SAMPLES = "samples"
 """Name of the folder with the tars of the samples, before its fingerprint."""

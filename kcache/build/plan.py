@@ -15,8 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.durable import read_npy
-from kcache.durable import publish, sync_folder, temporary_folder, temporary_path, write_json, write_npy, writing
+from kcache.durable import (
+    publish,
+    read_npy,
+    sync_folder,
+    temporary_folder,
+    temporary_path,
+    write_json,
+    write_npy,
+    writing,
+)
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheWriteError
 from kcache.store.manifest import check_count
 from kcache.store.recipe import SCHEMA_VERSION, Recipe, canonical_json

@@ -6,21 +6,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kcache.build.finish import Candidate, wanted_keys
-from kcache.store.index import TableState, table_state
-from kcache.config import BuildConfig, Stage
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, caption_key, content_key
-from kcache.errors import CacheCorruptError, CacheMismatchError, InputRejected, KcacheError
-from kcache.store.index import merged_rows
 from kcache.build.joined_tars import packed_states
-from kcache.store.manifest import MANIFEST, read_manifest
 from kcache.build.plan import Plan, plan_table
-from kcache.store.recipe import Recipe, recipe_differences
+from kcache.config import BuildConfig, Stage
+from kcache.encoders.recipes import (
+    decoder_components,
+    default_rows_per_shard,
+    prior_components,
+    table_names,
+    table_recipe,
+)
 from kcache.encoders.repositories import Repository, find_repository
-from kcache.store.samples import read_samples
-from kcache.store.shards import read_commits
-from kcache.store.samples import Refusal
+from kcache.errors import CacheCorruptError, CacheMismatchError, InputRejected, KcacheError
 from kcache.sources import Source, open_source
-from kcache.encoders.recipes import decoder_components, default_rows_per_shard, prior_components, table_names, table_recipe
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, caption_key, content_key
+from kcache.store.index import TableState, merged_rows, table_state
+from kcache.store.manifest import MANIFEST, read_manifest
+from kcache.store.recipe import Recipe, recipe_differences
+from kcache.store.samples import Refusal, read_samples
+from kcache.store.shards import read_commits
 
 _REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through: for the first time, each of them is read."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_builds import build, encoded, small_config
 from PIL import Image
+from small_builds import build, encoded, small_config
 
 from kcache import Cache
 from kcache.build.build import plan_build

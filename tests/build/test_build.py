@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_builds import build, copy_pictures, digests, encoded, small_config
 from safetensors.torch import load_file, save_file
+from small_builds import build, copy_pictures, digests, encoded, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache, plan_build

@@ -1,7 +1,6 @@
 """The dry run, explained: true reasons, sizes within 5 % of what is then written, and savings that add up."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np

@@ -6,14 +6,14 @@ Nothing is encoded here but the one cache that all cases look at: what a build w
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_builds import build, copy_pictures, small_config
 from safetensors.torch import load_file, save_file
+from small_builds import build, copy_pictures, small_config
 
 from kcache.build.build import BuildPreview, plan_build
 from kcache.config import BuildConfig

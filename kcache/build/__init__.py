@@ -1,0 +1,16 @@
+"""Source × encoders → store: what is missing is found, planned, encoded, and made a cache.
+
+- `build`: the whole course
+- `survey`: what the source offers, and what of it is committed
+- `plan`: what is missing, cut into numbered shards
+- `claims`, `builder`: who of several writes which shard
+- `encode`: decode, encode and write at the same time
+- `joined_tars`: rows joined into tars of whole samples
+- `finish`, `dataset_card`: from committed shards to a finished cache
+- `estimate`: what all of it would take
+"""
+
+from kcache.build.build import BuildResult, build_cache
+from kcache.build.builder import BuildProgress
+
+__all__ = ["BuildProgress", "BuildResult", "build_cache"]
