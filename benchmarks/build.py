@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import VQModel
@@ -37,13 +37,12 @@ from measuring.device import synchronize
 from measuring.record import write_outcome
 from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
-from kcache.build.build import build_cache, survey
+from kcache.build import build_cache
 from kcache.build.encode import Meter, encode_shards
 from kcache.build.plan import PlannedShard
-from kcache.build.survey import Inventory, fetcher
+from kcache.build.survey import Survey, fetcher, survey
 from kcache.encoders.frozen import Encoder, full_batches, load_encoder
 from kcache.encoders.pretrained import load_pretrained
-from kcache.encoders.repositories import Repository
 from kcache.machine import default_device
 from kcache.store.digests import ZERO_IMAGE_KEY
 
@@ -56,7 +55,7 @@ FORMS = ("zarr", "webdataset")
 class Table:
     """An encoder with its inputs, and the ways to work them off."""
 
-    job: Inventory
+    job: Survey
     name: str
     encoder: Encoder
     meter: Meter
@@ -73,7 +72,7 @@ class Table:
 
     def decode(self) -> list[Any]:
         """All inputs, prepared, and nothing else done meanwhile."""
-        fetch = fetcher(self.job.source, self.job.candidates, self.name)
+        fetch = fetcher(self.job, self.name)
 
         def prepare(key: bytes) -> Any:
             return self.encoder.reserved() if key == ZERO_IMAGE_KEY else self.encoder.prepare(fetch(key))
@@ -83,7 +82,7 @@ class Table:
 
     def build(self) -> None:
         """Decode, encode and write all inputs, as a build does."""
-        fetch = fetcher(self.job.source, self.job.candidates, self.name)
+        fetch = fetcher(self.job, self.name)
         with tempfile.TemporaryDirectory(dir=self.job.folder.parent) as folder:
             encode_shards(
                 self.encoder, Path(folder), cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
@@ -91,13 +90,13 @@ class Table:
             )  # fmt: skip
 
 
-def load_table(job: Inventory, name: str) -> Table:
+def load_table(job: Survey, name: str) -> Table:
     """The table `name` of `job`, its encoder loaded."""
-    encoder = load_encoder(job.recipes[name], job.prior, job.decoder, torch.device(default_device()))
+    encoder = load_encoder(job.recipes[name], job.repository(name), torch.device(default_device()))
     return Table(job=job, name=name, encoder=encoder, meter=Meter())
 
 
-def measure_table(job: Inventory, name: str, rounds: int) -> dict[str, Any]:
+def measure_table(job: Survey, name: str, rounds: int) -> dict[str, Any]:
     """All ways for one table, in turns."""
     start = time.perf_counter()
     table = load_table(job, name)
@@ -121,7 +120,7 @@ def measure_table(job: Inventory, name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_text_padding(full: Inventory, trimmed: Inventory, rounds: int) -> dict[str, Any]:
+def measure_text_padding(full: Survey, trimmed: Survey, rounds: int) -> dict[str, Any]:
     """Captions a second, padded to the whole length and trimmed, by the encoder alone and in a build."""
     tables = {"full": load_table(full, "text"), "trimmed": load_table(trimmed, "text")}
     prepared = tables["full"].decode()
@@ -136,10 +135,10 @@ def measure_text_padding(full: Inventory, trimmed: Inventory, rounds: int) -> di
     }
 
 
-def measure_channels_last(job: Inventory, name: str, rounds: int) -> dict[str, Any]:
+def measure_channels_last(job: Survey, name: str, rounds: int) -> dict[str, Any]:
     """Pictures a second by MoVQ as it is loaded and with its weights in channels-last order, and how far rows move."""
     recipe, device = job.recipes[name], default_device()
-    dtype, path = getattr(torch, recipe.compute_dtype), cast(Repository, job.decoder).path / "movq"
+    dtype, path = getattr(torch, recipe.compute_dtype), job.repository(name).path / "movq"
     pixels = torch.rand(recipe.batch_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     networks = {way: load_pretrained(VQModel, path, dtype).eval().to(device) for way in ("as loaded", "channels last")}
     networks["channels last"].to(memory_format=torch.channels_last)
@@ -156,7 +155,7 @@ def measure_channels_last(job: Inventory, name: str, rounds: int) -> dict[str, A
     return {"rows_per_second": rates(take_turns(ways, 3 * rounds), len(pixels)), "largest_difference": float(moved)}
 
 
-def measure_levers(job: Inventory, trimmed: Inventory, rounds: int) -> dict[str, Any]:
+def measure_levers(job: Survey, trimmed: Survey, rounds: int) -> dict[str, Any]:
     """What could be faster, against what is."""
     latents = next((name for name in job.recipes if name.startswith("latents-")), None)
     found = {"text_padding": measure_text_padding(job, trimmed, rounds)} if "text" in job.recipes else {}
@@ -247,7 +246,7 @@ def main(given: Sequence[str] | None = None) -> None:
             arguments.stage, arguments.resolution, arguments.batch_size, arguments.mixed_precision
         )
         job, trimmed = (
-            survey(str(workload.pictures), str(workload.folder / "none"), settings, lambda _: None)
+            survey(str(workload.pictures), workload.folder / "none", settings, lambda _: None)
             for settings in (config, replace(config, text_padding="trimmed"))
         )
         tables = {name: measure_table(job, name, arguments.rounds) for name in job.recipes}

@@ -38,7 +38,7 @@ import kcache.encoders.frozen
 from kcache.build.build import build_cache
 from kcache.build.claims import TURN, holder
 from kcache.build.plan import CLAIMS
-from kcache.build.survey import take_inventory
+from kcache.build.survey import survey
 from kcache.config import BuildConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
@@ -159,9 +159,9 @@ class Bench:
     def preload(self) -> None:
         """Load the encoders once, and what pyarrow loads when it first makes a table; builders take both over."""
         pyarrow.table({"id": ["a"]})
-        job = take_inventory(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
+        job = survey(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
         load, device = kcache.encoders.frozen.load_encoder, torch.device("cpu")
-        encoders = {r.fingerprint: load(r, job.prior, job.decoder, device) for r in job.recipes.values()}
+        encoders = {r.fingerprint: load(r, job.repository(name), device) for name, r in job.recipes.items()}
         kcache.encoders.frozen.load_encoder = lambda recipe, *_: encoders[recipe.fingerprint]
 
     def start(self, source: Path, cache: Path, form: str, *, worker: str | None = None, watch: int = -1) -> Builder:

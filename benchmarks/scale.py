@@ -24,7 +24,7 @@ from measuring.synthetic import random_rows, write_synthetic_cache
 
 from kcache.build.build import build_cache
 from kcache.build.plan import plan_table
-from kcache.build.survey import take_inventory
+from kcache.build.survey import survey
 from kcache.config import BuildConfig
 from kcache.demo.tiny import demo_models
 from kcache.encoders.recipes import default_rows_per_shard
@@ -116,7 +116,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 def fill(source: Path, cache: Path, config: BuildConfig) -> None:
     """Commit random rows for everything that a build of `source` would encode."""
-    job = take_inventory(str(source), cache, config, lambda _: None)
+    job = survey(str(source), cache, config, lambda _: None)
     rng = np.random.default_rng(0)
     for name, recipe in job.recipes.items():
         folder = cache / recipe.directory

@@ -1,6 +1,7 @@
 """What a build and a training run are told to do: frozen settings, named like the flags that set them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", 
 
 PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"
 DECODER_REPO = "kandinsky-community/kandinsky-2-2-decoder"
+CountReport = Callable[[str, int, int], None]
+"""Called with what is being worked on, how much of it is done, and how much there is."""
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kcache.build.builder import Builder, BuildProgress, Report, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
-from kcache.build.finish import assemble, whole_samples
-from kcache.build.joined_tars import RESERVED, SAMPLES, joined_recipe, plan_packing
+from kcache.build.finish import finish_build, whole_samples
+from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Inventory, missing_rows, take_inventory, why_missing
+from kcache.build.survey import Committed, Survey, missing_rows, survey, why_missing
 from kcache.config import BuildConfig
 from kcache.durable import remove, remove_temporary, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
@@ -23,8 +23,9 @@ from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
 from kcache.processes import is_gone
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.index import TableState
 from kcache.store.manifest import MANIFEST, Manifest
+from kcache.store.recipe import SAMPLES, SHARD_FOLDER
+from kcache.store.samples import with_ids
 from kcache.store.shards import record_rejections
 
 
@@ -70,9 +71,6 @@ class BuildPreview:
     notes: tuple[str, ...]
 
 
-_SHARD_FOLDERS = ("image_embeds-", "text-", "latents-", f"{SAMPLES}-", f"{RESERVED}-")
-
-
 def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report | None = None) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
@@ -81,13 +79,13 @@ def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report 
     named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
     CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
-    job = survey(source, cache, config, partial(_say, report))
+    job = checked_survey(source, cache, config, partial(_say, report))
     for note in job.notes:
         _say(report, note)
     return complete(job, report=report)
 
 
-def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
+def complete(job: Survey, *, report: Report | None = None) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder, before = time.perf_counter(), job.folder, None
     place = worker_place(job.config.worker, os.environ)
@@ -100,13 +98,13 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
             with turn(folder, patience):
                 _sweep(folder)
                 plan = _plan_to_join(job)
-                states = job.states()  # after that: while a plan is open, others commit
-                before = before or _counts(job, states)
-                plan = plan or _new_plan(job, states, builder.seen)
+                found = job.committed()  # after that: while a plan is open, others commit
+                before = before or _counts(job, found)
+                plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None:
-                    manifest = _assemble(job, states)
+                    manifest = _finish(job, found)
                     break
-            builder.work_off(plan)
+            builder.work_off(plan, found)
         stop_here()
     tables = {
         name: TableResult(
@@ -115,7 +113,7 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
             bytes=manifest.tables[name].bytes,
             seconds=builder.seconds(name),
         )
-        for name, count in _counts(job, states).items()
+        for name, count in _counts(job, found).items()
     }
     return BuildResult(
         cache=str(folder),
@@ -127,31 +125,31 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
     )
 
 
-def _counts(job: Inventory, states: Mapping[str, TableState]) -> dict[str, int]:
+def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
-    return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in states.items()}
+    return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in found.tables.items()}
 
 
 def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
     """What `build_cache` would do, without writing anything into the cache."""
-    job = survey(source, cache, config, partial(_say, None))
-    states = job.states()
-    plan = missing_rows(job, states, retry=config.retry_rejected, seen={})
+    job = checked_survey(source, cache, config, partial(_say, None))
+    tables = job.committed().tables
+    plan = missing_rows(job, tables, retry=config.retry_rejected, seen={})
     return BuildPreview(
-        samples=len(job.candidates),
+        samples=len(job.samples),
         refused=len(job.refused),
         missing={table.recipe.table: len(table.keys) for table in plan.tables},
-        why=why_missing(job, states, plan),
+        why=why_missing(job, tables, plan),
         notes=(job.source.description, *job.notes),
     )
 
 
-def survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], None]) -> Inventory:
+def checked_survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], None]) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = Path(cache)
     _check_target(folder)
     check_device(config.device)
-    return take_inventory(source, folder, config, say)
+    return survey(source, folder, config, say)
 
 
 def _check_target(folder: Path) -> None:
@@ -166,7 +164,7 @@ def _check_target(folder: Path) -> None:
         )
     if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
         foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith((".tmp-", TURN))]
-        if foreign and not any(name.startswith(_SHARD_FOLDERS) for name in foreign):
+        if foreign and not any(map(SHARD_FOLDER.fullmatch, foreign)):
             raise CacheMismatchError(
                 f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
                 "give an empty or new folder for the cache"
@@ -181,26 +179,26 @@ def _sweep(folder: Path) -> None:
             remove_temporary(table)
 
 
-def _new_plan(job: Inventory, states: Mapping[str, TableState], seen: Mapping[str, set[bytes]]) -> Plan | None:
+def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
     """A plan, frozen, for what is missing; None when nothing is."""
-    plan = missing_rows(job, states, retry=job.config.retry_rejected, seen=seen)
-    if job.config.format == "webdataset" and not plan.keys:
-        whole, _ = whole_samples(job.candidates, states)
-        rows = job.config.rows_per_shard or default_rows_per_shard(joined_recipe(SAMPLES, job.recipes))
-        plan = plan_packing(job.folder, job.recipes, whole, rows)
+    plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
+    if found.waiting and not plan.keys:
+        whole, _ = whole_samples(job.samples, found.tables)
+        rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
+        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows)
     if not plan.keys:
         return None
     freeze_plan(job.folder, plan)
     return plan
 
 
-def _plan_to_join(job: Inventory) -> Plan | None:
+def _plan_to_join(job: Survey) -> Plan | None:
     """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
     plan = open_plan(job.folder)
     if plan is None:
         return None
-    joined = [joined_recipe(kind, job.recipes) for kind in (RESERVED, SAMPLES)]
-    wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *joined]}
+    tars = shard_recipes("webdataset", job.recipes)
+    wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
     known = all(
         set(job.wanted(table.recipe.table)).issuperset(table.keys)
@@ -226,17 +224,15 @@ def _refuse_beside_others(folder: Path, plan: Plan, how: str) -> None:
             )
 
 
-def _assemble(job: Inventory, states: Mapping[str, TableState]) -> Manifest:
+def _finish(job: Survey, found: Committed) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
-    if job.config.format == "zarr":
-        return assemble(job.folder, job.source, job.candidates, job.refused, states, job.models, "zarr")
-    recipe = joined_recipe(SAMPLES, job.recipes)
-    rejected = [rejection for state in states.values() for rejection in state.rejected.values()]
-    record_rejections(job.folder / recipe.directory, recipe, rejected, job.provenance())
-    packed = job.packed()
-    manifest = assemble(job.folder, job.source, job.candidates, job.refused, packed, job.models, "webdataset")
-    for staged in job.recipes.values():
-        remove(job.folder / staged.directory)
+    if found.waiting:
+        recipe = tar_recipe(SAMPLES, job.recipes)
+        rejected = [rejection for state in found.tables.values() for rejection in state.rejected.values()]
+        record_rejections(job.folder / recipe.directory, recipe, rejected, found.provenance)
+    manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place)
+    for state in found.waiting.values():
+        remove(job.folder / state.recipe.directory)
     return manifest
 
 

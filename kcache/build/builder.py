@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcache.build.claims import Patience, holder, let_go, take
-from kcache.build.finish import Candidate, image_sizes, whole_samples
-from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_keys
+from kcache.build.finish import known_sizes, measured, whole_samples
+from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
-from kcache.build.survey import Inventory, fetcher
+from kcache.build.survey import Committed, Survey, fetcher
 from kcache.durable import writing
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device
 from kcache.stopping import stop_here
-from kcache.store.samples import sample_ids
+from kcache.store.recipe import RESERVED, SAMPLES
+from kcache.store.samples import Sample, with_ids
 
 if TYPE_CHECKING:
     from kcache.build.encode import Meter
@@ -63,7 +64,7 @@ def _record(cache: Path, table: TablePlan, shard: PlannedShard) -> Path:
 class Builder:
     """Works off plans, one table at a time so that one encoder is in memory at a time."""
 
-    job: Inventory
+    job: Survey
     place: tuple[int, int]
     """This is builder I of N."""
     patience: Patience
@@ -73,13 +74,16 @@ class Builder:
     meters: dict[str, "Meter"] = field(default_factory=dict)
     """Where the time went, by table that this builder encoded rows of."""
 
-    def work_off(self, plan: Plan) -> None:
-        """Encode or pack what nobody else does of `plan`; returns when all of it is committed."""
+    def work_off(self, plan: Plan, found: Committed) -> None:
+        """Encode, or write into tars, what nobody else does of `plan`; returns when all of it is committed.
+
+        `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
+        """
         claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan))
         try:
             while left := unfinished(self.job.folder, plan):
                 for table, shards in left:
-                    self._work(table, self._in_order(shards), claims)
+                    self._work(table, self._in_order(shards), claims, found)
                 if not claims.open():
                     break
                 self._wait(plan, claims)
@@ -106,7 +110,7 @@ class Builder:
             if (other := holder(claim)) is not None:
                 self.patience.wait(claim, other)
 
-    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims") -> None:
+    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims", found: Committed) -> None:
         progress = _Progress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
         mine = claims.claimed(table, shards, progress)
         # What is needed for the work is read only once there is some: with a claim held, nobody ends the plan.
@@ -116,25 +120,23 @@ class Builder:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         if table.recipe.table in (RESERVED, SAMPLES):
-            self._pack(table.recipe.table, chain([first], mine), progress)
+            self._join(table.recipe.table, chain([first], mine), progress, found)
         else:
             self._encode(table, chain([first], mine), progress)
 
-    def _pack(self, kind: str, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
-        job = self.job
-        states, provenance = job.states(), job.provenance()
-        whole, _ = whole_samples(job.candidates, states)
-        ids = sample_ids([candidate.image_key for candidate in whole])
-        by_key = dict(zip(joined_keys(whole), zip(ids, whole, strict=True), strict=True))
-        packer = TarPacker(job.folder, job.recipes, {name: state.stored for name, state in states.items()})
-        for shard in shards:
-            if kind == RESERVED:
-                packer.pack_reserved(shard.name, provenance)
-            else:
-                planned = {key: by_key[key] for key in shard.keys if key in by_key}
-                sizes, _ = image_sizes(job.folder, job.source, [candidate for _, candidate in planned.values()])
-                packer.pack_samples(shard, _readable(planned, sizes), sizes, provenance)
-            progress.add(len(shard.keys), {"write": 1.0})
+    def _join(self, name: str, shards: Iterator[PlannedShard], progress: "_Progress", found: Committed) -> None:
+        job, known = self.job, known_sizes(self.job.folder)
+        whole, _ = whole_samples(job.samples, found.tables)
+        named = with_ids(whole)
+        by_key = dict(zip(tar_keys(named), named, strict=True))
+
+        def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
+            """Those that are samples still and whose image can be read."""
+            readable, _ = measured(job, [by_key[key] for key in keys if key in by_key], known)
+            return dict(zip(tar_keys(readable), readable, strict=True))
+
+        writer = TarWriter(job.folder, found.tables, found.provenance)
+        writer.write(name, progress.counted(shards), planned)
 
     def _encode(self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
         import torch
@@ -144,20 +146,14 @@ class Builder:
 
         job, recipe = self.job, table.recipe
         progress.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
-        encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or default_device()))
+        device = torch.device(job.config.device or default_device())
+        encoder = load_encoder(recipe, job.repository(recipe.table), device)
         workers = job.config.num_workers or os.cpu_count() or 1
-        fetch, meter = fetcher(job.source, job.candidates, recipe.table), self.meters.setdefault(recipe.table, Meter())
+        fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
         encode_shards(
             encoder, job.folder / recipe.directory, shards, fetch,
             workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
         )  # fmt: skip
-
-
-def _readable(
-    planned: Mapping[bytes, tuple[str, Candidate]], sizes: Mapping[bytes, tuple[int, int]]
-) -> dict[bytes, tuple[str, Candidate]]:
-    """Those whose image could still be read from the source."""
-    return {key: (i, candidate) for key, (i, candidate) in planned.items() if candidate.image_key in sizes}
 
 
 class _Claims:
@@ -223,6 +219,12 @@ class _Progress:
             self._report(
                 BuildProgress(table=self._table, done=self._done, total=self.total, seconds=seconds, busy=busy)
             )
+
+    def counted(self, shards: Iterator[PlannedShard]) -> Iterator[PlannedShard]:
+        """The `shards`, each counted as written when the next one is asked for."""
+        for shard in shards:
+            yield shard
+            self.add(len(shard.keys), {"write": 1.0})
 
     def say(self, message: str) -> None:
         if self._report:

@@ -19,19 +19,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from kcache.build.build import survey
+from kcache.build.build import checked_survey
 from kcache.build.encode import Meter, encode_shards
-from kcache.build.finish import Candidate
-from kcache.build.joined_tars import RESERVED, SAMPLES, joined_keys, joined_recipe, plan_packing
+from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Inventory, acceptable, fetcher, missing_rows, why_missing
+from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_missing
 from kcache.config import BuildConfig
 from kcache.encoders.frozen import load_encoder, load_tokenizer
-from kcache.encoders.recipes import default_rows_per_shard, table_names
+from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
-from kcache.store.recipe import Field, Recipe
+from kcache.store.recipe import RESERVED, SAMPLES, TEXT, Field, Recipe, table_names
 from kcache.store.rows import unit_bytes
+from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import side_dtype
 
 Item = TypeVar("Item")
@@ -96,10 +96,10 @@ def estimate_build(
 
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
     """
-    job = survey(source, cache, config, say)
-    states = job.states()
-    plan = missing_rows(job, states, retry=config.retry_rejected, seen={})
-    why = why_missing(job, states, plan)
+    job = checked_survey(source, cache, config, say)
+    committed = job.committed().tables
+    plan = missing_rows(job, committed, retry=config.retry_rejected, seen={})
+    why = why_missing(job, committed, plan)
     tokens = _token_counts(job)
     tables = {}
     for table in plan.tables:
@@ -108,7 +108,7 @@ def estimate_build(
         tables[name] = TableEstimate(
             missing=len(table.keys),
             why=why[name],
-            unused=len(states[name].stored.key_set().difference(job.wanted(name))),
+            unused=len(committed[name].stored.key_set().difference(job.wanted(name))),
             bytes=table_bytes(table, float(tokens.mean())) if config.format == "zarr" else 0,
             loading_seconds=loading,
             row_seconds=row,
@@ -116,24 +116,24 @@ def estimate_build(
     size = sum(table.bytes for table in tables.values())
     seconds = sum(table.seconds for table in tables.values())
     return BuildEstimate(
-        samples=len(job.candidates),
+        samples=len(job.samples),
         refused=len(job.refused),
         tables=tables,
-        bytes=size if config.format == "zarr" else _tar_bytes(job, tokens),
+        bytes=size if config.format == "zarr" else _tar_bytes(job, acceptable(job.samples, committed), tokens),
         seconds=seconds,
         savings=_savings(job, tables, seconds),
         notes=(job.source.description, *job.notes),
     )
 
 
-def _token_counts(job: Inventory) -> np.ndarray:
+def _token_counts(job: Survey) -> np.ndarray:
     """Valid tokens of the captions, or of evenly spaced ones, (n,) int64; [0] where there is no text."""
-    captions = [caption for candidate in job.candidates for caption in candidate.captions]
-    if "text" not in job.recipes or not captions:
+    captions = [caption for sample in job.samples for caption in sample.captions]
+    if TEXT.name not in job.recipes or not captions:
         return np.zeros(1, np.int64)
     chosen = _spread(captions, TOKENIZED_CAPTIONS)
-    length = job.recipes["text"].batch_shape[1]
-    tokenized = load_tokenizer(job.prior)(list(chosen), max_length=length, truncation=True)
+    length = job.recipes[TEXT.name].batch_shape[1]
+    tokenized = load_tokenizer(job.repository(TEXT.name))(list(chosen), max_length=length, truncation=True)
     return np.array([len(ids) for ids in tokenized["input_ids"]], np.int64)
 
 
@@ -143,12 +143,12 @@ def _spread(items: Sequence[Item], most: int) -> Sequence[Item]:
     return items[:: max(1, step)]
 
 
-def _tar_bytes(job: Inventory, tokens: np.ndarray) -> int:
-    candidates = acceptable(job.candidates, job.states())
-    rows = job.config.rows_per_shard or default_rows_per_shard(joined_recipe(SAMPLES, job.recipes))
-    plan = plan_packing(job.folder, job.recipes, candidates, rows)
+def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> int:
+    named = with_ids(samples)
+    rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
+    plan = plan_tars(job.folder, job.recipes, named, rows)
     wanted = {table.recipe.table: set(table.keys) for table in plan.tables}
-    new = [c for key, c in zip(joined_keys(candidates), candidates, strict=True) if key in wanted[SAMPLES]]
+    new = [sample for key, sample in zip(tar_keys(named), named, strict=True) if key in wanted[SAMPLES]]
     size = tar_bytes(job.recipes, _spread(new, TOKENIZED_CAPTIONS), len(new), rows, tokens)
     return size + (reserved_tar_bytes(job.recipes) if wanted[RESERVED] else 0)
 
@@ -157,12 +157,13 @@ class _Watched(Exception):
     """Ends a probe: enough was seen."""
 
 
-def _probe(job: Inventory, table: TablePlan, say: Callable[[str], None]) -> tuple[float, float]:
+def _probe(job: Survey, table: TablePlan, say: Callable[[str], None]) -> tuple[float, float]:
     """Seconds that the encoder of `table` takes to load, and seconds per row, measured on some of its missing rows."""
     recipe = table.recipe
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
-    encoder = load_encoder(recipe, job.prior, job.decoder, torch.device(job.config.device or default_device()))
+    device = torch.device(job.config.device or default_device())
+    encoder = load_encoder(recipe, job.repository(recipe.table), device)
     loading = time.perf_counter() - start
     workers = job.config.num_workers or os.cpu_count() or 1
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
@@ -173,7 +174,7 @@ def _probe(job: Inventory, table: TablePlan, say: Callable[[str], None]) -> tupl
         PlannedShard(name=f"{number:05d}", keys=tuple(keys[begin : begin + rows]))
         for number, begin in enumerate(range(0, len(keys), rows))
     )
-    fetch = fetcher(job.source, job.candidates, recipe.table)
+    fetch = fetcher(job, recipe.table)
     with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched):
         encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=Meter(), done=watch.add)
     return loading, watch.row_seconds()
@@ -211,14 +212,14 @@ class _Watch:
         return (time.perf_counter() - self._start) / max(1, self._rows)
 
 
-def _savings(job: Inventory, tables: Mapping[str, TableEstimate], seconds: float) -> dict[str, Saving]:
+def _savings(job: Survey, tables: Mapping[str, TableEstimate], seconds: float) -> dict[str, Saving]:
     savings = {}
     for stage in ("prior", "decoder"):
         # Of several resolutions a decoder reads one, here the last one asked for.
         needed = table_names(stage, job.config.resolution[-1:])
         if all(name in tables and tables[name].row_seconds for name in needed):
             sample = sum(tables[name].row_seconds for name in needed)
-            savings[stage] = Saving(sample_seconds=sample, epochs=seconds / (sample * len(job.candidates)))
+            savings[stage] = Saving(sample_seconds=sample, epochs=seconds / (sample * len(job.samples)))
     return savings
 
 
@@ -270,7 +271,7 @@ def _npy_bytes(dtype: np.dtype, length: int) -> int:
 
 
 def tar_bytes(
-    recipes: Mapping[str, Recipe], samples: Sequence[Candidate], count: int, rows_per_shard: int, tokens: np.ndarray
+    recipes: Mapping[str, Recipe], samples: Sequence[Sample], count: int, rows_per_shard: int, tokens: np.ndarray
 ) -> int:
     """Bytes of the tars of `count` samples such as `samples`, with side files and commit records.
 
@@ -290,7 +291,7 @@ def tar_bytes(
     return total
 
 
-def _sample_bytes(recipes: Mapping[str, Recipe], sample: Candidate, tokens: np.ndarray) -> float:
+def _sample_bytes(recipes: Mapping[str, Recipe], sample: Sample, tokens: np.ndarray) -> float:
     """Bytes that one sample takes in a tar."""
     info = {
         "id": sample.image_key.hex(),

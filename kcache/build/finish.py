@@ -5,90 +5,60 @@ import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from kcache.build.dataset_card import write_card
+from kcache.build.survey import Survey
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
-from kcache.sources import Source
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 from kcache.store.index import CAPTION_BOUNDS, TableState, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
-from kcache.store.samples import Refusal, Sample, sample_ids, stored_samples, write_samples
+from kcache.store.recipe import TEXT, kind_of
+from kcache.store.samples import Refusal, Sample, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A sample that the source offers: it becomes one of the cache's when its rows are there."""
-
-    position: int
-    """Its number in the source."""
-    name: str
-    image_key: bytes
-    captions: tuple[str, ...]
-    caption_keys: tuple[bytes, ...]
-
-
-def wanted_keys(table: str, samples: Sequence[Candidate] | Sequence[Sample]) -> list[bytes]:
-    """The keys that `table` holds when it holds all of `samples`, in their order, the reserved row first."""
-    if table == "text":
-        return [EMPTY_CAPTION_KEY, *(key for sample in samples for key in sample.caption_keys)]
-    reserved = [ZERO_IMAGE_KEY] if table == "image_embeds" else []
-    return reserved + [sample.image_key for sample in samples]
-
-
-def whole_samples(
-    candidates: Sequence[Candidate], tables: Mapping[str, TableState]
-) -> tuple[list[Candidate], list[Refusal]]:
-    """The candidates whose image is in every image table and that keep a caption where there are texts; and the others.
+def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
+    """The samples whose image is in every image table and that keep a caption where there are texts; and the others.
 
     A caption that was rejected costs the sample only that caption, as long as another one is left.
     """
-    images = {name: (state.stored.key_set(), state.rejected) for name, state in tables.items() if name != "text"}
-    text = tables.get("text")
+    images = {
+        name: (state.stored.key_set(), state.rejected) for name, state in tables.items() if kind_of(name).per == "image"
+    }
+    text = tables.get(TEXT.name)
     text_keys = (text.stored.key_set(), text.rejected) if text else None
     whole, refused = [], []
-    for candidate in candidates:
+    for sample in samples:
         reasons = [
-            _refusal(candidate.name, candidate.image_key, rejected)
+            _refusal(sample.name, sample.image_key, rejected)
             for stored, rejected in images.values()
-            if candidate.image_key not in stored
+            if sample.image_key not in stored
         ]
         if reasons:
             refused.append(reasons[0])
             continue
-        if text_keys is None or (candidate.caption_keys and text_keys[0].issuperset(candidate.caption_keys)):
-            whole.append(candidate)
+        if text_keys is None or (sample.caption_keys and text_keys[0].issuperset(sample.caption_keys)):
+            whole.append(sample)
             continue
-        kept = [i for i, key in enumerate(candidate.caption_keys) if key in text_keys[0]]
-        lost = [key for key in candidate.caption_keys if key not in text_keys[0]]
-        refused += [_refusal(candidate.name, key, text_keys[1]) for key in lost]
+        kept = [i for i, key in enumerate(sample.caption_keys) if key in text_keys[0]]
+        lost = [key for key in sample.caption_keys if key not in text_keys[0]]
+        refused += [_refusal(sample.name, key, text_keys[1]) for key in lost]
         if kept:
-            captions = tuple(candidate.captions[i] for i in kept)
-            whole.append(
-                replace(candidate, captions=captions, caption_keys=tuple(candidate.caption_keys[i] for i in kept))
-            )
+            captions = tuple(sample.captions[i] for i in kept)
+            whole.append(replace(sample, captions=captions, caption_keys=tuple(sample.caption_keys[i] for i in kept)))
     return whole, refused
 
 
-def assemble(
-    cache: Path,
-    source: Source,
-    candidates: Sequence[Candidate],
-    refused: Sequence[Refusal],
-    tables: Mapping[str, TableState],
-    models: Mapping[str, Mapping[str, str | None]],
-    form: str,
-) -> Manifest:
-    """Finish the cache of those candidates whose rows are all in `tables`; the others are refused."""
-    whole, incomplete = whole_samples(candidates, tables)
-    sizes, unreadable = image_sizes(cache, source, whole)
-    whole = [candidate for candidate in whole if candidate.image_key in sizes]
-    return finish_cache(cache, _samples(whole, sizes), [*refused, *incomplete, *unreadable], tables, models, form)
+def finish_build(job: Survey, tables: Mapping[str, TableState]) -> Manifest:
+    """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused."""
+    whole, incomplete = whole_samples(job.samples, tables)
+    samples, unreadable = measured(job, whole, known_sizes(job.folder))
+    refused = [*job.refused, *incomplete, *unreadable]
+    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format)
 
 
 def finish_cache(
@@ -133,37 +103,24 @@ def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refu
     return Refusal(name=name, stage=rejection.stage, reason=rejection.reason)
 
 
-def image_sizes(
-    cache: Path, source: Source, candidates: Sequence[Candidate]
-) -> tuple[dict[bytes, tuple[int, int]], list[Refusal]]:
-    """Width and height by image key, of pictures known before from the cache's samples; and what cannot be read."""
-    known, refused = _known_sizes(cache), []
-    for candidate in candidates:
+def measured(
+    job: Survey, samples: Sequence[Sample], known: Mapping[bytes, tuple[int, int]]
+) -> tuple[list[Sample], list[Refusal]]:
+    """The samples with the sizes of their images, read from the source where they are not `known`; what has none."""
+    sizes, sized, refused = dict(known), [], []
+    for sample in samples:
+        key = sample.image_key
         try:
-            if candidate.image_key not in known:
-                known[candidate.image_key] = _upright_size(source.image(candidate.position))
+            if key not in sizes:
+                sizes[key] = _upright_size(job.source.image(job.positions[key]))
         except InputRejected as error:
-            refused.append(Refusal(name=candidate.name, stage=error.stage, reason=error.reason))
-    return known, refused
+            refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
+        else:
+            sized.append(replace(sample, width=sizes[key][0], height=sizes[key][1]))
+    return sized, refused
 
 
-def _samples(candidates: Sequence[Candidate], sizes: Mapping[bytes, tuple[int, int]]) -> list[Sample]:
-    ids = sample_ids([candidate.image_key for candidate in candidates])
-    return [
-        Sample(
-            id=i,
-            name=c.name,
-            image_key=c.image_key,
-            captions=c.captions,
-            caption_keys=c.caption_keys,
-            width=sizes[c.image_key][0],
-            height=sizes[c.image_key][1],
-        )
-        for i, c in zip(ids, candidates, strict=True)
-    ]
-
-
-def _known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
+def known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
     """Width and height by image key, from the samples of the manifest before this one."""
     manifest = _current(cache)
     if manifest is None:
@@ -194,14 +151,10 @@ def _current(cache: Path) -> Manifest | None:
 
 
 def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, np.ndarray]:
-    image_keys = [sample.image_key for sample in samples]
-    counts = [len(sample.caption_keys) if "text" in tables else 0 for sample in samples]
+    counts = [len(sample.caption_keys) if TEXT.name in tables else 0 for sample in samples]
     arrays = {CAPTION_BOUNDS: np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)}
     for name, state in tables.items():
-        if name == "text":
-            keys = [key for sample in samples for key in sample.caption_keys] + [EMPTY_CAPTION_KEY]
-        else:
-            keys = image_keys + ([ZERO_IMAGE_KEY] if name == "image_embeds" else [])
+        keys = kind_of(name).indexed(samples)
         positions = state.stored.find(keys)
         if (positions < 0).any():
             raise CacheIncompleteError(

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kcache.durable import (
     publish,
     read_npy,
@@ -26,10 +24,10 @@ from kcache.durable import (
     writing,
 )
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheWriteError
+from kcache.store.digests import KEY_BYTES, pack_keys, unpack_keys
 from kcache.store.manifest import check_count
 from kcache.store.recipe import SCHEMA_VERSION, Recipe, canonical_json
 
-KEY_BYTES = 16
 CLAIMS = "claims"
 """Name of the folder beside an open plan where builders claim its shards."""
 
@@ -106,8 +104,7 @@ def freeze_plan(cache: Path, plan: Plan) -> None:
         folder = temporary / plan.digest[:16]
         (folder / CLAIMS).mkdir(parents=True)
         for table in plan.tables:
-            keys = np.frombuffer(b"".join(table.keys), np.uint8).reshape(-1, KEY_BYTES)
-            write_npy(folder / f"{table.recipe.table}.keys.npy", keys)
+            write_npy(folder / f"{table.recipe.table}.keys.npy", pack_keys(table.keys))
         tables = [_table_json(table) for table in plan.tables]
         write_json(folder / "plan.json", {"schema_version": SCHEMA_VERSION, "digest": plan.digest, "tables": tables})
         sync_folder(temporary)
@@ -162,17 +159,15 @@ def _table_json(table: TablePlan) -> Mapping[str, object]:
 
 def _read_table(folder: Path, data: Mapping[str, object]) -> TablePlan:
     recipe = Recipe.from_json(data["recipe"])  # type: ignore[arg-type]  # a wrong type raises TypeError, which the caller expects
-    keys = read_npy(folder / f"{recipe.table}.keys.npy")
-    if keys.dtype != np.uint8 or keys.shape != (data["rows"], KEY_BYTES):
-        raise ValueError(f"{recipe.table}.keys.npy holds {keys.shape} of {keys.dtype}")
+    keys = unpack_keys(read_npy(folder / f"{recipe.table}.keys.npy"))
+    if len(keys) != data["rows"]:
+        raise ValueError(f"{recipe.table}.keys.npy holds {len(keys)} keys; expected {data['rows']}")
     check_count(data["first_shard"], data["rows_per_shard"])
     if not data["rows_per_shard"]:
         raise ValueError("its shards have no rows")
-    content = keys.tobytes()
-    split = tuple(content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
     return TablePlan(
         recipe=recipe,
         rows_per_shard=int(data["rows_per_shard"]),  # type: ignore[call-overload]
         first_shard=int(data["first_shard"]),  # type: ignore[call-overload]
-        keys=split,
+        keys=tuple(keys),
     )

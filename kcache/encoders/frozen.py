@@ -8,16 +8,20 @@ import numpy as np
 import torch
 from diffusers import VQModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from kcache.encoders.pixels import clip_pixels, clip_processor, decode_image, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
-from kcache.store.recipe import Recipe
+from kcache.store.recipe import Recipe, kind_of, side_of
 
-Rows = dict[str, torch.Tensor]
+Rows = dict[str, Tensor]
+
+_CLASSES: dict[str, type[Any]] = {
+    network.__name__: network for network in (CLIPVisionModelWithProjection, CLIPTextModelWithProjection, VQModel)
+}
 
 
 class Encoder(Protocol):
@@ -45,24 +49,26 @@ class Encoder(Protocol):
         """Rows of 1 to batch_size prepared inputs, on the encoder's device and in the recipe's compute dtype."""
 
 
-class PictureEncoder(Encoder, Protocol):
-    """An encoder of images: `prepare` is `pixels` of the picture that `decode_image` makes with `alpha`."""
+class PictureEncoder:
+    """An encoder of images: an image file's bytes → rows of one field.
 
-    alpha: Literal["white", "black", "drop"]
+    CLIP's image encoder gives image_embeds (k, D), MoVQ's gives latents (k, 4, R/8, R/8), before quantisation and not
+    scaled. `prepare` is `pixels` of the picture that `decode_image` makes with `alpha`: who encodes an image in several
+    ways decodes it once.
+    """
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        """An RGB picture made ready for `encode`: several encoders of one image need it decoded once."""
-
-
-class ImageEncoder:
-    """CLIP's image encoder: an image file's bytes → image_embeds (k, D)."""
-
-    def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
         self.recipe = recipe
         self.batch_size = recipe.batch_shape[0]
-        self.alpha = recipe.preprocess["alpha"]
-        self._processor = clip_processor(recipe.preprocess["processor"])
-        self._network = _Frozen(CLIPVisionModelWithProjection, prior, "image_encoder", recipe, device)
+        self.alpha: Literal["white", "black", "drop"] = recipe.preprocess["alpha"]
+        if (side := side_of(recipe.table)) is None:
+            processor = clip_processor(recipe.preprocess["processor"])
+            self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: clip_pixels(picture, processor)
+            self._output: Callable[[Any, Tensor], Tensor] = lambda network, pixels: network(pixels).image_embeds
+        else:
+            self._pixels = lambda picture: movq_pixels(picture, side)
+            self._output = lambda network, pixels: network.encode(pixels).latents
+        self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: bytes) -> np.ndarray:
         """Pixels (3, S, S) float32 of an image file."""
@@ -70,57 +76,25 @@ class ImageEncoder:
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
         """Pixels (3, S, S) float32 of an RGB picture."""
-        return clip_pixels(picture, self._processor)
+        return self._pixels(picture)
 
-    def reserved(self) -> np.ndarray:
-        """The all-zero pixel tensor, which stands for "no image" in guidance."""
-        return np.zeros(self.recipe.batch_shape[1:], np.float32)
-
-    def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
-        """The recipe's, for every image."""
-        return self.recipe.batch_shape
-
-    def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
-        """{"image_embeds": (k, D)} of k pixel arrays."""
-        pixels = _full_batch(prepared, self.recipe.batch_shape)
-
-        def forward(network: Any, dtype: torch.dtype) -> Rows:
-            return {"image_embeds": network(pixels.to(self._network.device, dtype)).image_embeds[: len(prepared)]}
-
-        return self._network.run(forward)
-
-
-class LatentsEncoder:
-    """MoVQ's encoder: an image file's bytes → latents (k, 4, R/8, R/8), before quantisation and not scaled."""
-
-    def __init__(self, recipe: Recipe, decoder: Repository, device: torch.device) -> None:
-        self.recipe = recipe
-        self.batch_size = recipe.batch_shape[0]
-        self.alpha = recipe.preprocess["alpha"]
-        self._network = _Frozen(VQModel, decoder, "movq", recipe, device)
-
-    def prepare(self, content: bytes) -> np.ndarray:
-        """Pixels (3, R, R) float32 of an image file."""
-        return self.pixels(decode_image(content, self.alpha))
-
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        """Pixels (3, R, R) float32 of an RGB picture."""
-        return movq_pixels(picture, self.recipe.batch_shape[-1])
-
-    def reserved(self) -> None:
-        """None: training always has latents to denoise."""
-        return
+    def reserved(self) -> np.ndarray | None:
+        """The all-zero pixel tensor, which stands for "no image" in guidance; None for latents."""
+        return (
+            None if kind_of(self.recipe.table).reserved is None else np.zeros(self.recipe.batch_shape[1:], np.float32)
+        )
 
     def batch_shape(self, prepared: np.ndarray) -> tuple[int, ...]:
         """The recipe's, for every image."""
         return self.recipe.batch_shape
 
     def encode(self, prepared: Sequence[np.ndarray]) -> Rows:
-        """{"latents": (k, 4, h, w)} of k pixel arrays."""
+        """{the recipe's one field: (k, …)} of k pixel arrays."""
         pixels = _full_batch(prepared, self.recipe.batch_shape)
+        [field] = self.recipe.fields
 
         def forward(network: Any, dtype: torch.dtype) -> Rows:
-            return {"latents": network.encode(pixels.to(self._network.device, dtype)).latents[: len(prepared)]}
+            return {field.name: self._output(network, pixels.to(self._network.device, dtype))[: len(prepared)]}
 
         return self._network.run(forward)
 
@@ -128,13 +102,13 @@ class LatentsEncoder:
 class TextEncoder:
     """CLIP's text encoder: a caption → text_embeds and the states of its tokens, padding left out."""
 
-    def __init__(self, recipe: Recipe, prior: Repository, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
         self.recipe = recipe
         self.batch_size = recipe.batch_shape[0]
-        self._tokenizer = load_tokenizer(prior)
+        self._tokenizer = load_tokenizer(repository)
         # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
         self._lock = threading.Lock()
-        self._network = _Frozen(CLIPTextModelWithProjection, prior, "text_encoder", recipe, device)
+        self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: str) -> tuple[np.ndarray, int]:
         """Token ids (77,) int64 of a caption, padded or cut to that length, and how many of them are valid."""
@@ -202,30 +176,24 @@ def full_batches(encoder: Encoder, inputs: Iterable[tuple[int, Any]]) -> Iterato
     yield from waiting.values()
 
 
-def load_encoder(recipe: Recipe, prior: Repository, decoder: Repository | None, device: torch.device) -> Encoder:
-    """The encoder that makes the rows of `recipe`, its network loaded on `device`.
+def load_encoder(recipe: Recipe, repository: Repository, device: torch.device) -> Encoder:
+    """The encoder that makes the rows of `recipe`, its network loaded from `repository` on `device`.
 
-    `decoder` may be None unless the recipe is for latents. Raises ModelError when the weights do not fit the network.
+    Raises ModelError when the weights do not fit the network.
     """
-    if recipe.table == "image_embeds":
-        return ImageEncoder(recipe, prior, device)
-    if recipe.table == "text":
-        return TextEncoder(recipe, prior, device)
-    if decoder is None:
-        raise ModelError(f"the table {recipe.table} needs a decoder repository with the folder movq; none was given")
-    return LatentsEncoder(recipe, decoder, device)
+    encoder = TextEncoder if kind_of(recipe.table).per == "caption" else PictureEncoder
+    return encoder(recipe, repository, device)
 
 
 class _Frozen:
     """A network in the recipe's compute dtype, and the same in float32 once half precision fails on a row."""
 
-    def __init__(
-        self, kind: type[Any], repository: Repository, component: str, recipe: Recipe, device: torch.device
-    ) -> None:
+    def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
         self.device = device
-        self._source = (kind, repository, component, device)
+        self._folder = repository.path / kind_of(recipe.table).component
+        self._class = _CLASSES[recipe.encoder]
         self._dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
-        self._network = _load_network(*self._source, self._dtype)
+        self._network = self._load(self._dtype)
         self._float32: nn.Module | None = None
 
     @torch.inference_mode()
@@ -237,25 +205,22 @@ class _Frozen:
         broken = torch.stack([~values.isfinite().flatten(1).all(1) for values in rows.values()]).any(0)
         if broken.any():
             if self._float32 is None:
-                self._float32 = _load_network(*self._source, torch.float32)
+                self._float32 = self._load(torch.float32)
             for name, values in forward(self._float32, torch.float32).items():
                 rows[name][broken] = values[broken].to(self._dtype)
         return rows
 
-
-def _load_network(
-    kind: type[Any], repository: Repository, component: str, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    network = load_pretrained(kind, repository.path / component, dtype)
-    if kind is VQModel:
-        # Only the encoder half is used.
-        del network.decoder, network.quantize, network.post_quant_conv
-    return network.eval().requires_grad_(False).to(device)
+    def _load(self, dtype: torch.dtype) -> nn.Module:
+        network = load_pretrained(self._class, self._folder, dtype)
+        if self._class is VQModel:
+            # Only the encoder half is used.
+            del network.decoder, network.quantize, network.post_quant_conv
+        return network.eval().requires_grad_(False).to(self.device)
 
 
-def load_tokenizer(prior: Repository) -> CLIPTokenizer:
+def load_tokenizer(repository: Repository) -> CLIPTokenizer:
     """The tokenizer of a prior repository; raises ModelError."""
-    path = prior.path / "tokenizer"
+    path = repository.path / "tokenizer"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

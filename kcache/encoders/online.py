@@ -9,7 +9,7 @@ bit for bit on the CPU.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
 from kcache.encoders.pixels import decode_image
-from kcache.encoders.recipes import decoder_components, prior_components
-from kcache.encoders.repositories import Repository, find_repository, weights_digest
+from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.sources import Source
 from kcache.store.cache import Cache
 from kcache.store.digests import DigestMemo, content_key
+from kcache.store.recipe import kind_of
 from kcache.store.rows import Empty
 from kcache.store.shards import OFFSETS
 
@@ -84,10 +84,10 @@ class OnlineEncoders:
         """
         numbers = np.asarray(samples, np.int64)
         captions = np.broadcast_to(caption, len(numbers))
-        dropped = {"text": drop_caption, "image_embeds": drop_image}
         everything = np.ones(len(numbers), np.bool_)
         tables = dict.fromkeys(self._cache.table_of(name) for name in fields)
-        kept = {table: everything if (mask := dropped.get(table)) is None else ~mask for table in tables}
+        masks = {table: kind_of(table).dropped(drop_caption, drop_image) for table in tables}
+        kept = {table: everything if mask is None else ~mask for table, mask in masks.items()}
         prepared = list(self._decoders.map(
             lambda i: self._prepare(int(numbers[i]), int(captions[i]), [table for table in tables if kept[table][i]]),
             range(len(numbers)),
@@ -105,15 +105,14 @@ class OnlineEncoders:
         content: bytes | None = None
         for table in tables:
             encoder = self._encoders[table]
-            if table == "text":
+            if not isinstance(encoder, PictureEncoder):
                 prepared[table] = encoder.prepare(self._captions[sample][caption])
                 continue
             if content is None:
                 content = self._image(sample)
-            alpha = cast(PictureEncoder, encoder).alpha
-            if alpha not in pictures:
-                pictures[alpha] = decode_image(content, alpha)
-            prepared[table] = cast(PictureEncoder, encoder).pixels(pictures[alpha])
+            if encoder.alpha not in pictures:
+                pictures[encoder.alpha] = decode_image(content, encoder.alpha)
+            prepared[table] = encoder.pixels(pictures[encoder.alpha])
         return prepared
 
     def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -179,27 +178,17 @@ def _positions(source: Source, keys: Sequence[bytes]) -> list[int]:
 
 def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
     """The encoder that made `table`; raises CacheMismatchError when its weights are not the recipe's any more."""
-    recipe = cache.recipes[table]
-    decoder = None
-    if table.startswith("latents-"):
-        decoder = repository = _repository(cache, "decoder", decoder_components("decoder"))
-        prior, component = repository, "movq"
-    else:
-        prior = repository = _repository(cache, "prior", prior_components("prior" if table == "text" else "decoder"))
-        component = "text_encoder" if table == "text" else "image_encoder"
+    recipe, kind = cache.recipes[table], kind_of(table)
+    model = cache.models[kind.role]
+    repository = find_repository(str(model["name"]), model["revision"], (kind.component, *kind.with_it))
     with DigestMemo() as memo:
-        found = weights_digest(repository, component, memo)
+        found = weights_digest(repository, kind.component, memo)
     if found != recipe.weights:
         raise CacheMismatchError(
-            f"{component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "
+            f"{kind.component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "
             f"{recipe.weights[:12]}…; build the cache again, then train"
         )
-    return load_encoder(recipe, prior, decoder, device)
-
-
-def _repository(cache: Cache, role: str, components: Sequence[str]) -> Repository:
-    model = cache.models[role]
-    return find_repository(str(model["name"]), model["revision"], components)
+    return load_encoder(recipe, repository, device)
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,14 +1,14 @@
-"""Which tables a cache has, and the recipe of each, decided by the networks and the build's settings."""
+"""The recipe of each table, decided by the networks and the build's settings."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from kcache.config import BuildConfig, Stage
+from kcache.config import BuildConfig
 from kcache.encoders.repositories import Repository, component_config, config_digest, tokenizer_digest, weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
-from kcache.store.recipe import Field, Recipe
+from kcache.store.recipe import Field, Recipe, kind_of, side_of
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are rejected before they are decoded: 64 Mpx of RGB take 192 MB in memory."""
@@ -21,57 +21,31 @@ _TRIMMED_MULTIPLE = 8
 """Captions of up to 77 tokens fall into 10 lengths; what half-precision matrix products are fast at, too."""
 
 
-def table_names(stage: Stage, resolutions: Sequence[int]) -> tuple[str, ...]:
-    """Names of the tables that a stage reads, e.g. ("image_embeds", "text", "latents-768") for "all"."""
-    text = () if stage == "decoder" else ("text",)
-    latents = () if stage == "prior" else tuple(f"latents-{side}" for side in dict.fromkeys(resolutions))
-    return ("image_embeds", *text, *latents)
-
-
-def prior_components(stage: Stage) -> tuple[str, ...]:
-    """Folders of the prior repository that a build for a stage needs."""
-    image = ("image_encoder", "image_processor")
-    return image if stage == "decoder" else (*image, "text_encoder", "tokenizer")
-
-
-def decoder_components(stage: Stage) -> tuple[str, ...]:
-    """Folders of the decoder repository that a build for a stage needs; () when it needs no decoder."""
-    return () if stage == "prior" else ("movq",)
-
-
 def table_recipe(
     table: str,
     config: BuildConfig,
-    prior: Repository,
-    decoder: Repository | None,
+    repository: Repository,
     memo: DigestMemo,
     rehash: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
-    """The recipe of a table under the settings and repositories given; `decoder` may be None unless it is for latents.
+    """The recipe of a table under the settings given, its encoder in `repository`.
 
     `say` is told of large files that have to be digested. Raises ConfigError for a resolution that the networks cannot
     take, ModelError for repositories that do not fit.
     """
-    if table == "image_embeds":
-        component, repository = "image_encoder", prior
-        preprocess, sample_shape, fields = _image_embeds(config, prior)
-        encoder = "CLIPVisionModelWithProjection"
-    elif table == "text":
-        component, repository = "text_encoder", prior
-        preprocess, sample_shape, fields = _text(config, prior)
-        encoder = "CLIPTextModelWithProjection"
+    kind, side = kind_of(table), side_of(table)
+    if side is not None:
+        preprocess, sample_shape, fields = _latents(side, config, repository)
+    elif kind.per == "image":
+        preprocess, sample_shape, fields = _image_embeds(config, repository)
     else:
-        if decoder is None:
-            raise ModelError(f"the table {table} needs a decoder repository with the folder movq; none was given")
-        component, repository = "movq", decoder
-        preprocess, sample_shape, fields = _latents(int(table.removeprefix("latents-")), config, decoder)
-        encoder = "VQModel"
+        preprocess, sample_shape, fields = _text(config, repository)
     return Recipe(
         table=table,
-        encoder=encoder,
-        weights=weights_digest(repository, component, memo, rehash, say),
-        config=config_digest(repository, component),
+        encoder=kind.encoder,
+        weights=weights_digest(repository, kind.component, memo, rehash, say),
+        config=config_digest(repository, kind.component),
         preprocess=preprocess,
         compute_dtype=config.compute_dtype,
         batch_shape=(config.batch_size, *sample_shape),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kcache.encoders.frozen import ImageEncoder
+from kcache.encoders.frozen import PictureEncoder
 from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import KcacheError, ModelError
 from kcache.report.grid import cut_grid, png_bytes
@@ -65,13 +65,13 @@ def _embeds(cache: Cache, pictures: list[Image.Image], device: torch.device) -> 
     with DigestMemo() as memo:
         if weights_digest(prior, "image_encoder", memo) != recipe.weights:
             raise ModelError(f"the image encoder at {prior.name} is not the one that the cache was built with")
-    encoder = ImageEncoder(recipe, prior, device)
+    encoder = PictureEncoder(recipe, prior, device)
     size = encoder.batch_size
     parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     return _unit(np.concatenate([_encode(encoder, part) for part in parts]))
 
 
-def _encode(encoder: ImageEncoder, pictures: list[Image.Image]) -> np.ndarray:
+def _encode(encoder: PictureEncoder, pictures: list[Image.Image]) -> np.ndarray:
     prepared = [encoder.prepare(png_bytes(picture)) for picture in pictures]
     return encoder.encode(prepared)["image_embeds"].float().cpu().numpy()
 

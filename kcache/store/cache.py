@@ -12,7 +12,7 @@ import numpy as np
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import Manifest, TableEntry, build_line, read_manifest
-from kcache.store.recipe import Field, Recipe
+from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
 from kcache.store.samples import read_samples
 from kcache.store.selection import Column, matching_samples
@@ -56,7 +56,7 @@ class Cache:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        if resolution is not None and f"latents-{resolution}" not in manifest.tables:
+        if resolution is not None and resolution not in sides_of(manifest.tables):
             raise CacheIncompleteError(
                 f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
                 f"run `{build_line(folder, manifest, 'latents', resolution)}`"
@@ -133,7 +133,8 @@ class Cache:
         captions = np.repeat(starts - bounds[:-1], counts) + np.arange(bounds[-1])
         index = {CAPTION_BOUNDS: bounds}
         for table in self.recipes:
-            positions, entries = captions if table == "text" else numbers, self._index[table]
+            positions = captions if kind_of(table).per == "caption" else numbers
+            entries = self._index[table]
             index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
         selected = numbers if self._selected is None else self._selected[numbers]
         return Cache(self.path, self.manifest, index, self.resolution, selected)
@@ -142,7 +143,7 @@ class Cache:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
         tables = [name for name, recipe in self.recipes.items() if any(f.name == field for f in recipe.fields)]
         if self.resolution is not None:
-            tables = [name for name in tables if field != "latents" or name == f"latents-{self.resolution}"]
+            tables = [name for name in tables if side_of(name) in (None, self.resolution)]
         if not tables:
             known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
             raise CacheIncompleteError(
@@ -150,7 +151,7 @@ class Cache:
                 f"run `{build_line(self.path, self.manifest, field)}` to add what is missing"
             )
         if len(tables) > 1:
-            sides = ", ".join(sorted(name.removeprefix("latents-") for name in tables))
+            sides = ", ".join(map(str, sides_of(tables)))
             raise ConfigError(
                 f"{self.path} holds latents at {sides} pixels; say which: --resolution, or Cache.open(…, resolution=…)"
             )
@@ -205,12 +206,12 @@ class Cache:
     ) -> dict[str, np.ndarray]:
         """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
         numbers = self._checked(samples)
-        dropped = {"text": drop_caption, "image_embeds": drop_image}
         positions = {}
         for name in fields:
             table = self.table_of(name)
-            positions[name] = self._caption_positions(numbers, caption) if table == "text" else numbers
-            if (mask := dropped.get(table)) is not None:
+            kind = kind_of(table)
+            positions[name] = self._caption_positions(numbers, caption) if kind.per == "caption" else numbers
+            if (mask := kind.dropped(drop_caption, drop_image)) is not None:
                 # where the reserved row stands
                 positions[name] = np.where(mask, self._rows_in_use(table), positions[name])
         return positions
@@ -260,7 +261,7 @@ class Cache:
 
     def _rows_in_use(self, table: str) -> int:
         """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
-        return int(self.caption_bounds[-1]) if table == "text" else len(self)
+        return int(self.caption_bounds[-1]) if kind_of(table).per == "caption" else len(self)
 
     def _columns(self) -> dict[str, Callable[[], Column]]:
         """What `where` may name."""
@@ -271,14 +272,14 @@ class Cache:
         for name in ("width", "height"):
             columns[name] = lambda name=name: self.samples[name].to_numpy()  # type: ignore[misc]
         columns["n_captions"] = lambda: np.array([len(captions) for captions in self.samples["captions"].to_pylist()])
-        if "text" in self.recipes:
+        if TEXT.name in self.recipes:
             columns["tokens"] = self._most_tokens
         return columns
 
     def _most_tokens(self) -> np.ndarray:
         """Tokens of each sample's longest caption, (N,) int64."""
         name = "text_encoder_hidden_states"
-        tokens = self._index["text"][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
+        tokens = self._index[TEXT.name][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
         return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,12 +6,16 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
+
+KEY_BYTES = 16
 
 _RACY_NS = 2_000_000_000
 """A file changed less than this before it was digested may change again under an equal timestamp (coarse clocks)."""
@@ -24,12 +28,25 @@ _LOCK_SECONDS = 10
 
 def content_key(content: bytes) -> bytes:
     """The key of an input (16 bytes): the first half of the sha256 of its bytes, e.g. of an undecoded image file."""
-    return hashlib.sha256(content).digest()[:16]
+    return hashlib.sha256(content).digest()[:KEY_BYTES]
 
 
 def caption_key(caption: str) -> bytes:
     """The key of a caption (16 bytes): `content_key` of its UTF-8; raises UnicodeEncodeError on lone surrogates."""
     return content_key(caption.encode())
+
+
+def pack_keys(keys: Sequence[bytes]) -> np.ndarray:
+    """Keys as they stand in files: (n, 16) uint8."""
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def unpack_keys(packed: np.ndarray) -> list[bytes]:
+    """The keys that `pack_keys` packed; raises ValueError for what is no array of keys."""
+    if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):
+        raise ValueError(f"it holds {packed.shape} of {packed.dtype}; expected keys, (n, {KEY_BYTES}) of uint8")
+    content = packed.tobytes()
+    return [content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES)]
 
 
 EMPTY_CAPTION_KEY = caption_key("")

@@ -19,7 +19,7 @@ from kcache.durable import publish, read_npy, remove, temporary_folder, write_np
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import Field, Recipe, canonical_json
+from kcache.store.recipe import TEXT, Field, Recipe, canonical_json, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
 
@@ -156,12 +156,14 @@ def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None
     """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
     bounds = arrays[CAPTION_BOUNDS]
     # Where there are texts every sample has one or more; else none has any.
-    fits = np.greater if "text" in manifest.tables else np.equal
+    fits = np.greater if TEXT.name in manifest.tables else np.equal
     well_formed = bounds.dtype == np.int64 and bounds.shape == (manifest.samples + 1,) and bounds[0] == 0
     if not well_formed or not fits(bounds[1:], bounds[:-1]).all():
         raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
     for name in manifest.tables:
-        expected = int(bounds[-1]) + 1 if name == "text" else manifest.samples + (name == "image_embeds")
+        kind = kind_of(name)
+        rows = int(bounds[-1]) if kind.per == "caption" else manifest.samples
+        expected = rows + (kind.reserved is not None)
         if arrays[name].shape != (expected,):
             raise ValueError(f"{name}.npy has shape {arrays[name].shape} instead of ({expected},)")
 
@@ -197,6 +199,8 @@ class TableState:
     rejections: tuple[Rejection, ...] = ()
     next_shard: int = 0
     """Number that the table's next shard gets."""
+    provenance: Mapping[str, str]
+    """What its rows were made with."""
 
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
@@ -215,16 +219,22 @@ def table_state(cache: Path, recipe: Recipe) -> TableState:
         stored=stored_rows(folder, commits, recipe),
         rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
         next_shard=next_shard(commits),
+        provenance=provenance_of(commits),
     )
+
+
+def provenance_of(commits: Sequence[Commit]) -> dict[str, str]:
+    """What the rows of several shards were made with; where they differ, the last one counts."""
+    return {name: value for commit in commits for name, value in commit.provenance.items()}
 
 
 def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:
     """Valid tokens of each caption, the reserved row's left out; empty where there is no text."""
-    recipe = recipes.get("text")
+    recipe = recipes.get(TEXT.name)
     ragged = [field for field in recipe.fields if field.ragged] if recipe else []
     if recipe is None or not ragged:
         return np.empty(0, np.int64)
-    return index["text"][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
+    return index[TEXT.name][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
 
 
 def statistics(values: np.ndarray) -> dict[str, float] | None:

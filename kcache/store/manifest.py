@@ -5,19 +5,28 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kcache.config import BuildConfig
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.hints import instead_of_cache
-from kcache.store.recipe import SCHEMA_VERSION, STORED_DTYPES, Recipe, canonical_json
+from kcache.store.recipe import (
+    KINDS,
+    SCHEMA_VERSION,
+    SHARD_FOLDER,
+    STORED_DTYPES,
+    TABLE_NAME,
+    Recipe,
+    canonical_json,
+    sides_of,
+    stage_of,
+)
 
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
-_TABLE_NAME = re.compile(r"image_embeds|text|latents-[1-9][0-9]{0,4}")
-_DATA = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9a-f]{1,8}){1,2}/([0-9]{5,18})(\.tar)?")
+_DATA = re.compile(rf"{SHARD_FOLDER.pattern}/([0-9]{{5,18}})(\.tar)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -127,7 +136,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     for name, entry in data.pop("tables").items():
         shards = tuple(_shard(shard) for shard in entry["shards"])
         recipe = Recipe.from_json(entry["recipe"])
-        if not _TABLE_NAME.fullmatch(name) or recipe.table != name or recipe.stored_dtype not in STORED_DTYPES:
+        if not TABLE_NAME.fullmatch(name) or recipe.table != name or recipe.stored_dtype not in STORED_DTYPES:
             raise ValueError(f"{name!a} is no table of {recipe.stored_dtype!a} rows")
         check_count(entry["rows"], entry["bytes"])
         tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
@@ -191,43 +200,49 @@ def _not_found(cache: Path) -> CacheNotFoundError:
     return CacheNotFoundError(f"{cache} is not a finished cache: {found}; run `kcache cache-build SOURCE {cache}`")
 
 
-def build_line(folder: Path, manifest: "Manifest", field: str, resolution: int | None = None) -> str:
-    """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
+def recorded_config(manifest: Manifest) -> BuildConfig:
+    """The settings behind the recipes of a manifest, as far as one set of settings can have made them all."""
     recipes = [entry.recipe for entry in manifest.tables.values()]
-    fields = {f.name for recipe in recipes for f in recipe.fields} | {field}
-    text, latents = "text_embeds" in fields or "text_encoder_hidden_states" in fields, "latents" in fields
-    sides = [int(name.removeprefix("latents-")) for name in manifest.tables if name.startswith("latents-")]
-    values: dict[str, object] = {
-        "stage": "all" if text and latents else "prior" if text else "decoder",
+    alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
+    settings: dict[str, Any] = {
+        "stage": stage_of(manifest.tables),
         "format": manifest.format,
-        **{
-            role_flag: manifest.models[role]["name"]
-            for role, role_flag in _MODEL_FLAGS.items()
-            if role in manifest.models
-        },
+        "resolution": tuple(sides_of(manifest.tables)) or BuildConfig.resolution,
+        "alpha": alphas[0] if alphas else BuildConfig.alpha,
+        "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
+        **{_MODEL_FLAGS[role]: model["name"] for role, model in manifest.models.items()},
     }
-    if recipes:
-        alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
-        paddings = [recipe.preprocess.get("padding") for recipe in recipes]
-        values |= {
-            "dtype": recipes[0].stored_dtype,
-            "mixed_precision": _PRECISION.get(recipes[0].compute_dtype, "no"),
-            "batch_size": recipes[0].batch_shape[0],
-            "alpha": alphas[0] if alphas else BuildConfig.alpha,
-            "text_padding": "trimmed" if "own length" in paddings else "full",
+    for recipe in recipes[:1]:
+        settings |= {
+            "dtype": recipe.stored_dtype,
+            "mixed_precision": _PRECISION.get(recipe.compute_dtype, "no"),
+            "batch_size": recipe.batch_shape[0],
         }
+    return BuildConfig(**settings)
+
+
+def build_line(folder: Path, manifest: Manifest, field: str, resolution: int | None = None) -> str:
+    """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
+    tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
+    stage, sides = stage_of(tables), {*sides_of(manifest.tables), *([] if resolution is None else [resolution])}
+    config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or BuildConfig.resolution)
     words = ["kcache", "cache-build", "SOURCE", str(folder)]
-    for name, value in values.items():
+    for name in _BUILD_FLAGS:
+        value = getattr(config, name)
         if value != getattr(BuildConfig, name):
-            words += ["--" + name.replace("_", "-"), str(value)]
-    asked = sorted({*sides, *([] if resolution is None else [resolution])})
-    if latents and tuple(asked) not in ((), BuildConfig.resolution):
-        words += [word for side in asked for word in ("--resolution", str(side))]
+            for given in value if isinstance(value, tuple) else (value,):
+                words += ["--" + name.replace("_", "-"), str(given)]
     return shlex.join(words)
 
 
+_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 _MODEL_FLAGS = {
     "prior": "pretrained_prior_model_name_or_path",
     "decoder": "pretrained_decoder_model_name_or_path",
 }
-_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+"""What each role of `models` is called on the command line."""
+_BUILD_FLAGS = (
+    "stage", "format", *_MODEL_FLAGS.values(), "dtype", "mixed_precision", "batch_size", "alpha", "text_padding",
+    "resolution",
+)  # fmt: skip
+"""What decides which tables a build makes, and their recipes."""

@@ -1,11 +1,17 @@
-"""What decides the bytes of a table: the recipe, its fingerprint, and how two recipes differ."""
+"""What decides the bytes of a table: its kind, its recipe, the recipe's fingerprint, and how two recipes differ."""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from kcache.config import Stage
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
+
+if TYPE_CHECKING:
+    from kcache.store.samples import Sample
 
 SCHEMA_VERSION = 1
 """Raised by one whenever the bytes on disk of an unchanged recipe would change."""
@@ -19,6 +25,116 @@ _MAX_SIZE = 1 << 24
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, no spaces and no NaN: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableKind:
+    """What all tables of one kind have in common, whatever their recipes."""
+
+    name: str
+    """The table's name, or what stands before the side of its pictures: `latents` of latents-768."""
+    per: Literal["image", "caption"]
+    """What has a row."""
+    reserved: bytes | None
+    """Key of the row that stands for no input, which guidance drops to; None where nothing is ever dropped."""
+    role: Literal["prior", "decoder"]
+    """Whose repository holds the encoder."""
+    component: str
+    """The encoder's folder there."""
+    with_it: tuple[str, ...]
+    """Folders that it needs beside it."""
+    encoder: str
+    """Class of the frozen network."""
+    fields: tuple[str, ...]
+    """What a row consists of."""
+    readers: tuple[Literal["prior", "decoder"], ...]
+    """Who trains from it."""
+    sided: bool = False
+    """Whether there is a table for each side that pictures are cropped to."""
+
+    def keys(self, samples: Sequence["Sample"]) -> list[bytes]:
+        """The key of each row that `samples` use, in their order; a key that several use comes several times."""
+        if self.per == "caption":
+            return [key for sample in samples for key in sample.caption_keys]
+        return [sample.image_key for sample in samples]
+
+    def wanted(self, samples: Sequence["Sample"]) -> list[bytes]:
+        """The keys that a table holds when it holds all of `samples`, in their order, the reserved one first."""
+        return [*self._reserved(), *self.keys(samples)]
+
+    def indexed(self, samples: Sequence["Sample"]) -> list[bytes]:
+        """The key of each entry of a table's index: those of `samples` in their order, and the reserved one."""
+        return [*self.keys(samples), *self._reserved()]
+
+    def dropped(self, captions: Any, images: Any) -> Any:
+        """Of what says which samples' captions and images are left out, that which is about rows of this kind."""
+        if self.reserved is None:
+            return None
+        return captions if self.per == "caption" else images
+
+    def _reserved(self) -> tuple[bytes, ...]:
+        return () if self.reserved is None else (self.reserved,)
+
+
+IMAGE_EMBEDS = TableKind(
+    name="image_embeds", per="image", reserved=ZERO_IMAGE_KEY, role="prior", component="image_encoder",
+    with_it=("image_processor",), encoder="CLIPVisionModelWithProjection",
+    fields=("image_embeds",), readers=("prior", "decoder"),
+)  # fmt: skip
+TEXT = TableKind(
+    name="text", per="caption", reserved=EMPTY_CAPTION_KEY, role="prior", component="text_encoder",
+    with_it=("tokenizer",), encoder="CLIPTextModelWithProjection",
+    fields=("text_embeds", "text_encoder_hidden_states"), readers=("prior",),
+)  # fmt: skip
+LATENTS = TableKind(
+    name="latents", per="image", reserved=None, role="decoder", component="movq", with_it=(), encoder="VQModel",
+    fields=("latents",), readers=("decoder",), sided=True,
+)  # fmt: skip
+KINDS = (IMAGE_EMBEDS, TEXT, LATENTS)
+SAMPLES, RESERVED = "samples", "reserved"
+"""What tars are named after, which hold whole samples or the reserved rows, where tables are named after their kind."""
+
+TABLE_NAME = re.compile("|".join(kind.name + "-[1-9][0-9]{0,4}" * kind.sided for kind in KINDS))
+SHARD_FOLDER = re.compile(rf"({TABLE_NAME.pattern}|{SAMPLES}|{RESERVED})-[0-9a-f]{{8}}")
+"""Names of the folders that shards lie in: the table's, or the tars', and the first 8 digits of the fingerprint."""
+
+
+def kind_of(table: str) -> TableKind:
+    """The kind of the table called `table`, e.g. "latents-768"."""
+    return next(kind for kind in KINDS if kind.name == table.partition("-")[0])
+
+
+def side_of(table: str) -> int | None:
+    """The side, in pixels, of the pictures behind a table of which there is one for each; else None."""
+    return int(table.partition("-")[2]) if kind_of(table).sided else None
+
+
+def sides_of(tables: Collection[str]) -> list[int]:
+    """The sides that there are tables for, ascending."""
+    return sorted(side for side in map(side_of, tables) if side is not None)
+
+
+def table_names(stage: Stage, resolutions: Sequence[int]) -> tuple[str, ...]:
+    """Names of the tables that a stage reads, e.g. ("image_embeds", "text", "latents-768") for "all"."""
+    names: list[str] = []
+    for kind in KINDS:
+        if stage in ("all", *kind.readers):
+            names += [f"{kind.name}-{side}" for side in dict.fromkeys(resolutions)] if kind.sided else [kind.name]
+    return tuple(names)
+
+
+def stage_of(tables: Collection[str]) -> Stage:
+    """The stage that reads all of `tables`."""
+    kinds = [kind_of(table) for table in tables]
+    if TEXT not in kinds:
+        return "decoder"
+    return "all" if LATENTS in kinds else "prior"
+
+
+def components(role: str, stage: Stage) -> tuple[str, ...]:
+    """Folders of the repository of `role`, "prior" or "decoder", that a build for a stage needs; () when none."""
+    kinds = [kind for kind in KINDS if kind.role == role and stage in ("all", *kind.readers)]
+    return tuple(name for kind in kinds for name in (kind.component, *kind.with_it))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +201,7 @@ class Recipe:
 
     @property
     def directory(self) -> str:
-        """Name of the table's folder in a cache: the table and the first 8 digits of the fingerprint."""
+        """Name of the table's folder in a cache, as `SHARD_FOLDER` has it."""
         return f"{self.table}-{self.fingerprint[:8]}"
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,18 @@ SAMPLES_PER_PART = 1 << 14
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image with its captions."""
+    """One image with its captions, as a source offers it, and with id and size as a cache has it."""
 
-    id: str
     name: str
     """Where it came from: the source's name for it."""
     image_key: bytes
     captions: tuple[str, ...]
     caption_keys: tuple[bytes, ...]
-    width: int
-    """Pixels, as seen: after EXIF orientation."""
-    height: int
+    id: str = ""
+    """"" until it is known which samples there are: see `sample_ids`."""
+    width: int = 0
+    """Pixels, as seen: after EXIF orientation; 0 until they are asked for."""
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,12 @@ def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
         seen[key] = count = seen.get(key, 0) + 1
         ids.append(key.hex() if count == 1 else f"{key.hex()}-{count}")
     return ids
+
+
+def with_ids(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of a cache with their ids."""
+    ids = sample_ids([sample.image_key for sample in samples])
+    return [replace(sample, id=i) for i, sample in zip(ids, samples, strict=True)]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

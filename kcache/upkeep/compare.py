@@ -11,7 +11,7 @@ from kcache.encoders.online import OnlineEncoders
 from kcache.machine import check_device, default_device
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.recipe import Recipe
+from kcache.store.recipe import Recipe, side_of
 
 SAMPLES_PER_READ = 64
 
@@ -55,7 +55,7 @@ def compare_online(
     place = torch.device(device or default_device())
     found: list[Difference] = []
     for table, recipe in whole.recipes.items():
-        side = int(table.removeprefix("latents-")) if table.startswith("latents-") else None
+        side = side_of(table)
         chosen = Cache.open(cache, resolution=side)
         online = OnlineEncoders(chosen, opened, [field.name for field in recipe.fields], place)
         found += _compare(chosen, online, recipe, samples, captions, report)

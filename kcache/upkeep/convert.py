@@ -2,17 +2,27 @@
 
 from pathlib import Path
 
-from kcache.build.finish import finish_cache, wanted_keys
-from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_recipe, plan_packing, table_states
+from kcache.build.finish import finish_cache
+from kcache.build.joined_tars import TarWriter, committed, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
+from kcache.config import CountReport
 from kcache.durable import exclusive
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import ConfigError
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.formats import FORMATS
+from kcache.store.index import table_state
 from kcache.store.manifest import Manifest
+from kcache.store.recipe import SAMPLES, kind_of
 from kcache.store.shards import record_rejections
-from kcache.upkeep.copying import Contents, Report, RowCopier, check_new_cache, counted, read_contents, sweep
+from kcache.upkeep.copying import (
+    CacheContents,
+    RowCopier,
+    check_new_cache,
+    read_contents,
+    remove_leftovers,
+    with_progress,
+)
 
 
 def convert_cache(
@@ -21,7 +31,7 @@ def convert_cache(
     form: str,
     *,
     rows_per_shard: int | None = None,
-    report: Report | None = None,
+    report: CountReport | None = None,
 ) -> Manifest:
     """Write the cache at `cache` into the folder `new` in the form `form`, "zarr" or "webdataset".
 
@@ -37,47 +47,46 @@ def convert_cache(
     check_new_cache(target, form, contents.recipes, contents.manifest.samples_digest)
     target.mkdir(parents=True, exist_ok=True)
     with exclusive(target), stopped_when_safe():
-        sweep(target)
+        remove_leftovers(target)
         if form == "zarr":
             _copy_to_tables(contents, target, rows_per_shard, report)
         else:
-            pack_tars(contents, target, rows_per_shard, report)
-        tables = table_states(target, form, contents.recipes)
+            write_tars(contents, target, rows_per_shard, report)
+        tables = committed(target, form, contents.recipes)
         manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
         stop_here()
     return manifest
 
 
-def _copy_to_tables(contents: Contents, target: Path, rows_per_shard: int | None, report: Report | None) -> None:
+def _copy_to_tables(
+    contents: CacheContents, target: Path, rows_per_shard: int | None, report: CountReport | None
+) -> None:
     """Commit in `target` whatever of the tables it lacks; the cut is the same whenever it is resumed."""
     for name, state in contents.tables.items():
-        there = table_states(target, "zarr", {name: state.recipe})[name]
+        there = table_state(target, state.recipe)
         plan = plan_table(
             state.recipe,
-            wanted_keys(name, contents.samples),
+            kind_of(name).wanted(contents.samples),
             there.stored.key_set(),
             (),
             rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
             first_shard=there.next_shard,
         )
         copier, folder = RowCopier(contents.folder, state.recipe, state.stored), target / state.recipe.directory
-        for shard in counted(plan, name, report):
+        for shard in with_progress(plan, name, report):
             copier.write(folder, shard, contents.provenance)
         record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
 
 
-def pack_tars(
-    contents: Contents, target: Path, rows_per_shard: int | None = None, report: Report | None = None
+def write_tars(
+    contents: CacheContents, target: Path, rows_per_shard: int | None = None, report: CountReport | None = None
 ) -> None:
     """Commit in `target` the tars of whatever samples it lacks; the cut is the same whenever it is resumed."""
-    recipe = joined_recipe(SAMPLES, contents.recipes)
-    packer = TarPacker(target, contents.recipes, contents.stored, rows_from=contents.folder)
-    plan = plan_packing(target, contents.recipes, contents.candidates, rows_per_shard or default_rows_per_shard(recipe))
+    recipe = tar_recipe(SAMPLES, contents.recipes)
+    writer = TarWriter(target, contents.tables, contents.provenance, rows_from=contents.folder)
+    plan = plan_tars(target, contents.recipes, contents.samples, rows_per_shard or default_rows_per_shard(recipe))
     for table in plan.tables:
-        for shard in counted(table, table.recipe.table, report):
-            if table.recipe.table == RESERVED:
-                packer.pack_reserved(shard.name, contents.provenance)
-            else:
-                packer.pack_samples(shard, contents.by_joined_key, contents.sizes, contents.provenance)
+        name = table.recipe.table
+        writer.write(name, with_progress(table, name, report), contents.planned)
     rejected = [rejection for state in contents.tables.values() for rejection in state.rejected.values()]
     record_rejections(target / recipe.directory, recipe, rejected, contents.provenance)

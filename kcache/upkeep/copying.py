@@ -1,6 +1,6 @@
 """A finished cache taken apart again: all that another cache of the same rows can be made of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -8,30 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.build.finish import Candidate
-from kcache.build.joined_tars import joined_keys, shard_recipes, table_states
+from kcache.build.joined_tars import committed, shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
+from kcache.config import CountReport
 from kcache.durable import remove_temporary
 from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
+from kcache.store.digests import pack_keys
 from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_refused
-from kcache.store.shards import RowBlock, commit_shard, read_commits
-
-Report = Callable[[str, int, int], None]
-"""Called with what is being written, how many rows or samples of it are done, and their number."""
-
+from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
 """What a cache holds beside its shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class CacheContents:
     """What is in a finished cache, by key."""
 
     folder: Path
@@ -39,59 +36,41 @@ class Contents:
     samples: Sequence[Sample]
     refused: Sequence[Refusal]
     tables: Mapping[str, TableState]
-    provenance: Mapping[str, str]
-    """What the rows were made with."""
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the rows were made with."""
+        return {name: value for state in self.tables.values() for name, value in state.provenance.items()}
 
     @property
     def recipes(self) -> dict[str, Recipe]:
         """The recipe of each table."""
         return {name: entry.recipe for name, entry in self.manifest.tables.items()}
 
-    @property
-    def stored(self) -> dict[str, StoredRows]:
-        """The committed rows of each table."""
-        return {name: state.stored for name, state in self.tables.items()}
-
-    @property
-    def candidates(self) -> list[Candidate]:
-        """The samples as what a source would offer."""
-        return [
-            Candidate(position=i, name=s.name, image_key=s.image_key, captions=s.captions, caption_keys=s.caption_keys)
-            for i, s in enumerate(self.samples)
-        ]
-
     @cached_property
-    def by_joined_key(self) -> dict[bytes, tuple[str, Candidate]]:
-        """Id and sample by the key that the sample has in tars."""
-        candidates = self.candidates
-        named = zip([sample.id for sample in self.samples], candidates, strict=True)
-        return dict(zip(joined_keys(candidates), named, strict=True))
+    def _by_tar_key(self) -> dict[bytes, Sample]:
+        return dict(zip(tar_keys(self.samples), self.samples, strict=True))
 
-    @property
-    def sizes(self) -> dict[bytes, tuple[int, int]]:
-        """Width and height in pixels by image key."""
-        return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
+    def planned(self, keys: Sequence[bytes]) -> dict[bytes, Sample]:
+        """The samples with these keys in tars."""
+        return {key: self._by_tar_key[key] for key in keys if key in self._by_tar_key}
 
 
-def read_contents(cache: Path) -> Contents:
+def read_contents(cache: Path) -> CacheContents:
     """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
     opened = Cache.open(cache)
     recipes, form = opened.recipes, opened.manifest.format
-    commits = [
-        commit for recipe in shard_recipes(form, recipes) for commit in read_commits(cache / recipe.directory, recipe)
-    ]
     columns = opened.samples.to_pydict()
     samples = [
         Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
         for row in zip(*columns.values(), strict=True)
     ]
-    return Contents(
+    return CacheContents(
         folder=cache,
         manifest=opened.manifest,
         samples=samples,
         refused=list(read_refused(cache)),
-        tables=table_states(cache, form, recipes),
-        provenance={name: value for commit in commits for name, value in commit.provenance.items()},
+        tables=committed(cache, form, recipes),
     )
 
 
@@ -115,7 +94,7 @@ def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samp
         )
 
 
-def sweep(cache: Path) -> None:
+def remove_leftovers(cache: Path) -> None:
     """Remove what killed writers left under temporary names; call it only while holding the cache exclusively."""
     remove_temporary(cache)
     for folder in cache.iterdir():
@@ -152,13 +131,12 @@ class RowCopier:
         for field in self._recipe.fields:
             arrays[field.name], bounds = gather(self._files[field.name], entries, np.empty)
             offsets = offsets if bounds is None else bounds
-        keys = np.frombuffer(b"".join(shard.keys), np.uint8).reshape(-1, 16)
         folder.mkdir(exist_ok=True)
-        block = RowBlock(keys=keys, arrays=arrays, offsets=offsets)
+        block = RowBlock(keys=pack_keys(shard.keys), arrays=arrays, offsets=offsets)
         commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)
 
 
-def counted(plan: TablePlan, name: str, report: Report | None) -> Iterator[PlannedShard]:
+def with_progress(plan: TablePlan, name: str, report: CountReport | None) -> Iterator[PlannedShard]:
     """The shards of a plan, one after another; when the next is asked for, `report` is told that the last is done."""
     done = 0
     for shard in plan.shards():

@@ -5,25 +5,24 @@ behind. A shard goes when no row of it is used, a tar when no sample of it is. `
 the other shards again, without the unused ones between them.
 """
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from kcache.build.finish import finish_cache, wanted_keys
-from kcache.build.joined_tars import RESERVED, SAMPLES, TarPacker, joined_keys, packed_keys, shard_recipes
+from kcache.build.finish import finish_cache
+from kcache.build.joined_tars import TarWriter, committed_tar_keys, shard_recipes, tar_keys
 from kcache.build.plan import TablePlan, open_plan, shard_name
+from kcache.config import CountReport
 from kcache.durable import exclusive, remove
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import TableState, merged_rows, stored_rows
-from kcache.store.recipe import Recipe
+from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import Commit, next_shard, read_commits, record_commit
-from kcache.upkeep.copying import Contents, Report, RowCopier, counted, find_all, read_contents
+from kcache.upkeep.copying import CacheContents, RowCopier, find_all, read_contents, with_progress
 
-_SHARD_FOLDER = re.compile(r"(image_embeds|text|latents-[0-9]+|samples|reserved)-[0-9a-f]{8}")
 _DERIVED = ("samples-*.parquet", "index-*", ".tmp-*")
 
 
@@ -53,7 +52,7 @@ class LiveShard:
 
 
 def collect_garbage(
-    cache: str | Path, *, compact: bool = False, dry_run: bool = False, report: Report | None = None
+    cache: str | Path, *, compact: bool = False, dry_run: bool = False, report: CountReport | None = None
 ) -> Garbage:
     """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
 
@@ -88,7 +87,7 @@ def collect_garbage(
     return garbage
 
 
-def live_shards(contents: Contents) -> dict[str, list[LiveShard]]:
+def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
     """The shards that stay, by the name of their folder."""
     form, recipes = contents.manifest.format, contents.recipes
     live = {}
@@ -102,21 +101,21 @@ def live_shards(contents: Contents) -> dict[str, list[LiveShard]]:
     return live
 
 
-def _used_rows(contents: Contents, recipe: Recipe) -> dict[str, list[bytes]]:
+def _used_rows(contents: CacheContents, recipe: Recipe) -> dict[str, list[bytes]]:
     """By shard, the keys of the table's rows that samples use."""
     stored = contents.tables[recipe.table].stored
-    keys = list(dict.fromkeys(wanted_keys(recipe.table, contents.samples)))
+    keys = list(dict.fromkeys(kind_of(recipe.table).wanted(contents.samples)))
     used: dict[str, list[bytes]] = {}
     for key, shard in zip(keys, find_all(stored, keys, recipe)["shard"].tolist(), strict=True):
         used.setdefault(stored.shards[shard].name, []).append(key)
     return used
 
 
-def _used_samples(contents: Contents, recipe: Recipe, commits: list[Commit]) -> dict[str, list[bytes]]:
+def _used_samples(contents: CacheContents, recipe: Recipe, commits: list[Commit]) -> dict[str, list[bytes]]:
     """By tar, the joined keys of the samples that are as they are now; of several copies the latest."""
     folder = contents.folder / recipe.directory
-    latest = {key: commit.name for commit in commits for key in packed_keys(folder, commit)}
-    wanted = list(latest) if recipe.table == RESERVED else joined_keys(contents.candidates)
+    latest = {key: commit.name for commit in commits for key in committed_tar_keys(folder, commit)}
+    wanted = list(latest) if recipe.table == RESERVED else tar_keys(contents.samples)
     used: dict[str, list[bytes]] = {}
     for key in wanted:
         if key not in latest:
@@ -127,7 +126,7 @@ def _used_samples(contents: Contents, recipe: Recipe, commits: list[Commit]) -> 
     return used
 
 
-def _forget(contents: Contents, live: Mapping[str, list[LiveShard]]) -> None:
+def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> None:
     """Write the cache anew without the shards that are not `live`; what they rejected stays known."""
     folder, manifest = contents.folder, contents.manifest
     for recipe in shard_recipes(manifest.format, contents.recipes):
@@ -143,7 +142,7 @@ def _forget(contents: Contents, live: Mapping[str, list[LiveShard]]) -> None:
     finish_cache(folder, contents.samples, contents.refused, states, manifest.models, manifest.format)
 
 
-def _live_states(contents: Contents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:
+def _live_states(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:
     form, recipes, states = contents.manifest.format, contents.recipes, {}
     for name, recipe in recipes.items():
         parts = []
@@ -151,11 +150,11 @@ def _live_states(contents: Contents, live: Mapping[str, list[LiveShard]]) -> dic
             commits = [shard.commit for shard in live[kept.directory]]
             part = "" if form == "zarr" else name
             parts.append(stored_rows(contents.folder / kept.directory, commits, recipe, part))
-        states[name] = TableState(recipe=recipe, stored=merged_rows(recipe, parts))
+        states[name] = replace(contents.tables[name], stored=merged_rows(recipe, parts), rejections=())
     return states
 
 
-def find_garbage(contents: Contents, live: Mapping[str, list[LiveShard]]) -> Garbage:
+def find_garbage(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Garbage:
     """What in the cache's folder is neither of its manifest nor one of the `live` shards; unknown files are left."""
     folder, manifest = contents.folder, contents.manifest
     paths: list[str] = []
@@ -165,7 +164,7 @@ def find_garbage(contents: Contents, live: Mapping[str, list[LiveShard]]) -> Gar
             paths += _dead_files(entry, recipe, {shard.commit.name for shard in live[entry.name]})
         elif entry.name in (manifest.samples_file, manifest.index_folder):
             continue
-        elif any(fnmatch(entry.name, pattern) for pattern in _DERIVED) or _SHARD_FOLDER.fullmatch(entry.name):
+        elif any(fnmatch(entry.name, pattern) for pattern in _DERIVED) or SHARD_FOLDER.fullmatch(entry.name):
             paths.append(entry.name)
     freed = sum(_freed(file) for path in paths for file in _files(folder / path))
     unused = sum(shard.unused_bytes for shards in live.values() for shard in shards)
@@ -196,7 +195,7 @@ def _freed(file: Path) -> int:
     return status.st_size if status.st_nlink == 1 else 0
 
 
-def _rewrite_mixed(contents: Contents, report: Report | None) -> None:
+def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
     """Commit new shards with the used rows of all shards that have unused ones too: the latest of equal rows counts."""
     live = live_shards(contents)
     for recipe in shard_recipes(contents.manifest.format, contents.recipes):
@@ -206,22 +205,17 @@ def _rewrite_mixed(contents: Contents, report: Report | None) -> None:
         if not keys or recipe.table == RESERVED:
             continue
         tars = recipe.table == SAMPLES
-        order = joined_keys(contents.candidates) if tars else wanted_keys(recipe.table, contents.samples)
+        order = tar_keys(contents.samples) if tars else kind_of(recipe.table).wanted(contents.samples)
         plan = TablePlan(
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
             first_shard=next_shard(read_commits(folder, recipe)),
             keys=tuple(key for key in dict.fromkeys(order) if key in keys),
         )
+        shards = with_progress(plan, recipe.table, report)
         if tars:
-            _pack(contents, plan, report)
+            TarWriter(contents.folder, contents.tables, contents.provenance).write(SAMPLES, shards, contents.planned)
         else:
             copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored)
-            for shard in counted(plan, recipe.table, report):
+            for shard in shards:
                 copier.write(folder, shard, contents.provenance)
-
-
-def _pack(contents: Contents, plan: TablePlan, report: Report | None) -> None:
-    packer = TarPacker(contents.folder, contents.recipes, contents.stored)
-    for shard in counted(plan, plan.recipe.table, report):
-        packer.pack_samples(shard, contents.by_joined_key, contents.sizes, contents.provenance)

@@ -10,8 +10,9 @@ import numpy as np
 from kcache.build.plan import Plan, open_plan
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, token_counts
 from kcache.store.manifest import MANIFEST
+from kcache.store.recipe import sides_of
 from kcache.store.shards import read_commits
-from kcache.upkeep.copying import Contents, read_contents
+from kcache.upkeep.copying import CacheContents, read_contents
 from kcache.upkeep.garbage import LiveShard, find_garbage, live_shards
 
 
@@ -38,7 +39,7 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
         "models": {role: dict(model) for role, model in manifest.models.items()},
         "provenance": dict(sorted(contents.provenance.items())),
         "tables": _tables(contents),
-        "resolutions": sorted(int(name.removeprefix("latents-")) for name in manifest.tables if "latents" in name),
+        "resolutions": sides_of(manifest.tables),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(contents.recipes, index)),
         "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in contents.refused],
@@ -64,7 +65,7 @@ def _progress(folder: Path, plan: Plan | None) -> dict[str, Any]:
     return {"unfinished": True, "tables": tables}
 
 
-def _tables(contents: Contents) -> dict[str, Any]:
+def _tables(contents: CacheContents) -> dict[str, Any]:
     return {
         name: {
             "rows": entry.rows,
@@ -77,13 +78,13 @@ def _tables(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _orphaned(contents: Contents, live: Mapping[str, list[LiveShard]], plan: Plan | None) -> int:
+def _orphaned(contents: CacheContents, live: Mapping[str, list[LiveShard]], plan: Plan | None) -> int:
     """About what `cache-gc --compact` would free; what an unfinished build has written is none of it."""
     garbage = find_garbage(contents, live)
     return garbage.unused_bytes + (garbage.bytes if plan is None else 0)
 
 
-def _by_reason(contents: Contents) -> list[dict[str, Any]]:
+def _by_reason(contents: CacheContents) -> list[dict[str, Any]]:
     counts = Counter((refusal.stage, refusal.reason) for refusal in contents.refused)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [{"stage": stage, "reason": reason, "count": count} for (stage, reason), count in ordered]

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from kcache.build.finish import finish_cache
-from kcache.build.joined_tars import packed_keys, shard_recipes, table_states
+from kcache.build.joined_tars import committed, committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
+from kcache.config import CountReport
 from kcache.durable import exclusive, sync_folder
 from kcache.errors import CacheMismatchError, ConfigError
 from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.digests import unpack_keys
 from kcache.store.index import TableState
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import Recipe, recipe_differences
-from kcache.store.samples import Sample, sample_ids, samples_digest
+from kcache.store.samples import Sample, samples_digest, with_ids
 from kcache.store.shards import (
     Commit,
     discard_uncommitted,
@@ -28,12 +30,12 @@ from kcache.store.shards import (
     record_rejections,
     write_commit,
 )
-from kcache.upkeep.convert import pack_tars
-from kcache.upkeep.copying import Contents, Report, check_new_cache, read_contents, sweep
+from kcache.upkeep.convert import write_tars
+from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents, remove_leftovers
 from kcache.upkeep.garbage import LiveShard, live_shards
 
 
-def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Report | None = None) -> Manifest:
+def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: CountReport | None = None) -> Manifest:
     """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.
 
     `new` is a cache once all of it is there; after an interruption the same call finishes it. `report` is called with
@@ -52,7 +54,7 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Repor
     check_new_cache(target, form, recipes, samples_digest(samples))
     target.mkdir(parents=True, exist_ok=True)
     with exclusive(target), stopped_when_safe():
-        sweep(target)
+        remove_leftovers(target)
         live = [live_shards(part) for part in parts]
         for recipe in shard_recipes(form, recipes):
             sources = [
@@ -68,18 +70,18 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Repor
             tables=_states(parts, target),
         )
         if form == "webdataset":
-            pack_tars(merged, target, report=report)
+            write_tars(merged, target, report=report)
         else:
             for state in merged.tables.values():
                 rejected = list(state.rejected.values())
                 record_rejections(target / state.recipe.directory, state.recipe, rejected, first.provenance)
-        states = table_states(target, form, recipes)
+        states = committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
         stop_here()
     return manifest
 
 
-def _check_alike(first: Contents, other: Contents) -> None:
+def _check_alike(first: CacheContents, other: CacheContents) -> None:
     found, expected = other.manifest, first.manifest
     differences = []
     if found.format != expected.format:
@@ -96,7 +98,7 @@ def _check_alike(first: Contents, other: Contents) -> None:
         )
 
 
-def _united(parts: Sequence[Contents]) -> list[Sample]:
+def _united(parts: Sequence[CacheContents]) -> list[Sample]:
     """All samples in the order of the caches, of each id one, with all its captions."""
     by_id: dict[str, Sample] = {}
     for sample in (sample for part in parts for sample in part.samples):
@@ -107,22 +109,24 @@ def _united(parts: Sequence[Contents]) -> list[Sample]:
         if len(order) > len(known.caption_keys):
             united = tuple(captions[key] for key in order)
             by_id[sample.id] = replace(known, captions=united, caption_keys=tuple(order))
-    samples = list(by_id.values())
-    ids = sample_ids([sample.image_key for sample in samples])
-    return [replace(sample, id=i) for sample, i in zip(samples, ids, strict=True)]
+    return with_ids(list(by_id.values()))
 
 
-def _states(parts: Sequence[Contents], target: Path) -> dict[str, TableState]:
+def _states(parts: Sequence[CacheContents], target: Path) -> dict[str, TableState]:
     """What is committed in `target`, with all that the tables of `parts` have rejected."""
-    states = table_states(target, parts[0].manifest.format, parts[0].recipes)
+    states = committed(target, parts[0].manifest.format, parts[0].recipes)
     return {
-        name: replace(state, rejections=tuple(r for part in parts for r in part.tables[name].rejections))
+        name: replace(
+            state,
+            rejections=tuple(r for part in parts for r in part.tables[name].rejections),
+            provenance=parts[0].tables[name].provenance,
+        )
         for name, state in states.items()
     }
 
 
 def _link_shards(
-    sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe, report: Report | None
+    sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe, report: CountReport | None
 ) -> None:
     """Commit in `folder`, under new numbers, every shard in use that has rows which no shard before it has."""
     committed = {commit.name: commit for commit in read_commits(folder, recipe)}
@@ -151,9 +155,8 @@ def _link_shards(
 
 def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:
     if commit.data != commit.name:
-        return set(packed_keys(folder, commit))
-    content = read_side_file(folder, commit, recipe)["key"].tobytes()
-    return {content[i : i + 16] for i in range(0, len(content), 16)}
+        return set(committed_tar_keys(folder, commit))
+    return set(unpack_keys(read_side_file(folder, commit, recipe)["key"]))
 
 
 def _renumbered(commit: Commit, name: str) -> Commit:

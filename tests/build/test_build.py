@@ -12,7 +12,7 @@ from small_builds import build, copy_pictures, digests, encoded, small_config
 from kcache import Cache
 from kcache.build.build import build_cache, plan_build
 from kcache.durable import exclusive
-from kcache.encoders.frozen import ImageEncoder
+from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError, SourceError
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -177,12 +177,14 @@ def test_rejected_inputs_are_tried_again_only_when_asked(
     (source / "img_01.png").write_bytes(b"no picture")
     build(source, cache, oracle)
     tried: list[bytes] = []
-    prepare = ImageEncoder.prepare
-    monkeypatch.setattr(ImageEncoder, "prepare", lambda self, content: tried.append(content) or prepare(self, content))
+    prepare = PictureEncoder.prepare
+    monkeypatch.setattr(
+        PictureEncoder, "prepare", lambda self, content: tried.append(content) or prepare(self, content)
+    )
     build(source, cache, oracle)
     assert tried == []
     assert build(source, cache, oracle, retry_rejected=True).rejected == 1
-    assert tried == [b"no picture"]
+    assert tried == [b"no picture"] * 2  # for image_embeds and for latents
 
 
 def test_values_beyond_float16_are_refused_by_name(source: Path, oracle: Path, tmp_path: Path) -> None:

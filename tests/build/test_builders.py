@@ -12,7 +12,7 @@ import kcache.build.encode
 from kcache.build.build import BuildProgress, build_cache
 from kcache.build.claims import TURN
 from kcache.build.plan import claims_folder, freeze_plan
-from kcache.build.survey import missing_rows, take_inventory
+from kcache.build.survey import missing_rows, survey
 from kcache.durable import write_json
 from kcache.errors import CacheBusyError
 from kcache.processes import this_process
@@ -29,8 +29,8 @@ def planned(source: Path, oracle: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A cache whose plan is frozen and of which nothing is built, and the folder of the plan's claims."""
     cache, config = tmp_path / "cache", small_config(oracle, rows_per_shard=4)
     cache.mkdir()
-    job = take_inventory(str(source), cache, config, lambda _: None)
-    plan = missing_rows(job, job.states(), retry=False, seen={})
+    job = survey(str(source), cache, config, lambda _: None)
+    plan = missing_rows(job, job.committed().tables, retry=False, seen={})
     freeze_plan(cache, plan)
     return cache, claims_folder(cache, plan)
 

@@ -16,7 +16,7 @@ import pytest
 from small_builds import build, copy_pictures, digests, small_config
 
 import kcache.build.encode
-from kcache.encoders.frozen import ImageEncoder
+from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheWriteError
 from kcache_cli import app
 
@@ -185,16 +185,16 @@ def test_a_failing_writer_ends_the_build_at_the_next_batch(
     source: Path, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = ImageEncoder.encode
+    encode = PictureEncoder.encode
 
-    def count(self: ImageEncoder, prepared: Any) -> Any:
+    def count(self: PictureEncoder, prepared: Any) -> Any:
         encoded.append(len(prepared))
         return encode(self, prepared)
 
     def fail(*_: Any, **__: Any) -> None:
         raise CacheWriteError("the disk is gone")
 
-    monkeypatch.setattr(ImageEncoder, "encode", count)
+    monkeypatch.setattr(PictureEncoder, "encode", count)
     monkeypatch.setattr(kcache.build.encode, "commit_shard", fail)
     with pytest.raises(CacheWriteError, match="the disk is gone"):
         build(source, tmp_path / "cache", oracle, stage="prior", batch_size=1, rows_per_shard=3)
@@ -205,11 +205,11 @@ def test_a_failing_writer_ends_the_build_at_the_next_batch(
 def test_a_source_that_fails_ends_the_build(
     source: Path, oracle: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: ImageEncoder, content: bytes) -> None:
+    def fail(self: PictureEncoder, content: bytes) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "picture.png")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageEncoder, "prepare", fail)
+        patch.setattr(PictureEncoder, "prepare", fail)
         with pytest.raises(OSError, match=r"Input/output error: 'picture.png'"):
             build(source, tmp_path / "cache", oracle, rows_per_shard=4)
     assert _threads() == []

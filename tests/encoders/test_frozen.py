@@ -16,7 +16,7 @@ from kcache.encoders.recipes import table_recipe
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
 from kcache.store.digests import DigestMemo
-from kcache.store.recipe import Recipe
+from kcache.store.recipe import Recipe, kind_of
 
 CPU = torch.device("cpu")
 AS_UPSTREAM = BuildConfig(batch_size=2, alpha="drop", resolution=(64,))
@@ -28,13 +28,11 @@ def repository(path: Path) -> Repository:
 
 def recipe_of(table: str, oracle: Path, config: BuildConfig = AS_UPSTREAM) -> Recipe:
     with DigestMemo(oracle / "digests.sqlite") as memo:
-        return table_recipe(table, config, repository(oracle / "prior"), repository(oracle / "decoder"), memo)
+        return table_recipe(table, config, repository(oracle / kind_of(table).role), memo)
 
 
 def encoder_of(table: str, oracle: Path, config: BuildConfig = AS_UPSTREAM) -> Encoder:
-    return load_encoder(
-        recipe_of(table, oracle, config), repository(oracle / "prior"), repository(oracle / "decoder"), CPU
-    )
+    return load_encoder(recipe_of(table, oracle, config), repository(oracle / kind_of(table).role), CPU)
 
 
 def recorded(oracle: Path, stage: str, name: str) -> np.ndarray:
@@ -163,12 +161,12 @@ def test_only_rows_that_overflow_are_encoded_again_in_float32(oracle: Path, tmp_
     # Patches with large pixels overflow float16 in the embedding; the layer norm behind it brings float32 into range.
     prior = scaled_copy(oracle, tmp_path / "prior", "vision_model.embeddings.patch_embedding.weight", 1e3)
     recipe = recipe_of("image_embeds", oracle, replace(AS_UPSTREAM, mixed_precision="fp16"))
-    encoder = load_encoder(recipe, repository(prior), None, CPU)
+    encoder = load_encoder(recipe, repository(prior), CPU)
     calm = encoder.reserved()
     wild = np.random.default_rng(0).normal(0, 2000, calm.shape).astype(np.float32)
     rows = encoder.encode([calm, wild])["image_embeds"]
     assert rows.dtype == torch.float16
-    float32 = load_encoder(recipe_of("image_embeds", oracle), repository(prior), None, CPU)
+    float32 = load_encoder(recipe_of("image_embeds", oracle), repository(prior), CPU)
     exact = float32.encode([calm, wild])["image_embeds"]
     assert torch.equal(rows[1], exact[1].half())
     assert torch.equal(rows[0], encoder.encode([calm])["image_embeds"][0])
@@ -178,7 +176,7 @@ def test_only_rows_that_overflow_are_encoded_again_in_float32(oracle: Path, tmp_
 def test_rows_that_stay_non_finite_are_returned_as_they_are(oracle: Path, tmp_path: Path) -> None:
     prior = scaled_copy(oracle, tmp_path / "prior", "visual_projection.weight", float("inf"))
     recipe = recipe_of("image_embeds", oracle, replace(AS_UPSTREAM, mixed_precision="fp16"))
-    encoder = load_encoder(recipe, repository(prior), None, CPU)
+    encoder = load_encoder(recipe, repository(prior), CPU)
     assert not encoder.encode([encoder.reserved()])["image_embeds"].isfinite().any()
 
 
@@ -198,9 +196,4 @@ def test_weights_that_a_file_lacks_are_never_made_up(oracle: Path, tmp_path: Pat
     weights = load_file(file)
     save_file(dict(list(weights.items())[2:]), file, {"format": "pt"})
     with pytest.raises(ModelError, match=Path(component).name):
-        load_encoder(recipe, repository(tmp_path / "prior"), repository(tmp_path / "decoder"), CPU)
-
-
-def test_latents_without_a_decoder_repository_are_refused(oracle: Path) -> None:
-    with pytest.raises(ModelError, match="movq"):
-        load_encoder(recipe_of("latents-64", oracle), repository(oracle / "prior"), None, CPU)
+        load_encoder(recipe, repository(tmp_path / component.split("/")[0]), CPU)

@@ -11,17 +11,11 @@ from typing import Any
 import pytest
 
 from kcache.config import BuildConfig, Stage
-from kcache.encoders.recipes import (
-    decoder_components,
-    default_rows_per_shard,
-    prior_components,
-    table_names,
-    table_recipe,
-)
+from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
-from kcache.store.recipe import Field, Recipe, recipe_differences
+from kcache.store.recipe import Field, Recipe, components, kind_of, recipe_differences, table_names
 
 TABLES = ("image_embeds", "text", "latents-64")
 TINY = BuildConfig(resolution=(64,), batch_size=4)
@@ -35,9 +29,9 @@ def models(oracle: Path, tmp_path: Path) -> Path:
 
 
 def recipe_of(table: str, models: Path, config: BuildConfig = TINY) -> Recipe:
-    prior, decoder = (Repository(name=part, path=models / part, revision=None) for part in ("prior", "decoder"))
+    role = kind_of(table).role
     with DigestMemo(models / "digests.sqlite") as memo:
-        return table_recipe(table, config, prior, decoder, memo)
+        return table_recipe(table, config, Repository(name=role, path=models / role, revision=None), memo)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -54,8 +48,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 )
 def test_a_stage_has_its_tables(stage: Stage, tables: tuple[str, ...], prior: int, decoder: tuple[str, ...]) -> None:
     assert table_names(stage, (768, 512, 768)) == tables
-    assert len(prior_components(stage)) == prior
-    assert decoder_components(stage) == decoder
+    assert len(components("prior", stage)) == prior
+    assert components("decoder", stage) == decoder
 
 
 def test_shapes_are_read_from_the_configurations(oracle: Path) -> None:

@@ -8,7 +8,7 @@ from small_builds import build, copy_pictures, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache
-from kcache.encoders.frozen import LatentsEncoder
+from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheNotFoundError
 from kcache.upkeep.garbage import collect_garbage
 from kcache.upkeep.info import describe_cache
@@ -85,7 +85,12 @@ def test_an_unfinished_build_says_how_far_it_is(
 ) -> None:
     config = small_config(oracle, rows_per_shard=2)
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsEncoder, "encode", lambda *_: 1 / 0)
+        encode = PictureEncoder.encode
+        patch.setattr(
+            PictureEncoder,
+            "encode",
+            lambda self, *given: encode(self, *given) if self.recipe.table == "image_embeds" else 1 / 0,
+        )
         with pytest.raises(ZeroDivisionError):
             build_cache(str(built[0]), str(tmp_path / "cache"), config)
     about = describe_cache(tmp_path / "cache")
