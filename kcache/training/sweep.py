@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,32 @@ from kcache.config import TrainConfig
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
 from kcache.report.figures import smoothed, thinned
-from kcache.settings import read_toml, settings_from
+from kcache.settings import marks_of, read_toml, settings_from
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics, read_validation
 from kcache.training.log import Progress
 from kcache.training.resume import check_place
 from kcache.training.trainer import train
 
+SWEEP_FILE = "sweep.json"
+_FORM = (
+    "a [[run]] table per run and nothing else, such as\n\n"
+    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
+    "settings that all runs share are flags"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LAST_STEPS = 100
 """Steps over which a run's loss is averaged, as it is noisy from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a sweep, as it will be trained."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that its table gives."""
+    config: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +72,14 @@ class SweptRun:
     """Why it failed; None when it did not."""
 
 
-def swept_run(name: str, settings: Mapping[str, Any], run_dir: Path, error: str | None = None) -> SweptRun:
-    """What the run's directory says about it, which is nothing where it was not begun."""
-    last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep came to."""
 
-    def mean(value: str) -> float | None:
-        return sum(entry[value] for entry in last) / len(last) if last else None
-
-    return SweptRun(
-        name=name,
-        settings=settings,
-        step=last[-1]["step"] if last else None,
-        loss=mean("loss"),
-        val_loss=validations[-1]["val_loss"] if validations else None,
-        samples_per_second=mean("samples_per_second"),
-        error=error,
-    )
+    output_dir: str
+    runs: tuple[SweptRun, ...]
+    table: str = field(repr=False)
+    """The comparison, in Markdown."""
 
 
 def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
@@ -134,38 +143,6 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-SWEEP_FILE = "sweep.json"
-_FORM = (
-    "a [[run]] table per run and nothing else, such as\n\n"
-    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
-    "settings that all runs share are flags"
-)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHARED = ("stage", "output_dir", "resolution", "resume_from_checkpoint")
-"""Settings that the runs of a sweep cannot differ in: they read one cache, and have folders and checkpoints of their
-own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """One run of a sweep, as it will be trained."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Those that its table gives."""
-    config: TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What a sweep came to."""
-
-    output_dir: str
-    runs: tuple[SweptRun, ...]
-    table: str = field(repr=False)
-    """The comparison, in Markdown."""
-
-
 def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
     """The runs that the TOML file at `path` asks for: `config` with what each [[run]] table changes.
 
@@ -207,14 +184,15 @@ def _plan_run(path: Path, number: int, table: Mapping[str, Any], config: TrainCo
             'names a folder; write name = "slow"'
         )
     where = f"{path}, run {name!r}"
-    shared = [key for key in table if key.replace("-", "_") in _SHARED]
+    marks = marks_of(TrainConfig)
+    unswept = {name for name in marks if not marks[name].swept}
+    shared = [key for key in table if key.replace("-", "_") in unswept]
     if shared:
         raise ConfigError(
             f"{where}: runs of one sweep cannot differ in {', '.join(shared)}; take it out, or give a flag"
         )
-    allowed = {field.name for field in fields(TrainConfig)}
     given = {key: value for key, value in table.items() if key != "name"}
-    settings = settings_from(given, TrainConfig, allowed, where=where)
+    settings = settings_from(given, TrainConfig, marks, where=where)
     run_dir = str(Path(config.output_dir) / name)
     try:
         own = replace(config, **settings, output_dir=run_dir, resume_from_checkpoint="latest")
@@ -281,7 +259,22 @@ def _train(
 
 
 def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
-    return swept_run(run.name, run.settings, Path(run.config.output_dir), error)
+    """What the run's directory says about it, which is nothing where it was not begun."""
+    run_dir = Path(run.config.output_dir)
+    last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
+
+    def mean(value: str) -> float | None:
+        return sum(entry[value] for entry in last) / len(last) if last else None
+
+    return SweptRun(
+        name=run.name,
+        settings=run.settings,
+        step=last[-1]["step"] if last else None,
+        loss=mean("loss"),
+        val_loss=validations[-1]["val_loss"] if validations else None,
+        samples_per_second=mean("samples_per_second"),
+        error=error,
+    )
 
 
 def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> bool:
