@@ -92,7 +92,9 @@ def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
         settings = [str(run.settings.get(name, getattr(config, name))) for name in changed]
         losses = [_number(run.loss, ".5f"), *([_number(run.val_loss, ".5f")] if validated else [])]
         numbers = [_number(run.step, ",d"), *losses, _number(run.samples_per_second, ",.1f")]
-        rows.append([run.name, *settings, *numbers, _outcome(run)])
+        # In a cell there is room for what was found, not for what to do about it.
+        outcome = "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
+        rows.append([run.name, *settings, *numbers, outcome])
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -132,11 +134,6 @@ def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
 def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of all entries, each (n,) float64."""
     return np.array([entry["step"] for entry in entries], np.float64), np.array([entry[name] for entry in entries])
-
-
-def _outcome(run: SweptRun) -> str:
-    """In a cell there is room for what was found, not for what to do about it."""
-    return "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -223,18 +220,20 @@ def run_sweep(
     opened = Cache.open(cache, config.resolution)
     records = _read_records(folder / SWEEP_FILE)
     finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
-    tell = say if say is not None and _is_main_process() else lambda text: None
+    # By what launchers set, as processes know nothing of each other before the first run.
+    first = int(os.environ.get("RANK", "0")) == 0
+    tell = say if say is not None and first else lambda text: None
     runs: list[SweptRun] = []
     for run in planned:
         if run.name in finished:
             tell(f"{run.name}: finished before, not run again")
             runs.append(_swept(run))
         else:
-            tell(f"{run.name}: " + (", ".join(f"{name} {value}" for name, value in run.settings.items()) or "as given"))
+            tell(f"{run.name}: {', '.join(f'{name} {value}' for name, value in run.settings.items()) or 'as given'}")
             runs.append(_train(run, opened, report, tell))
         records[run.name] = {"cache": opened.fingerprint, "config": asdict(run.config), "run": asdict(runs[-1])}
         result = SweepResult(output_dir=config.output_dir, runs=tuple(runs), table=comparison_table(runs, config))
-        if _is_main_process():
+        if first:
             _write(folder, records, result)
     return result
 
@@ -315,8 +314,3 @@ def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> Non
     write_json(folder / SWEEP_FILE, {"runs": records})
     write_bytes(folder / "sweep.md", (result.table + "\n").encode())
     plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})
-
-
-def _is_main_process() -> bool:
-    # By what launchers set, as processes know nothing of each other before the first run.
-    return int(os.environ.get("RANK", "0")) == 0

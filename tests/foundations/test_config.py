@@ -2,13 +2,14 @@
 
 import math
 import re
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 
 from kcache.config import BuildConfig, TrainConfig
 from kcache.errors import ConfigError
-from kcache.settings import marks_of
+from kcache.settings import marks_of, settings_from
 
 NAN, INF = math.nan, math.inf
 
@@ -90,6 +91,13 @@ def test_what_is_no_flag_is_named_as_it_is() -> None:
 def test_every_setting_is_explained_in_full_sentences() -> None:
     for settings in (BuildConfig, TrainConfig):
         assert [name for name, marks in marks_of(settings).items() if not re.fullmatch("[A-Z].*\\.", marks.help)] == []
+
+
+def test_every_default_is_of_its_settings_type() -> None:
+    for settings in (BuildConfig, TrainConfig):
+        given = {each.name: each.default for each in fields(settings) if each.default not in (None, MISSING)}
+        table = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        assert settings_from(table, settings, given, where="defaults") == given
 
 
 def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
