@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kcache.errors import ConfigError
 
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Marks:
@@ -79,9 +81,6 @@ def check(settings: Any) -> None:
             if expected and not (item in choices if choices else marks.takes(item)):
                 flag = "--" + name.replace("_", "-") if marks.flag else name
                 raise ConfigError(f"{flag} is {item!r}; expected {expected}")
-
-
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
