@@ -1,8 +1,10 @@
-"""Settings from TOML tables: every key is the name of a setting, every value of that setting's type."""
+"""A setting: all that is said of it in one place, the check of its value, and its value from a TOML table."""
 
 import difflib
+import math
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -10,6 +12,75 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kcache.errors import ConfigError
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marks:
+    """What is said of a setting beside its type and its default."""
+
+    help: str
+    """What it means, in full sentences: the command line shows them."""
+    least: float = -math.inf
+    """The smallest number that is taken."""
+    above: float = -math.inf
+    """What a number must be above."""
+    below: float = math.inf
+    """What a number must be below."""
+    share: bool = False
+    """Whether a number is 0 to 1, both of them included."""
+    kept: bool = False
+    """Whether it decides the course of a run, so that a run that goes on must keep it."""
+    shown: Literal["always", "changed", "never"] = "changed"
+    """When a model card shows it: "changed" is where it is not the default, "never" where the card says it elsewhere or
+    it does not change what is learned."""
+    swept: bool = True
+    """Whether the runs of a sweep may differ in it."""
+    flag: bool = True
+    """Whether the command line has a flag for it."""
+    only: str | None = None
+    """The stage whose command has the flag; None for every stage."""
+
+    @property
+    def range(self) -> str:
+        """The numbers that are taken, in words; "" where there is no limit."""
+        if self.share:
+            return "a probability, 0 to 1"
+        limits = {"{} or more": self.least, "a number above {}": self.above, "less than {}": self.below}
+        return ", and ".join(text.format(limit) for text, limit in limits.items() if math.isfinite(limit))
+
+    def takes(self, number: float) -> bool:
+        """Whether `number` is within the limits, as NaN and infinity never are."""
+        return 0 <= number <= 1 if self.share else self.least <= number and self.above < number < self.below
+
+
+def marked(help: str, **marks: Any) -> dict[str, Marks]:
+    """The metadata of a settings class's field: its help and its other `Marks`."""
+    return {"marks": Marks(help=help, **marks)}
+
+
+def setting(default: Any, help: str, **marks: Any) -> Any:
+    """A settings class's field with a default, see `marked`."""
+    return field(default=default, metadata=marked(help, **marks))
+
+
+def marks_of(settings: Any) -> dict[str, Marks]:
+    """Name → marks of every setting of a settings class, or of an instance of one."""
+    return {each.name: each.metadata["marks"] for each in fields(settings)}
+
+
+def check(settings: Any) -> None:
+    """Raise ConfigError for the first setting that is none of its type's choices, or outside its range."""
+    hints = get_type_hints(type(settings))
+    for name, marks in marks_of(settings).items():
+        value = getattr(settings, name)
+        if value is None and type(None) in get_args(hints[name]):
+            continue
+        choices = [choice for kind in _kinds(hints[name]) if get_origin(kind) is Literal for choice in get_args(kind)]
+        expected = "one of " + ", ".join(choices) if choices else marks.range
+        for item in value if isinstance(value, tuple) else (value,):
+            if expected and not (item in choices if choices else marks.takes(item)):
+                flag = "--" + name.replace("_", "-") if marks.flag else name
+                raise ConfigError(f"{flag} is {item!r}; expected {expected}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
 from kcache_cli.build import cache_build
-from kcache_cli.collect import cache_gc
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
 from kcache_cli.doctor import doctor
+from kcache_cli.garbage import cache_gc
 from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
-from kcache_cli.renamed import translated
 from kcache_cli.report import report
 from kcache_cli.sample import sample
 from kcache_cli.train import train_decoder, train_prior
+from kcache_cli.upstream_flags import translated
 from kcache_cli.verify import cache_verify
 
 

@@ -17,31 +17,8 @@ if TYPE_CHECKING:
     from kcache.build.build import BuildResult
     from kcache.build.estimate import BuildEstimate
 
-BUILD_HELP = {
-    "stage": "Which trainer the cache is for; `all` serves both.",
-    "resolution": "Side in pixels of the square pictures whose latents are stored; repeat it for several tables.",
-    "image_column": "Column of a dataset that holds the image.",
-    "caption_column": "Column that holds the caption, or a list of captions.",
-    "max_train_samples": "Take only the first so many samples of the source.",
-    "alpha": "What transparent pixels are laid on; `drop` ignores transparency, as the upstream scripts do.",
-    "pretrained_prior_model_name_or_path": "Folder or Hub id with image_encoder, text_encoder and tokenizer.",
-    "pretrained_decoder_model_name_or_path": "Folder or Hub id with movq.",
-    "revision": "Branch, tag or commit of the Hub repositories.",
-    "text_padding": "Pad each caption to the tokenizer's whole length, or trimmed: to the next multiple of 8 tokens.",
-    "mixed_precision": "Dtype that the encoders run in; `no` is float32.",
-    "batch_size": "Inputs per encoder call. It is part of the recipe: rows differ by 1e-6 between batch sizes.",
-    "device": "Where the encoders run, such as cuda:0. Chosen by what there is when left out.",
-    "format": "Form of the shards on disk.",
-    "dtype": "Dtype of the stored rows.",
-    "rows_per_shard": "Rows of one shard. What makes about 256 MB when left out.",
-    "num_workers": "Threads that decode images. One per core when left out.",
-    "worker": "Which of several builders this is, as I/N counted from 0. Asked of torchrun or Slurm when left out.",
-    "rehash": "Read every file again, instead of trusting that an unchanged size and time mean unchanged content.",
-    "retry_rejected": "Try again the inputs that an earlier build rejected.",
-}
 
-
-@with_flags(BuildConfig, BUILD_HELP)
+@with_flags(BuildConfig)
 def cache_build(
     source: Annotated[
         str,

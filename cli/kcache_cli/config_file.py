@@ -9,7 +9,7 @@ import typer
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
 from kcache.settings import read_toml, settings_from
-from kcache_cli.renamed import TRANSLATED, refusal
+from kcache_cli.upstream_flags import TRANSLATED, refusal
 
 _NOT_SETTINGS = {"config", "sweep", "help"}
 

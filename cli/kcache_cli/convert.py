@@ -1,11 +1,10 @@
 """`kcache cache-convert`: the same cache in the other form."""
 
-import json
 from typing import Annotated, Literal
 
 import typer
 
-from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
+from kcache_cli.progress import Report, say_manifest, show_counts
 
 
 def cache_convert(
@@ -31,9 +30,4 @@ def cache_convert(
 
     with Report() as report:
         manifest = convert_cache(cache, new, form, report=show_counts(report, "written"))
-    size = sum(entry.bytes for entry in manifest.tables.values())
-    if as_json:
-        about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
-        say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
-    else:
-        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
+    say_manifest(new, manifest, as_json)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kcache_cli.output_folder import check_folder
+from kcache_cli.flags import check_folder
 from kcache_cli.progress import bytes_text, count_text, duration_text, note, say
 
 if TYPE_CHECKING:

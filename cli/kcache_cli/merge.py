@@ -1,11 +1,10 @@
 """`kcache cache-merge`: several caches made one."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from kcache_cli.progress import Report, bytes_text, count_text, say, show_counts
+from kcache_cli.progress import Report, say_manifest, show_counts
 
 
 def cache_merge(
@@ -27,9 +26,4 @@ def cache_merge(
 
     with Report() as report:
         manifest = merge_caches(new, caches, report=show_counts(report, "done"))
-    size = sum(entry.bytes for entry in manifest.tables.values())
-    if as_json:
-        about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
-        say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
-    else:
-        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
+    say_manifest(new, manifest, as_json)

@@ -3,6 +3,7 @@
 On a terminal, progress is one live bar; elsewhere a plain line now and then, so that a log stays readable.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 if TYPE_CHECKING:
     from kcache.build import BuildProgress
+    from kcache.store import Manifest
     from kcache.training import Progress as TrainProgress
 
 PLAIN_SECONDS = 10.0
@@ -23,6 +25,16 @@ PLAIN_SECONDS = 10.0
 def say(text: str) -> None:
     """Print data, on stdout."""
     print(text)  # noqa: T201
+
+
+def say_manifest(new: str, manifest: "Manifest", as_json: bool) -> None:
+    """Print what the finished cache `new` came to, as JSON or in a line."""
+    size = sum(entry.bytes for entry in manifest.tables.values())
+    if as_json:
+        about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
+        say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
+    else:
+        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
 
 
 def note(text: str) -> None:

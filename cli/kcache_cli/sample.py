@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
-from kcache_cli.output_folder import check_folder
+from kcache_cli.flags import check_folder
 from kcache_cli.progress import say
 
 

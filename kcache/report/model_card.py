@@ -7,37 +7,17 @@ The front matter follows the Hub's model cards (https://huggingface.co/docs/hub/
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
+from kcache.settings import marks_of
 from kcache.store.run_directory import read_config, read_metrics, read_validation
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """Where a run directory holds adapters: diffusers' name."""
-
-_ALWAYS_SHOWN = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed")
-_NEVER_SHOWN = (
-    "stage",
-    "output_dir",
-    "pretrained_prior_model_name_or_path",
-    "pretrained_decoder_model_name_or_path",
-    "cache_dir",
-    "online",
-    "resume_from_checkpoint",
-    "validation_prompts",
-    "report_to",
-    "tracker_project_name",
-    "logging_dir",
-    "push_to_hub",
-    "hub_model_id",
-    "residency",
-    "export_pipeline",
-)
-"""Settings that do not change what is learned, or that the card says elsewhere."""
 
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
@@ -175,11 +155,11 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that differ from the defaults, and those that everybody asks for."""
-    defaults = {field.name: field.default for field in fields(TrainConfig) if field.name not in _NEVER_SHOWN}
+    shown = {name: marks.shown for name, marks in marks_of(TrainConfig).items() if marks.shown != "never"}
     return {
         name: config[name]
-        for name, default in defaults.items()
-        if name in config and (name in _ALWAYS_SHOWN or _plain(config[name]) != _plain(default))
+        for name, when in shown.items()
+        if name in config and (when == "always" or _plain(config[name]) != _plain(getattr(TrainConfig, name)))
     }
 
 

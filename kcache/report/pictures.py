@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kcache.config import TrainConfig
+from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.durable import write_bytes
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
 from kcache.encoders.repositories import Repository, component_config
@@ -70,9 +70,7 @@ class PromptPictures:
         self._counterpart = counterpart
         self._resolution = resolution
         self._device = torch.device(device)
-        self._learning_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-            config.mixed_precision
-        ]
+        self._learning_dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
         # As in `kcache sample`.
         self._frozen_dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         self._prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kcache.config import BuildConfig
+from kcache.config import COMPUTE_DTYPES, BuildConfig
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.hints import instead_of_cache
 from kcache.store.recipe import (
@@ -215,7 +215,9 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     for recipe in recipes[:1]:
         settings |= {
             "dtype": recipe.stored_dtype,
-            "mixed_precision": _PRECISION.get(recipe.compute_dtype, "no"),
+            "mixed_precision": next(
+                (name for name, dtype in COMPUTE_DTYPES.items() if dtype == recipe.compute_dtype), "no"
+            ),
             "batch_size": recipe.batch_shape[0],
         }
     return BuildConfig(**settings)
@@ -235,7 +237,6 @@ def build_line(folder: Path, manifest: Manifest, field: str, resolution: int | N
     return shlex.join(words)
 
 
-_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 _MODEL_FLAGS = {
     "prior": "pretrained_prior_model_name_or_path",
     "decoder": "pretrained_decoder_model_name_or_path",

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditionModel
 
-from kcache.config import TrainConfig
+from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository, weights_digest
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
@@ -25,7 +25,7 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     if config.lora_rank is not None:
-        _keep_in(network, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision])
+        _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]))
         if saved is not None:
             load_lora(network, saved, trainable=True, dropout=config.lora_dropout)
         else:

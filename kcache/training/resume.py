@@ -9,6 +9,7 @@ from kcache.config import TrainConfig
 from kcache.durable import shared, writing
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
+from kcache.settings import marks_of
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, logger
 
@@ -105,35 +106,6 @@ def _not_alone(run_dir: Path, steps: Sequence[int], found: Sequence[str]) -> Run
     )
 
 
-_SETTLED = (
-    "stage",
-    "seed",
-    "shuffle",
-    "learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_weight_decay",
-    "adam_epsilon",
-    "max_grad_norm",
-    "snr_gamma",
-    "noise_draws",
-    "mixed_precision",
-    "val_fraction",
-    "caption_dropout",
-    "image_dropout",
-    "use_8bit_adam",
-    "use_ema",
-    "ema_decay",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-)
-"""Settings that decide the course of a run; a run that goes on must keep them."""
-
-
 def checkpoint_named(run_dir: Path, name: str) -> Path:
     """Where the checkpoint `name` is, or would be: it may be a path, or the name of one in the run directory."""
     path = Path(name)
@@ -157,12 +129,13 @@ def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
 
 def _check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Check that `config` gives the run that was begun, and asks for no step before the checkpoint."""
+    kept = [name for name, marks in marks_of(config).items() if marks.kept]
     try:
-        begun = {name: checkpoint.state["config"][name] for name in _SETTLED}
+        begun = {name: checkpoint.state["config"][name] for name in kept}
     except (KeyError, TypeError) as error:
         raise _unknown(checkpoint, error) from error
-    asked = json.loads(json.dumps({name: getattr(config, name) for name in _SETTLED}))
-    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in _SETTLED if begun[name] != asked[name]]
+    asked = json.loads(json.dumps({name: getattr(config, name) for name in kept}))
+    changed = [f"{name}: {begun[name]} → {asked[name]}" for name in kept if begun[name] != asked[name]]
     if changed:
         raise RunError(
             f"{checkpoint.path} was made with other settings ({', '.join(changed)}); expected those it was begun with; "

@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,32 @@ from kcache.config import TrainConfig
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
 from kcache.report.figures import smoothed, thinned
-from kcache.settings import read_toml, settings_from
+from kcache.settings import marks_of, read_toml, settings_from
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics, read_validation
 from kcache.training.log import Progress
 from kcache.training.resume import check_place
 from kcache.training.trainer import train
 
+SWEEP_FILE = "sweep.json"
+_FORM = (
+    "a [[run]] table per run and nothing else, such as\n\n"
+    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
+    "settings that all runs share are flags"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LAST_STEPS = 100
 """Steps over which a run's loss is averaged, as it is noisy from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a sweep, as it will be trained."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that its table gives."""
+    config: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +72,14 @@ class SweptRun:
     """Why it failed; None when it did not."""
 
 
-def swept_run(name: str, settings: Mapping[str, Any], run_dir: Path, error: str | None = None) -> SweptRun:
-    """What the run's directory says about it, which is nothing where it was not begun."""
-    last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep came to."""
 
-    def mean(value: str) -> float | None:
-        return sum(entry[value] for entry in last) / len(last) if last else None
-
-    return SweptRun(
-        name=name,
-        settings=settings,
-        step=last[-1]["step"] if last else None,
-        loss=mean("loss"),
-        val_loss=validations[-1]["val_loss"] if validations else None,
-        samples_per_second=mean("samples_per_second"),
-        error=error,
-    )
+    output_dir: str
+    runs: tuple[SweptRun, ...]
+    table: str = field(repr=False)
+    """The comparison, in Markdown."""
 
 
 def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
@@ -83,7 +92,9 @@ def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
         settings = [str(run.settings.get(name, getattr(config, name))) for name in changed]
         losses = [_number(run.loss, ".5f"), *([_number(run.val_loss, ".5f")] if validated else [])]
         numbers = [_number(run.step, ",d"), *losses, _number(run.samples_per_second, ",.1f")]
-        rows.append([run.name, *settings, *numbers, _outcome(run)])
+        # In a cell there is room for what was found, not for what to do about it.
+        outcome = "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
+        rows.append([run.name, *settings, *numbers, outcome])
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -125,45 +136,8 @@ def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray,
     return np.array([entry["step"] for entry in entries], np.float64), np.array([entry[name] for entry in entries])
 
 
-def _outcome(run: SweptRun) -> str:
-    """In a cell there is room for what was found, not for what to do about it."""
-    return "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
-
-
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-SWEEP_FILE = "sweep.json"
-_FORM = (
-    "a [[run]] table per run and nothing else, such as\n\n"
-    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
-    "settings that all runs share are flags"
-)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHARED = ("stage", "output_dir", "resolution", "resume_from_checkpoint")
-"""Settings that the runs of a sweep cannot differ in: they read one cache, and have folders and checkpoints of their
-own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """One run of a sweep, as it will be trained."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Those that its table gives."""
-    config: TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What a sweep came to."""
-
-    output_dir: str
-    runs: tuple[SweptRun, ...]
-    table: str = field(repr=False)
-    """The comparison, in Markdown."""
 
 
 def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
@@ -207,14 +181,15 @@ def _plan_run(path: Path, number: int, table: Mapping[str, Any], config: TrainCo
             'names a folder; write name = "slow"'
         )
     where = f"{path}, run {name!r}"
-    shared = [key for key in table if key.replace("-", "_") in _SHARED]
+    marks = marks_of(TrainConfig)
+    unswept = {name for name in marks if not marks[name].swept}
+    shared = [key for key in table if key.replace("-", "_") in unswept]
     if shared:
         raise ConfigError(
             f"{where}: runs of one sweep cannot differ in {', '.join(shared)}; take it out, or give a flag"
         )
-    allowed = {field.name for field in fields(TrainConfig)}
     given = {key: value for key, value in table.items() if key != "name"}
-    settings = settings_from(given, TrainConfig, allowed, where=where)
+    settings = settings_from(given, TrainConfig, marks, where=where)
     run_dir = str(Path(config.output_dir) / name)
     try:
         own = replace(config, **settings, output_dir=run_dir, resume_from_checkpoint="latest")
@@ -245,18 +220,20 @@ def run_sweep(
     opened = Cache.open(cache, config.resolution)
     records = _read_records(folder / SWEEP_FILE)
     finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
-    tell = say if say is not None and _is_main_process() else lambda text: None
+    # By what launchers set, as processes know nothing of each other before the first run.
+    first = int(os.environ.get("RANK", "0")) == 0
+    tell = say if say is not None and first else lambda text: None
     runs: list[SweptRun] = []
     for run in planned:
         if run.name in finished:
             tell(f"{run.name}: finished before, not run again")
             runs.append(_swept(run))
         else:
-            tell(f"{run.name}: " + (", ".join(f"{name} {value}" for name, value in run.settings.items()) or "as given"))
+            tell(f"{run.name}: {', '.join(f'{name} {value}' for name, value in run.settings.items()) or 'as given'}")
             runs.append(_train(run, opened, report, tell))
         records[run.name] = {"cache": opened.fingerprint, "config": asdict(run.config), "run": asdict(runs[-1])}
         result = SweepResult(output_dir=config.output_dir, runs=tuple(runs), table=comparison_table(runs, config))
-        if _is_main_process():
+        if first:
             _write(folder, records, result)
     return result
 
@@ -281,7 +258,22 @@ def _train(
 
 
 def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
-    return swept_run(run.name, run.settings, Path(run.config.output_dir), error)
+    """What the run's directory says about it, which is nothing where it was not begun."""
+    run_dir = Path(run.config.output_dir)
+    last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
+
+    def mean(value: str) -> float | None:
+        return sum(entry[value] for entry in last) / len(last) if last else None
+
+    return SweptRun(
+        name=run.name,
+        settings=run.settings,
+        step=last[-1]["step"] if last else None,
+        loss=mean("loss"),
+        val_loss=validations[-1]["val_loss"] if validations else None,
+        samples_per_second=mean("samples_per_second"),
+        error=error,
+    )
 
 
 def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> bool:
@@ -322,8 +314,3 @@ def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> Non
     write_json(folder / SWEEP_FILE, {"runs": records})
     write_bytes(folder / "sweep.md", (result.table + "\n").encode())
     plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})
-
-
-def _is_main_process() -> bool:
-    # By what launchers set, as processes know nothing of each other before the first run.
-    return int(os.environ.get("RANK", "0")) == 0

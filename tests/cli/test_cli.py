@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import kcache.build.build
@@ -18,11 +19,9 @@ from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
 from kcache.upkeep.verify import VerifyProgress
 from kcache_cli import app as cli
-from kcache_cli.build import BUILD_HELP
-from kcache_cli.output_folder import check_folder
+from kcache_cli.flags import check_folder
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
 from kcache_cli.sample import file_name
-from kcache_cli.train import DECODER_HELP, PRIOR_HELP
 from kcache_cli.verify import show_verify
 
 COMMANDS = (
@@ -100,9 +99,13 @@ def test_every_command_shows_examples(command: str) -> None:
 
 def test_every_setting_is_a_flag() -> None:
     train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
-    assert set(BUILD_HELP) == {field.name for field in dataclasses.fields(BuildConfig)}
-    assert set(DECODER_HELP) == train_fields - {"caption_dropout", "packing", "noise_draws"}
-    assert set(PRIOR_HELP) == train_fields - {"resolution", "image_dropout"}
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    flags = {name: {option.name: option for option in command.params} for name, command in commands.items()}
+    given = {"source", "cache", "config", "sweep", "dry_run", "strict", "as_json"}
+    assert set(flags["cache-build"]) - given == {field.name for field in dataclasses.fields(BuildConfig)}
+    assert set(flags["train-decoder"]) - given == train_fields - {"caption_dropout", "packing", "noise_draws"}
+    assert set(flags["train-prior"]) - given == train_fields - {"resolution", "image_dropout"}
+    assert flags["train-prior"]["seed"].help == "Decides order, captions, noise and timesteps."
 
 
 def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

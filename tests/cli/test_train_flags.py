@@ -14,7 +14,7 @@ import kcache.training.trainer
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
 from kcache_cli import app as cli
-from kcache_cli.renamed import translated
+from kcache_cli.upstream_flags import translated
 
 Run = Callable[..., tuple[int, str, str]]
 

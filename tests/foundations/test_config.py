@@ -1,12 +1,15 @@
 """Settings that cannot be are refused when they are given, each in one message that names its flag."""
 
 import math
+import re
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 
-from kcache.config import TrainConfig
+from kcache.config import BuildConfig, TrainConfig
 from kcache.errors import ConfigError
+from kcache.settings import marks_of, settings_from
 
 NAN, INF = math.nan, math.inf
 
@@ -42,6 +45,59 @@ def test_numbers_out_of_range_are_refused(name: str, values: list[Any]) -> None:
         settings: dict[str, Any] = {"lora_rank": 4, "val_fraction": 0.1} | {name: value}
         with pytest.raises(ConfigError, match=f"^{flag} is {value!r}; expected"):
             TrainConfig(**{"stage": "prior", "output_dir": "run"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": (512, 0)}, "--resolution is 0; expected 1 or more"),
+        ({"resolution": ()}, "no --resolution given"),
+        ({"alpha": "grey"}, "--alpha is 'grey'; expected one of white, black, drop"),
+        ({"alpha": None}, "--alpha is None; expected one of white, black, drop"),
+        ({"rows_per_shard": 0}, "--rows-per-shard is 0; expected 1 or more"),
+        ({"worker": "4/4"}, "--worker is '4/4'; expected I/N"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildConfig(**settings)
+    BuildConfig(rows_per_shard=None, worker="3/4")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("learning_rate", "0 or more"),
+        ("adam_beta1", "0 or more, and less than 1"),
+        ("max_grad_norm", "a number above 0"),
+        ("ema_decay", "a probability, 0 to 1"),
+        ("lr_scheduler", "one of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup"),
+    ],
+)
+def test_a_refusal_says_what_is_taken(name: str, expected: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig(**{"stage": "prior", "output_dir": "run", name: -1.5})
+    assert str(refused.value) == f"{flag} is -1.5; expected {expected}"
+
+
+def test_what_is_no_flag_is_named_as_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"^stage is 'unet'; expected one of prior, decoder$"):
+        TrainConfig(stage="unet", output_dir="run")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="output_dir"):
+        TrainConfig(stage="prior")  # type: ignore[call-arg]
+
+
+def test_every_setting_is_explained_in_full_sentences() -> None:
+    for settings in (BuildConfig, TrainConfig):
+        assert [name for name, marks in marks_of(settings).items() if not re.fullmatch("[A-Z].*\\.", marks.help)] == []
+
+
+def test_every_default_is_of_its_settings_type() -> None:
+    for settings in (BuildConfig, TrainConfig):
+        given = {each.name: each.default for each in fields(settings) if each.default not in (None, MISSING)}
+        table = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        assert settings_from(table, settings, given, where="defaults") == given
 
 
 def test_numbers_at_the_ends_of_their_range_are_taken() -> None:

@@ -26,7 +26,7 @@ from kcache import Cache
 from kcache.config import TrainConfig
 from kcache.store.run_directory import read_metrics
 from kcache_cli import app as cli
-from kcache_cli.renamed import refusal
+from kcache_cli.upstream_flags import refusal
 
 GUIDE, README = ROOT / "docs" / "from-diffusers.md", ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
