@@ -22,6 +22,12 @@ COMPUTE_DTYPES: dict[MixedPrecision, str] = {"no": "float32", "fp16": "float16",
 
 CountReport = Callable[[str, int, int], None]
 """Called with what is being worked on, how much of it is done, and how much there is."""
+Say = Callable[[str], None]
+"""Called with what is worth a line to whoever waits."""
+
+
+def unheard(_: str) -> None:
+    """What says nothing to anybody."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def cache_build(
         return
     try:
         with Report() as report:
-            result = build_cache(source, cache, config, report=partial(show_build, report))
+            result = build_cache(source, cache, config, report=partial(show_build, report), say=report.note)
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {cache} is kept: run the same command to go on")
         raise

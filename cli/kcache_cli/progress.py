@@ -109,8 +109,6 @@ class Report:
 
 def show_build(report: Report, progress: "BuildProgress") -> None:
     """Per table: how many rows are done, rows per second, and what the time goes to."""
-    if progress.message is not None:
-        report.note(progress.message)
     if progress.total:
         rate = progress.done / progress.seconds if progress.seconds else 0.0
         busy = ", ".join(f"{name} {share:.0%}" for name, share in progress.busy.items())

@@ -93,7 +93,12 @@ def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) ->
     from kcache.upkeep.repair import repair_cache
 
     result: RepairResult = repair_cache(
-        source, cache, **columns, report=partial(show_build, report), checked=partial(show_verify, report)
+        source,
+        cache,
+        **columns,
+        report=partial(show_build, report),
+        say=report.note,
+        checked=partial(show_verify, report),
     )
     before = _about(result.before)
     return result.after, {"encoded": dict(result.encoded), "files": before["files"], "rows": before["rows"]}

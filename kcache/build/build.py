@@ -5,18 +5,17 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from kcache.build.builder import Builder, BuildProgress, Report, unfinished
+from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.finish import finish_build, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Committed, Survey, missing_rows, survey, why_missing
-from kcache.config import BuildConfig
+from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import remove, remove_temporary, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheMismatchError
@@ -71,25 +70,27 @@ class BuildPreview:
     notes: tuple[str, ...]
 
 
-def build_cache(source: str, cache: str, config: BuildConfig, *, report: Report | None = None) -> BuildResult:
+def build_cache(
+    source: str, cache: str, config: BuildConfig, *, report: BuildReport | None = None, say: Say = unheard
+) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
     An interrupted build goes on where it stopped, and several processes may build one cache together. On SIGINT or
     SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be cached are
-    named in rejected.jsonl. Raises SourceError, ModelError, ConfigError, CacheBusyError,
-    CacheMismatchError, CacheWriteError or CacheCorruptError.
+    named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises SourceError,
+    ModelError, ConfigError, CacheBusyError, CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
-    job = checked_survey(source, cache, config, partial(_say, report))
+    job = checked_survey(source, cache, config, say)
     for note in job.notes:
-        _say(report, note)
-    return complete(job, report=report)
+        say(note)
+    return complete(job, report=report, say=say)
 
 
-def complete(job: Survey, *, report: Report | None = None) -> BuildResult:
+def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unheard) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder, before = time.perf_counter(), job.folder, None
     place = worker_place(job.config.worker, os.environ)
-    patience = Patience(alone=place[1] == 1, say=partial(_say, report))
+    patience = Patience(alone=place[1] == 1, say=say)
     builder = Builder(job, place, patience, report)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
 
 def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
     """What `build_cache` would do, without writing anything into the cache."""
-    job = checked_survey(source, cache, config, partial(_say, None))
+    job = checked_survey(source, cache, config, unheard)
     tables = job.committed().tables
     plan = missing_rows(job, tables, retry=config.retry_rejected, seen={})
     return BuildPreview(
@@ -144,7 +145,7 @@ def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
     )
 
 
-def checked_survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], None]) -> Survey:
+def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = Path(cache)
     _check_target(folder)
@@ -234,8 +235,3 @@ def _finish(job: Survey, found: Committed) -> Manifest:
     for state in found.waiting.values():
         remove(job.folder / state.recipe.directory)
     return manifest
-
-
-def _say(report: Report | None, message: str) -> None:
-    if report:
-        report(BuildProgress(table="", done=0, total=0, seconds=0.0, busy={}, message=message))

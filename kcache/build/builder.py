@@ -44,10 +44,9 @@ class BuildProgress:
     """Time spent on this table so far."""
     busy: Mapping[str, float]
     """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
-    message: str | None = None
 
 
-Report = Callable[[BuildProgress], None]
+BuildReport = Callable[[BuildProgress], None]
 
 
 def unfinished(cache: Path, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
@@ -68,7 +67,7 @@ class Builder:
     place: tuple[int, int]
     """This is builder I of N."""
     patience: Patience
-    report: Report | None
+    report: BuildReport | None
     seen: dict[str, set[bytes]] = field(default_factory=dict)
     """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
     meters: dict[str, "Meter"] = field(default_factory=dict)
@@ -145,7 +144,7 @@ class Builder:
         from kcache.encoders.frozen import load_encoder
 
         job, recipe = self.job, table.recipe
-        progress.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
+        self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
         encoder = load_encoder(recipe, job.repository(recipe.table), device)
         workers = job.config.num_workers or os.cpu_count() or 1
@@ -201,7 +200,7 @@ class _Claims:
 class _Progress:
     """Counts inputs of one table and reports now and then."""
 
-    def __init__(self, table: str, total: int, report: Report | None) -> None:
+    def __init__(self, table: str, total: int, report: BuildReport | None) -> None:
         self.total = total
         self._table = table
         self._report = report
@@ -225,7 +224,3 @@ class _Progress:
         for shard in shards:
             yield shard
             self.add(len(shard.keys), {"write": 1.0})
-
-    def say(self, message: str) -> None:
-        if self._report:
-            self._report(BuildProgress(table="", done=0, total=0, seconds=0.0, busy={}, message=message))

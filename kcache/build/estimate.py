@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from kcache.build.encode import Meter, encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_missing
-from kcache.config import BuildConfig
+from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device
@@ -89,9 +89,7 @@ class BuildEstimate:
     notes: tuple[str, ...]
 
 
-def estimate_build(
-    source: str, cache: str, config: BuildConfig, *, say: Callable[[str], None] = lambda _: None
-) -> BuildEstimate:
+def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = unheard) -> BuildEstimate:
     """What `build_cache` would do and take, without writing anything into the cache; raises like it.
 
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
@@ -157,7 +155,7 @@ class _Watched(Exception):
     """Ends a probe: enough was seen."""
 
 
-def _probe(job: Survey, table: TablePlan, say: Callable[[str], None]) -> tuple[float, float]:
+def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     """Seconds that the encoder of `table` takes to load, and seconds per row, measured on some of its missing rows."""
     recipe = table.recipe
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kcache.build.joined_tars import committed
 from kcache.build.plan import Plan, plan_table
-from kcache.config import BuildConfig, Stage
+from kcache.config import BuildConfig, Say, Stage
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
@@ -106,7 +106,7 @@ class Survey:
         }
 
 
-def survey(source: str, folder: Path, config: BuildConfig, say: Callable[[str], None]) -> Survey:
+def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
     """Open the source, digest its images and the encoders' weights, and name the tables that the cache should hold.
 
     Raises SourceError, ModelError, ConfigError, or CacheMismatchError for a cache of another schema or form.
@@ -179,7 +179,7 @@ def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) 
 
 
 def _offered(
-    source: Source, memo: DigestMemo, rehash: bool, say: Callable[[str], None]
+    source: Source, memo: DigestMemo, rehash: bool, say: Say
 ) -> tuple[list[Sample], dict[bytes, int], list[Refusal]]:
     """What the source offers, where in it each image stands, and which images cannot be read."""
     samples, positions, refused = [], {}, []

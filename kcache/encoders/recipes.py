@@ -1,10 +1,10 @@
 """The recipe of each table, decided by the networks and the build's settings."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from kcache.config import BuildConfig
+from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.repositories import Repository, component_config, config_digest, tokenizer_digest, weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
@@ -27,7 +27,7 @@ def table_recipe(
     repository: Repository,
     memo: DigestMemo,
     rehash: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = unheard,
 ) -> Recipe:
     """The recipe of a table under the settings given, its encoder in `repository`.
 

@@ -204,6 +204,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     """The settings behind the recipes of a manifest, as far as one set of settings can have made them all."""
     recipes = [entry.recipe for entry in manifest.tables.values()]
     alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
+    precisions = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
     settings: dict[str, Any] = {
         "stage": stage_of(manifest.tables),
         "format": manifest.format,
@@ -215,9 +216,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     for recipe in recipes[:1]:
         settings |= {
             "dtype": recipe.stored_dtype,
-            "mixed_precision": next(
-                (name for name, dtype in COMPUTE_DTYPES.items() if dtype == recipe.compute_dtype), "no"
-            ),
+            "mixed_precision": precisions.get(recipe.compute_dtype, "no"),
             "batch_size": recipe.batch_shape[0],
         }
     return BuildConfig(**settings)

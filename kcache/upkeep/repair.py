@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kcache.build.build import complete
-from kcache.build.builder import BuildProgress
+from kcache.build.builder import BuildReport
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
+from kcache.config import Say, unheard
 from kcache.durable import exclusive, remove
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
@@ -50,15 +51,16 @@ def repair_cache(
     image_column: str = "image",
     caption_column: str = "text",
     device: str | None = None,
-    report: Callable[[BuildProgress], None] | None = None,
+    report: BuildReport | None = None,
+    say: Say = unheard,
     checked: Callable[[VerifyProgress], None] | None = None,
 ) -> RepairResult:
     """Make the cache at `cache` whole again, encoding its broken rows from `source` with the encoders of its manifest.
 
-    `report` is told how the encoding goes, `checked` how the verifications before and after it do. Nothing is changed
-    where that cannot be exact: raises CacheCorruptError for a damaged manifest, CacheMismatchError when rows encoded
-    now would be of another recipe, SourceError when the source lacks what is needed, and ConfigError for a device that
-    is not there.
+    `report` is told how the encoding goes, `say` what is worth a line, `checked` how the verifications before and after
+    it do. Nothing is changed where that cannot be exact: raises CacheCorruptError for a damaged manifest,
+    CacheMismatchError when rows encoded now would be of another recipe, SourceError when the source lacks what is
+    needed, and ConfigError for a device that is not there.
     """
     check_device(device)
     folder = Path(cache)
@@ -78,7 +80,7 @@ def repair_cache(
         _replace_shards(vouched, vouched.manifest, before)
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
-    result = complete(replace(job, samples=samples, refused=refused), report=report)
+    result = complete(replace(job, samples=samples, refused=refused), report=report, say=say)
     after = verify_cache(folder, checked)
     if after.corrupt:
         raise CacheCorruptError(f"{folder} is corrupt again right after its repair; have disk and memory checked")
@@ -99,7 +101,7 @@ def _survey(
         caption_column=caption_column,
         device=device,
     )
-    job = survey(source, folder, config, lambda _: None)
+    job = survey(source, folder, config, unheard)
     for name, entry in manifest.tables.items():
         if differences := recipe_differences(entry.recipe, job.recipes[name]):
             raise CacheMismatchError(

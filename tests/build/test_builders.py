@@ -9,7 +9,7 @@ import pytest
 from small_builds import build, copy_pictures, digests, encoded, small_config
 
 import kcache.build.encode
-from kcache.build.build import BuildProgress, build_cache
+from kcache.build.build import build_cache
 from kcache.build.claims import TURN
 from kcache.build.plan import claims_folder, freeze_plan
 from kcache.build.survey import missing_rows, survey
@@ -55,13 +55,13 @@ def test_one_of_several_waits_for_another_machine_and_names_it(
     monkeypatch.setattr("kcache.build.claims.QUIET_SECONDS", 0.0)
     said: list[str] = []
 
-    def listen(progress: BuildProgress) -> None:
-        if progress.message and progress.message.startswith("waiting"):
-            said.append(progress.message)
+    def listen(message: str) -> None:
+        if message.startswith("waiting"):
+            said.append(message)
             (claims / "text-00001").unlink()
 
     config = small_config(oracle, rows_per_shard=4, worker="0/2")
-    assert build_cache(str(source), str(cache), config, report=listen).samples == 6
+    assert build_cache(str(source), str(cache), config, say=listen).samples == 6
     assert said == [f"waiting for process {os.getpid()} on elsewhere, which holds {claims / 'text-00001'}"]
 
 
