@@ -5,13 +5,10 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from kcache.config import Stage
 from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
-
-if TYPE_CHECKING:
-    from kcache.store.samples import Sample
 
 SCHEMA_VERSION = 1
 """Raised by one whenever the bytes on disk of an unchanged recipe would change."""
@@ -25,6 +22,18 @@ _MAX_SIZE = 1 << 24
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, no spaces and no NaN: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+class Keyed(Protocol):
+    """What has an image and captions, each with the key of its content: a sample."""
+
+    @property
+    def image_key(self) -> bytes:
+        """Of the image file's bytes."""
+
+    @property
+    def caption_keys(self) -> tuple[bytes, ...]:
+        """Of each caption's UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,17 +61,17 @@ class TableKind:
     sided: bool = False
     """Whether there is a table for each side that pictures are cropped to."""
 
-    def keys(self, samples: Sequence["Sample"]) -> list[bytes]:
+    def keys(self, samples: Sequence[Keyed]) -> list[bytes]:
         """The key of each row that `samples` use, in their order; a key that several use comes several times."""
         if self.per == "caption":
             return [key for sample in samples for key in sample.caption_keys]
         return [sample.image_key for sample in samples]
 
-    def wanted(self, samples: Sequence["Sample"]) -> list[bytes]:
+    def wanted(self, samples: Sequence[Keyed]) -> list[bytes]:
         """The keys that a table holds when it holds all of `samples`, in their order, the reserved one first."""
         return [*self._reserved(), *self.keys(samples)]
 
-    def indexed(self, samples: Sequence["Sample"]) -> list[bytes]:
+    def indexed(self, samples: Sequence[Keyed]) -> list[bytes]:
         """The key of each entry of a table's index: those of `samples` in their order, and the reserved one."""
         return [*self.keys(samples), *self._reserved()]
 
