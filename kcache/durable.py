@@ -55,6 +55,13 @@ def remove_temporary(folder: Path) -> None:
             entry.unlink()
 
 
+def remove_leftovers(cache: Path) -> None:
+    """`remove_temporary` in the folder of a cache and in those of its tables; links are not followed."""
+    for folder in (cache, *cache.iterdir()):
+        if folder.is_dir() and not folder.is_symlink():
+            remove_temporary(folder)
+
+
 @contextmanager
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn a failure of the system into CacheWriteError: `path`, its `size` in bytes, the room there and what to do."""

@@ -16,7 +16,7 @@ from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Committed, Survey, missing_rows, survey, why_missing
 from kcache.config import BuildConfig, Say, unheard
-from kcache.durable import remove, remove_temporary, shared, writing
+from kcache.durable import remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
@@ -97,7 +97,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
     with shared(folder), stopped_when_safe():
         while True:
             with turn(folder, patience):
-                _sweep(folder)
+                remove_leftovers(folder)
                 plan = _plan_to_join(job)
                 found = job.committed()  # after that: while a plan is open, others commit
                 before = before or _counts(job, found)
@@ -170,14 +170,6 @@ def _check_target(folder: Path) -> None:
                 f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
                 "give an empty or new folder for the cache"
             )
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builders left under temporary names."""
-    remove_temporary(folder)
-    for table in folder.iterdir():
-        if table.is_dir():
-            remove_temporary(table)
 
 
 def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:

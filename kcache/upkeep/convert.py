@@ -6,7 +6,7 @@ from kcache.build.finish import finish_cache
 from kcache.build.joined_tars import TarWriter, committed, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
 from kcache.config import CountReport
-from kcache.durable import exclusive
+from kcache.durable import exclusive, remove_leftovers
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import ConfigError
 from kcache.stopping import stop_here, stopped_when_safe
@@ -20,7 +20,6 @@ from kcache.upkeep.copying import (
     RowCopier,
     check_new_cache,
     read_contents,
-    remove_leftovers,
     with_progress,
 )
 

@@ -11,7 +11,6 @@ import numpy as np
 from kcache.build.joined_tars import committed, shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
-from kcache.durable import remove_temporary
 from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
@@ -92,14 +91,6 @@ def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samp
         raise CacheMismatchError(
             f"{target} is not empty (found {', '.join(foreign[:3])}); give a new or empty folder for the new cache"
         )
-
-
-def remove_leftovers(cache: Path) -> None:
-    """Remove what killed writers left under temporary names; call it only while holding the cache exclusively."""
-    remove_temporary(cache)
-    for folder in cache.iterdir():
-        if folder.is_dir() and not folder.is_symlink():
-            remove_temporary(folder)
 
 
 def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.ndarray:

@@ -14,7 +14,7 @@ from kcache.build.finish import finish_cache
 from kcache.build.joined_tars import committed, committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
-from kcache.durable import exclusive, sync_folder
+from kcache.durable import exclusive, remove_leftovers, sync_folder
 from kcache.errors import CacheMismatchError, ConfigError
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import unpack_keys
@@ -31,7 +31,7 @@ from kcache.store.shards import (
     write_commit,
 )
 from kcache.upkeep.convert import write_tars
-from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents, remove_leftovers
+from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents
 from kcache.upkeep.garbage import LiveShard, live_shards
 
 
