@@ -13,7 +13,7 @@ from PIL import Image
 from kcache.config import TrainConfig
 from kcache.errors import RunError
 from kcache.report.figures import LOSS, beside, curve, curve_panel, picture, run_panels
-from kcache.report.grid import cut_grid
+from kcache.report.grid import grids_of, open_picture, pictures_of, step_of
 from kcache.report.model_card import LORA_FILE
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
@@ -241,49 +241,41 @@ STEPS, SIDE = 6, 152
 NEWEST_BYTES, STRIPS_BYTES = 1_200_000, 1_800_000
 
 
-def grids_of(run_dir: Path) -> list[Path]:
-    """The grids of pictures in a run directory, in the order of their steps."""
-    return sorted(run_dir.glob("pictures/step-*.png"), key=lambda path: (len(path.name), path.name))
-
-
 def drawn_prompts(config: Mapping[str, Any]) -> list[str]:
     """The prompt of each picture of a grid, as the run's settings have them."""
     each = int(config.get("num_validation_images", 1))
     return [str(prompt) for prompt in config.get("validation_prompts", ()) for _ in range(each)]
 
 
-def open_grid(path: Path) -> Image.Image | str:
-    """The grid of pictures at `path`; or why it cannot be shown, in a sentence."""
-    try:
-        with Image.open(path, formats=["PNG"]) as grid:
-            return grid.convert("RGB")
-    # What Pillow raises for files that are cut short, damaged or beyond reason.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path.name} cannot be shown: {error}."
-
-
 def drawn_blocks(run_dir: Path, config: Mapping[str, Any]) -> list[Block]:
     """The newest grid, unless its pictures are small, and a strip of pictures over the steps for each of them.
 
-    Where a grid was not drawn from the prompts of `config`, grids are shown as they are.
+    Where a grid has not beside it a picture for each prompt of `config`, grids are shown as they are.
     """
-    paths, prompts = grids_of(run_dir), drawn_prompts(config)
-    if not paths:
+    grids, prompts = grids_of(run_dir), drawn_prompts(config)
+    if not grids:
         reason = "has not come to drawing any yet" if prompts else "was not asked for any (--validation-prompts)"
         return [Text(text=f"No pictures: the run {reason}.")]
-    shown = spread(paths, STEPS)
-    opened = {_step(path): open_grid(path) for path in shown}
-    blocks: list[Block] = [Text(text=found) for found in opened.values() if isinstance(found, str)]
-    grids = {step: found for step, found in opened.items() if not isinstance(found, str)}
-    cut = {step: cut_grid(grid, prompts) if prompts else None for step, grid in grids.items()}
-    parts = {step: pictures for step, pictures in cut.items() if pictures is not None}
-    if len(parts) < len(grids):
-        share = (NEWEST_BYTES + STRIPS_BYTES) // len(grids)
-        return [*blocks, *(picture(grid, f"After step {step:,}.", share) for step, grid in reversed(grids.items()))]
+    shown = spread(grids, STEPS)
+    if not prompts or any(len(pictures_of(grid)) != len(prompts) for grid in shown):
+        return [_whole(grid, (NEWEST_BYTES + STRIPS_BYTES) // len(shown)) for grid in reversed(shown)]
+    blocks: list[Block] = []
+    parts: dict[Path, list[Image.Image]] = {}
+    for grid in shown:
+        try:
+            parts[grid] = [open_picture(path) for path in pictures_of(grid)]
+        except RunError as error:
+            blocks.append(Text(text=f"{error}."))
     if parts and next(reversed(parts.values()))[0].width > SIDE:
-        step, grid = next(reversed(grids.items()))
-        blocks.append(picture(grid, f"After step {step:,}.", NEWEST_BYTES))
-    return [*blocks, *_strips(parts, prompts, len(paths))]
+        blocks.append(_whole(next(reversed(parts)), NEWEST_BYTES))
+    return [*blocks, *_strips({step_of(grid): parts[grid] for grid in parts}, prompts, len(grids))]
+
+
+def _whole(grid: Path, most_bytes: int) -> Block:
+    try:
+        return picture(open_picture(grid), f"After step {step_of(grid):,}.", most_bytes)
+    except RunError as error:
+        return Text(text=f"{error}.")
 
 
 def spread(entries: Sequence[Any], count: int) -> list[Any]:
@@ -302,8 +294,3 @@ def _strips(parts: Mapping[int, Sequence[Image.Image]], prompts: Sequence[str], 
         for number, prompt in enumerate(prompts)
     ]
     return [Text(text=f"From left to right after step {steps}{left_out}."), *strips]
-
-
-def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else 0

@@ -81,8 +81,9 @@ def test_pictures_are_drawn_as_large_as_was_trained(
 ) -> None:
     """What the decoder was trained at, or the last LoRA of it, in the multiples of 64 that MoVQ's factor of 8 makes."""
     sizes: list[tuple[int, int]] = []
-    monkeypatch.setattr(sampling, "_draw_embeds", lambda *_, **__: [])
-    monkeypatch.setattr(sampling, "_draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
+    monkeypatch.setattr(sampling, "_load", lambda *_: None)
+    monkeypatch.setattr(sampling, "draw_embeds", lambda *_, **__: [])
+    monkeypatch.setattr(sampling, "draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
     decoder = oracle / "decoder"
     if trained is not None:
         decoder = make_run(tmp_path / "run", oracle, "unet", "movq", "scheduler", side=trained)
