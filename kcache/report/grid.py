@@ -21,6 +21,8 @@ FOLDER = "pictures"
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
 CAPTION_LINES = 3
+GAP = 4
+"""Pixels between pictures of a strip."""
 INK, PAPER = "#22262b", "white"
 
 
@@ -102,6 +104,22 @@ def captioned_grid(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> I
         for i, text in enumerate(caption):
             draw.text((left, top + height + gap // 2 + i * line), text, INK, font)
     return grid
+
+
+def beside(images: Sequence[Image.Image], side: int) -> Image.Image:
+    """Square pictures (one or more) beside each other, each `side` × `side` pixels."""
+    strip = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), "white")
+    for number, image in enumerate(images):
+        strip.paste(_square(image, side), (number * (side + GAP), 0))
+    return strip
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """A square picture at `side` × `side` pixels: small ones enlarged by whole pixels, as far as they go."""
+    times = side // image.width
+    if times > 1:
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: "FreeTypeFont", width: int) -> list[str]:

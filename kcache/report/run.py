@@ -12,8 +12,8 @@ from PIL import Image
 
 from kcache.config import TrainConfig
 from kcache.errors import RunError
-from kcache.report.figures import LOSS, beside, curve, curve_panel, picture, run_panels
-from kcache.report.grid import grids_of, open_picture, pictures_of, step_of
+from kcache.report.figures import LOSS, curve, curve_panel, picture, run_panels
+from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.model_card import LORA_FILE
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
