@@ -10,6 +10,7 @@ from PIL import Image
 
 from kcache.demo.result import DemoResult, StageResult
 from kcache.durable import write_bytes
+from kcache.report import page
 from kcache.report.figures import FAINT, TEAL, TEXT, png_of
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def draw_result(result: DemoResult, path: Path) -> None:
     write_bytes(path, _draw(parts, result))
 
 
-def draw_part(part: Part, height: float, result: DemoResult) -> bytes:
-    """One part alone as a PNG, 1800 pixels wide and `height` inches of 150 pixels high."""
-    return _draw(((part, height),), result)
+def draw_part(part: Part, height: float, result: DemoResult, caption: str) -> page.Figure:
+    """One part alone for a page, 1800 pixels wide and `height` inches of 150 pixels high."""
+    return page.Figure(png=_draw(((part, height),), result), caption=caption, density=2)
 
 
 def _draw(parts: Sequence[tuple[Part, float]], result: DemoResult) -> bytes:

@@ -43,7 +43,9 @@ LOOK: dict[str, Any] = {
 """Matplotlib's settings for all figures."""
 
 PICTURE = "loss.png"
-LOSS, HELD_OUT_BANDS = "Loss", "Held-out loss by timestep"
+LOSS, LEARNING_RATE, GRADIENT_NORM = "Loss", "Learning rate", "Gradient norm before clipping"
+HELD_OUT_BANDS, HELD_OUT_COSINE = "Held-out loss by timestep", "Held-out cosine to the true embedding"
+"""Titles of what there is to draw of a run."""
 POINTS = 1000
 """Points of a curve: more than the picture has room for would only make it slower to draw."""
 SMOOTHING = 0.02
@@ -88,16 +90,21 @@ def plot_run(run_dir: Path) -> Path:
     return run_dir / PICTURE
 
 
-def curve(title: str, panel: Panel, caption: str) -> page.Figure:
-    """A panel alone, over the optimizer steps."""
-    return page.Figure(png=draw_panel(title, panel), caption=caption, density=2)
+def curve(title: str, panel: Panel, caption: str, *, across: str = "optimizer step") -> page.Figure:
+    """A panel alone, of 968 × 600 pixels in the look of loss.png; `across` names what is on the x axis."""
+
+    def draw(figure: "Figure") -> None:
+        ax = _axes(figure, 111, title, across)
+        ax.set_title(title, pad=20)  # above the legend: it is narrow
+        panel(ax)
+
+    return page.Figure(png=png_of(draw, 4.84, 3, dpi=200), caption=caption, density=2)
 
 
 def histogram(title: str, values: np.ndarray, across: str, caption: str) -> page.Figure:
     """How often which of `values` (n,) occurs, n > 0, and their mean; what is not finite is left out."""
     finite = np.asarray(values, np.float64)[np.isfinite(values)]
-    png = draw_panel(title, partial(_histogram, values=finite), across=across)
-    return page.Figure(png=png, caption=caption, density=2)
+    return curve(title, partial(_histogram, values=finite), caption, across=across)
 
 
 def picture(image: Image.Image, caption: str, most_bytes: int) -> page.Figure:
@@ -124,27 +131,16 @@ def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mappin
     panels: dict[str, Panel] = {LOSS: partial(_loss, metrics=metrics, validation=validation)}
     if bands:
         panels[HELD_OUT_BANDS] = partial(_bands, validation=validation, bands=bands)
-    panels["Learning rate"] = partial(_rate, metrics=metrics)
-    panels["Gradient norm before clipping"] = curve_panel(metrics, "grad_norm")
+    panels[LEARNING_RATE] = partial(_rate, metrics=metrics)
+    panels[GRADIENT_NORM] = curve_panel(metrics, "grad_norm")
     if "val_cosine" in names:
-        panels["Held-out cosine to the true embedding"] = partial(_held_out, entries=validation, name="val_cosine")
+        panels[HELD_OUT_COSINE] = partial(_held_out, entries=validation, name="val_cosine")
     return panels
 
 
 def curve_panel(entries: Sequence[Mapping[str, Any]], name: str) -> Panel:
     """What draws the value `name` of each entry over the steps, as it is and smoothed."""
     return partial(_curve, entries=entries, name=name)
-
-
-def draw_panel(title: str, panel: Panel, *, across: str = "optimizer step") -> bytes:
-    """A panel alone as a PNG of 968 × 600 pixels, in the look of loss.png; `across` names what is on the x axis."""
-
-    def draw(figure: "Figure") -> None:
-        ax = _axes(figure, 111, title, across)
-        ax.set_title(title, pad=20)  # above the legend: it is narrow
-        panel(ax)
-
-    return png_of(draw, 4.84, 3, dpi=200)
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

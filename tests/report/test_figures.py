@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kcache.errors import RunError
-from kcache.report.figures import LOOK, PICTURE, POINTS, _draw_run, draw_panel, plot_run, run_panels, smoothed, thinned
+from kcache.report.figures import LOOK, PICTURE, POINTS, _draw_run, curve, plot_run, run_panels, smoothed, thinned
 
 BANDS = ["val_loss_t000_249", "val_loss_t250_499", "val_loss_t500_749", "val_loss_t750_999"]
 
@@ -126,7 +126,7 @@ def test_smoothing_keeps_a_level_and_calms_noise(count: int) -> None:
 def test_each_panel_can_stand_alone(steps: int, validated: list[int]) -> None:
     drawn = run_panels(metrics(steps), validation(validated, cosine=True))
     assert list(drawn) == list(panels(steps, validated, cosine=True))
-    pictures = {draw_panel(title, panel) for title, panel in drawn.items()}
+    pictures = {curve(title, panel, "").png for title, panel in drawn.items()}
     assert len(pictures) == len(drawn)
     for png in pictures:
         with Image.open(io.BytesIO(png)) as picture:
