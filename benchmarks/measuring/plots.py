@@ -4,26 +4,31 @@ Each is as wide as a repository's page shows it, about 830 pixels, so that ten p
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from growth import FLAT, LINEAR, how_it_grows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter
 
+from kcache.report.figures import LOOK, RED, TEAL, TEXT, png_of
+
 Report = Mapping[str, Any]
 WIDTH, DPI = 8.3, 160
 """Inches, of which a page shows each with some 100 pixels, and the pixels that are in the file."""
-TEXT, FAINT, LINES = "#22262b", "#59616a", "#e6e8ea"
-COLORS = {"cached": "#0b6e69", "online": "#d1495b", "compute only": "#b8bec5", "encoders only": "#f2b134"}
+FAINT = "#59616a"
+"""Darker than elsewhere: a repository's page shows these small."""
+COLORS = {"cached": TEAL, "online": RED, "compute only": "#b8bec5", "encoders only": "#f2b134"}
 """Of the ways of a training step, by how their names begin."""
-OURS, BASELINE, OTHERS = "#0b6e69", "#8f979f", "#e07a3f"
+OURS, BASELINE, OTHERS = TEAL, "#8f979f", "#e07a3f"
 """Of the loader, of gathers from memory and sequential reads, and of other readers."""
-RESIDENCIES = {"mmap": "#0b6e69", "ram": "#e07a3f"}
-STYLE = {"font.size": 10, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}
+RESIDENCIES = {"mmap": TEAL, "ram": "#e07a3f"}
+STYLE = LOOK | {
+    "font.size": 10, "axes.edgecolor": FAINT, "grid.linewidth": 0.8, "legend.fontsize": 10,
+    "xtick.color": FAINT, "xtick.labelsize": 10, "ytick.color": FAINT, "ytick.labelsize": 10,
+}  # fmt: skip
 QUANTITIES = {
     "bytes": ("Size on disk, MB", 1e6),
     "open_seconds": ("Opening, ms", 1e-3),
@@ -51,14 +56,15 @@ def draw_train_steps(reports: Sequence[Report], path: Path) -> None:
         return
     pairs = [cases[i : i + 2] for i in range(0, len(cases), 2)]
     heights = [max(_bars_height(case, _characters(pair)) for _, case in pair) for pair in pairs]
-    with mpl.rc_context(STYLE):
-        figure = _figure(sum(heights), "A training step", reports)
+
+    def draw(figure: Figure) -> None:
         grid = figure.add_gridspec(len(pairs), 2, height_ratios=heights)
         for i, pair in enumerate(pairs):
             for j, (report, case) in enumerate(pair):
                 place = figure.add_subfigure(grid[i, j] if len(pair) == 2 else grid[i, :])
                 _draw_case(place, report, case, _characters(pair))
-        figure.savefig(path, format="png")
+
+    _write(path, draw, sum(heights), "A training step", reports)
 
 
 def _characters(pair: Sequence[Any]) -> int:
@@ -92,9 +98,8 @@ def _draw_case(place: SubFigure, report: Report, case: Report, characters: int) 
 def draw_loader(reports: Sequence[Report], path: Path) -> None:
     """Rows per second of every reader, one panel per form of a cache; dots, as a logarithmic axis has no zero."""
     forms = [(report, form, ways) for report in reports for form, ways in report["results"].items()]
-    with mpl.rc_context(STYLE):
-        height = 0.3 * max(len(ways) for _, _, ways in forms) + 1.6
-        figure = _figure(height, "The loader beside other readers", reports)
+
+    def draw(figure: Figure) -> None:
         places = figure.subfigures(1, len(forms), squeeze=False)[0]
         for place, (report, form, ways) in zip(places, forms, strict=True):
             ax = _panel(place, form, report)
@@ -106,8 +111,10 @@ def draw_loader(reports: Sequence[Report], path: Path) -> None:
             ax.set_xlim(min(rates) / 2, max(rates) * (max(rates) / min(rates)) ** 0.4 * 2)  # room for the numbers
             ax.set_xlabel("rows per second, logarithmic")
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            ax.grid(color=LINES, linewidth=0.8)
-        figure.savefig(path, format="png")
+            ax.grid(visible=True)
+
+    height = 0.3 * max(len(ways) for _, _, ways in forms) + 1.6
+    _write(path, draw, height, "The loader beside other readers", reports)
 
 
 def draw_growth(reports: Sequence[Report], path: Path) -> None:
@@ -115,41 +122,43 @@ def draw_growth(reports: Sequence[Report], path: Path) -> None:
     report = max(reports, key=lambda report: report["results"]["sizes"][-1]["samples"])
     sizes, growth = report["results"]["sizes"], report["results"]["growth"]
     samples = [size["samples"] for size in sizes]
-    with mpl.rc_context(STYLE):
-        figure = _figure(5.6, "What grows with a cache", [report])
+
+    def draw(figure: Figure) -> None:
         *axes, last = figure.subplots(2, 3).flatten()
         for ax, (name, (title, scale)) in zip(axes, QUANTITIES.items(), strict=True):
-            ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
-            _plain(ax)
+            ax.set_title(title)
             for residency, color in RESIDENCIES.items():
                 whole = name in growth  # the same, whatever the residency
                 values = [size[name] if whole else size["residencies"][residency][name] for size in sizes]
                 word = how_it_grows(growth[name if whole else f"{residency}, {name}"]["slope"])
                 label = word if whole else f"{residency}: {word}"
-                ax.plot(samples, [value / scale for value in values], "o-", color=color, markersize=4, label=label)
+                ax.plot(samples, [value / scale for value in values], "o-", color=color, label=label)
                 if whole:
                     break
-            ax.set_xscale("log")
-            ax.set_yscale("log")
+            ax.set(xscale="log", yscale="log", xlabel="rows")
             low, high = ax.get_ylim()
             ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the words
-            ax.set_xlabel("rows")
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             ax.yaxis.set_major_formatter("{x:,.10g}")
-            ax.grid(color=LINES, linewidth=0.8)
-            ax.legend(frameon=False, loc="upper left", handlelength=1.2, borderaxespad=0.2, fontsize=10)
+            ax.grid(visible=True)
+            ax.legend(loc="upper left", handlelength=1.2, borderaxespad=0.2)
         last.axis("off")
         told = f"Flat: a slope of up to {FLAT} between the two largest caches. Linear: from {LINEAR} on."
         facts = f"{report['machine']['date']}, commit {report['machine']['commit']}."
         last.text(0, 0.95, f"{textwrap.fill(told, 30)}\n\n{facts}", va="top", fontsize=10)
-        figure.savefig(path, format="png")
+
+    _write(path, draw, 5.6, "What grows with a cache", [report])
 
 
-def _figure(height: float, title: str, reports: Sequence[Report]) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
+def _write(path: Path, draw: Callable[[Figure], None], height: float, title: str, reports: Sequence[Report]) -> None:
+    """Write a figure of that height and title as a PNG."""
     machines = dict.fromkeys(report["machine"].get("gpu") or report["machine"]["cpu"] for report in reports)
-    figure.suptitle(f"{title}: {'; '.join(machines)}", x=0.01, ha="left", fontsize=11, fontweight="bold")
-    return figure
+
+    def draw_all(figure: Figure) -> None:
+        figure.suptitle(f"{title}: {'; '.join(machines)}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+        draw(figure)
+
+    path.write_bytes(png_of(draw_all, WIDTH, height, dpi=DPI, look=STYLE))
 
 
 def _panel(place: SubFigure, title: str, report: Report) -> Axes:
@@ -157,15 +166,8 @@ def _panel(place: SubFigure, title: str, report: Report) -> Axes:
     place.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold")
     ax = place.subplots()
     facts = f"{report['machine']['date']}, commit {report['machine']['commit']}"
-    ax.set_title(facts, loc="left", fontsize=9, color=FAINT)
-    _plain(ax)
+    ax.set_title(facts, fontsize=9, fontweight="normal", color=FAINT)
     return ax
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(colors=FAINT, labelsize=10)
-    ax.set_axisbelow(True)
 
 
 def _names(ax: Axes, names: Mapping[str, Any], characters: int = 28) -> range:

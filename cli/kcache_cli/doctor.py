@@ -29,8 +29,7 @@ def doctor(
 ) -> None:
     """Look at this machine: versions, devices, memory, disk; say what is slow or broken, why, and what to do.
 
-    The exit code is 1 when something that kcache needs is broken. No secret is printed: of a token only whether there
-    is one.
+    The exit code is 1 when something that kcache needs is broken.
 
     \b
     Examples:

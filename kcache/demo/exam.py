@@ -6,22 +6,22 @@ diffusers' own pipelines draw; the ceiling is what real scans are worth after th
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-
-from kcache.demo.digits import FULL, PAPERS, Drawing, all_drawings, coloured, is_held_out, read_scans
-from kcache.demo.result import DigitScore, ExamResult, Variety
-from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
-
-if TYPE_CHECKING:
-    from PIL import Image
 import torch
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from kcache.demo.digits import SIDE
+from kcache.demo.digits import FULL, PAPERS, SIDE, Drawing, all_drawings, coloured, is_held_out, read_scans
+from kcache.demo.result import DigitScore, ExamResult, Variety
+from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
+from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline
+
+BATCH_SIZE = 50
+GUIDANCE = 1.5
+"""Of both halves; chosen on prompts that were trained on: more makes the pictures of a prompt more alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ def sit_exam(
     )
 
 
-def _real_pictures(drawings: Sequence[Drawing]) -> "list[Image.Image]":
+def _real_pictures(drawings: Sequence[Drawing]) -> list[Image.Image]:
     """Different test scans of each digit, as far as there are enough."""
     scans, digits = read_scans(test=True)
     rng = np.random.default_rng(0)
@@ -91,34 +91,17 @@ def _real_pictures(drawings: Sequence[Drawing]) -> "list[Image.Image]":
     return pictures
 
 
-BATCH_SIZE = 50
-GUIDANCE = 1.5
-"""Of both halves; chosen on prompts that were trained on: more makes the pictures of a prompt more alike."""
-
-
 def draw(prompts: Sequence[str], prior: Path, decoder: Path, *, steps: int, seed: int) -> list[Image.Image]:
     """A picture per prompt from the pipelines in two run directories, with `steps` steps each.
 
     Picture i starts from noise of `seed` + i. They are drawn in batches, which with networks this small are many times
     faster than one by one.
     """
-    pipelines = (
-        KandinskyV22PriorPipeline.from_pretrained(prior, local_files_only=True),
-        KandinskyV22Pipeline.from_pretrained(decoder, local_files_only=True),
-    )
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), BATCH_SIZE):
-        batch = list(prompts[start : start + BATCH_SIZE])
-        settings = {
-            "num_inference_steps": steps,
-            "guidance_scale": GUIDANCE,
-            "generator": [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
-        }
-        embeds = pipelines[0](batch, **settings).to_tuple()
-        pictures += pipelines[1](*embeds, height=SIDE, width=SIDE, **settings).images
-    return pictures
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "batch_size": BATCH_SIZE}
+    embeds = draw_embeds(load_pipeline(KandinskyV22PriorPipeline, prior), prompts, generators, **settings)
+    pipeline = load_pipeline(KandinskyV22Pipeline, decoder)
+    return draw_pictures(pipeline, embeds, generators, height=SIDE, width=SIDE, **settings)
 
 
 @torch.no_grad()

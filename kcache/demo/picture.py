@@ -1,6 +1,5 @@
 """The demo in pictures: what went in, how the losses fell, how fast it was, where the time went, what came out."""
 
-import io
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +10,15 @@ from PIL import Image
 
 from kcache.demo.result import DemoResult, StageResult
 from kcache.durable import write_bytes
+from kcache.report import page
+from kcache.report.figures import FAINT, TEAL, TEXT, png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
-CACHED, ONLINE, TEXT, FAINT = "#0b6e69", "#f2a65a", "#22262b", "#7a828c"
-"""Colours of the cached runs, the online runs, the writing and the small print."""
+CACHED, ONLINE = TEAL, "#f2a65a"
+"""Colours of the cached and the online runs."""
 PHASES = ("#e2dccc", "#a23b72", "#7fb3ae", ONLINE, CACHED, "#3b2f6b")
 """Colours of where the time went."""
 COLUMNS = 10
@@ -48,24 +49,20 @@ def draw_result(result: DemoResult, path: Path) -> None:
     write_bytes(path, _draw(parts, result))
 
 
-def draw_part(part: Part, height: float, result: DemoResult) -> bytes:
-    """One part alone as a PNG, 1800 pixels wide and `height` inches of 150 pixels high."""
-    return _draw(((part, height),), result)
+def draw_part(part: Part, height: float, result: DemoResult, caption: str) -> page.Figure:
+    """One part alone for a page, 1800 pixels wide and `height` inches of 150 pixels high."""
+    return page.Figure(png=_draw(((part, height),), result), caption=caption, density=2)
 
 
 def _draw(parts: Sequence[tuple[Part, float]], result: DemoResult) -> bytes:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    heights = [height for _, height in parts]
 
-    with mpl.rc_context({"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}):
-        heights = [height for _, height in parts]
-        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=150, facecolor="white")
+    def draw(figure: "Figure") -> None:
         panels = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
         for panel, (part, _) in zip(panels, parts, strict=True):
             part(panel, result)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-    return picture.getvalue()
+
+    return png_of(draw, WIDTH, sum(heights), dpi=150, layout=None)
 
 
 def _headline(panel: "SubFigure", result: DemoResult) -> None:
@@ -140,7 +137,7 @@ def show_time(panel: "SubFigure", result: DemoResult) -> None:
         start += seconds
     ax.set_xlim(0, start)
     ax.axis("off")
-    ax.legend(loc="upper left", bbox_to_anchor=(-0.005, -0.05), ncols=len(result.seconds), frameon=False, fontsize=8)
+    ax.legend(loc="upper left", bbox_to_anchor=(-0.005, -0.05), ncols=len(result.seconds))
 
 
 def _title(panel: "SubFigure", height: float, text: str) -> None:
@@ -150,8 +147,8 @@ def _title(panel: "SubFigure", height: float, text: str) -> None:
 def _show(ax: "Axes", path: Path) -> None:
     with Image.open(path) as picture:
         ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(True)
 
 
 def _wrapped(text: str) -> str:
@@ -165,9 +162,6 @@ def show_measurements(panel: "SubFigure", result: DemoResult) -> None:
     for ax, stage in zip(axes, result.stages, strict=False):
         _loss_curves(ax, stage)
     _throughput(axes[-1], result)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(which="both", colors=FAINT, labelsize=8)
 
 
 def _loss_curves(ax: "Axes", stage: StageResult) -> None:
@@ -178,10 +172,8 @@ def _loss_curves(ax: "Axes", stage: StageResult) -> None:
         width, label = (1.0, name) if whole else (4.0, f"{name}, first {len(measured.losses)} steps")
         steps = np.arange(1, len(measured.losses) + 1)
         ax.plot(steps, measured.losses, color=color, linewidth=width, label=label, solid_capstyle="round")
-    ax.set_title(f"Loss of the {stage.stage}: {stage.equality}", loc="left", fontsize=10, fontweight="bold")
-    ax.set_yscale("log")
-    ax.set_xlabel("optimizer step")
-    ax.legend(frameon=False, fontsize=8)
+    ax.set(title=f"Loss of the {stage.stage}: {stage.equality}", xlabel="optimizer step", yscale="log")
+    ax.legend()
 
 
 def _throughput(ax: "Axes", result: DemoResult) -> None:
@@ -192,4 +184,4 @@ def _throughput(ax: "Axes", result: DemoResult) -> None:
         ax.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=8, padding=2)
     ax.set_xticks(places, [f"{stage.stage}\n{stage.speedup:.1f} × as fast" for stage in result.stages])
     ax.margins(y=0.12)
-    ax.set_title("Training speed, images per second", loc="left", fontsize=10, fontweight="bold")
+    ax.set_title("Training speed, images per second")

@@ -5,7 +5,7 @@ from pathlib import Path
 from kcache.demo.picture import draw_part, show_drawn, show_inputs, show_learning, show_measurements, show_time
 from kcache.demo.result import DemoResult
 from kcache.demo.tiny import WEIGHTS
-from kcache.report.page import Figure, Section, Table, Text, write_page
+from kcache.report.page import Section, Table, Text, write_page
 
 
 def write_report(result: DemoResult, path: Path) -> None:
@@ -47,10 +47,9 @@ def _outcome(result: DemoResult) -> Section:
                 rows=[[name, *one.cells] for name, one in exam.compared.items()],
             ),
             Text(text=_knowledge(result)),
-            Figure(
-                png=draw_part(lambda panel, result: show_drawn(panel, result, samples), samples + 0.6, result),
-                caption=f"{samples} pictures of one prompt for each digit, all from different noise, none picked out.",
-                density=2,
+            draw_part(
+                lambda panel, result: show_drawn(panel, result, samples), samples + 0.6, result,
+                f"{samples} pictures of one prompt for each digit, all from different noise, none picked out.",
             ),
             Table(
                 head=["digits right in per cent, by judge", "drawn", "unseen real scans through the MoVQ"],
@@ -65,20 +64,13 @@ def _outcome(result: DemoResult) -> Section:
                 rows=[[name, f"{one.spread:.3f}", f"{one.to_known:.3f}"] for name, one in variety],
             ),
         ],
-    )
+    )  # fmt: skip
 
 
 def _learning(result: DemoResult) -> Section:
-    return Section(
-        title="While the decoder learned",
-        blocks=[
-            Figure(
-                png=draw_part(show_learning, len(result.looks) + 0.6, result),
-                caption="The same prompts from the same noise after so many optimizer steps.",
-                density=2,
-            )
-        ],
-    )
+    caption = "The same prompts from the same noise after so many optimizer steps."
+    drawn = draw_part(show_learning, len(result.looks) + 0.6, result, caption)
+    return Section(title="While the decoder learned", blocks=[drawn])
 
 
 def _measured(result: DemoResult) -> Section:
@@ -92,26 +84,18 @@ def _measured(result: DemoResult) -> Section:
                 ],
                 rows=[
                     [
-                        stage.stage,
-                        f"{stage.batch_size}",
-                        f"{stage.online.samples_per_second:,.0f}",
-                        f"{stage.cached.samples_per_second:,.0f}",
-                        f"{stage.speedup:.1f}",
+                        stage.stage, f"{stage.batch_size}", f"{stage.online.samples_per_second:,.0f}",
+                        f"{stage.cached.samples_per_second:,.0f}", f"{stage.speedup:.1f}",
                         f"{stage.equality} over {stage.repeated} steps",
                     ]
                     for stage in result.stages
                 ],
             ),
-            Figure(
-                png=draw_part(show_measurements, 2.75, result),
-                caption="Losses and speed of both stages; the shorter run lies below the other.",
-                density=2,
+            draw_part(
+                show_measurements, 2.75, result,
+                "Losses and speed of both stages; the shorter run lies below the other.",
             ),
-            Figure(
-                png=draw_part(show_time, 0.95, result),
-                caption="The comparison is the second training of both stages' first steps.",
-                density=2,
-            ),
+            draw_part(show_time, 0.95, result, "The comparison is the second training of both stages' first steps."),
         ],
     )  # fmt: skip
 
@@ -126,6 +110,6 @@ def _inputs(result: DemoResult) -> Section:
                 f"again took {result.rebuild_seconds:.1f} s. The digits are scans by E. Alpaydin and C. Kaynak, "
                 "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998, CC BY 4.0, coloured."
             ),
-            Figure(png=draw_part(show_inputs, 1.75, result), caption="One of each digit, with a caption.", density=2),
+            draw_part(show_inputs, 1.75, result, "One of each digit, with a caption."),
         ],
     )

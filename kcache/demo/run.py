@@ -14,7 +14,7 @@ from kcache.demo.digits import DIGITS, SIDE, write_lesson
 from kcache.demo.picture import draw_result
 from kcache.demo.report import write_report
 from kcache.demo.result import DemoResult, DemoSize, ExamResult, StageResult
-from kcache.demo.stages import Stage, cut_looks, repeat, stage_config, train, with_looks
+from kcache.demo.stages import Stage, looks_of, repeat, stage_config, train, with_looks
 from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.durable import write_bytes
 from kcache.errors import ConfigError
@@ -196,7 +196,7 @@ def _train(demo: _Demo) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple
         again = min(demo.size.repeated_steps, steps)
         with demo.spending("comparison", f"training it for the first {again} of these steps {other}"):
             stages.append(repeat(cache, config, pictures, measured, again))
-    return tuple(stages), cut_looks(runs / "decoder", prompts, demo.output / "looks")
+    return tuple(stages), looks_of(runs / "decoder")
 
 
 def _examine(demo: _Demo) -> ExamResult:

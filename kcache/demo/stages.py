@@ -8,12 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image
-
 from kcache.config import TrainConfig
 from kcache.demo.result import Measured, StageResult
-from kcache.errors import RunError
-from kcache.report.grid import cut_grid
+from kcache.report.grid import grids_of, pictures_of, step_of
 
 if TYPE_CHECKING:
     from kcache.training.log import Progress
@@ -93,20 +90,6 @@ def repeat(cache: Path, config: TrainConfig, pictures: Path, first: Measured, st
     return StageResult(stage=config.stage, batch_size=config.train_batch_size, cached=cached, online=online)
 
 
-def cut_looks(run_dir: Path, prompts: Sequence[str], folder: Path) -> tuple[tuple[int, tuple[Path, ...]], ...]:
-    """The pictures that were drawn on the way, each as a file in `folder`, by optimizer step.
-
-    Raises RunError for a grid of other prompts.
-    """
-    folder.mkdir()
-    looks = []
-    for path in sorted((run_dir / "pictures").glob("step-*.png")):
-        with Image.open(path) as grid:
-            pictures = cut_grid(grid, prompts)
-        if pictures is None:
-            raise RunError(f"{path} is not a grid of the demo's {len(prompts)} prompts; run the demo again")
-        paths = tuple(folder / f"{path.stem} {prompt}.png" for prompt in prompts)
-        for picture, place in zip(pictures, paths, strict=True):
-            picture.save(place)
-        looks.append((int(path.stem.removeprefix("step-")), paths))
-    return tuple(looks)
+def looks_of(run_dir: Path) -> tuple[tuple[int, tuple[Path, ...]], ...]:
+    """The pictures that were drawn on the way, by optimizer step."""
+    return tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(run_dir))

@@ -1,9 +1,9 @@
 """What people look at: curves, pictures, cards, pages, and the machine.
 
-- `figures`, `grid`: numbers and pictures as images
-- `page`, `write`, `run`, `cache`: a run or a cache as one HTML file
+- `sampling`, `pictures`, `grid`: pictures from prompts, at the end and on the way, and their files
+- `figures`: curves and histograms, in one look
+- `page`, `write`, `run`, `cache`: a run or a cache as one HTML file, by the template page.html
 - `reconstructions`, `neighbours`: samples decoded from their rows, and those that are nearest to what a run drew
-- `sampling`, `pictures`: pictures from prompts, at the end and on the way
 - `model_card`: the README.md of a run
 - `doctor`: the machine
 """

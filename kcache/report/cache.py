@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kcache.report.figures import beside, histogram, picture
+from kcache.report.figures import histogram, picture
+from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
 from kcache.store.index import statistics, token_counts

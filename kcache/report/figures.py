@@ -1,49 +1,79 @@
-"""Figures: how a run went, curves, histograms, and pictures made small enough for a page."""
+"""Figures: how a run went, curves, histograms, and pictures made small enough for a page.
 
-from collections.abc import Sequence
+Every figure that matplotlib draws here, for a sweep, the demo or a benchmark has one look and is made by `png_of`.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from kcache.report.grid import png_bytes
-from kcache.report.page import Figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-import io
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from kcache.durable import write_bytes
 from kcache.errors import RunError
+from kcache.report import page
+from kcache.report.grid import png_bytes
 from kcache.store.run_directory import read_metrics, read_validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
 Panel = Callable[["Axes"], None]
 """Draws one thing into the axes it is given."""
 
+TEAL, RED = "#0b6e69", "#d1495b"
+"""A dark and a light one: told apart without colours, too."""
+TEXT, FAINT, LINES = "#22262b", "#7a828c", "#e6e8ea"
+"""Of the writing, the small print and the lines of a grid."""
+BANDS = ("#f2b134", "#e07a3f", "#a23b72", "#3b2f6b")
+"""From the timesteps of nearly clean samples to those of nearly pure noise."""
+LOOK: dict[str, Any] = {
+    "font.size": 9, "text.color": TEXT, "lines.markersize": 4,
+    "axes.axisbelow": True, "axes.edgecolor": FAINT, "axes.labelcolor": TEXT,
+    "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.titleweight": "bold",
+    "grid.color": LINES, "grid.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False,
+    "xtick.color": FAINT, "xtick.labelsize": 8, "ytick.color": FAINT, "ytick.labelsize": 8,
+}  # fmt: skip
+"""Matplotlib's settings for all figures."""
 
 PICTURE = "loss.png"
+LOSS, LEARNING_RATE, GRADIENT_NORM = "Loss", "Learning rate", "Gradient norm before clipping"
+HELD_OUT_BANDS, HELD_OUT_COSINE = "Held-out loss by timestep", "Held-out cosine to the true embedding"
+"""Titles of what there is to draw of a run."""
 POINTS = 1000
 """Points of a curve: more than the picture has room for would only make it slower to draw."""
 SMOOTHING = 0.02
 """Standard deviation of the smoothing kernel, as a share of the whole curve."""
+MOST_BINS = 40
+MAX_SIDE = 960
+"""Width in pixels that a picture gets on the page at most."""
 
 
-TRAINING, VALIDATION, TEXT, FAINT = "#0b6e69", "#d1495b", "#22262b", "#7a828c"
-BANDS = ("#f2b134", "#e07a3f", "#a23b72", "#3b2f6b")
-"""From the timesteps of nearly clean samples to those of nearly pure noise."""
-LOOK = {"font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": FAINT}
+def png_of(
+    draw: Callable[["Figure"], None],
+    width: float,
+    height: float,
+    *,
+    dpi: int,
+    layout: Literal["constrained"] | None = "constrained",
+    look: dict[str, Any] = LOOK,
+) -> bytes:
+    """The PNG file of a figure of `width` × `height` inches, each of `dpi` pixels, that `draw` has drawn into."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-
-LOSS, HELD_OUT_BANDS = "Loss", "Held-out loss by timestep"
+    with mpl.rc_context(look):
+        figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
+        draw(figure)
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def plot_run(run_dir: Path) -> Path:
@@ -52,19 +82,46 @@ def plot_run(run_dir: Path) -> Path:
     One step is enough, and validation need not be there. Raises RunError when there is no step yet, CacheWriteError
     when the picture cannot be written.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
     metrics, validation = read_metrics(run_dir), read_validation(run_dir)
     if not metrics:
         raise RunError(f"{run_dir} has no steps in its metrics.jsonl; expected the directory of a run that has begun")
-    with mpl.rc_context(LOOK):
-        figure = Canvas(figsize=(12, 8), dpi=150, facecolor="white", layout="constrained")
-        _draw(figure, run_dir.resolve().name, metrics, validation)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-    write_bytes(run_dir / PICTURE, picture.getvalue())
+    draw = partial(_draw_run, name=run_dir.resolve().name, metrics=metrics, validation=validation)
+    write_bytes(run_dir / PICTURE, png_of(draw, 12, 8, dpi=150))
     return run_dir / PICTURE
+
+
+def curve(title: str, panel: Panel, caption: str, *, across: str = "optimizer step") -> page.Figure:
+    """A panel alone, of 968 × 600 pixels in the look of loss.png; `across` names what is on the x axis."""
+
+    def draw(figure: "Figure") -> None:
+        ax = _axes(figure, 111, title, across)
+        ax.set_title(title, pad=20)  # above the legend: it is narrow
+        panel(ax)
+
+    return page.Figure(png=png_of(draw, 4.84, 3, dpi=200), caption=caption, density=2)
+
+
+def histogram(title: str, values: np.ndarray, across: str, caption: str) -> page.Figure:
+    """How often which of `values` (n,) occurs, n > 0, and their mean; what is not finite is left out."""
+    finite = np.asarray(values, np.float64)[np.isfinite(values)]
+    return curve(title, partial(_histogram, values=finite), caption, across=across)
+
+
+def picture(image: Image.Image, caption: str, most_bytes: int) -> page.Figure:
+    """A picture as a figure of at most about `most_bytes`: shrunk as far as that takes."""
+    image = image.convert("RGB")
+    if image.width > MAX_SIDE:
+        image = _shrunk(image, MAX_SIDE / image.width)
+    png = png_bytes(image)
+    while len(png) > most_bytes and min(image.size) > 16:
+        image = _shrunk(image, 0.95 * (most_bytes / len(png)) ** 0.5)
+        png = png_bytes(image)
+    return page.Figure(png=png, caption=caption)
+
+
+def _shrunk(image: Image.Image, factor: float) -> Image.Image:
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:
@@ -74,32 +131,16 @@ def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mappin
     panels: dict[str, Panel] = {LOSS: partial(_loss, metrics=metrics, validation=validation)}
     if bands:
         panels[HELD_OUT_BANDS] = partial(_bands, validation=validation, bands=bands)
-    panels["Learning rate"] = partial(_rate, metrics=metrics)
-    panels["Gradient norm before clipping"] = curve_panel(metrics, "grad_norm")
+    panels[LEARNING_RATE] = partial(_rate, metrics=metrics)
+    panels[GRADIENT_NORM] = curve_panel(metrics, "grad_norm")
     if "val_cosine" in names:
-        panels["Held-out cosine to the true embedding"] = partial(_cosine, validation=validation)
+        panels[HELD_OUT_COSINE] = partial(_held_out, entries=validation, name="val_cosine")
     return panels
 
 
 def curve_panel(entries: Sequence[Mapping[str, Any]], name: str) -> Panel:
     """What draws the value `name` of each entry over the steps, as it is and smoothed."""
     return partial(_curve, entries=entries, name=name)
-
-
-def draw_panel(title: str, panel: Panel, *, across: str = "optimizer step") -> bytes:
-    """A panel alone as a PNG of 968 × 600 pixels, in the look of loss.png; `across` names what is on the x axis."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
-    with mpl.rc_context(LOOK):
-        figure = Canvas(figsize=(4.84, 3), dpi=200, facecolor="white", layout="constrained")
-        ax = _axes(figure, 111, title)
-        ax.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=20)  # above the legend: it is narrow
-        ax.set_xlabel(across)
-        panel(ax)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-    return picture.getvalue()
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,8 +163,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / weights
 
 
-def _draw(
-    figure: "Canvas", name: str, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
+def _draw_run(
+    figure: "Figure", name: str, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
 ) -> None:
     panels = run_panels(metrics, validation)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
@@ -133,42 +174,37 @@ def _draw(
     places = {title: grid[1, i * width : (i + 1) * width] for i, title in enumerate(below)}
     places |= {LOSS: grid[0, : 3 if HELD_OUT_BANDS in panels else 6], HELD_OUT_BANDS: grid[0, 3:]}
     for title, panel in panels.items():
-        panel(_axes(figure, places[title], title))
+        panel(_axes(figure, places[title], title, "optimizer step"))
 
 
-def _axes(figure: "Canvas", place: Any, title: str) -> "Axes":
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+def _axes(figure: "Figure", place: Any, title: str, across: str) -> "Axes":
+    from matplotlib.ticker import MaxNLocator
 
-    ax = figure.add_subplot(place)
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    ax.set_xlabel("optimizer step")
+    ax = figure.add_subplot(place, title=title, xlabel=across)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.yaxis.set_major_formatter(FuncFormatter(_tick))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(colors=FAINT, labelsize=8)
-    ax.grid(color="#e6e8ea", linewidth=0.6)
-    ax.set_axisbelow(True)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_major_formatter(_tick)
+    ax.grid(visible=True)
     return ax
 
 
 def _loss(ax: "Axes", metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
     _noisy(ax, *_column(metrics, "loss"), label="training, smoothed")
     if validation:
-        ax.plot(*_column(validation, "val_loss"), "o-", color=VALIDATION, markersize=4, linewidth=1.2, label="held out")
+        _held_out(ax, validation, "val_loss", label="held out")
     _finish(ax)
 
 
 def _bands(ax: "Axes", validation: Sequence[Mapping[str, Any]], bands: Sequence[str]) -> None:
     for key, color in zip(bands, BANDS, strict=False):
         first, last = map(int, key.removeprefix("val_loss_t").split("_"))
-        ax.plot(*_column(validation, key), "o-", color=color, markersize=4, linewidth=1.2, label=f"{first}–{last}")
+        _held_out(ax, validation, key, color=color, label=f"{first}–{last}")
     _finish(ax)
 
 
 def _rate(ax: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
     steps, rates = thinned(*_column(metrics, "lr"))
-    ax.plot(steps, rates, color=TRAINING, linewidth=1.5, marker=_marker(steps), markersize=4)
+    ax.plot(steps, rates, color=TEAL, linewidth=1.5, marker=_marker(steps))
     ax.set_ylim(bottom=0)
 
 
@@ -177,15 +213,16 @@ def _curve(ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str) -> None:
     _finish(ax)
 
 
-def _cosine(ax: "Axes", validation: Sequence[Mapping[str, Any]]) -> None:
-    ax.plot(*_column(validation, "val_cosine"), "o-", color=VALIDATION, markersize=4, linewidth=1.2)
+def _held_out(
+    ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str, color: str = RED, label: str | None = None
+) -> None:
+    ax.plot(*_column(entries, name), "o-", color=color, linewidth=1.2, label=label)
 
 
 def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> None:
     steps, values = thinned(steps, values)
-    ax.plot(steps, values, color=TRAINING, alpha=0.25, linewidth=0.8)
-    marker = _marker(steps)
-    ax.plot(steps, smoothed(values), color=TRAINING, linewidth=1.8, marker=marker, markersize=4, label=label)
+    ax.plot(steps, values, color=TEAL, alpha=0.25, linewidth=0.8)
+    ax.plot(steps, smoothed(values), color=TEAL, linewidth=1.8, marker=_marker(steps), label=label)
 
 
 def _column(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +232,7 @@ def _column(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     return steps, values
 
 
-def _tick(value: float, position: int | None = None) -> str:
+def _tick(value: float, position: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -204,89 +241,38 @@ def _marker(steps: np.ndarray) -> str:
     return "o" if len(steps) == 1 else ""
 
 
-def _finish(ax: "Axes") -> None:
-    """A legend beside the title, and a logarithmic axis where the values are positive and far apart."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+def _legend(ax: "Axes", **settings: Any) -> None:
+    """Beside the title."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), **settings)
 
-    ax.legend(
-        frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=4, handlelength=1.2,
-        columnspacing=1.2,
-    )  # fmt: skip
+
+def _finish(ax: "Axes") -> None:
+    """A legend, and a logarithmic axis where the values are positive and far apart."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    _legend(ax, ncols=4, handlelength=1.2, columnspacing=1.2)
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in ax.lines])
     values = values[np.isfinite(values)]
     if values.size and values.min() > 0 and values.max() > 5 * values.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.yaxis.set_major_formatter(_tick)
         ax.yaxis.set_minor_locator(NullLocator())
 
 
-COLOUR, MEAN = "#0b6e69", "#d1495b"
-"""A dark and a light one: told apart without colours, too."""
-MOST_BINS = 40
-GAP = 4
-"""Pixels between pictures."""
-MAX_SIDE = 960
-"""Width in pixels that a picture gets on the page at most."""
-
-
-def curve(title: str, panel: Panel, caption: str) -> Figure:
-    """A panel of `kcache.report.figures` as a figure."""
-    return Figure(png=draw_panel(title, panel), caption=caption, density=2)
-
-
-def histogram(title: str, values: np.ndarray, across: str, caption: str) -> Figure:
-    """How often which of `values` (n,) occurs, n > 0, and their mean; what is not finite is left out."""
-    finite = np.asarray(values, np.float64)[np.isfinite(values)]
-    return Figure(png=draw_panel(title, partial(_histogram, values=finite), across=across), caption=caption, density=2)
-
-
-def picture(image: Image.Image, caption: str, most_bytes: int) -> Figure:
-    """A picture as a figure of at most about `most_bytes`: shrunk as far as that takes."""
-    image = image.convert("RGB")
-    if image.width > MAX_SIDE:
-        image = _shrunk(image, MAX_SIDE / image.width)
-    png = png_bytes(image)
-    while len(png) > most_bytes and min(image.size) > 16:
-        image = _shrunk(image, 0.95 * (most_bytes / len(png)) ** 0.5)
-        png = png_bytes(image)
-    return Figure(png=png, caption=caption)
-
-
-def beside(images: Sequence[Image.Image], side: int) -> Image.Image:
-    """Square pictures (one or more) beside each other, each `side` × `side` pixels."""
-    strip = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), "white")
-    for number, image in enumerate(images):
-        strip.paste(_square(image, side), (number * (side + GAP), 0))
-    return strip
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """A square picture at `side` × `side` pixels: small ones enlarged by whole pixels, as far as they go."""
-    times = side // image.width
-    if times > 1:
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def _shrunk(image: Image.Image, factor: float) -> Image.Image:
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
 def _histogram(ax: "Axes", values: np.ndarray) -> None:
-    from matplotlib.ticker import AutoLocator, MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import AutoLocator, MaxNLocator
 
-    whole = bool((values == np.round(values)).all())
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1) if whole else AutoLocator())
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if not (values == np.round(values)).all():
+        ax.xaxis.set_major_locator(AutoLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     if not len(values):
         return
-    ax.hist(values, _edges(values), color=COLOUR, edgecolor="white", linewidth=0.4)
-    ax.axvline(float(values.mean()), color=MEAN, linewidth=1.4, linestyle="--", label=f"mean {values.mean():.4g}")
-    ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.985), handlelength=1.6)
+    ax.hist(values, _edges(values), color=TEAL, edgecolor="white", linewidth=0.4)
+    ax.axvline(float(values.mean()), color=RED, linewidth=1.4, linestyle="--", label=f"mean {values.mean():.4g}")
+    _legend(ax, handlelength=1.6)
 
 
 def _edges(values: np.ndarray) -> Sequence[float]:

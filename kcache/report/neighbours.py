@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from kcache.encoders.frozen import PictureEncoder
 from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import KcacheError, ModelError
-from kcache.report.grid import cut_grid, png_bytes
+from kcache.report.grid import grids_of, open_picture, pictures_of, png_bytes
 from kcache.report.page import Block, Section, Table, Text
-from kcache.report.run import Run, drawn_prompts, grids_of, open_grid
+from kcache.report.run import Run, drawn_prompts
 from kcache.store.cache import Cache
 from kcache.store.digests import DigestMemo
 from kcache.store.samples import read_some_samples
@@ -41,13 +40,10 @@ def _neighbours(run: Run, device: torch.device, report: Report) -> list[Block]:
     prompts, grids = drawn_prompts(run.config), grids_of(run.folder)
     if not grids:
         return [Text(text="Not compared: the run has drawn no pictures (--validation-prompts).")]
-    newest = grids[-1]
-    grid = open_grid(newest)
-    if isinstance(grid, str):
-        return [Text(text=f"Not compared: {grid}")]
-    pictures = cut_grid(grid, prompts) if prompts else None
-    if pictures is None:
-        return [Text(text=f"Not compared: {newest.name} was not drawn from the prompts that config.json names.")]
+    newest, pictures = grids[-1], pictures_of(grids[-1])
+    if not prompts or len(pictures) != len(prompts):
+        wanted = f"one for each of the {len(prompts)} prompts in config.json"
+        return [Text(text=f"Not compared: beside {newest.name} lie {len(pictures)} single pictures, not {wanted}.")]
     cache = Cache.open(Path(run.told["cache"]["path"]))
     embeds = _embeds(cache, pictures, device)
     samples, cosines = nearest(cache, embeds, report)
@@ -58,7 +54,7 @@ def _neighbours(run: Run, device: torch.device, report: Report) -> list[Block]:
     return [Text(text=text), _table(cache, prompts, samples, cosines)]
 
 
-def _embeds(cache: Cache, pictures: list[Image.Image], device: torch.device) -> np.ndarray:
+def _embeds(cache: Cache, pictures: list[Path], device: torch.device) -> np.ndarray:
     """(n, D) float32, of length 1, by the encoder that made the cache's own."""
     recipe, origin = cache.recipes[cache.table_of("image_embeds")], cache.models["prior"]
     prior = find_repository(str(origin["name"]), origin["revision"], ("image_encoder", "image_processor"))
@@ -66,14 +62,10 @@ def _embeds(cache: Cache, pictures: list[Image.Image], device: torch.device) -> 
         if weights_digest(prior, "image_encoder", memo) != recipe.weights:
             raise ModelError(f"the image encoder at {prior.name} is not the one that the cache was built with")
     encoder = PictureEncoder(recipe, prior, device)
+    prepared = [encoder.prepare(png_bytes(open_picture(path))) for path in pictures]
     size = encoder.batch_size
-    parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-    return _unit(np.concatenate([_encode(encoder, part) for part in parts]))
-
-
-def _encode(encoder: PictureEncoder, pictures: list[Image.Image]) -> np.ndarray:
-    prepared = [encoder.prepare(png_bytes(picture)) for picture in pictures]
-    return encoder.encode(prepared)["image_embeds"].float().cpu().numpy()
+    parts = [encoder.encode(prepared[start : start + size]) for start in range(0, len(prepared), size)]
+    return _unit(np.concatenate([part["image_embeds"].float().cpu().numpy() for part in parts]))
 
 
 def nearest(cache: Cache, embeds: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,6 @@ before training: the large encoders never share the device with the network that
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
-from kcache.durable import write_bytes
-from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
+from kcache.encoders.pretrained import cast_pipeline, without_advice
 from kcache.encoders.repositories import Repository, component_config
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
-from kcache.report.grid import captioned_grid, png_bytes
+from kcache.report.sampling import Embeds, draw_embeds, draw_pictures, load_pipeline
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -34,18 +31,6 @@ DECODER_STEPS = 20
 """Half of what a finished picture takes: enough to see what was learned."""
 GUIDANCE_SCALE = 4.0
 """Of both halves, as in the pipelines' own examples."""
-FOLDER = "pictures"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Beginning:
-    """What the decoder draws one picture from."""
-
-    image_embeds: Tensor
-    """(1, D), on the CPU."""
-    negative_image_embeds: Tensor
-    generator_state: Tensor
-    """Of the picture's generator, as the prior left it."""
 
 
 class PromptPictures:
@@ -94,7 +79,7 @@ class PromptPictures:
         else:
             _check_widths(self._counterpart, self._base)
             prior = _load(KandinskyV22PriorPipeline, self._counterpart, self._frozen_dtype)
-            self._beginnings = _begin(prior.to(self._device), self._prompts, self._seed)
+            self._begun = self._begin(prior.to(self._device))
             self._decoder = _load(KandinskyV22Pipeline, self._base, torch.float32, unet=None)
 
     def draw(self, network: torch.nn.Module) -> "list[Image.Image]":
@@ -107,29 +92,43 @@ class PromptPictures:
             if self._learning == "prior":
                 self._prior.prior = network
                 with self._computing_in(self._learning_dtype):
-                    beginnings = _begin(self._prior, self._prompts, self._seed)
+                    begun = self._begin(self._prior)
                 with (
                     _on_device(self._decoder.unet, self._decoder.movq, device=self._device),
                     self._computing_in(self._frozen_dtype),
                 ):
-                    return _finish(self._decoder, beginnings, self._resolution)
+                    return self._finish(*begun)
             self._decoder.unet = network
             with _on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
-                return _finish(self._decoder, self._beginnings, self._resolution)
+                return self._finish(*self._begun)
+
+    def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
+        """What the decoder draws each picture from, and the picture's generator, as the prior left it."""
+        generators = [torch.Generator().manual_seed(self._seed + i) for i in range(len(self._prompts))]
+        embeds = draw_embeds(
+            prior, self._prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
+        )
+        return embeds, generators
+
+    def _finish(self, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]) -> "list[Image.Image]":
+        generators = [generator.clone_state() for generator in generators]
+        factor = self._decoder.movq_scale_factor
+        side = math.ceil(self._resolution / factor**2) * factor  # as the pipeline rounds
+        shape = (1, self._decoder.unet.config.in_channels, side, side)
+        return draw_pictures(
+            self._decoder,
+            embeds,
+            generators,
+            # The pipeline's own would have the network's dtype, and in half precision the steps' rounding would add up.
+            latents=[torch.randn(shape, generator=generator) for generator in generators],
+            height=self._resolution,
+            width=self._resolution,
+            num_inference_steps=DECODER_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+        )
 
     def _computing_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
-
-
-def save_pictures(run_dir: Path, step: int, pictures: "Sequence[Image.Image]", prompts: Sequence[str]) -> Path:
-    """Write pictures with their captions as one PNG into the run directory, e.g. pictures/step-000500.png; returns it.
-
-    `prompts` has one for each picture. Raises CacheWriteError when it cannot be written.
-    """
-    path = run_dir / FOLDER / f"step-{step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, png_bytes(captioned_grid(pictures, prompts)))
-    return path
 
 
 class _RememberingPrior(KandinskyV22PriorPipeline):
@@ -166,47 +165,6 @@ def _remember_prompts(
     return remembering
 
 
-def _begin(prior: KandinskyV22PriorPipeline, prompts: Sequence[str], seed: int) -> list[_Beginning]:
-    beginnings = []
-    for i, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed + i)
-        embeds = prior(
-            prompt, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE, generator=generator
-        ).to_tuple()
-        image_embeds, negative_image_embeds = (embed.cpu() for embed in embeds)
-        beginnings.append(
-            _Beginning(
-                image_embeds=image_embeds,
-                negative_image_embeds=negative_image_embeds,
-                generator_state=generator.get_state(),
-            )
-        )
-    return beginnings
-
-
-def _finish(decoder: KandinskyV22Pipeline, beginnings: Sequence[_Beginning], resolution: int) -> "list[Image.Image]":
-    factor = decoder.movq_scale_factor
-    side = math.ceil(resolution / factor**2) * factor  # as the pipeline rounds
-    pictures = []
-    for beginning in beginnings:
-        generator = torch.Generator()
-        generator.set_state(beginning.generator_state)
-        # The pipeline's own would have the network's dtype, and in half precision the steps' rounding would add up.
-        latents = torch.randn(1, decoder.unet.config.in_channels, side, side, generator=generator)
-        drawn = decoder(
-            beginning.image_embeds,
-            beginning.negative_image_embeds,
-            latents=latents,
-            height=resolution,
-            width=resolution,
-            num_inference_steps=DECODER_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=generator,
-        )
-        pictures.append(drawn.images[0])
-    return pictures
-
-
 @contextmanager
 def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Move networks to the device, and back to the CPU afterwards: between pictures, training has it to itself."""
@@ -219,17 +177,15 @@ def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[Non
             network.to("cpu")
 
 
-def _load(pipeline: type[Any], repository: Repository, dtype: torch.dtype, **given: Any) -> Any:
+def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: Any) -> Any:
     """A pipeline on the CPU, with `given` in place of its own components."""
     try:
-        with without_bars():
-            loaded = pipeline.from_pretrained(repository.path, use_safetensors=True, local_files_only=True, **given)
+        loaded = load_pipeline(kind, repository.path, **given)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"{repository.name} cannot be loaded as {pipeline.__name__} to draw the validation prompts: {error}; "
+            f"{repository.name} cannot be loaded as {kind.__name__} to draw the validation prompts: {error}; "
             "name a repository that works, or leave --validation-prompts out"
         ) from error
-    loaded.set_progress_bar_config(disable=True)
     cast_pipeline(loaded, dtype)
     return loaded
 

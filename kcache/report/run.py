@@ -12,18 +12,22 @@ from PIL import Image
 
 from kcache.config import TrainConfig
 from kcache.errors import RunError
-from kcache.report.figures import LOSS, beside, curve, curve_panel, picture, run_panels
-from kcache.report.grid import cut_grid
+from kcache.report import figures
+from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.model_card import LORA_FILE
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import read_config, read_metrics, read_starts, read_validation
 
+NOT_RECORDED = "not recorded"
 LAST_STEPS = 100
 """Steps over which the loss, which is noisy from step to step, is averaged."""
-NOT_RECORDED = "not recorded"
 ROWS = 20
 """Validations in the table, over all steps."""
+STEPS, SIDE = 6, 152
+"""Steps of which pictures are shown beside each other, and their side in pixels."""
+NEWEST_BYTES, STRIPS_BYTES = 1_200_000, 1_800_000
+"""Of the newest grid and of all strips together, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +132,12 @@ def _course(run: Run) -> list[Block]:
         return [Text(text="There is no step in metrics.jsonl: the run has just begun, or ended before its first step.")]
     held_out = " Beside it the unweighted mean squared error on held-out images." if run.validation else ""
     captions = {
-        LOSS: f"What is trained on, as it is (faint) and smoothed.{held_out}",
-        "Learning rate": "As the schedule gave it.",
-        "Gradient norm before clipping": f"Clipped to {run.config.get('max_grad_norm')} before each optimizer step.",
+        figures.LOSS: f"What is trained on, as it is (faint) and smoothed.{held_out}",
+        figures.LEARNING_RATE: "As the schedule gave it.",
+        figures.GRADIENT_NORM: f"Clipped to {run.config.get('max_grad_norm')} before each optimizer step.",
     }
-    panels = run_panels(run.metrics, run.validation)
-    blocks: list[Block] = [curve(title, panels[title], text) for title, text in captions.items()]
+    panels = figures.run_panels(run.metrics, run.validation)
+    blocks: list[Block] = [figures.curve(title, panels[title], text) for title, text in captions.items()]
     broken = [entry["step"] for entry in run.metrics if not math.isfinite(entry.get("loss", math.nan))]
     if broken:
         count = f"{len(broken):,} of {len(run.metrics):,} steps"
@@ -146,24 +150,75 @@ def _validation(run: Run) -> list[Block]:
         held_out = run.config.get("val_fraction")
         reason = "not come to a validation yet" if held_out else "held nothing out (--val-fraction 0)"
         return [Text(text=f"No losses on held-out images: the run has {reason}.")]
-    others = ("Held-out loss by timestep", "Held-out cosine to the true embedding")
-    texts = (
-        "By quarters of the timesteps: from nearly clean samples (light) to nearly pure noise (dark).",
-        "Mean cosine between the image embedding that the prior predicts and the true one.",
-    )
-    panels = run_panels(run.metrics, run.validation)
+    captions = {
+        figures.HELD_OUT_BANDS: "By quarters of the timesteps: from nearly clean samples (light) to nearly pure noise "
+        "(dark).",
+        figures.HELD_OUT_COSINE: "Mean cosine between the image embedding that the prior predicts and the true one.",
+    }
+    panels = figures.run_panels(run.metrics, run.validation)
     blocks: list[Block] = [
-        curve(title, panels[title], text) for title, text in zip(others, texts, strict=True) if title in panels
+        figures.curve(title, panels[title], text) for title, text in captions.items() if title in panels
     ]
     names = [name for name in run.validation[-1] if name.startswith("val_")]
     shown = spread(run.validation, ROWS)
     rows = [[f"{entry['step']:,}", *(f"{entry.get(name, math.nan):.5f}" for name in names)] for entry in shown]
     heads = [name.removeprefix("val_loss_").replace("_", "–") if "_t" in name else name for name in names]
-    return [
-        *blocks,
-        Table(head=["Step", *heads], rows=rows),
-        *_left_out(len(run.validation), len(shown), "validations"),
+    blocks.append(Table(head=["Step", *heads], rows=rows))
+    if len(shown) < len(run.validation):
+        text = f"{len(shown)} of {len(run.validation):,} validations are shown, evenly spread over the steps."
+        blocks.append(Text(text=text))
+    return blocks
+
+
+def drawn_prompts(config: Mapping[str, Any]) -> list[str]:
+    """The prompt of each picture of a grid, as the run's settings have them."""
+    each = int(config.get("num_validation_images", 1))
+    return [str(prompt) for prompt in config.get("validation_prompts", ()) for _ in range(each)]
+
+
+def drawn_blocks(run_dir: Path, config: Mapping[str, Any]) -> list[Block]:
+    """The newest grid, unless its pictures are small, and a strip of pictures over the steps for each of them.
+
+    Where a grid has not beside it a picture for each prompt of `config`, grids are shown as they are.
+    """
+    grids, prompts = grids_of(run_dir), drawn_prompts(config)
+    if not grids:
+        reason = "has not come to drawing any yet" if prompts else "was not asked for any (--validation-prompts)"
+        return [Text(text=f"No pictures: the run {reason}.")]
+    shown = spread(grids, STEPS)
+    if not prompts or any(len(pictures_of(grid)) != len(prompts) for grid in shown):
+        return [_whole(grid, (NEWEST_BYTES + STRIPS_BYTES) // len(shown)) for grid in reversed(shown)]
+    blocks: list[Block] = []
+    parts: dict[Path, list[Image.Image]] = {}
+    for grid in shown:
+        try:
+            parts[grid] = [open_picture(path) for path in pictures_of(grid)]
+        except RunError as error:
+            blocks.append(Text(text=f"{error}."))
+    if not parts:
+        return blocks
+    newest, pictures = list(parts.items())[-1]
+    if pictures[0].width > SIDE:
+        blocks.append(_whole(newest, NEWEST_BYTES))
+    return [*blocks, *_strips(parts, prompts, len(grids))]
+
+
+def _whole(grid: Path, most_bytes: int) -> Block:
+    try:
+        return figures.picture(open_picture(grid), f"After step {step_of(grid):,}.", most_bytes)
+    except RunError as error:
+        return Text(text=f"{error}.")
+
+
+def _strips(parts: Mapping[Path, Sequence[Image.Image]], prompts: Sequence[str], drawn: int) -> list[Block]:
+    steps = ", ".join(f"{step_of(grid):,}" for grid in parts)
+    left_out = f" (of {drawn:,} times that pictures were drawn)" if len(parts) < drawn else ""
+    share = STRIPS_BYTES // len(prompts)
+    strips = [
+        figures.picture(beside([pictures[number] for pictures in parts.values()], SIDE), prompt, share)
+        for number, prompt in enumerate(prompts)
     ]
+    return [Text(text=f"From left to right after step {steps}{left_out}."), *strips]
 
 
 def _speed(run: Run) -> list[Block]:
@@ -171,7 +226,7 @@ def _speed(run: Run) -> list[Block]:
     if not len(rates):
         return [Text(text="No step is recorded yet.")]
     text = "Of all processes together, over the steps; validations and checkpoints are left out."
-    figure = curve("Images per second", curve_panel(run.metrics, "samples_per_second"), text)
+    figure = figures.curve("Images per second", figures.curve_panel(run.metrics, "samples_per_second"), text)
     rows = [
         ["Images per second", f"{np.median(rates):,.1f} (median), {rates.min():,.1f} to {rates.max():,.1f}"],
         ["Images per optimizer step", str(run.told.get("global_batch", NOT_RECORDED))],
@@ -232,78 +287,7 @@ def finite(entries: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _left_out(count: int, shown: int, what: str) -> list[Block]:
-    return [Text(text=f"{shown} of {count:,} {what} are shown, evenly spread over the steps.")] if shown < count else []
-
-
-STEPS, SIDE = 6, 152
-"""Steps of which pictures are shown beside each other, and their side in pixels."""
-NEWEST_BYTES, STRIPS_BYTES = 1_200_000, 1_800_000
-
-
-def grids_of(run_dir: Path) -> list[Path]:
-    """The grids of pictures in a run directory, in the order of their steps."""
-    return sorted(run_dir.glob("pictures/step-*.png"), key=lambda path: (len(path.name), path.name))
-
-
-def drawn_prompts(config: Mapping[str, Any]) -> list[str]:
-    """The prompt of each picture of a grid, as the run's settings have them."""
-    each = int(config.get("num_validation_images", 1))
-    return [str(prompt) for prompt in config.get("validation_prompts", ()) for _ in range(each)]
-
-
-def open_grid(path: Path) -> Image.Image | str:
-    """The grid of pictures at `path`; or why it cannot be shown, in a sentence."""
-    try:
-        with Image.open(path, formats=["PNG"]) as grid:
-            return grid.convert("RGB")
-    # What Pillow raises for files that are cut short, damaged or beyond reason.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path.name} cannot be shown: {error}."
-
-
-def drawn_blocks(run_dir: Path, config: Mapping[str, Any]) -> list[Block]:
-    """The newest grid, unless its pictures are small, and a strip of pictures over the steps for each of them.
-
-    Where a grid was not drawn from the prompts of `config`, grids are shown as they are.
-    """
-    paths, prompts = grids_of(run_dir), drawn_prompts(config)
-    if not paths:
-        reason = "has not come to drawing any yet" if prompts else "was not asked for any (--validation-prompts)"
-        return [Text(text=f"No pictures: the run {reason}.")]
-    shown = spread(paths, STEPS)
-    opened = {_step(path): open_grid(path) for path in shown}
-    blocks: list[Block] = [Text(text=found) for found in opened.values() if isinstance(found, str)]
-    grids = {step: found for step, found in opened.items() if not isinstance(found, str)}
-    cut = {step: cut_grid(grid, prompts) if prompts else None for step, grid in grids.items()}
-    parts = {step: pictures for step, pictures in cut.items() if pictures is not None}
-    if len(parts) < len(grids):
-        share = (NEWEST_BYTES + STRIPS_BYTES) // len(grids)
-        return [*blocks, *(picture(grid, f"After step {step:,}.", share) for step, grid in reversed(grids.items()))]
-    if parts and next(reversed(parts.values()))[0].width > SIDE:
-        step, grid = next(reversed(grids.items()))
-        blocks.append(picture(grid, f"After step {step:,}.", NEWEST_BYTES))
-    return [*blocks, *_strips(parts, prompts, len(paths))]
-
-
 def spread(entries: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of `entries`, evenly spread: the first and the last are among them."""
     places = np.unique(np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int))
     return [entries[place] for place in places]
-
-
-def _strips(parts: Mapping[int, Sequence[Image.Image]], prompts: Sequence[str], drawn: int) -> list[Block]:
-    if not parts:
-        return []
-    steps = ", ".join(f"{step:,}" for step in parts)
-    left_out = f" (of {drawn:,} times that pictures were drawn)" if len(parts) < drawn else ""
-    strips = [
-        picture(beside([pictures[number] for pictures in parts.values()], SIDE), prompt, STRIPS_BYTES // len(prompts))
-        for number, prompt in enumerate(prompts)
-    ]
-    return [Text(text=f"From left to right after step {steps}{left_out}."), *strips]
-
-
-def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else 0

@@ -62,20 +62,16 @@ def sample(
     height, width = _size(height, width, repositories[1], adapters["unet"])
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
-    # One half after the other, each let go at its function's end, so that the device never holds both.
-    embeds = _draw_embeds(
-        repositories[0],
-        place,
-        adapters["prior"],
+    # One half after the other, each let go once it has drawn, so that the device never holds both.
+    embeds = draw_embeds(
+        _load(KandinskyV22PriorPipeline, repositories[0], place, "prior", adapters["prior"]),
         prompts,
         generators,
         num_inference_steps=prior_num_inference_steps,
         guidance_scale=prior_guidance_scale,
     )
-    return _draw_pictures(
-        repositories[1],
-        place,
-        adapters["unet"],
+    return draw_pictures(
+        _load(KandinskyV22Pipeline, repositories[1], place, "unet", adapters["unet"]),
         embeds,
         generators,
         num_inference_steps=num_inference_steps,
@@ -86,56 +82,68 @@ def sample(
 
 
 Embeds = tuple[torch.Tensor, torch.Tensor]
-"""What the decoder draws from: image_embeds and negative_image_embeds, each (1, D)."""
+"""What the decoder draws a picture from: image_embeds and negative_image_embeds, each (1, D), on the CPU."""
 
 
-def _draw_embeds(
-    repository: Repository,
-    device: torch.device,
-    adapters: Sequence[Path],
+def draw_embeds(
+    prior: KandinskyV22PriorPipeline,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
+    *,
+    batch_size: int = 1,
     **settings: Any,
 ) -> list[Embeds]:
-    pipeline = _load(KandinskyV22PriorPipeline, repository, device, "prior", adapters)
-    return [
-        pipeline(prompt, generator=generator, **settings).to_tuple()
-        for prompt, generator in zip(prompts, generators, strict=True)
-    ]
+    """What the prior's pipeline makes of each prompt from noise of its generator, `batch_size` prompts at a time.
+
+    `settings` are the pipeline's own, such as num_inference_steps and guidance_scale.
+    """
+    drawn: list[Embeds] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        embeds = prior(list(prompts[part]), generator=list(generators[part]), **settings).to_tuple()
+        drawn += zip(*(both.cpu().split(1) for both in embeds), strict=True)
+    return drawn
 
 
-def _draw_pictures(
-    repository: Repository,
-    device: torch.device,
-    adapters: Sequence[Path],
+def draw_pictures(
+    decoder: KandinskyV22Pipeline,
     embeds: Sequence[Embeds],
     generators: Sequence[torch.Generator],
+    *,
+    batch_size: int = 1,
+    latents: Sequence[torch.Tensor] | None = None,
     **settings: Any,
 ) -> "list[Image.Image]":
-    pipeline = _load(KandinskyV22Pipeline, repository, device, "unet", adapters)
-    return [
-        pipeline(image_embeds, negative_image_embeds, generator=generator, **settings).images[0]
-        for (image_embeds, negative_image_embeds), generator in zip(embeds, generators, strict=True)
-    ]
+    """The picture that the decoder's pipeline draws from each of `embeds`, `batch_size` pictures at a time.
+
+    It begins with `latents`, (1, 4, height / 8, width / 8) each, or with noise of the picture's generator.
+    """
+    drawn: list[Image.Image] = []
+    for start in range(0, len(embeds), batch_size):
+        part = slice(start, start + batch_size)
+        both = (torch.cat(column).to(decoder.device) for column in zip(*embeds[part], strict=True))
+        begun = None if latents is None else torch.cat(list(latents[part]))
+        drawn += decoder(*both, latents=begun, generator=list(generators[part]), **settings).images
+    return drawn
 
 
-def _load(
-    pipeline: type[KandinskyV22PriorPipeline] | type[KandinskyV22Pipeline],
-    repository: Repository,
-    device: torch.device,
-    network: str,
-    adapters: Sequence[Path],
-) -> KandinskyV22PriorPipeline | KandinskyV22Pipeline:
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+def load_pipeline(kind: type[Any], folder: Path, **given: Any) -> Any:
+    """The stock pipeline of class `kind` in `folder`, on the CPU and silent, with `given` in place of components."""
     with without_bars():
-        loaded = pipeline.from_pretrained(repository.path, use_safetensors=True, local_files_only=True)
+        loaded = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def _load(kind: type[Any], repository: Repository, device: torch.device, network: str, adapters: Sequence[Path]) -> Any:
+    loaded = load_pipeline(kind, repository.path)
     for path in adapters:
         load_lora(loaded.components[network], path)
         # Fused in float32, as float16 would round once more; and a layer with one matrix draws faster than with three.
         fuse_lora(loaded.components[network])
     # Bars are for terminals: None hides them elsewhere.
     loaded.set_progress_bar_config(disable=None)
-    cast_pipeline(loaded, dtype)
+    cast_pipeline(loaded, torch.float16 if device.type == "cuda" else torch.float32)
     return loaded.to(device)
 
 

@@ -6,7 +6,6 @@ goes on, and one that fails is reported while the others go on.
 """
 
 import gc
-import io
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 from kcache.config import TrainConfig
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
-from kcache.report.figures import smoothed, thinned
+from kcache.report.figures import png_of, smoothed, thinned
 from kcache.settings import marks_of, read_toml, settings_from
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics, read_validation
@@ -106,29 +105,26 @@ def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
     images. `run_dirs` maps the runs' names to their directories.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     training = {name: _curve(read_metrics(run_dir), "loss") for name, run_dir in run_dirs.items()}
     held_out = {name: _curve(read_validation(run_dir), "val_loss") for name, run_dir in run_dirs.items()}
     panels = 2 if any(len(steps) for steps, _ in held_out.values()) else 1
-    figure = Figure(figsize=(7 * panels, 5), layout="constrained")
-    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     colors = mpl.color_sequences["tab10" if len(run_dirs) <= 10 else "tab20"]
-    for name, color in zip(run_dirs, itertools.cycle(colors), strict=False):
-        style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": name}
-        steps, losses = thinned(*training[name])
-        axes[0].plot(steps, smoothed(losses), marker="o" if len(steps) == 1 else "", **style)
-        if panels == 2:
-            axes[1].plot(*held_out[name], marker="o", markersize=4, **style)
-    for panel, title in zip(axes, ("Training loss, smoothed", "Held-out loss"), strict=False):
-        panel.set_title(title, loc="left", fontweight="bold")
-        panel.set_xlabel("optimizer step")
-        panel.grid(color="#e6e8ea", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_bytes(path, picture.getvalue())
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        for name, color in zip(run_dirs, itertools.cycle(colors), strict=False):
+            style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": name}
+            steps, losses = thinned(*training[name])
+            axes[0].plot(steps, smoothed(losses), marker="o" if len(steps) == 1 else "", **style)
+            if panels == 2:
+                axes[1].plot(*held_out[name], marker="o", **style)
+        for panel, title in zip(axes, ("Training loss, smoothed", "Held-out loss"), strict=False):
+            panel.set(title=title, xlabel="optimizer step")
+            panel.grid(visible=True)
+        axes[0].legend()
+
+    write_bytes(path, png_of(draw, 7 * panels, 5, dpi=120))
 
 
 def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

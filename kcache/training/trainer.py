@@ -195,7 +195,7 @@ class Judge:
                 if run.accelerator.is_main_process:
                     append_validation(run.output_dir, entry)
             if self._pictures is not None:
-                from kcache.report.pictures import save_pictures
+                from kcache.report.grid import save_pictures
 
                 drawn = self._pictures.draw(network)
                 save_pictures(run.output_dir, step, drawn, self._pictures.prompts)

@@ -238,14 +238,12 @@ def test_weights_are_small_and_their_training_is_told() -> None:
     assert set(json.loads((WEIGHTS / "training.json").read_text())) == {"towers", "movq"}
 
 
-def test_wheels_have_all_that_the_demo_reads() -> None:
-    root = Path(__file__).parents[2]
-    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["kcache"]
-    shipped = {path for pattern in patterns for path in (root / "kcache").glob(pattern)}
-    files = {
-        path for path in (root / "kcache" / "demo").rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert {path for path in files if path.suffix != ".py"} < shipped
+def test_wheels_have_all_that_is_read() -> None:
+    package = Path(__file__).parents[2] / "kcache"
+    patterns = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {path for pattern in patterns["kcache"] for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path.suffix != ".py"} == shipped
 
 
 def test_networks_are_the_same_every_time(models: tuple[Path, Path], tmp_path: Path) -> None:

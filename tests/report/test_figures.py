@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from kcache.errors import RunError
-from kcache.report.figures import PICTURE, POINTS, _draw, draw_panel, plot_run, run_panels, smoothed, thinned
+from kcache.report.figures import LOOK, PICTURE, POINTS, _draw_run, curve, plot_run, run_panels, smoothed, thinned
 
 BANDS = ["val_loss_t000_249", "val_loss_t250_499", "val_loss_t500_749", "val_loss_t750_999"]
 
@@ -36,7 +37,8 @@ def write(run_dir: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> Non
 def panels(steps: int, validated: Sequence[int] = (), cosine: bool = False) -> dict[str, dict[str, np.ndarray]]:
     """The lines of each panel, by title and label: (2, n) steps and values."""
     figure = Figure()
-    _draw(figure, "run", metrics(steps), validation(validated, cosine))
+    with mpl.rc_context(LOOK):
+        _draw_run(figure, "run", metrics(steps), validation(validated, cosine))
     return {
         ax.get_title(loc="left"): {str(line.get_label()): np.array(line.get_data()) for line in ax.lines}
         for ax in figure.axes
@@ -124,7 +126,7 @@ def test_smoothing_keeps_a_level_and_calms_noise(count: int) -> None:
 def test_each_panel_can_stand_alone(steps: int, validated: list[int]) -> None:
     drawn = run_panels(metrics(steps), validation(validated, cosine=True))
     assert list(drawn) == list(panels(steps, validated, cosine=True))
-    pictures = {draw_panel(title, panel) for title, panel in drawn.items()}
+    pictures = {curve(title, panel, "").png for title, panel in drawn.items()}
     assert len(pictures) == len(drawn)
     for png in pictures:
         with Image.open(io.BytesIO(png)) as picture:

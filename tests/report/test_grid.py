@@ -1,12 +1,26 @@
 """The grid of pictures: every picture whole, every prompt in writing."""
 
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kcache.report.grid import CAPTION_LINES, _font, _wrapped, captioned_grid, cut_grid, png_bytes
+from kcache.errors import RunError
+from kcache.report.grid import (
+    CAPTION_LINES,
+    _font,
+    _wrapped,
+    captioned_grid,
+    grids_of,
+    open_picture,
+    pictures_of,
+    png_bytes,
+    save_pictures,
+    step_of,
+)
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200)]
 
@@ -69,17 +83,34 @@ def test_a_png_comes_back() -> None:
         assert np.array_equal(np.asarray(read), np.asarray(grid))
 
 
-@pytest.mark.parametrize("side", [8, 64, 512])
-@pytest.mark.parametrize("prompts", ["a", "abc", "abcdef", "aabbcc", "aaaaab"])
-def test_a_grid_is_cut_into_the_pictures_it_was_made_of(side: int, prompts: str) -> None:
-    pictures = squares(len(prompts), side)
-    texts = [f"{letter} long enough for several lines" for letter in prompts]
-    grid = captioned_grid(pictures, texts)
-    cut = cut_grid(grid, texts)
-    assert cut is not None
-    assert [png_bytes(picture) for picture in cut] == [png_bytes(picture) for picture in pictures]
-    assert cut_grid(grid, [*texts, "another", "and one more"]) is None
+def test_pictures_lie_singly_beside_their_grid(tmp_path: Path) -> None:
+    drawn = squares(2, 32)
+    path = save_pictures(tmp_path, 500, drawn, ["a", "b"])
+    assert path == tmp_path / "pictures" / "step-000500.png"
+    assert (grids_of(tmp_path), step_of(path)) == ([path], 500)
+    assert [part.relative_to(path.parent).as_posix() for part in pictures_of(path)] == [
+        "step-000500/00.png", "step-000500/01.png",
+    ]  # fmt: skip
+    assert [np.asarray(open_picture(part)).tolist() for part in pictures_of(path)] == [
+        np.asarray(picture).tolist() for picture in drawn
+    ]
+    assert np.array_equal(np.asarray(open_picture(path)), np.asarray(captioned_grid(drawn, ["a", "b"])))
+    assert save_pictures(tmp_path, 500, drawn[::-1], ["a", "b"]) == path
+    assert open_picture(pictures_of(path)[0]).getpixel((0, 0)) == COLOURS[1]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["step-000500", "step-000500.png"]
 
 
-def test_what_is_no_grid_is_not_cut() -> None:
-    assert cut_grid(Image.new("RGB", (100, 77)), ["a"]) is None
+def test_grids_and_pictures_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for step in (1_000_000, 20, 999_999):
+        grid = save_pictures(tmp_path, step, squares(1, 8) * 101, ["a"] * 101)
+    assert [step_of(path) for path in grids_of(tmp_path)] == [20, 999_999, 1_000_000]
+    assert [path.stem for path in pictures_of(grid)[-2:]] == ["99", "100"]
+    shutil.rmtree(grid.with_suffix(""))
+    assert pictures_of(grid) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", png_bytes(Image.new("RGB", (64, 64), "red"))[:60]])
+def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "00.png").write_bytes(content)
+    with pytest.raises(RunError, match=r"/00\.png cannot be shown: "):
+        open_picture(tmp_path / "00.png")

@@ -17,7 +17,7 @@ from kcache.config import TrainConfig
 from kcache.encoders.repositories import COMPONENTS, Repository, find_repository
 from kcache.errors import ModelError
 from kcache.report import pictures
-from kcache.report.pictures import PromptPictures, save_pictures
+from kcache.report.pictures import PromptPictures
 from kcache.report.sampling import sample
 
 STAGES = ["prior", "decoder"]
@@ -172,13 +172,3 @@ def test_a_half_that_cannot_be_loaded_is_refused_at_the_start(
         path.unlink()
     with pytest.raises(ModelError, match=r"cannot be loaded as KandinskyV22.*leave --validation-prompts out"):
         prompt_pictures(tmp_path, stage).prepare()
-
-
-def test_the_grid_lies_in_the_run_directory(tmp_path: Path) -> None:
-    drawn = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    path = save_pictures(tmp_path, 500, drawn, PROMPTS)
-    assert path == tmp_path / "pictures" / "step-000500.png"
-    assert save_pictures(tmp_path, 500, drawn[::-1], PROMPTS) == path
-    with Image.open(path) as grid:
-        assert grid.getpixel((10, 10)) == (0, 0, 255)
-    assert [entry.name for entry in path.parent.iterdir()] == ["step-000500.png"]

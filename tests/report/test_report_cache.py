@@ -17,7 +17,8 @@ from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
 from kcache.report.cache import CacheLook, cache_sections
-from kcache.report.figures import MAX_SIDE, beside, histogram, picture
+from kcache.report.figures import MAX_SIDE, histogram, picture
+from kcache.report.grid import beside
 from kcache.report.page import Figure, Section, Table, Text
 from kcache.report.reconstructions import decoded, originals, psnr
 from kcache.report.write import ReportConfig, write_report
@@ -92,7 +93,7 @@ def test_norms_are_those_of_the_rows(cache: str, monkeypatch: pytest.MonkeyPatch
 
     def keep(title: str, values: np.ndarray, across: str, caption: str) -> Figure:
         drawn[title] = values
-        return Figure(png=b"", caption=caption)
+        return histogram(title, values, across, caption)
 
     monkeypatch.setattr(report_cache, "histogram", keep)
     monkeypatch.setattr(report_cache, "ROWS_PER_READ", 3)

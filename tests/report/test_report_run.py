@@ -17,10 +17,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from kcache.config import TrainConfig
 from kcache.errors import RunError
-from kcache.report.grid import captioned_grid
+from kcache.report.grid import pictures_of, save_pictures
 from kcache.report.neighbours import nearest, neighbours_section
 from kcache.report.page import Figure, Section, Table, Text, write_page
-from kcache.report.run import STEPS, drawn_blocks, drawn_prompts, grids_of, open_grid, read_run, run_sections, spread
+from kcache.report.run import STEPS, drawn_blocks, drawn_prompts, read_run, run_sections, spread
 from kcache.store.cache import Cache
 from kcache.training.trainer import train
 
@@ -89,11 +89,10 @@ def values(section: Section) -> dict[str, str]:
 
 
 def draw_grid(run_dir: Path, step: int, prompts: Sequence[str], side: int = 64) -> Path:
-    """A grid of pictures, the i-th of the grey 10 i."""
-    path = run_dir / "pictures" / f"step-{step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    captioned_grid([Image.new("RGB", (side, side), (10 * i,) * 3) for i in range(len(prompts))], prompts).save(path)
-    return path
+    """Pictures as a run leaves them, the i-th of the grey 10 i; the path of their grid."""
+    return save_pictures(
+        run_dir, step, [Image.new("RGB", (side, side), (10 * i,) * 3) for i in range(len(prompts))], prompts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -223,17 +222,31 @@ def test_grids_of_other_prompts_are_shown_as_they_are(tmp_path: Path) -> None:
     assert [block.caption for block in blocks if isinstance(block, Figure)] == ["After step 2.", "After step 1."]
 
 
-def test_a_grid_that_is_broken_is_named(tmp_path: Path) -> None:
-    path = draw_grid(tmp_path, 1, ["a"])
-    path.write_bytes(path.read_bytes()[:100])
-    draw_grid(tmp_path, 2, ["a"])
+def test_grids_without_single_pictures_are_shown_as_they_are(tmp_path: Path) -> None:
+    shutil.rmtree(draw_grid(tmp_path, 1, ["a", "b"]).with_suffix(""))
+    grid = draw_grid(tmp_path, 2, ["a", "b"])
+    newest, first = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b"]})
+    assert isinstance(newest, Figure)
+    assert isinstance(first, Figure)
+    assert (newest.caption, first.caption) == ("After step 2.", "After step 1.")
+    with Image.open(io.BytesIO(newest.png)) as shown, Image.open(grid) as drawn:
+        assert np.array_equal(np.asarray(shown), np.asarray(drawn))
+
+
+def test_pictures_that_are_broken_are_named(tmp_path: Path) -> None:
+    first, second = (draw_grid(tmp_path, step, ["a"]) for step in (1, 2))
+    (path,) = pictures_of(first)
+    path.write_bytes(path.read_bytes()[:60])
     broken, steps_text, strip = drawn_blocks(tmp_path, {"validation_prompts": ["a"]})
     assert isinstance(broken, Text)
-    assert broken.text.startswith("step-000001.png cannot be shown: ")
+    assert broken.text.startswith("step-000001/00.png cannot be shown: ")
     assert isinstance(steps_text, Text)
     assert "after step 2" in steps_text.text
     assert isinstance(strip, Figure)
-    assert isinstance(open_grid(tmp_path / "nothing.png"), str)
+    second.write_bytes(b"")
+    whole, _ = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b"]})
+    assert isinstance(whole, Text)
+    assert whole.text.startswith("pictures/step-000002.png cannot be shown: ")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [0]), (3, [0, 1, 2]), (100, [0, 25, 50, 74, 99])])
@@ -262,7 +275,7 @@ def test_newest_pictures_are_compared_one_by_one(trained: Path, cache: str, orac
     folder = shutil.copytree(trained, tmp_path / "run", symlinks=True)
     files = [oracle / "data" / name for name in ("img_03.png", "img_06.png")]
     pictures = [Image.open(path).convert("RGB").resize((64, 64)) for path in files]
-    captioned_grid(pictures, PROMPTS).save(grids_of(folder)[-1])
+    save_pictures(folder, 2, pictures, PROMPTS)
     intro, table = neighbours_section(read_run(folder), "cpu", ignore).blocks
     assert isinstance(intro, Text)
     assert "pictures of step-000002.png" in intro.text
@@ -297,12 +310,15 @@ def test_neighbours_say_what_is_missing(trained: Path, tmp_path: Path) -> None:
 
     folder = written(tmp_path / "run", steps(0.5), validation_prompts=("a",))
     assert "the run has drawn no pictures" in said(folder)
-    path = draw_grid(folder, 1, ["a", "b"])
-    assert "was not drawn from the prompts" in said(folder)
+    grid = draw_grid(folder, 1, ["a", "b"])
+    assert "beside step-000001.png lie 2 single pictures, not one for each of the 1 prompts" in said(folder)
+    shutil.rmtree(grid.with_suffix(""))
+    assert "lie 0 single pictures" in said(folder)
     draw_grid(folder, 1, ["a"])
     assert "is not a finished cache: there is nothing at that path" in said(folder)
-    path.write_bytes(b"")
-    assert "cannot be shown" in said(folder)
+    folder = shutil.copytree(trained, tmp_path / "trained", symlinks=True)
+    (folder / "pictures" / "step-000002" / "01.png").write_bytes(b"")
+    assert "step-000002/01.png cannot be shown" in said(folder)
 
 
 def test_another_image_encoder_is_not_compared_with(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ModelMixin, PriorTransformer, UNet2DConditionModel
+from diffusers import (
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    ModelMixin,
+    PriorTransformer,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from typer.testing import CliRunner
 
 from kcache.errors import ConfigError, ModelError
 from kcache.objectives.lora import add_lora, fuse_lora, save_lora
 from kcache.report import sampling
-from kcache.report.sampling import sample
+from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline, sample
 from kcache_cli.app import app
 
 
@@ -39,6 +45,25 @@ def test_a_picture_depends_on_its_own_prompt_and_noise_only(oracle: Path) -> Non
     assert together[0].shape == (64, 128, 3)
     assert np.array_equal(together[1], alone[0])
     assert not np.array_equal(together[0], together[1])
+
+
+def test_pictures_drawn_together_have_each_their_own_noise(oracle: Path) -> None:
+    prior = load_pipeline(KandinskyV22PriorPipeline, oracle / "prior")
+    decoder = load_pipeline(KandinskyV22Pipeline, oracle / "decoder")
+    prompts, settings = ["a red circle", "a blue square", "a fox"], {"num_inference_steps": 2, "guidance_scale": 4.0}
+
+    def drawn(batch_size: int) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+        embeds = draw_embeds(prior, prompts, generators, batch_size=batch_size, **settings)
+        assert [tuple(part.shape) for pair in embeds for part in pair] == [(1, 32)] * 6
+        pictures = draw_pictures(decoder, embeds, generators, batch_size=batch_size, height=64, width=128, **settings)
+        return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+    one_by_one = drawn(1)
+    assert np.array_equal(one_by_one, np.stack(draw(oracle, prompts, seed=5)))
+    # In batches sums are rounded otherwise, and no more than that.
+    for batch_size in (2, 3):
+        assert np.abs(drawn(batch_size) - one_by_one).max() <= 1
 
 
 def test_a_decoder_is_not_taken_for_a_prior(oracle: Path) -> None:
@@ -81,8 +106,9 @@ def test_pictures_are_drawn_as_large_as_was_trained(
 ) -> None:
     """What the decoder was trained at, or the last LoRA of it, in the multiples of 64 that MoVQ's factor of 8 makes."""
     sizes: list[tuple[int, int]] = []
-    monkeypatch.setattr(sampling, "_draw_embeds", lambda *_, **__: [])
-    monkeypatch.setattr(sampling, "_draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
+    monkeypatch.setattr(sampling, "_load", lambda *_: None)
+    monkeypatch.setattr(sampling, "draw_embeds", lambda *_, **__: [])
+    monkeypatch.setattr(sampling, "draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
     decoder = oracle / "decoder"
     if trained is not None:
         decoder = make_run(tmp_path / "run", oracle, "unet", "movq", "scheduler", side=trained)

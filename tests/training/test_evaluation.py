@@ -31,7 +31,7 @@ def looked_at(run_dir: Path) -> list[int]:
 
 
 def pictures(run_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").glob("*"))}
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").glob("*.png"))}
 
 
 def run_and_judge(cache: str, run_dir: Path, **settings: Any) -> tuple[TrainingRun, Judge]:
