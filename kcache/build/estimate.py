@@ -1,16 +1,13 @@
 """What a build would do, explained before it is done: what is missing and why, the bytes, the time, and what it saves.
 
-Sizes are computed from the rows and from really tokenized captions. Times are measured: a few batches of each table's
-missing inputs are really decoded and encoded, into a temporary folder.
+Sizes are computed from the rows and from really tokenized captions, up to what every shard takes beside them. Times are
+measured: a few batches of each table's missing inputs are really decoded and encoded, into a temporary folder.
 """
 
-import io
-import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +25,9 @@ from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device
+from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
-from kcache.store.recipe import RESERVED, SAMPLES, TEXT, Field, Recipe, table_names
+from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import side_dtype
@@ -82,7 +80,8 @@ class BuildEstimate:
     refused: int
     tables: Mapping[str, TableEstimate]
     bytes: int
-    """Size of all shards to write; samples and index take about 200 bytes a sample more."""
+    """Size of all shards to write, within 5 % once they have a few hundred rows each; samples and index take about 200
+    bytes a sample more."""
     seconds: float
     savings: Mapping[str, Saving]
     """By stage, "prior" and "decoder", where all that the stage reads was measured."""
@@ -107,7 +106,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
             missing=len(table.keys),
             why=why[name],
             unused=len(committed[name].stored.key_set().difference(job.wanted(name))),
-            bytes=table_bytes(table, float(tokens.mean())) if config.format == "zarr" else 0,
+            bytes=zarr_bytes(table, float(tokens.mean())) if config.format == "zarr" else 0,
             loading_seconds=loading,
             row_seconds=row,
         )
@@ -145,10 +144,9 @@ def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> in
     named = with_ids(samples)
     rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
     plan = plan_tars(job.folder, job.recipes, named, rows)
-    wanted = {table.recipe.table: set(table.keys) for table in plan.tables}
-    new = [sample for key, sample in zip(tar_keys(named), named, strict=True) if key in wanted[SAMPLES]]
-    size = tar_bytes(job.recipes, _spread(new, TOKENIZED_CAPTIONS), len(new), rows, tokens)
-    return size + (reserved_tar_bytes(job.recipes) if wanted[RESERVED] else 0)
+    wanted = set(plan.keys)
+    new = [sample for key, sample in zip(tar_keys(named), named, strict=True) if key in wanted]
+    return tar_bytes(job.recipes, new, sum(1 for table in plan.tables for _ in table.shards()), tokens)
 
 
 class _Watched(Exception):
@@ -221,123 +219,55 @@ def _savings(job: Survey, tables: Mapping[str, TableEstimate], seconds: float) -
     return savings
 
 
-# About what JSON files take: the metadata of a zarr group, of an array and each of its axes, a commit record and each
-# file that it names.
-_GROUP_JSON_BYTES = 67
-_ARRAY_JSON_BYTES = 1_010
-_AXIS_JSON_BYTES = 42
-_RECORD_BYTES = 450
-_RECORD_FILE_BYTES = 110
-_TAR_BLOCK_BYTES = 512
-_TAR_RECORD_BYTES = 10_240
+_SHARD_BYTES = 6_000
+"""About what a shard takes beside its rows: a commit record, and the metadata of zarr arrays or the end of a tar."""
+_INDEX_BYTES = 16
+"""A chunk's offset and length, at the end of a zarr array."""
 _NPY_HEADER_BYTES = 128
-_RESERVED_TOKENS = 2
-"""The empty caption's: start and end."""
+_TAR_BLOCK_BYTES = 512
+_INFO_BYTES = 240
+"""About what a sample's JSON member has beside its name and its captions."""
 
 
-def table_bytes(plan: TablePlan, mean_tokens: float) -> int:
-    """Bytes of the zarr shards of `plan`, whose ragged rows have `mean_tokens` tokens on average."""
-    return sum(
-        zarr_shard_bytes(plan.recipe, len(shard.keys), round(len(shard.keys) * mean_tokens)) for shard in plan.shards()
-    )
+def zarr_bytes(plan: TablePlan, mean_tokens: float) -> int:
+    """Bytes of the zarr shards of `plan`, whose ragged rows have `mean_tokens` tokens on average.
 
-
-def zarr_shard_bytes(recipe: Recipe, rows: int, tokens: int) -> int:
-    """Bytes of a zarr shard with its side file and its commit record."""
-    dtype = np.dtype(recipe.stored_dtype)
-    sizes = [_array_bytes(rows, 16, 1)]
-    sizes += [_array_bytes(tokens if f.ragged else rows, unit_bytes(f, dtype), 1 + len(f.shape)) for f in recipe.fields]
-    if any(f.ragged for f in recipe.fields):
-        sizes.append(_array_bytes(rows + 1, 8, 1))
-    files = 2 * len(sizes) + 2
-    side = _npy_bytes(side_dtype(recipe.fields), rows)
-    return sum(sizes) + side + _GROUP_JSON_BYTES + _RECORD_BYTES + files * _RECORD_FILE_BYTES
-
-
-def _array_bytes(length: int, row_bytes: int, axes: int) -> int:
-    """The one file of an array: whole chunks with their checksums, their index and its checksum; and the metadata."""
-    chunk = max(1, min(CHUNK_ROWS, length))
-    chunks = -(-length // chunk)
-    metadata = _ARRAY_JSON_BYTES + axes * _AXIS_JSON_BYTES
-    return chunks * (chunk * row_bytes + CHECKSUM_BYTES + 16) + CHECKSUM_BYTES + metadata
-
-
-def _npy_bytes(dtype: np.dtype, length: int) -> int:
-    header = io.BytesIO()
-    np.save(header, np.empty(0, dtype))
-    return header.tell() + length * dtype.itemsize
-
-
-def tar_bytes(
-    recipes: Mapping[str, Recipe], samples: Sequence[Sample], count: int, rows_per_shard: int, tokens: np.ndarray
-) -> int:
-    """Bytes of the tars of `count` samples such as `samples`, with side files and commit records.
-
-    `tokens` (n,) are token counts such as the captions have.
+    Arrays are of whole chunks, each with a checksum and an entry in the index; a side row is a key and locators.
     """
-    mean = sum(_sample_bytes(recipes, sample, tokens) for sample in samples) / max(1, len(samples))
-    captions = sum(len(sample.captions) for sample in samples) / max(1, len(samples))
-    tars = [rows_per_shard] * (count // rows_per_shard) + [count % rows_per_shard][: count % rows_per_shard]
-    total = 0
-    for rows in tars:
-        sides = [
-            _npy_bytes(side_dtype(r.fields), round(rows * captions) if r.table == "text" else rows)
-            for r in recipes.values()
-        ]
-        record = _RECORD_BYTES + _RECORD_FILE_BYTES * (2 + len(recipes))
-        total += _whole_records(round(rows * mean)) + sum(sides) + _npy_bytes(np.dtype("u1"), 16 * rows) + record
-    return total
+    dtype, fields = np.dtype(plan.recipe.stored_dtype), plan.recipe.fields
+    size = 0
+    for shard in plan.shards():
+        rows = len(shard.keys)
+        size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * side_dtype(fields).itemsize
+        for field in fields:
+            size += _array_bytes(round(rows * mean_tokens) if field.ragged else rows, unit_bytes(field, dtype))
+    return size
 
 
-def _sample_bytes(recipes: Mapping[str, Recipe], sample: Sample, tokens: np.ndarray) -> float:
-    """Bytes that one sample takes in a tar."""
-    info = {
-        "id": sample.image_key.hex(),
-        "name": sample.name,
-        "image_key": sample.image_key.hex(),
-        "captions": list(sample.captions),
-        "caption_keys": [key.hex() for key in sample.caption_keys],
-        "width": 1024,
-        "height": 1024,
-    }
-    total = float(_member_bytes(len(json.dumps(info, ensure_ascii=False).encode())))
-    total += sum(_member_bytes(len(caption.encode())) for caption in sample.captions)
-    for field, recipe in _fields(recipes):
-        rows = len(sample.captions) if recipe.table == "text" else 1
-        total += rows * _row_bytes(field, recipe, tokens)
-    return total
+def _array_bytes(length: int, row_bytes: int) -> int:
+    chunks = -(-length // CHUNK_ROWS)
+    return chunks * (min(CHUNK_ROWS, length) * row_bytes + CHECKSUM_BYTES + _INDEX_BYTES)
 
 
-def reserved_tar_bytes(recipes: Mapping[str, Recipe]) -> int:
-    """Bytes of the tar of the reserved rows, with side files and commit record."""
-    rows = [
-        _row_bytes(field, recipe, np.array([_RESERVED_TOKENS]))
-        for field, recipe in _fields(recipes)
-        if recipe.table in ("text", "image_embeds")
-    ]
-    sides = [_npy_bytes(side_dtype(r.fields), 1) for r in recipes.values() if r.table in ("text", "image_embeds")]
-    members = _member_bytes(20) + _member_bytes(0) + round(sum(rows))
-    return (
-        _whole_records(members) + sum(sides) + _npy_bytes(np.dtype("u1"), 16) + _RECORD_BYTES + 4 * _RECORD_FILE_BYTES
+def tar_bytes(recipes: Mapping[str, Recipe], samples: Sequence[Sample], tars: int, tokens: np.ndarray) -> int:
+    """Bytes of `samples` in so many tars, where captions are as long as `tokens` (n,).
+
+    A sample is a member with what is known of it, one per caption and one per row, each a header and whole blocks.
+    Beside these, its side rows are at most 2 %.
+    """
+    captions = [caption.encode() for sample in samples for caption in sample.captions]
+    infos = [_INFO_BYTES + len("".join([sample.name, *sample.captions]).encode()) for sample in samples]
+    size = (
+        tars * _SHARD_BYTES + sum(map(_member_bytes, infos)) + sum(_member_bytes(len(caption)) for caption in captions)
     )
-
-
-def _fields(recipes: Mapping[str, Recipe]) -> Iterator[tuple[Field, Recipe]]:
-    return ((field, recipe) for recipe in recipes.values() for field in recipe.fields)
-
-
-def _row_bytes(field: Field, recipe: Recipe, tokens: np.ndarray) -> float:
-    """A row's member, on average over rows of so many `tokens`."""
-    unit = unit_bytes(field, np.dtype(recipe.stored_dtype))
-    if not field.ragged:
-        return _member_bytes(_NPY_HEADER_BYTES + unit)
-    return float(np.mean([_member_bytes(_NPY_HEADER_BYTES + int(count) * unit) for count in tokens]))
+    for recipe in recipes.values():
+        rows = len(kind_of(recipe.table).keys(samples))
+        for field in recipe.fields:
+            unit = unit_bytes(field, np.dtype(recipe.stored_dtype))
+            lengths = tokens.tolist() if field.ragged else [1]
+            size += round(rows * np.mean([_member_bytes(_NPY_HEADER_BYTES + length * unit) for length in lengths]))
+    return size
 
 
 def _member_bytes(content: int) -> int:
-    return _TAR_BLOCK_BYTES * (1 + math.ceil(content / _TAR_BLOCK_BYTES))
-
-
-def _whole_records(content: int) -> int:
-    """A tar ends with two empty blocks and is filled up to whole records."""
-    return math.ceil((content + 2 * _TAR_BLOCK_BYTES) / _TAR_RECORD_BYTES) * _TAR_RECORD_BYTES
+    return _TAR_BLOCK_BYTES * (1 + -(-content // _TAR_BLOCK_BYTES))

@@ -1,6 +1,6 @@
 """Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub.
 
-- `protocol`: what a source is
+- `protocol`: what a source is, and what it is asked for
 - `folder`, `table`, `tars`: the three kinds
 - `arrow_files`, `tar_members`, `reading`: the files they are kept in, read warily
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from kcache.errors import SourceError
 from kcache.hints import instead_of_source
 from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
-from kcache.sources.protocol import Source
-from kcache.sources.table import SAVED_DATASET_NAMES, TableRequest, open_hub_dataset, open_parquet, open_saved_dataset
+from kcache.sources.protocol import Request, Source
+from kcache.sources.table import SAVED_DATASET_NAMES, open_hub_dataset, open_parquet, open_saved_dataset
 from kcache.sources.tars import expand_braces, is_tar_name, open_tars
 from kcache.store.samples import Refusal
 
@@ -43,7 +43,7 @@ def open_source(
     order of their paths, or of the dataset's rows, and `max_train_samples` takes the first ones. Unless
     `need_captions`, images without captions are offered with (). Raises SourceError when there is nothing to offer.
     """
-    request = TableRequest(
+    request = Request(
         image_column=image_column,
         caption_column=caption_column,
         max_train_samples=max_train_samples,
@@ -72,7 +72,7 @@ def open_source(
     raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
 
 
-def _open_file(path: Path, request: TableRequest) -> Source:
+def _open_file(path: Path, request: Request) -> Source:
     if is_tar_name(path.name):
         return open_tars([(path.name, path)], {}, request)
     if path.suffix != ".parquet":
@@ -80,9 +80,9 @@ def _open_file(path: Path, request: TableRequest) -> Source:
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
-def _open_folder(listing: FolderListing, request: TableRequest) -> Source:
+def _open_folder(listing: FolderListing, request: Request) -> Source:
     if any(path.rpartition("/")[2] in METADATA_NAMES for path in listing.files):
-        return open_imagefolder(listing, request.caption_column, request.max_train_samples, request.need_captions)
+        return open_imagefolder(listing, request)
     tars = sorted(path for path in listing.files if is_tar_name(path))
     if tars:
         refused = listing.refused | dict.fromkeys(listing.images, "an image beside tars, which it is not in")
@@ -92,5 +92,5 @@ def _open_folder(listing: FolderListing, request: TableRequest) -> Source:
         refused = listing.refused | dict.fromkeys(listing.images, "an image beside parquet files, which it is not in")
         return open_parquet(listing.root, parquet, refused, request)
     if listing.images or listing.refused:
-        return open_pairs(listing, request.max_train_samples, request.need_captions)
+        return open_pairs(listing, request)
     raise SourceError(f"{listing.root} holds no images among its {len(listing.files):,} files; expected {_EXPECTED}")

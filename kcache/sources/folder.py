@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from kcache.errors import InputRejected, SourceError
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, caption_tuple, locate, read_file, readable
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_EXPECTED = (
+    'images with a row each in metadata.jsonl, e.g. {"file_name": "a.jpg", "text": "a cat"}, or with a text file each, '
+    "a.txt beside a.jpg"
+)
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl", "pbm", "pgm", "png",
@@ -111,15 +116,14 @@ def _list_entry(entry: os.DirEntry[str], path: str, listing: FolderListing, wait
         listing.refused[path] = "not a regular file"
 
 
-def open_imagefolder(
-    listing: FolderListing, caption_column: str, max_train_samples: int | None, need_captions: bool
-) -> FolderSource:
+def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
     """Join the images of a folder with the rows of its metadata files; raises SourceError when no sample is left."""
     metadata = sorted(path for path in listing.files if path.rpartition("/")[2] in METADATA_NAMES)
     samples: dict[str, tuple[str, ...]] = {}
     refused = dict(listing.refused)
     columns: set[str] = set()
     named: set[str] = set()
+    caption_column, need_captions = request.caption_column, request.need_captions
     for metadata_path in metadata:
         folder = metadata_path[: metadata_path.rfind("/") + 1]
         for line, value in _read_rows(listing.root / metadata_path):
@@ -146,10 +150,10 @@ def open_imagefolder(
             samples[path] = ()
     where = readable(metadata[0]) if len(metadata) == 1 else f"{len(metadata)} metadata files"
     origin = f"captions from {where} column {caption_column!r}"
-    return _folder_source("imagefolder", origin, listing.root, samples, refused, max_train_samples)
+    return _folder_source("imagefolder", origin, listing.root, samples, refused, request)
 
 
-def open_pairs(listing: FolderListing, max_train_samples: int | None, need_captions: bool) -> FolderSource:
+def open_pairs(listing: FolderListing, request: Request) -> FolderSource:
     """Join each image x.jpg with its captions in x.txt; raises SourceError when no sample is left."""
     samples: dict[str, tuple[str, ...]] = {}
     refused = dict(listing.refused)
@@ -160,7 +164,7 @@ def open_pairs(listing: FolderListing, max_train_samples: int | None, need_capti
         try:
             if text in listing.files:
                 samples[path] = caption_file(listing.root / text)
-            elif need_captions:
+            elif request.need_captions:
                 raise InputRejected("source", f"no captions: there is no {PurePosixPath(text).name!a} beside it")
             else:
                 samples[path] = ()
@@ -168,7 +172,7 @@ def open_pairs(listing: FolderListing, max_train_samples: int | None, need_capti
             refused[path] = rejection.reason
     refused |= dict.fromkeys(orphans, "a caption file without an image of its name")
     origin = "captions from .txt files" if any(samples.values()) else "no captions"
-    return _folder_source("folder", origin, listing.root, samples, refused, max_train_samples)
+    return _folder_source("folder", origin, listing.root, samples, refused, request)
 
 
 def _folder_source(
@@ -176,20 +180,13 @@ def _folder_source(
     origin: str,
     root: Path,
     samples: dict[str, tuple[str, ...]],
-    refused: dict[str, str],
-    max_train_samples: int | None,
+    reasons: dict[str, str],
+    request: Request,
 ) -> FolderSource:
-    refusals = tuple(Refusal(name=readable(name), stage="source", reason=refused[name]) for name in sorted(refused))
-    if not samples:
-        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3])
-        raise SourceError(
-            f"{root} offers no sample: all {len(refusals):,} inputs found were refused ({examples}); expected images "
-            'with a row each in metadata.jsonl, e.g. {"file_name": "a.jpg", "text": "a cat"}, or with a text file '
-            "each, a.txt beside a.jpg"
-        )
-    chosen = sorted(samples.items())[:max_train_samples]
+    refused = refusals(str(root), samples, dict(sorted(reasons.items())), expected=_EXPECTED)
+    chosen = sorted(samples.items())[: request.max_train_samples]
     description = f"{kind}: {len(chosen):,} image{'s' if len(chosen) != 1 else ''}, {origin}"
-    return FolderSource(description=description, refused=refusals, root=root, samples=chosen)
+    return FolderSource(description=description, refused=refused, root=root, samples=chosen)
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, object]]:

@@ -1,10 +1,31 @@
-"""What a source of images and captions offers to a build, whatever it is stored as."""
+"""What a source of images and captions is asked for, and what it offers to a build, whatever it is stored as.
 
-from collections.abc import Sequence
+A new kind of source is a class with the members of `Source` and a function that gets a `Request`, finds the samples,
+notes why anything else is refused, and ends in `refusals`; `open_source` calls it where it finds such a source.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from kcache.errors import SourceError
+from kcache.sources.reading import readable
 from kcache.store.digests import DigestMemo
 from kcache.store.samples import Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to take from a source."""
+
+    image_column: str
+    """Of a table."""
+    caption_column: str
+    """Of a table, or of metadata."""
+    max_train_samples: int | None
+    """Only the first ones."""
+    need_captions: bool
+    """Whether an image without captions is refused."""
 
 
 class Source(Protocol):
@@ -32,3 +53,18 @@ class Source(Protocol):
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
+
+
+def refusals(
+    place: str, samples: Collection[object], reasons: Mapping[str, str], *, expected: str
+) -> tuple[Refusal, ...]:
+    """What a source refuses, from why each input is, by name; raises SourceError when it found no samples in `place`.
+
+    `expected` tells what would have been samples, and what to do.
+    """
+    refused = tuple(Refusal(name=readable(name), stage="source", reason=reason) for name, reason in reasons.items())
+    if not samples:
+        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
+        why = f"all {len(refused):,} inputs found were refused ({examples})" if refused else "it is empty"
+        raise SourceError(f"{place} offers no sample: {why}; expected {expected}")
+    return refused

@@ -19,6 +19,7 @@ from kcache.sources.arrow_files import (
     is_caption_type,
     is_image_type,
 )
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
@@ -29,16 +30,6 @@ _NO_BYTES = bytes(_KEY_BYTES)
 
 SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
 """Files that only `save_to_disk` writes: the first for several splits, the second for one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableRequest:
-    """What to take from the rows."""
-
-    image_column: str
-    caption_column: str
-    max_train_samples: int | None
-    need_captions: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +115,13 @@ class TableSource:
         return locate(path, self.roots[0], self.roots)
 
 
-def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: TableRequest) -> TableSource:
+def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
     """Open parquet files given relative to a folder; raises SourceError when they offer no sample."""
     files = [(readable(path), root / path) for path in paths]
-    return _open_rows("parquet", str(root), ParquetFile, files, [root], request, refused=refused)
+    return _open_rows("parquet", str(root), ParquetFile, files, [root], request, reasons=refused)
 
 
-def open_saved_dataset(folder: Path, request: TableRequest) -> TableSource:
+def open_saved_dataset(folder: Path, request: Request) -> TableSource:
     """Open what `save_to_disk` wrote, of several splits the one called train; raises SourceError."""
     root = folder.resolve()
     label = "dataset"
@@ -153,7 +144,7 @@ def open_saved_dataset(folder: Path, request: TableRequest) -> TableSource:
     return _open_rows("saved dataset", str(root), ArrowStream, files, [root], request, numbered_through=True)
 
 
-def open_hub_dataset(name: str, revision: str | None, request: TableRequest) -> TableSource:
+def open_hub_dataset(name: str, revision: str | None, request: Request) -> TableSource:
     """Download the train split of a Hub dataset into the user's Hugging Face cache and open it; raises SourceError."""
     # Imported here, because it takes a second that no other source needs.
     import datasets
@@ -179,14 +170,14 @@ def _open_rows(
     reader: Callable[[Path], RowFile],
     files: Sequence[tuple[str, Path]],
     roots: Sequence[Path],
-    request: TableRequest,
+    request: Request,
     *,
     numbered_through: bool = False,
-    refused: Mapping[str, str] | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> TableSource:
     parts: list[_Part] = []
     samples: list[tuple[int, int, tuple[str, ...]]] = []
-    reasons = dict(refused or {})
+    reasons = dict(reasons or {})
     first_row = 0
     for label, path in files:
         if len(samples) == request.max_train_samples:
@@ -206,18 +197,14 @@ def _open_rows(
             raise SourceError(f"{path} cannot be read: {error}; expected a whole file; write it again") from error
         if numbered_through:
             first_row += part.file.starts[-1]
-    refusals = tuple(Refusal(name=readable(name), stage="source", reason=reason) for name, reason in reasons.items())
-    if not samples:
-        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3]) or "it has no rows"
-        raise SourceError(
-            f"{kind} {place} offers no sample ({examples}); expected rows with an image and a caption; correct the data"
-        )
+    expected = "rows with an image and a caption; correct the data"
+    refused = refusals(f"{kind} {place}", samples, reasons, expected=expected)
     captioned = any(captions for _, _, captions in samples)
     origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
     plural = "s" if len(samples) != 1 else ""
     return TableSource(
         description=f"{kind}: {len(samples):,} image{plural} from column {request.image_column!r}, {origin}",
-        refused=refusals,
+        refused=refused,
         parts=parts,
         samples=samples,
         images=HeldImages(request.image_column),
@@ -225,7 +212,7 @@ def _open_rows(
     )
 
 
-def _check_columns(file: RowFile, request: TableRequest) -> None:
+def _check_columns(file: RowFile, request: Request) -> None:
     wanted = [(request.image_column, is_image_type, "--image-column", "image bytes, or datasets' struct of them")]
     if request.need_captions or request.caption_column in file.schema.names:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
@@ -241,7 +228,7 @@ def _check_columns(file: RowFile, request: TableRequest) -> None:
             )
 
 
-def _caption_cells(file: RowFile, request: TableRequest) -> Iterator[tuple[int, object]]:
+def _caption_cells(file: RowFile, request: Request) -> Iterator[tuple[int, object]]:
     for chunk, first in enumerate(file.starts[:-1]):
         rows = file.starts[chunk + 1] - first
         if request.caption_column in file.schema.names:

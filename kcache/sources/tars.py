@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kcache.errors import InputRejected, SourceError
 from kcache.sources.folder import IMAGE_SUFFIXES
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.sources.table import TableRequest
 from kcache.sources.tar_members import Member, list_members
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
@@ -21,6 +21,7 @@ _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 _MAX_TARS = 1_000_000
+_EXPECTED = "plain tars with members such as 0001.jpg and 0001.txt side by side; correct the tars"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def is_tar_name(name: str) -> bool:
     return _TAR_NAME.search(name.lower()) is not None
 
 
-def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], request: TableRequest) -> TarSource:
+def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], request: Request) -> TarSource:
     """Open tars given as (what to call it, file); raises SourceError when they offer no sample.
 
     The caption of a sample is its .txt member, else what its .json member has in the caption column or in "caption".
@@ -117,19 +118,14 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
             found.refused[label] = rejection.reason
         except OSError as error:
             found.refused[label] = f"cannot be read: {error.strerror}"
-    refusals = tuple(Refusal(name=readable(n), stage="source", reason=r) for n, r in sorted(found.refused.items()))
-    if not found.samples:
-        examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3]) or "they are empty"
-        raise SourceError(
-            f"{len(tars)} webdataset tars offer no sample ({examples}); expected plain tars with members such as "
-            "0001.jpg and 0001.txt side by side; correct the tars"
-        )
+    place, reasons = f"a webdataset of {len(tars)} tars", dict(sorted(found.refused.items()))
+    all_refused = refusals(place, found.samples, reasons, expected=_EXPECTED)
     images, used = len(found.samples), len({sample.tar for sample in found.samples})
     counts = f"{images:,} image{'s' if images != 1 else ''} in {used:,} tar{'s' if used != 1 else ''}"
     origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
     return TarSource(
         description=f"webdataset: {counts}, {origin}",
-        refused=refusals,
+        refused=all_refused,
         tars=tars,
         samples=found.samples,
     )
@@ -188,7 +184,7 @@ def _unfinished(paths: Sequence[Path]) -> set[Path]:
     return {path for path in paths if stats[path.parent] and f"{path.stem}_stats.json" not in stats[path.parent]}
 
 
-def _read_tar(number: int, label: str, path: Path, request: TableRequest, found: _Found) -> None:
+def _read_tar(number: int, label: str, path: Path, request: Request, found: _Found) -> None:
     if path.suffix.lower() != ".tar":
         raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
     listing = list_members(path)
@@ -255,7 +251,7 @@ def _checked(member: Member, limit: int) -> Member:
     return member
 
 
-def _captions(path: Path, group: _Group, request: TableRequest) -> tuple[tuple[str, ...], str]:
+def _captions(path: Path, group: _Group, request: Request) -> tuple[tuple[str, ...], str]:
     """The captions of a sample, and where they stood."""
     if (text := group.members.get("txt")) is not None:
         _checked(text, MAX_TEXT_BYTES)

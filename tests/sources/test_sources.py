@@ -367,7 +367,8 @@ def test_paths_in_rows_stay_in_the_folder(tmp_path: Path, memo: DigestMemo) -> N
         ({"image": [b"A"], "prompt": ["a"]}, r"no column 'text'; found image, prompt; .*--caption-column"),
         ({"image": ["a.jpg"], "text": ["a"]}, r"column 'image' holds string; expected image bytes"),
         ({"image": [b"A"], "text": [3]}, r"column 'text' holds int64; expected strings"),
-        ({"image": [b"A"], "text": pa.array([None], pa.string())}, r"offers no sample .*row 0: no caption"),
+        ({"image": [b"A"], "text": pa.array([None], pa.string())}, r"offers no sample: all 1 .*row 0: no caption"),
+        ({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}, r"offers no sample: it is empty"),
     ],
 )
 def test_unfit_columns_are_errors_that_say_what_is_there(tmp_path: Path, columns: Any, message: str) -> None:

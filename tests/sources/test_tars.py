@@ -288,7 +288,7 @@ def test_a_tar_cut_anywhere_keeps_what_is_whole_and_names_the_loss(tmp_path: Pat
 def test_headers_that_lie_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content + bytes(1024))
     assert all(member.problem for member in list_members(tmp_path / "x.tar").members)
-    with pytest.raises(SourceError, match="offer no sample"):
+    with pytest.raises(SourceError, match="offers no sample"):
         open_source(str(tmp_path / "x.tar"), need_captions=False)
 
 
