@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kcache.durable import write_bytes
 from kcache.store.manifest import Manifest, TableEntry
-from kcache.store.recipe import Field
+from kcache.store.recipe import Field, kind_of
 
 CARD = "README.md"
 _MARK = "<!-- Written by kcache, anew with every build. Remove this line to keep your own changes. -->"
@@ -91,7 +91,7 @@ def _features(manifest: Manifest, most_captions: int) -> list[str]:
     for name, entry in sorted(manifest.tables.items()):
         for field in entry.recipe.fields:
             member = field.name if shared.count(field.name) == 1 else name
-            for number in range(most_captions if name == "text" else 1):
+            for number in range(most_captions if kind_of(name).per == "caption" else 1):
                 lines += [f'- name: "{_member(member, number, "npy")}"', *_nested(field, entry.recipe.stored_dtype)]
     return [*lines, "- name: __key__", "  dtype: string", "- name: __url__", "  dtype: string"]
 

@@ -18,6 +18,7 @@ from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
 from kcache.store.index import statistics, token_counts
 from kcache.store.manifest import Manifest
+from kcache.store.recipe import kind_of, side_of, sides_of
 from kcache.store.samples import read_refused, read_some_samples
 
 SHOWN = 24
@@ -98,7 +99,7 @@ def _samples(cache: Cache, look: CacheLook, report: Report) -> list[Block]:
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(SHOWN, len(cache))).astype(np.int64))
     told = read_some_samples(cache.path, cache.manifest, chosen, ["name", "captions", "width", "height"])
     intro = Text(text=f"{len(chosen)} of {len(cache):,} samples, evenly spread over the cache.")
-    sides = sorted(int(name.removeprefix("latents-")) for name in cache.recipes if name.startswith("latents-"))
+    sides = sides_of(cache.recipes)
     if look.source is None and (look.decoder is None or not sides):
         reason = "give --pretrained-decoder-model-name-or-path or --source" if sides else "it has none: give --source"
         none = Text(text=f"No pictures: a cache holds none, and its latents were not decoded ({reason}).")
@@ -118,7 +119,7 @@ def _pictures(
     if look.source is not None:
         given = originals(cache, chosen, look.source, look.image_column, side, report)
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
-    if look.decoder is not None and f"latents-{side}" in cache.recipes:
+    if look.decoder is not None and side in sides_of(cache.recipes):
         made = decoded(_at(cache, side), chosen, look.decoder, look.device, report)
     figures: list[Block] = []
     ratios = []
@@ -186,12 +187,12 @@ def _norms(cache: Cache, report: Report) -> list[Block]:
     chosen = np.sort(rng.choice(len(cache), min(SAMPLED_ROWS, len(cache)), replace=False))
     blocks: list[Block] = []
     for table, recipe in sorted(cache.recipes.items()):
-        side = int(table.removeprefix("latents-")) if table.startswith("latents-") else None
+        side = side_of(table)
         opened = _at(cache, side)
         for field in recipe.fields:
-            if not field.ragged and (table != "text" or np.diff(cache.caption_bounds).all()):
+            if not field.ragged and (kind_of(table).per == "image" or np.diff(cache.caption_bounds).all()):
                 norms = _norms_of(opened, chosen, field.name, table, report)
-                title = table if field.name == "latents" else field.name
+                title = field.name if side is None else table
                 shape = " × ".join(map(str, field.shape))
                 text = (
                     f"Euclidean norms of {len(norms):,} of {len(cache):,} rows of {shape} {recipe.stored_dtype} values."
