@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
 from kcache.settings import marks_of
+from kcache.store.recipe import sides_of
 from kcache.store.run_directory import read_config, read_metrics, read_validation
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -133,7 +134,7 @@ def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, w
 
 def _size(tables: Mapping[str, str]) -> str:
     """Draw at the size that the decoder was trained at, not at its pipeline's default."""
-    sides = [name.removeprefix("latents-") for name in tables if name.startswith("latents-")]
+    sides = sides_of(tables)
     return f", height={sides[0]}, width={sides[0]}" if sides else ""
 
 

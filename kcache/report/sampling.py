@@ -14,6 +14,7 @@ from kcache.encoders.repositories import COMPONENTS, Repository, component_confi
 from kcache.errors import ConfigError, ModelError
 from kcache.machine import check_device, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
+from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, read_config
 
 with without_advice():
@@ -207,9 +208,8 @@ def _trained_side(decoder: Repository, lora: Sequence[Path]) -> int:
     """Pixels of a side of what was trained on last: by a LoRA, then by the decoder; `SIDE` where no run says."""
     for path in (*reversed(lora), decoder.path):
         tables = _told(path if path.is_dir() else path.parent).get("cache", {}).get("tables", {})
-        for table in tables:
-            if table.startswith("latents-"):
-                return int(table.removeprefix("latents-"))
+        if sides := sides_of(tables):
+            return sides[0]
     return SIDE
 
 

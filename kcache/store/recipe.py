@@ -119,8 +119,8 @@ def side_of(table: str) -> int | None:
 
 
 def sides_of(tables: Collection[str]) -> list[int]:
-    """The sides that there are tables for, ascending."""
-    return sorted(side for side in map(side_of, tables) if side is not None)
+    """The sides that there are tables for, ascending; names of no table are passed over."""
+    return sorted(side for name in tables if TABLE_NAME.fullmatch(name) and (side := side_of(name)) is not None)
 
 
 def table_names(stage: Stage, resolutions: Sequence[int]) -> tuple[str, ...]:
