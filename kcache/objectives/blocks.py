@@ -66,14 +66,14 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def check_attention(attention: str, stage: str) -> None:
-    """Check, before anything is loaded, that `attention` ("sdpa" or "xformers") works for `stage` on this machine.
+def check_attention(attention: str, network_class: type[ModelMixin]) -> None:
+    """Check, before anything is loaded, that `attention` ("sdpa" or "xformers") works for such a network here.
 
-    `stage` is "prior" or "decoder". Raises ConfigError.
+    Raises ConfigError.
     """
     if attention == "sdpa":
         return
-    if stage == "prior":
+    if issubclass(network_class, PriorTransformer):
         raise ConfigError(
             "--attention xformers is for the decoder; the prior masks its 81 tokens, and xformers takes masks only in "
             "multiples of 8; use --attention sdpa, which needs no installation"
@@ -97,7 +97,7 @@ def choose_attention(network: ModelMixin, attention: str) -> None:
     """
     if attention == "sdpa":
         return
-    check_attention(attention, "prior" if isinstance(network, PriorTransformer) else "decoder")
+    check_attention(attention, type(network))
     try:
         network.enable_xformers_memory_efficient_attention()
     # What xformers raises when none of its kernels fits: it was built for another torch, or not for this device.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kcache.durable import write_bytes
 from kcache.errors import RunError
-from kcache.store.run_directory import read_metrics, read_validation
+from kcache.store.run_directory import CURVES_FILE, read_metrics, read_validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Panel = Callable[["Axes"], None]
 """Draws one thing into the axes it is given."""
 
-
-PICTURE = "loss.png"
 POINTS = 1000
 """Points of a curve: more than the picture has room for would only make it slower to draw."""
 SMOOTHING = 0.02
@@ -63,8 +61,8 @@ def plot_run(run_dir: Path) -> Path:
         _draw(figure, run_dir.resolve().name, metrics, validation)
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
-    write_bytes(run_dir / PICTURE, picture.getvalue())
-    return run_dir / PICTURE
+    write_bytes(run_dir / CURVES_FILE, picture.getvalue())
+    return run_dir / CURVES_FILE
 
 
 def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:

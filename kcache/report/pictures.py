@@ -22,6 +22,7 @@ from kcache.encoders.repositories import Repository, component_config
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.grid import captioned_grid, png_bytes
+from kcache.store.run_directory import PICTURES_FOLDER
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -34,7 +35,6 @@ DECODER_STEPS = 20
 """Half of what a finished picture takes: enough to see what was learned."""
 GUIDANCE_SCALE = 4.0
 """Of both halves, as in the pipelines' own examples."""
-FOLDER = "pictures"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +128,7 @@ def save_pictures(run_dir: Path, step: int, pictures: "Sequence[Image.Image]", p
 
     `prompts` has one for each picture. Raises CacheWriteError when it cannot be written.
     """
-    path = run_dir / FOLDER / f"step-{step:06d}.png"
+    path = run_dir / PICTURES_FOLDER / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, png_bytes(captioned_grid(pictures, prompts)))
     return path

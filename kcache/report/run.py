@@ -14,10 +14,17 @@ from kcache.config import TrainConfig
 from kcache.errors import RunError
 from kcache.report.figures import LOSS, beside, curve, curve_panel, picture, run_panels
 from kcache.report.grid import cut_grid
-from kcache.report.model_card import LORA_FILE
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
-from kcache.store.run_directory import read_config, read_metrics, read_starts, read_validation
+from kcache.store.run_directory import (
+    LORA_FILE,
+    PICTURES_FOLDER,
+    PIPELINE_FILE,
+    read_config,
+    read_metrics,
+    read_starts,
+    read_validation,
+)
 
 LAST_STEPS = 100
 """Steps over which the loss, which is noisy from step to step, is averaged."""
@@ -115,7 +122,7 @@ def _overview(run: Run) -> Table:
 def _state(run: Run) -> str:
     planned, checkpoints = run.told.get("max_steps"), checkpoint_steps(run.folder)
     done = f"{run.step:,} of {planned:,} steps" if isinstance(planned, int) else f"{run.step:,} steps"
-    result = (run.folder / LORA_FILE).is_file() or (run.folder / "model_index.json").is_file()
+    result = (run.folder / LORA_FILE).is_file() or (run.folder / PIPELINE_FILE).is_file()
     if result and not (isinstance(planned, int) and run.step < planned):
         return f"finished: {done}"
     if checkpoints:
@@ -243,7 +250,7 @@ NEWEST_BYTES, STRIPS_BYTES = 1_200_000, 1_800_000
 
 def grids_of(run_dir: Path) -> list[Path]:
     """The grids of pictures in a run directory, in the order of their steps."""
-    return sorted(run_dir.glob("pictures/step-*.png"), key=lambda path: (len(path.name), path.name))
+    return sorted(run_dir.glob(f"{PICTURES_FOLDER}/step-*.png"), key=lambda path: (len(path.name), path.name))
 
 
 def drawn_prompts(config: Mapping[str, Any]) -> list[str]:
