@@ -34,13 +34,15 @@ class Objective(torch.nn.Module):
     """What some samples train without, for classifier-free guidance."""
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     """What `measure` gives of each sample."""
-    packed = False
-    """Whether the network runs on valid tokens only."""
 
     network: Any
     """The one that learns."""
     scheduler: DDPMScheduler
     """The schedule of the noise in training."""
+    most_tokens: int | None = None
+    """Tokens that a caption may have; None where no captions are read."""
+    packed = False
+    """Whether the network runs on valid tokens only."""
 
     @property
     def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
@@ -49,11 +51,6 @@ class Objective(torch.nn.Module):
         Of a ragged field it is the shape of one token.
         """
         raise NotImplementedError
-
-    @property
-    def most_tokens(self) -> int | None:
-        """Tokens that a caption may have; None where no captions are read."""
-        return None
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts of each draw of noise, and what it should."""
@@ -114,6 +111,7 @@ class PriorObjective(Objective):
         prior.clip_mean.requires_grad_(False)
         prior.clip_std.requires_grad_(False)
         self.network = prior
+        self.most_tokens = prior.config.num_embeddings
         # The schedule that the released prior was trained with; the one in its repository is for sampling.
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
 
@@ -126,11 +124,6 @@ class PriorObjective(Objective):
             "text_embeds": (config.embedding_proj_dim or config.embedding_dim,),
             "text_encoder_hidden_states": (config.embedding_dim,),
         }
-
-    @property
-    def most_tokens(self) -> int:
-        """As many as the prior has places for."""
-        return int(self.network.config.num_embeddings)
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, and what it should: the normalised image_embeds, both (B K, D).
