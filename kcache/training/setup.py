@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import PIPELINES, Repository, find_repository, weights_digest
@@ -20,7 +19,7 @@ from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
-from kcache.training.optimizer import check_optimizer, make_average, make_optimizer
+from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
@@ -65,10 +64,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         raw_objective=objective,
         objective=prepared,
         optimizer=optimizer,
-        # Warm-up and total are counted in optimizer steps, whatever the accumulation and the number of processes.
-        lr_scheduler=get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_steps
-        ),
+        lr_scheduler=make_schedule(optimizer, config, max_steps),
         loader=_make_loader(cache, objective, config, accelerator),
         global_batch=global_batch,
         max_steps=max_steps,
