@@ -1,4 +1,4 @@
-"""Where networks come from: a repository in diffusers layout, its configurations and the digests of its files.
+"""Where networks come from: how a pipeline is laid out, a repository of one, the digests of its files.
 
 Nothing here loads a network, and only safetensors, JSON and text files are fetched or digested.
 """
@@ -9,17 +9,70 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.errors import ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import canonical_json
 
-_CONFIG_NAMES = {
-    "image_processor": "preprocessor_config.json",
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
+
+class Component(NamedTuple):
+    """One folder of a pipeline: whose class reads it, and its configuration."""
+
+    library: str
+    class_name: str | None
+    """None where there are several, and the configuration names its own."""
+    config_file: str = "config.json"
+
+
+COMPONENTS = {
+    "prior": Component("diffusers", "PriorTransformer"),
+    "image_encoder": Component("transformers", "CLIPVisionModelWithProjection"),
+    "text_encoder": Component("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": Component("transformers", "CLIPTokenizer", "tokenizer_config.json"),
+    # This name on every machine: the class that transformers resolves it to depends on what is installed.
+    "image_processor": Component("transformers", "CLIPImageProcessor", "preprocessor_config.json"),
+    "scheduler": Component("diffusers", None, "scheduler_config.json"),
+    "unet": Component("diffusers", "UNet2DConditionModel"),
+    "movq": Component("diffusers", "VQModel"),
 }
+"""All components of Kandinsky 2.2, by their folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """One half of Kandinsky 2.2, which diffusers loads as a pipeline."""
+
+    class_name: str
+    network: str
+    """The component that learns."""
+    components: tuple[str, ...]
+    """All of them, that one included."""
+    published: str
+    """Where the half that was released is found on the Hub."""
+    other: str
+    """The half that it draws pictures with."""
+
+
+PIPELINES = {
+    "prior": Pipeline(
+        class_name="KandinskyV22PriorPipeline",
+        network="prior",
+        components=("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor", "scheduler"),
+        published=PRIOR_REPO,
+        other="decoder",
+    ),
+    "decoder": Pipeline(
+        class_name="KandinskyV22Pipeline",
+        network="unet",
+        components=("unet", "movq", "scheduler"),
+        published=DECODER_REPO,
+        other="prior",
+    ),
+}
+"""The two halves, by the stage that trains them."""
+
 _WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")
 """transformers' and diffusers' names for the weights of a component."""
 _LARGE_BYTES = 1_000_000_000
@@ -167,7 +220,7 @@ def _download(name: str, revision: str | None, components: Sequence[str], cache_
 
 
 def _config_path(repository: Repository, component: str) -> Path:
-    return repository.path / component / _CONFIG_NAMES.get(component, "config.json")
+    return repository.path / component / COMPONENTS[component].config_file
 
 
 def _weights_files(repository: Repository, component: str) -> list[Path]:
@@ -217,10 +270,3 @@ def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"
-
-
-COMPONENTS = {
-    "prior": ("prior", "image_encoder", "text_encoder", "tokenizer", "image_processor", "scheduler"),
-    "unet": ("unet", "movq", "scheduler"),
-}
-"""What a pipeline consists of, by the name of the network that learns."""

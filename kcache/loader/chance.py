@@ -1,22 +1,41 @@
-"""What chance decides in training, drawn per sample so that nothing but the seed and the sample's turn can change it.
+"""What chance decides in training: the order of each epoch, and per sample its noise and all else that is drawn.
 
-A sample's turn is its running number in the whole training: optimizer step × global batch + position in the global
-batch. Each draw is a stream of numpy's Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") keyed by (seed, purpose) with the turn in its counter: the same on every device, number of processes, thread
-and residency, and after any interruption. A sample may take several draws of noise and timestep: the counter holds the
-draw's number as well, and the first is what it would be alone. The order of an epoch is drawn from the same key space.
+Nothing but the seed and the sample's turn can change it. The turn is a sample's running number in the whole training:
+optimizer step × global batch + position in the global batch. Each draw is a stream of numpy's Philox generator (Salmon
+et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by (seed, purpose) with the turn, or of an order the
+epoch, in its counter: the same on every device, number of processes, thread and residency, and after any interruption.
+A sample may take several draws of noise and timestep: the counter holds the draw's number as well, and the first is
+what it would be alone.
 """
 
 from itertools import product
 
 import numpy as np
 
-_NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = 1, 2, 3, 4, 5, 6
+_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = range(7)
+"""What is drawn, by its number in the key: one is never used for two things."""
+
+BLOCK_ROWS = 16
+"""Neighbouring samples that "block" shuffling keeps together on disk."""
+WINDOW_ROWS = 16_384
+"""Samples among which "block" shuffling mixes freely: 1.2 GB of latents at 768 pixels."""
 
 
-def _stream(seed: int, purpose: int, turn: int, number: int = 0) -> np.random.Generator:
-    # The generator counts in the lowest word of its counter; what tells streams apart is higher, so they never meet.
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, number]))
+def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
+    """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64.
+
+    "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
+    nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
+    """
+    generator = _stream(seed, _ORDER, epoch)
+    if shuffle == "full":
+        return generator.permutation(samples)
+    starts = generator.permutation(np.arange(0, samples, BLOCK_ROWS))
+    blocks = (starts[:, None] + np.arange(BLOCK_ROWS)).reshape(-1)
+    order = blocks[blocks < samples]
+    for start in range(0, samples, WINDOW_ROWS):
+        generator.shuffle(order[start : start + WINDOW_ROWS])
+    return order
 
 
 def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...], draws: int = 1) -> np.ndarray:
@@ -69,29 +88,6 @@ def _draw_dropout(seed: int, purpose: int, turns: np.ndarray, probability: float
     return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)
 
 
-BLOCK_ROWS = 16
-"""Neighbouring samples that "block" shuffling keeps together on disk."""
-
-
-WINDOW_ROWS = 16_384
-"""Samples among which "block" shuffling mixes freely: 1.2 GB of latents at 768 pixels."""
-
-
-_ORDER = 0
-
-
-def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
-    """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64.
-
-    "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
-    nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, _ORDER], counter=[0, 0, epoch, 0]))
-    if shuffle == "full":
-        return generator.permutation(samples)
-    starts = generator.permutation(np.arange(0, samples, BLOCK_ROWS))
-    blocks = (starts[:, None] + np.arange(BLOCK_ROWS)).reshape(-1)
-    order = blocks[blocks < samples]
-    for start in range(0, samples, WINDOW_ROWS):
-        generator.shuffle(order[start : start + WINDOW_ROWS])
-    return order
+def _stream(seed: int, purpose: int, turn: int, number: int = 0) -> np.random.Generator:
+    # The generator counts in the lowest word of its counter; what tells streams apart is higher, so they never meet.
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, number]))

@@ -1,6 +1,6 @@
 """Batch → loss, for each thing that can be learnt. Knows no file of a cache.
 
-- `losses`: the objectives
+- `losses`: the objectives, and what the training loop asks each of them
 - `packing`, `packed_attention`: the prior over the tokens that there are
 - `lora`: adapters beside a network's own weights
 - `blocks`: a network's blocks recomputed, compiled, or with another attention

@@ -1,4 +1,6 @@
-"""What is done to the repeated blocks of a network: recomputed, compiled, or given another attention.
+"""What is done to the blocks that a network consists of: recomputed, compiled, or given another attention.
+
+A block is a transformer block of the prior, or a resnet or an attention of the decoder's UNet (`outermost_blocks`).
 
 **Gradient checkpointing**: activations are computed again in the backward pass instead of being kept. diffusers' own
 switch leaves out the attentions of Kandinsky's decoder and knows nothing for the prior.
@@ -10,9 +12,9 @@ rounds its number of tokens up (see `kcache.objectives.packing`), after which fe
 measured beside training runs the blocks uncompiled, at shapes of its own. Results are those of the plain network up to
 the order of sums, but dropout in adapters draws other numbers from the same seed.
 
-**Attention** by torch's scaled_dot_product_attention, or by xformers where it can: xformers (looked at: 0.0.35) runs on
-CUDA only, and takes a mask only if its rows begin at multiples of 16 bytes. Those of the prior hold 81 tokens (77 of
-text and 4 others) and do not, so it works for the decoder alone, which masks nothing. The decoder's attention has extra
+**Attention** is torch's scaled_dot_product_attention, or that of xformers, which (looked at: 0.0.35) runs on CUDA only,
+and takes a mask only if its rows begin at multiples of 16 bytes. Those of the prior hold 81 tokens (77 of text and 4
+others) and do not, so it works for the decoder alone, which masks nothing. The decoder's attention has extra
 projections for the image embedding; diffusers once refused xformers for those, and has had its own attention processor
 for them since.
 """
@@ -34,30 +36,31 @@ from torch.utils.checkpoint import checkpoint
 from kcache.errors import ConfigError
 
 _BLOCKS = (Attention, BasicTransformerBlock, ResnetBlock2D)
-
-
-def recompute_blocks(network: ModelMixin) -> None:
-    """Keep between forward and backward only the input of each block of `network`, at the price of a second forward.
-
-    Blocks are the prior's transformer blocks, and all resnets and attentions of the decoder's UNet. Losses and
-    gradients stay the same, dropout included, as do the names of parameters. Chen et al. 2016, Training Deep Nets with
-    Sublinear Memory Cost, arXiv 1604.06174.
-    """
-    for block in outermost_blocks(network):
-        # A partial of a bound method: a deep copy of the network then calls its own blocks, as a closure would not.
-        block.forward = partial(_recomputed, block.forward)
+BACKEND = "inductor"
+"""Who makes the kernels, by torch's name."""
+MOST_GRAPHS = 256
+"""Of one block's code. torch's own limit, 8, is less than the decoder has kinds of blocks; beyond it, nothing more is
+compiled, without a word."""
 
 
 def outermost_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The prior's transformer blocks, or the resnets and attentions of the decoder's UNet, in the network's order.
-
-    What lies in a block belongs to it, and is not given again.
-    """
+    """The blocks of a network, in its order; what lies in a block belongs to it, and is not given again."""
     for child in module.children():
         if isinstance(child, _BLOCKS):
             yield child
         else:
             yield from outermost_blocks(child)
+
+
+def recompute_blocks(network: ModelMixin) -> None:
+    """Keep between forward and backward only the input of each block of `network`, at the price of a second forward.
+
+    Losses and gradients stay the same, dropout included, as do the names of parameters. Chen et al. 2016, Training Deep
+    Nets with Sublinear Memory Cost, arXiv 1604.06174.
+    """
+    for block in outermost_blocks(network):
+        # A partial of a bound method: a deep copy of the network then calls its own blocks, as a closure would not.
+        block.forward = partial(_recomputed, block.forward)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,14 +69,50 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def check_attention(attention: str, stage: str) -> None:
-    """Check, before anything is loaded, that `attention` ("sdpa" or "xformers") works for `stage` on this machine.
+def check_compiler(device: torch.device) -> None:
+    """Compile a small function for `device`, forward and backward, before anything is begun; raises ConfigError."""
+    numbers = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(_trial, backend=BACKEND, dynamic=False)(numbers).backward()
+    # What torch raises when there is no compiler, no Triton, no folder to write to, or no such backend.
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].split())[:300]
+        raise ConfigError(
+            f"--compile fails on {device} ({reason}); expected what torch.compile needs, a C++ compiler for a CPU or "
+            "Triton for CUDA; install it, or train with --no-compile"
+        ) from error
 
-    `stage` is "prior" or "decoder". Raises ConfigError.
+
+def _trial(numbers: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(numbers).sum()
+
+
+def compile_blocks(network: ModelMixin, *, packed: bool) -> None:
+    """Compile the blocks of `network`; a `packed` prior's last one stays as it is.
+
+    That one meets what was not rounded up: the tokens that a prediction is read from.
+    """
+    # A block is a checkpoint or nothing: its graph need not be cut where gradients of earlier ones could be sent off.
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    blocks = list(outermost_blocks(network))
+    for block in blocks[:-1] if packed else blocks:
+        block.compile(backend=BACKEND, dynamic=False)
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[object]:
+    """Run blocks as they were before `compile_blocks`, if they are `compiled`."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def check_attention(attention: str, network_class: type[ModelMixin]) -> None:
+    """Check, before anything is loaded, that `attention` ("sdpa" or "xformers") works for such a network here.
+
+    Raises ConfigError.
     """
     if attention == "sdpa":
         return
-    if stage == "prior":
+    if issubclass(network_class, PriorTransformer):
         raise ConfigError(
             "--attention xformers is for the decoder; the prior masks its 81 tokens, and xformers takes masks only in "
             "multiples of 8; use --attention sdpa, which needs no installation"
@@ -97,7 +136,7 @@ def choose_attention(network: ModelMixin, attention: str) -> None:
     """
     if attention == "sdpa":
         return
-    check_attention(attention, "prior" if isinstance(network, PriorTransformer) else "decoder")
+    check_attention(attention, type(network))
     try:
         network.enable_xformers_memory_efficient_attention()
     # What xformers raises when none of its kernels fits: it was built for another torch, or not for this device.
@@ -107,49 +146,6 @@ def choose_attention(network: ModelMixin, attention: str) -> None:
             f"--attention xformers fails on this machine ({reason}); expected an xformers built for torch "
             f"{torch.__version__} and this device; install that one, or use --attention sdpa"
         ) from error
-
-
-BACKEND = "inductor"
-"""Who makes the kernels, by torch's name."""
-MOST_GRAPHS = 256
-"""Of one block's code. torch's own limit, 8, is less than the decoder has kinds of blocks; beyond it, nothing more is
-compiled, without a word."""
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile a small function for `device`, forward and backward, before anything is begun; raises ConfigError."""
-    numbers = torch.ones(8, device=device, requires_grad=True)
-    try:
-        torch.compile(_trial, backend=BACKEND, dynamic=False)(numbers).backward()
-    # What torch raises when there is no compiler, no Triton, no folder to write to, or no such backend.
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = " ".join(str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].split())[:300]
-        raise ConfigError(
-            f"--compile fails on {device} ({reason}); expected what torch.compile needs, a C++ compiler for a CPU or "
-            "Triton for CUDA; install it, or train with --no-compile"
-        ) from error
-
-
-def compile_blocks(network: ModelMixin, *, packed: bool) -> None:
-    """Compile the blocks that gradient checkpointing knows of `network`; a `packed` prior's last one stays as it is.
-
-    That one meets what was not rounded up: the tokens that a prediction is read from.
-    """
-    # A block is a checkpoint or nothing: its graph need not be cut where gradients of earlier ones could be sent off.
-    torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    blocks = list(outermost_blocks(network))
-    for block in blocks[:-1] if packed else blocks:
-        block.compile(backend=BACKEND, dynamic=False)
-
-
-def _trial(numbers: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(numbers).sum()
-
-
-def uncompiled(compiled: bool) -> AbstractContextManager[object]:
-    """Run blocks as they were before `compile_blocks`, if they are `compiled`."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

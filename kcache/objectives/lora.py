@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from kcache.errors import ConfigError, ModelError
 
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
-"""The adapters' file in a folder."""
+WEIGHTS_FILE: str = LORA_WEIGHT_NAME_SAFE
+"""The adapters' file in a folder: pytorch_lora_weights.safetensors."""
 
 _ADAPTER = "default"
 _METADATA_KEY = "lora_adapter_metadata"

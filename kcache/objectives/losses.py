@@ -1,14 +1,15 @@
-"""The two training objectives of Kandinsky 2.2: a batch of cached rows, noise and timesteps in, the loss out.
+"""The training objectives of Kandinsky 2.2: a batch of cached rows, noise and timesteps in, losses out.
 
 An objective owns the network that learns and calls it in `forward`, so that whatever wraps the objective (autocast,
 data-parallel training) sees the network too. Noise and timesteps are arguments: nothing here draws anything, and
-nothing here waits for the device.
+nothing here waits for the device. All that the training loop knows of what is learnt, it asks of an `Objective`.
 """
 
 from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn import functional
@@ -19,13 +20,81 @@ from kcache.objectives.packing import allow_packing, predict_packed
 Batch = Mapping[str, Tensor]
 
 
-class PriorObjective(torch.nn.Module):
+class Objective(torch.nn.Module):
+    """What the objectives have in common. A new one says what stands first here, and how its network predicts."""
+
+    stage: ClassVar[Literal["prior", "decoder"]]
+    """The setting that chooses it, and the half of Kandinsky 2.2 that its network is of."""
+    network_name: ClassVar[str]
+    """The network's folder in the pipeline of that half."""
+    network_class: ClassVar[type[ModelMixin]]
+    noised_field: ClassVar[str]
+    """The field that noise is added to: noise has the shape of its rows."""
+    dropped: ClassVar[Literal["caption", "image"]]
+    """What some samples train without, for classifier-free guidance."""
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
+    """What `measure` gives of each sample."""
+
+    network: Any
+    """The one that learns."""
+    scheduler: DDPMScheduler
+    """The schedule of the noise in training."""
+    most_tokens: int | None = None
+    """Tokens that a caption may have; None where no captions are read."""
+    packed = False
+    """Whether the network runs on valid tokens only."""
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The fields of a batch, and the shape that the network wants of one row; None stands for any side.
+
+        Of a ragged field it is the shape of one token.
+        """
+        raise NotImplementedError
+
+    def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network predicts of each draw of noise, and what it should."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """The mean squared error of each draw of noise, (B,) float32; the arguments are those of `predict`.
+
+        With `snr_gamma` each is weighted by min(SNR, gamma), over SNR if noise is predicted. Hang et al. 2023,
+        Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+        """
+        errors = _errors(*self.predict(batch, noise, timesteps))
+        if snr_gamma is None:
+            return errors
+        snr = compute_snr(self.scheduler, timesteps)
+        weight = snr.clamp(max=snr_gamma)
+        if self.scheduler.config.prediction_type == "epsilon":
+            weight = weight / snr
+        return errors * weight
+
+    def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """The mean of `losses`, a float32 scalar."""
+        if snr_gamma is not None:
+            return self.losses(batch, noise, timesteps, snr_gamma).mean()
+        # In one sum over all numbers, as in the upstream scripts: a mean of means is rounded otherwise.
+        prediction, target = self.predict(batch, noise, timesteps)
+        return functional.mse_loss(prediction.float(), target)
+
+    forward = loss
+
+    def measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """How well each draw of noise is predicted, by all `measures`: (measures, B) float32."""
+        return self.losses(batch, noise, timesteps)[None]
+
+
+class PriorObjective(Objective):
     """The prior learns to predict a picture's CLIP embedding from its caption (the "sample" prediction of DDPM)."""
 
+    stage = "prior"
     network_name = "prior"
-    """Its folder in a pipeline."""
+    network_class = PriorTransformer
     noised_field = "image_embeds"
-    """The field that noise is added to: noise has the shape of its rows."""
+    dropped = "caption"
+    measures = ("loss", "cosine")
 
     def __init__(self, prior: PriorTransformer, *, packed: bool = True, bucketed: bool = False) -> None:
         """`packed` runs the network on valid tokens only, with the same result; `bucketed` then meets few shapes.
@@ -35,32 +104,26 @@ class PriorObjective(torch.nn.Module):
         super().__init__()
         if packed:
             allow_packing(prior)
-        self._packed = packed
+        self.packed = packed
         self._bucketed = bucketed
         # Constants of the model, kept as parameters: forward never uses them, and data-parallel training stops with an
         # error at parameters that want a gradient and get none.
         prior.clip_mean.requires_grad_(False)
         prior.clip_std.requires_grad_(False)
         self.network = prior
+        self.most_tokens = prior.config.num_embeddings
         # The schedule that the released prior was trained with; the one in its repository is for sampling.
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
 
     @property
     def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The fields of a batch, and the shape that the network wants of one row (of one token for ragged text)."""
+        """Embeddings (D,) of the picture and its caption, and the state of one token of that, (C,)."""
         config = self.network.config
         return {
             "image_embeds": (config.clip_embed_dim or config.embedding_dim,),
             "text_embeds": (config.embedding_proj_dim or config.embedding_dim,),
             "text_encoder_hidden_states": (config.embedding_dim,),
         }
-
-    def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean loss of a batch, a float32 scalar, weighted by `snr_gamma` (see `_weighted_mse`).
-
-        The arguments are those of `predict`.
-        """
-        return _weighted_mse(*self.predict(batch, noise, timesteps), self.scheduler, timesteps, snr_gamma)
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, and what it should: the normalised image_embeds, both (B K, D).
@@ -76,7 +139,7 @@ class PriorObjective(torch.nn.Module):
         target = (batch["image_embeds"].float() - network.clip_mean) / network.clip_std
         target = target.repeat_interleave(draws, 0)
         noisy = self.scheduler.add_noise(target, noise, timesteps)
-        if self._packed:
+        if self.packed:
             prediction = predict_packed(
                 network, noisy, timesteps, text_embeds, hidden_states, offsets, bucketed=self._bucketed
             )
@@ -91,16 +154,21 @@ class PriorObjective(torch.nn.Module):
         ).predicted_image_embedding
         return prediction, target
 
-    forward = loss
+    def measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Each draw's loss, and the cosine of the angle between the predicted embedding and the true one: (2, B)."""
+        prediction, target = self.predict(batch, noise, timesteps)
+        predicted, true = map(self.network.post_process_latents, (prediction.float(), target))
+        return torch.stack([_errors(prediction, target), functional.cosine_similarity(predicted, true)])
 
 
-class DecoderObjective(torch.nn.Module):
+class DecoderObjective(Objective):
     """The decoder learns to predict the noise in a picture's latents, given its CLIP embedding."""
 
+    stage = "decoder"
     network_name = "unet"
-    """Its folder in a pipeline."""
+    network_class = UNet2DConditionModel
     noised_field = "latents"
-    """The field that noise is added to: noise has the shape of its rows."""
+    dropped = "image"
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> None:
         super().__init__()
@@ -114,16 +182,9 @@ class DecoderObjective(torch.nn.Module):
 
     @property
     def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The fields of a batch, and the shape that the network wants of one row; None stands for any side."""
+        """The embedding (D,) of the picture, and its latents (4, any side, any side)."""
         config = self.network.config
         return {"image_embeds": (config.encoder_hid_dim,), "latents": (config.in_channels, None, None)}
-
-    def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean loss of a batch, a float32 scalar, weighted by `snr_gamma` (see `_weighted_mse`).
-
-        The arguments are those of `predict`.
-        """
-        return _weighted_mse(*self.predict(batch, noise, timesteps), self.scheduler, timesteps, snr_gamma)
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, and what it should: the noise, both (B, 4, h, w).
@@ -141,10 +202,9 @@ class DecoderObjective(torch.nn.Module):
         ).sample[:, : latents.shape[1]]
         return prediction, noise
 
-    forward = loss
 
-
-Objective = PriorObjective | DecoderObjective
+OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObjective, DecoderObjective)}
+"""By stage."""
 
 
 def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -161,18 +221,6 @@ def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tenso
     return hidden_states[index].where(mask[..., None], 0), mask
 
 
-def _weighted_mse(
-    prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float | None
-) -> Tensor:
-    """Mean squared error; with `snr_gamma` each sample is weighted by min(SNR, gamma), over SNR if noise is predicted.
-
-    Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
-    """
-    if snr_gamma is None:
-        return functional.mse_loss(prediction.float(), target)
-    snr = compute_snr(scheduler, timesteps)
-    weight = snr.clamp(max=snr_gamma)
-    if scheduler.config.prediction_type == "epsilon":
-        weight = weight / snr
-    loss = functional.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
-    return (loss * weight).mean()
+def _errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each row, (B,) float32."""
+    return functional.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)

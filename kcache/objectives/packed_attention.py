@@ -3,7 +3,8 @@
 A caption that learns from K draws of noise at once takes n + 1 + 3 K places: its text and text_embed stand there once,
 and behind them each draw's three tokens (time, noisy embedding, prediction). The prior's attention is causal, so what
 the first n + 1 compute depends on no draw; a draw sees them and itself. K copies of the caption would take K (n + 4).
-The attention itself is computed in three ways that agree up to rounding.
+A `PackingPlan` says where each token of a batch stands; given that, the attention is computed in one of three ways,
+which agree up to rounding.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,18 @@ DRAW_TOKENS = 3
 """Those of them that each draw of noise has of its own: all but text_embed."""
 BUCKET = 16
 """Rounded up to a multiple of this is the longest caption of a batch whose shapes are to be few."""
+
+PackedWay = Literal["grouped", "padded", "varlen"]
+"""Who computes attention within the samples of a packed batch; all give the same up to rounding.
+
+"grouped" runs one batch per caption length: the fastest on a CPU, but it waits for the lengths, and its shapes are as
+many as there are sets of them. "padded" spreads keys, queries and values over equally long rows, which needs no more
+than torch. "varlen" is torch's flash attention for packed sequences: CUDA, half precision, one draw of noise.
+"""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (N, H, d) of all places, the spare ones included, or (B K, H, d) of the last place of each draw; keys and
+values (N, H, d) of all places; out as the queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,17 @@ def plan_packing(
     )
 
 
+def _check_offsets(offsets: Tensor, text_tokens: int, num_embeddings: int) -> int:
+    """The longest caption, once the offsets are known to be sound."""
+    longest, end = int(offsets.diff().max()), int(offsets[-1])
+    if longest > num_embeddings or end != text_tokens:
+        raise ModelError(
+            f"captions have up to {longest} tokens, {end} in all; expected at most {num_embeddings}, the prior's "
+            f"num_embeddings, and {text_tokens} in all; train the prior on a cache built with its own text encoder"
+        )
+    return longest
+
+
 def bucket_step(total: int) -> int:
     """The multiple that a number of places is rounded up to: an eighth of the power of two below it, at least 8.
 
@@ -111,31 +135,6 @@ def sees(query: Tensor, key: Tensor, shared: Tensor | int) -> Tensor:
     draw = (query - shared).div(DRAW_TOKENS, rounding_mode="floor")
     same = draw == (key - shared).div(DRAW_TOKENS, rounding_mode="floor")
     return (key <= query) & ((key < shared) | same)
-
-
-def _check_offsets(offsets: Tensor, text_tokens: int, num_embeddings: int) -> int:
-    """The longest caption, once the offsets are known to be sound."""
-    longest, end = int(offsets.diff().max()), int(offsets[-1])
-    if longest > num_embeddings or end != text_tokens:
-        raise ModelError(
-            f"captions have up to {longest} tokens, {end} in all; expected at most {num_embeddings}, the prior's "
-            f"num_embeddings, and {text_tokens} in all; train the prior on a cache built with its own text encoder"
-        )
-    return longest
-
-
-PackedWay = Literal["grouped", "padded", "varlen"]
-"""Who computes attention within the samples of a packed batch; all give the same up to rounding.
-
-"grouped" runs one batch per caption length: the fastest on a CPU, but it waits for the lengths, and its shapes are as
-many as there are sets of them. "padded" spreads keys, queries and values over equally long rows, which needs no more
-than torch. "varlen" is torch's flash attention for packed sequences: CUDA, half precision, one draw of noise.
-"""
-
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries (N, H, d) of all places, the spare ones included, or (B K, H, d) of the last place of each draw; keys and
-values (N, H, d) of all places; out as the queries."""
 
 
 def choose_way(prior: PriorTransformer, plan: PackingPlan, *, bucketed: bool) -> PackedWay:

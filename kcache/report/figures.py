@@ -17,7 +17,7 @@ from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.report import page
 from kcache.report.grid import png_bytes
-from kcache.store.run_directory import read_metrics, read_validation
+from kcache.store.run_directory import CURVES_FILE, read_metrics, read_validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,6 @@ LOOK: dict[str, Any] = {
 }  # fmt: skip
 """Matplotlib's settings for all figures."""
 
-PICTURE = "loss.png"
 LOSS, LEARNING_RATE, GRADIENT_NORM = "Loss", "Learning rate", "Gradient norm before clipping"
 HELD_OUT_BANDS, HELD_OUT_COSINE = "Held-out loss by timestep", "Held-out cosine to the true embedding"
 """Titles of what there is to draw of a run."""
@@ -86,8 +85,8 @@ def plot_run(run_dir: Path) -> Path:
     if not metrics:
         raise RunError(f"{run_dir} has no steps in its metrics.jsonl; expected the directory of a run that has begun")
     draw = partial(_draw_run, name=run_dir.resolve().name, metrics=metrics, validation=validation)
-    write_bytes(run_dir / PICTURE, png_of(draw, 12, 8, dpi=150))
-    return run_dir / PICTURE
+    write_bytes(run_dir / CURVES_FILE, png_of(draw, 12, 8, dpi=150))
+    return run_dir / CURVES_FILE
 
 
 def curve(title: str, panel: Panel, caption: str, *, across: str = "optimizer step") -> page.Figure:

@@ -12,12 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kcache.durable import write_bytes
 from kcache.errors import RunError
+from kcache.store.run_directory import PICTURES_FOLDER
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-FOLDER = "pictures"
-"""Of a run directory."""
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
 CAPTION_LINES = 3
@@ -32,7 +31,7 @@ def save_pictures(run_dir: Path, step: int, pictures: Sequence[Image.Image], pro
     `prompts` has one for each picture, in writing below it in the grid, e.g. pictures/step-000500.png, whose path is
     returned. Raises CacheWriteError when they cannot be written.
     """
-    grid = run_dir / FOLDER / f"step-{step:06d}.png"
+    grid = run_dir / PICTURES_FOLDER / f"step-{step:06d}.png"
     folder = grid.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
@@ -43,7 +42,7 @@ def save_pictures(run_dir: Path, step: int, pictures: Sequence[Image.Image], pro
 
 def grids_of(run_dir: Path) -> list[Path]:
     """The grids of pictures in a run directory, in the order of their steps."""
-    return _in_order((run_dir / FOLDER).glob("step-*.png"))
+    return _in_order((run_dir / PICTURES_FOLDER).glob("step-*.png"))
 
 
 def pictures_of(grid: Path) -> list[Path]:

@@ -13,12 +13,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
+from kcache.encoders.repositories import COMPONENTS, PIPELINES
 from kcache.settings import marks_of
 from kcache.store.recipe import sides_of
-from kcache.store.run_directory import read_config, read_metrics, read_validation
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Where a run directory holds adapters: diffusers' name."""
+from kcache.store.run_directory import LORA_FILE, PICTURES_FOLDER, read_config, read_metrics, read_validation
 
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
@@ -70,7 +68,9 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
 
 def newest_picture(run_dir: Path) -> Path | None:
     """The grid of pictures that was drawn last, if any were drawn."""
-    return max(run_dir.glob("pictures/step-*.png"), key=lambda path: (len(path.name), path.name), default=None)
+    return max(
+        run_dir.glob(f"{PICTURES_FOLDER}/step-*.png"), key=lambda path: (len(path.name), path.name), default=None
+    )
 
 
 class _Place:
@@ -109,21 +109,20 @@ def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
 
 def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool) -> list[str]:
     """Python that loads the stock pipelines of both halves, with what was trained in its own."""
-    own, network, network_class = (
-        ("prior", "prior", "PriorTransformer") if stage == "prior" else ("decoder", "unet", "UNet2DConditionModel")
-    )
-    classes = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22Pipeline"}
+    network = PIPELINES[stage].network
+    network_class = str(COMPONENTS[network].class_name)
+    classes = {half: pipeline.class_name for half, pipeline in PIPELINES.items()}
     sources = {"prior": repr(other.shown), "decoder": repr(other.shown)}
     imports, extra = sorted(classes.values()), []
     if lora:
-        sources[own] = repr(base.shown)
-        extra = [f"{own}.{network}.load_lora_adapter({run!r}, prefix=None, weight_name={LORA_FILE!r})"]
+        sources[stage] = repr(base.shown)
+        extra = [f"{stage}.{network}.load_lora_adapter({run!r}, prefix=None, weight_name={LORA_FILE!r})"]
     elif whole:
-        sources[own] = repr(run)
+        sources[stage] = repr(run)
     else:
         imports.append(network_class)
         extra = [f"{network} = {network_class}.from_pretrained({run!r}, subfolder={network!r})"]
-        sources[own] = f"{base.shown!r}, {network}={network}"
+        sources[stage] = f"{base.shown!r}, {network}={network}"
     pipelines = [f"{half} = {name}.from_pretrained({sources[half]})" for half, name in classes.items()]
     return [
         f"from diffusers import {', '.join(imports)}",

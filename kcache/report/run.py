@@ -14,10 +14,16 @@ from kcache.config import TrainConfig
 from kcache.errors import RunError
 from kcache.report import figures
 from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
-from kcache.report.model_card import LORA_FILE
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
-from kcache.store.run_directory import read_config, read_metrics, read_starts, read_validation
+from kcache.store.run_directory import (
+    LORA_FILE,
+    PIPELINE_FILE,
+    read_config,
+    read_metrics,
+    read_starts,
+    read_validation,
+)
 
 NOT_RECORDED = "not recorded"
 LAST_STEPS = 100
@@ -119,7 +125,7 @@ def _overview(run: Run) -> Table:
 def _state(run: Run) -> str:
     planned, checkpoints = run.told.get("max_steps"), checkpoint_steps(run.folder)
     done = f"{run.step:,} of {planned:,} steps" if isinstance(planned, int) else f"{run.step:,} steps"
-    result = (run.folder / LORA_FILE).is_file() or (run.folder / "model_index.json").is_file()
+    result = (run.folder / LORA_FILE).is_file() or (run.folder / PIPELINE_FILE).is_file()
     if result and not (isinstance(planned, int) and run.step < planned):
         return f"finished: {done}"
     if checkpoints:

@@ -10,7 +10,7 @@ import torch
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
-from kcache.encoders.repositories import COMPONENTS, Repository, component_config, find_repository
+from kcache.encoders.repositories import PIPELINES, Repository, component_config, find_repository
 from kcache.errors import ConfigError, ModelError
 from kcache.machine import check_device, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
@@ -59,7 +59,7 @@ def sample(
     _check_guidance("--guidance-scale", guidance_scale)
     _check_guidance("--prior-guidance-scale", prior_guidance_scale)
     adapters = _by_network(lora)
-    repositories = _find("prior", prior), _find("unet", decoder)
+    repositories = _find("prior", prior), _find("decoder", decoder)
     height, width = _size(height, width, repositories[1], adapters["unet"])
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
@@ -163,10 +163,10 @@ def _check_guidance(flag: str, scale: float) -> None:
         )
 
 
-def _find(network: str, name: str) -> Repository:
-    """The repository `name` with the half of `network`, "prior" or "unet"; a run that has none is told from others."""
+def _find(half: str, name: str) -> Repository:
+    """The repository `name` of `half`, "prior" or "decoder"; a run that has left none is told from others."""
     folder = Path(name).expanduser()
-    if not any((folder / half / "config.json").is_file() for half in COMPONENTS):
+    if not any((folder / pipeline.network / "config.json").is_file() for pipeline in PIPELINES.values()):
         if (folder / WEIGHTS_FILE).is_file():
             _refuse_lora(folder, name)
         if (folder / METRICS_FILE).is_file():
@@ -174,11 +174,11 @@ def _find(network: str, name: str) -> Repository:
                 f"{name} is the directory of a run that has left no trained network yet; expected one whose training "
                 "has ended; go on with it by the same command and --resume-from-checkpoint latest"
             )
-    return find_repository(name, None, COMPONENTS[network])
+    return find_repository(name, None, PIPELINES[half].components)
 
 
 def _refuse_lora(folder: Path, name: str) -> NoReturn:
-    half = {"prior": "prior", "unet": "decoder"}[adapted_network(folder)]
+    half = next(half for half, pipeline in PIPELINES.items() if pipeline.network == adapted_network(folder))
     base = _told(folder).get("base", {}).get("name")
     under = "" if base is None else f" --{half} {shlex.quote(base)}"
     raise ModelError(

@@ -1,7 +1,8 @@
-"""A run directory: what a run was told, and how it went.
+"""A run directory: what a run was told, how it went, and the names of what it leaves.
 
 config.json holds the settings, metrics.jsonl one line per optimizer step, validation.jsonl one per validation,
-starts.jsonl one per start of the run.
+starts.jsonl one per start of the run. Checkpoints lie beside them (see `kcache.store.checkpoint`), and in the end the
+result: a pipeline's folders or a LoRA, its card, its curves and the pictures that were drawn.
 """
 
 import json
@@ -18,11 +19,22 @@ from kcache.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 STARTS_FILE = "starts.jsonl"
+
+CARD_FILE = "README.md"
+CURVES_FILE = "loss.png"
+PICTURES_FOLDER = "pictures"
+RAW_FOLDER = "raw"
+"""Where the weights as they were at the last step lie, when the result is their average."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Adapters, by diffusers' name."""
+PIPELINE_FILE = "model_index.json"
+"""What makes the directory a pipeline: written last."""
+RESULT = (CARD_FILE, CURVES_FILE, PICTURES_FOLDER, RAW_FOLDER, LORA_FILE, PIPELINE_FILE)
+"""What a run leaves beside its settings, logs and checkpoints, but for the components of a pipeline."""
 
 
 def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) -> None:

@@ -3,18 +3,15 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditionModel
+from diffusers import DDPMScheduler, ModelMixin
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository, weights_digest
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
 from kcache.objectives.lora import add_lora, load_lora, save_lora
-from kcache.objectives.losses import DecoderObjective, Objective, PriorObjective
+from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
 from kcache.store.digests import DigestMemo
-
-_FOLDERS = {"prior": "prior", "decoder": "unet"}
-"""Stage → folder of its network in a pipeline."""
 
 
 def load_objective(config: TrainConfig, base: Repository, saved: Path | None) -> Objective:
@@ -40,20 +37,21 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     choose_attention(network, config.attention)
     if config.gradient_checkpointing:
         recompute_blocks(network)
-    packed = config.stage == "prior" and config.packing
-    if config.compile:
-        compile_blocks(network, packed=packed)
+    objective: Objective
     if config.stage == "prior":
-        return PriorObjective(network, packed=packed, bucketed=config.compile)
-    return DecoderObjective(
-        network, DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
-    )
+        objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
+    else:
+        scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+        objective = DecoderObjective(network, scheduler)
+    if config.compile:
+        compile_blocks(network, packed=objective.packed)
+    return objective
 
 
 def load_network(stage: str, folder: Path) -> ModelMixin:
     """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
-    kind = PriorTransformer if stage == "prior" else UNet2DConditionModel
-    return load_pretrained(kind, folder / _FOLDERS[stage], torch.float32)
+    kind = OBJECTIVES[stage]
+    return load_pretrained(kind.network_class, folder / kind.network_name, torch.float32)
 
 
 def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
@@ -64,7 +62,7 @@ def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None
     if config.lora_rank is None:
         return None
     with DigestMemo() as memo:
-        return {"name": base.name, "weights": weights_digest(base, _FOLDERS[config.stage], memo)}
+        return {"name": base.name, "weights": weights_digest(base, OBJECTIVES[config.stage].network_name, memo)}
 
 
 def save_network(network: ModelMixin, name: str, folder: Path) -> None:

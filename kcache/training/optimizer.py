@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, the average of where they have been, and the state of both as named tensors."""
+"""What moves the weights: AdamW, its schedule, the average of where they have been; their state as named tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
@@ -44,6 +45,15 @@ def make_optimizer(network: torch.nn.Module, config: TrainConfig, device: torch.
 
         return AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=device.type in ("cpu", "cuda"))
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, max_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate by optimizer step, whatever the accumulation and the number of processes."""
+    return get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_steps
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> dict[str, torch.Tensor]:

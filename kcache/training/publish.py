@@ -13,9 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS
+from kcache.encoders.repositories import PIPELINES
 from kcache.errors import ConfigError, RunError
-from kcache.report.model_card import LORA_FILE, model_card, newest_picture
+from kcache.report.model_card import model_card, newest_picture
+from kcache.store.run_directory import CARD_FILE, CURVES_FILE, LORA_FILE, PIPELINE_FILE
 
 # Whichever client the Hub's library is built on, its errors of transport are no OSError.
 _TRANSPORT_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
@@ -58,9 +59,9 @@ def publish_run(run_dir: Path, repo_id: str | None = None) -> str:
     api = HfApi(library_name="kcache")
     try:
         repository = api.create_repo(repo_id or run_dir.resolve().name, exist_ok=True)
-        card = model_card(run_dir, repo_id=repository.repo_id, whole=Path("model_index.json") in files)
+        card = model_card(run_dir, repo_id=repository.repo_id, whole=Path(PIPELINE_FILE) in files)
         contents: dict[str, bytes | str] = {path.as_posix(): str(run_dir / path) for path in files}
-        contents["README.md"] = card.encode()
+        contents[CARD_FILE] = card.encode()
         api.create_commit(
             repository.repo_id,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
@@ -82,20 +83,23 @@ def files_to_publish(run_dir: Path) -> list[Path]:
     Raises RunError when `run_dir` holds no trained network.
     """
     result = [run_dir / LORA_FILE] if (run_dir / LORA_FILE).is_file() else []
-    networks = [name for name in COMPONENTS if (run_dir / name / "config.json").is_file()]
-    if len(networks) > 1 or not (result or networks):
+    found = [pipeline for pipeline in PIPELINES.values() if (run_dir / pipeline.network / "config.json").is_file()]
+    if len(found) > 1 or not (result or found):
+        networks = " and ".join(pipeline.network for pipeline in found)
         raise RunError(
-            f"{run_dir} holds {' and '.join(networks) or f'neither {LORA_FILE} nor prior/ nor unet/'}; expected the "
-            "result of one finished run; let the run finish first: --resume-from-checkpoint latest"
+            f"{run_dir} holds {networks or f'neither {LORA_FILE} nor prior/ nor unet/'}; expected the result of one "
+            "finished run; let the run finish first: --resume-from-checkpoint latest"
         )
-    for network in networks:
-        others = [run_dir / name for name in COMPONENTS[network] if name != network]
-        index = run_dir / "model_index.json"
+    for pipeline in found:
+        others = [run_dir / name for name in pipeline.components if name != pipeline.network]
+        index = run_dir / PIPELINE_FILE
         whole = index.is_file() and all(other.is_dir() and not other.is_symlink() for other in others)
         # What adapters were merged into is of use only as the pipeline that it was made for.
-        result += _files_below(run_dir / network) if whole or not result else []
+        result += _files_below(run_dir / pipeline.network) if whole or not result else []
         result += [index, *(path for other in others for path in _files_below(other))] if whole else []
-    pictures = [path for path in (newest_picture(run_dir), run_dir / "loss.png") if path is not None and path.is_file()]
+    pictures = [
+        path for path in (newest_picture(run_dir), run_dir / CURVES_FILE) if path is not None and path.is_file()
+    ]
     return [path.relative_to(run_dir) for path in result + pictures]
 
 

@@ -7,28 +7,14 @@ from pathlib import Path
 
 from kcache.config import TrainConfig
 from kcache.durable import shared, writing
+from kcache.encoders.repositories import COMPONENTS
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
 from kcache.settings import marks_of
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
-from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, logger
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, RESULT, logger
 
-_RESULT = (
-    "README.md",
-    "loss.png",
-    "pictures",
-    "raw",
-    "pytorch_lora_weights.safetensors",
-    "model_index.json",
-    "prior",
-    "image_encoder",
-    "text_encoder",
-    "tokenizer",
-    "image_processor",
-    "scheduler",
-    "unet",
-    "movq",
-)
+_RESULT = (*RESULT, *COMPONENTS)
 """What a run leaves beside its settings, logs and checkpoints, in the place of whatever stands there."""
 
 

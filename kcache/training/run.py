@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
 import kcache
-from kcache.config import DECODER_REPO, PRIOR_REPO, TrainConfig
+from kcache.config import TrainConfig
 from kcache.durable import exclusive, writing
 from kcache.encoders.repositories import Repository
 from kcache.errors import KcacheError, RunError
@@ -58,8 +58,10 @@ class TrainingRun:
     global_batch: int
     """Samples per optimizer step, of all processes and accumulated batches."""
     max_steps: int
+    counterpart_name: str
+    """The repository of the half that does not learn."""
     counterpart: Repository | None = None
-    """The half that does not learn, when there are prompts to draw with it."""
+    """That repository, when there are prompts to draw with it."""
     average: EMAModel | None = None
     """The moving average of what learns, when one is kept."""
     held_out: Cache | None = None
@@ -85,7 +87,7 @@ class TrainingRun:
         return list(trainable_parameters(self.network).values())
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def run_directory_held(self) -> Iterator[None]:
         """Have the run directory, made and ready, for the main process alone while the block runs.
 
         Raises CacheBusyError when another run has it, CacheWriteError when it cannot be made.
@@ -96,8 +98,22 @@ class TrainingRun:
         with writing(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(self.output_dir):
-            start_run(self.config, _facts(self), self.first_step)
+            start_run(self.config, self._facts(), self.first_step)
             yield
+
+    def _facts(self) -> dict[str, Any]:
+        """What config.json tells of a run beside its settings."""
+        cache, base = self.cache, self.base
+        return {
+            "cache": {"path": os.fspath(cache.path.resolve()), "samples": len(cache), "tables": dict(self.tables)},
+            "base": {"name": base.name, "revision": base.revision},
+            "counterpart": self.counterpart_name,
+            "global_batch": self.global_batch,
+            "max_steps": self.max_steps,
+            "residency": self.loader.residency,
+            "machine": machine_facts(self.accelerator),
+            "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
 
     def save(self, step: int) -> None:
         """Write a checkpoint after optimizer step `step`; for the main process."""
@@ -145,25 +161,3 @@ class TrainingRun:
                 "settings writes; resume from another checkpoint"
             ) from error
         self.first_step = checkpoint.step
-
-
-def _counterpart_name(cache: Cache, config: TrainConfig) -> str:
-    """The repository of the half that does not learn: the one named, the cache's, or the published one."""
-    if config.stage == "prior":
-        half, given, published = "decoder", config.pretrained_decoder_model_name_or_path, DECODER_REPO
-    else:
-        half, given, published = "prior", config.pretrained_prior_model_name_or_path, PRIOR_REPO
-    return given or str(cache.models.get(half, {}).get("name") or published)
-
-
-def _facts(run: TrainingRun) -> dict[str, Any]:
-    return {
-        "cache": {"path": os.fspath(run.cache.path.resolve()), "samples": len(run.cache), "tables": dict(run.tables)},
-        "base": {"name": run.base.name, "revision": run.base.revision},
-        "counterpart": _counterpart_name(run.cache, run.config),
-        "global_batch": run.global_batch,
-        "max_steps": run.max_steps,
-        "residency": run.loader.residency,
-        "machine": machine_facts(run.accelerator),
-        "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-    }

@@ -1,94 +1,31 @@
-"""A training run set up: the cache checked against the network, its parts found, loaded and put together.
-
-A cache must have the right tables, of encoders that belong to the network, in shapes that it takes.
-"""
+"""A training run set up: its parts found, checked against each other, loaded and put together."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS, Repository, find_repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository, find_repository, weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError
 from kcache.loader.batches import CacheLoader, RowReader
 from kcache.loader.chance import draw_noise, draw_timesteps
 from kcache.objectives.blocks import check_attention, check_compiler
-from kcache.objectives.losses import Objective
+from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.sources import open_source
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
-from kcache.training.optimizer import (
-    check_optimizer,
-    make_average,
-    make_optimizer,
-)
+from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
-from kcache.training.run import TrainingRun, _counterpart_name
+from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
 
-_COMPONENTS = {"image_embeds": "image_encoder", "text_embeds": "text_encoder", "latents": "movq"}
+_ENCODERS = {"image_embeds": "image_encoder", "text_embeds": "text_encoder", "latents": "movq"}
 """Field → folder of the frozen network that made it."""
-
-
-def check_contract(cache: Cache, objective: Objective, repository: Repository) -> None:
-    """Check that `cache` holds what `objective` reads, made by the encoders that `repository` has.
-
-    A decoder repository has no image encoder, so its image_embeds are compared by shape only. Raises
-    CacheIncompleteError for a missing table, CacheMismatchError for another encoder or shape, each with what was found
-    and what to do.
-    """
-    if len(cache) == 0:
-        raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
-    for field, expected in objective.row_shapes.items():
-        found = cache.field(field).shape
-        fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
-        if not fits:
-            raise CacheMismatchError(
-                f"{cache.path} has {field} of shape {found}; {repository.name} wants {_shape_text(expected)}; "
-                "build the cache with the encoders that belong to this model, or train the model they belong to"
-            )
-    _check_text_length(cache, objective, repository)
-    _check_encoders(cache, objective, repository)
-
-
-def _check_text_length(cache: Cache, objective: Objective, repository: Repository) -> None:
-    if "text_encoder_hidden_states" not in objective.row_shapes:
-        return
-    found, expected = cache.recipes["text"].batch_shape[1], objective.network.config.num_embeddings
-    if found > expected:
-        raise CacheMismatchError(
-            f"{cache.path} has captions of up to {found} tokens; {repository.name} takes {expected}; "
-            "build the cache with the tokenizer that belongs to this model"
-        )
-
-
-def _check_encoders(cache: Cache, objective: Objective, repository: Repository) -> None:
-    with DigestMemo() as memo:
-        for field, component in _COMPONENTS.items():
-            if field not in objective.row_shapes or not (repository.path / component).is_dir():
-                continue
-            table = cache.table_of(field)
-            found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
-            if found != expected:
-                raise CacheMismatchError(
-                    f"{table} of {cache.path} was made with the {component} weights {found[:12]}…; "
-                    f"{repository.name} has {expected[:12]}…; train from the repository that the cache was built with "
-                    f"({_origins(cache)}), or build the cache again with this one"
-                )
-
-
-def _origins(cache: Cache) -> str:
-    return ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
-
-
-def _shape_text(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
 
 
 def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
@@ -97,16 +34,16 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     Raises the KcacheError of whatever is missing or does not fit together.
     """
     check_optimizer(config)
-    check_attention(config.attention, config.stage)
+    check_attention(config.attention, OBJECTIVES[config.stage].network_class)
     accelerator = make_accelerator(config)
     if config.compile:
         check_compiler(accelerator.device)
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
-    counterpart = _find_counterpart(cache, config) if config.validation_prompts else None
+    counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint, adapted = _find_beginning(config, base)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
-    check_contract(cache, objective, base)
+    check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -127,13 +64,11 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         raw_objective=objective,
         objective=prepared,
         optimizer=optimizer,
-        # Warm-up and total are counted in optimizer steps, whatever the accumulation and the number of processes.
-        lr_scheduler=get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max_steps
-        ),
+        lr_scheduler=make_schedule(optimizer, config, max_steps),
         loader=_make_loader(cache, objective, config, accelerator),
         global_batch=global_batch,
         max_steps=max_steps,
+        counterpart_name=counterpart_name,
         counterpart=counterpart,
         average=average,
         held_out=held_out,
@@ -152,6 +87,37 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
     return split_by_key(opened, config.val_fraction) if config.val_fraction else (opened, None)
 
 
+def _find_base(cache: Cache, config: TrainConfig) -> Repository:
+    """The repository whose network is trained: the one named, else the one that the cache was built with."""
+    # What the cache has not, or has in several resolutions, is said before anything is fetched.
+    cache.table_of(OBJECTIVES[config.stage].noised_field)
+    name, revision = _named(config, config.stage), config.revision
+    if name is None:
+        origin = cache.models[config.stage]
+        name, revision = str(origin["name"]), revision or origin["revision"]
+    return find_repository(name, revision, PIPELINES[config.stage].components, config.cache_dir)
+
+
+def _find_counterpart(cache: Cache, config: TrainConfig) -> tuple[str, Repository | None]:
+    """The half that does not learn: the one named, the cache's, or the published one; found if it is to draw."""
+    half = PIPELINES[config.stage].other
+    origin = cache.models.get(half, {})
+    name = _named(config, half) or str(origin.get("name") or PIPELINES[half].published)
+    if not config.validation_prompts:
+        return name, None
+    # A --revision is of the repository that is trained, and names nothing in this one.
+    revision = origin.get("revision") if origin.get("name") == name else None
+    return name, find_repository(name, revision, PIPELINES[half].components, config.cache_dir)
+
+
+def _named(config: TrainConfig, half: str) -> str | None:
+    """The repository that the settings name for a half."""
+    return {
+        "prior": config.pretrained_prior_model_name_or_path,
+        "decoder": config.pretrained_decoder_model_name_or_path,
+    }[half]
+
+
 def _find_beginning(config: TrainConfig, base: Repository) -> tuple[Checkpoint | None, dict[str, str] | None]:
     """The checkpoint to go on from, if any, and the network that adapters are trained on, checked to be its own."""
     checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
@@ -167,25 +133,57 @@ def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None)
     return checkpoint.step + math.ceil(max(0, samples - checkpoint.state["samples_seen"]) / global_batch)
 
 
-def _find_base(cache: Cache, config: TrainConfig) -> Repository:
-    """The repository whose network is trained: the one named, else the one that the cache was built with."""
-    if config.stage == "prior":
-        name, components = config.pretrained_prior_model_name_or_path, COMPONENTS["prior"]
-    else:
-        name, components = config.pretrained_decoder_model_name_or_path, COMPONENTS["unet"]
-        cache.table_of("latents")
-    if name is not None:
-        return find_repository(name, config.revision, components, config.cache_dir)
-    origin = cache.models[config.stage]
-    return find_repository(str(origin["name"]), config.revision or origin["revision"], components, config.cache_dir)
+def check_cache_fits(cache: Cache, objective: Objective, repository: Repository) -> None:
+    """Check that `cache` holds what `objective` reads, made by the encoders that `repository` has.
+
+    A decoder repository has no image encoder, so its image_embeds are compared by shape only. Raises
+    CacheIncompleteError for a missing table, CacheMismatchError for another encoder or shape, each with what was found
+    and what to do.
+    """
+    if len(cache) == 0:
+        raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
+    for field, expected in objective.row_shapes.items():
+        found = cache.field(field).shape
+        fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
+        if not fits:
+            raise CacheMismatchError(
+                f"{cache.path} has {field} of shape {found}; {repository.name} wants {_shape_text(expected)}; "
+                "build the cache with the encoders that belong to this model, or train the model they belong to"
+            )
+    _check_text_length(cache, objective, repository)
+    with DigestMemo() as memo:
+        for field, component in _ENCODERS.items():
+            if field in objective.row_shapes and (repository.path / component).is_dir():
+                _check_encoder(cache, cache.table_of(field), repository, component, memo)
 
 
-def _find_counterpart(cache: Cache, config: TrainConfig) -> Repository:
-    half, components = ("decoder", "unet") if config.stage == "prior" else ("prior", "prior")
-    name, origin = _counterpart_name(cache, config), cache.models.get(half, {})
-    # A --revision is of the repository that is trained, and names nothing in this one.
-    revision = origin.get("revision") if origin.get("name") == name else None
-    return find_repository(name, revision, COMPONENTS[components], config.cache_dir)
+def _check_text_length(cache: Cache, objective: Objective, repository: Repository) -> None:
+    if objective.most_tokens is None:
+        return
+    found, expected = cache.recipes["text"].batch_shape[1], objective.most_tokens
+    if found > expected:
+        raise CacheMismatchError(
+            f"{cache.path} has captions of up to {found} tokens; {repository.name} takes {expected}; "
+            "build the cache with the tokenizer that belongs to this model"
+        )
+
+
+def _check_encoder(cache: Cache, table: str, repository: Repository, component: str, memo: DigestMemo) -> None:
+    found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
+    if found != expected:
+        raise CacheMismatchError(
+            f"{table} of {cache.path} was made with the {component} weights {found[:12]}…; "
+            f"{repository.name} has {expected[:12]}…; train from the repository that the cache was built with "
+            f"({_origins(cache)}), or build the cache again with this one"
+        )
+
+
+def _origins(cache: Cache) -> str:
+    return ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
 
 
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
@@ -221,7 +219,7 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         world_size=accelerator.num_processes,
         device=accelerator.device,
         residency=config.residency,
-        caption_dropout=config.caption_dropout,
-        image_dropout=config.image_dropout,
+        caption_dropout=config.caption_dropout if objective.dropped == "caption" else 0.0,
+        image_dropout=config.image_dropout if objective.dropped == "image" else 0.0,
         draws=draws,
     )

@@ -1,6 +1,6 @@
 """The training loop, one for both stages: batches of cached rows in, a trained network out.
 
-Every so many steps a run is judged: by the loss on held-out samples, pictures of fixed prompts, and its curves.
+Every so many steps it saves a checkpoint, validates on held-out samples, draws pictures of fixed prompts and plots.
 """
 
 import logging
@@ -8,12 +8,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from accelerate import Accelerator
 
 from kcache.config import TrainConfig
 from kcache.loader.batches import Batch
@@ -26,7 +27,7 @@ from kcache.store.run_directory import append_validation
 from kcache.training.log import Progress, RunLog
 from kcache.training.optimizer import averaged
 from kcache.training.publish import check_publishing, publish_run
-from kcache.training.result import leave_result
+from kcache.training.result import write_result
 from kcache.training.resume import check_output_dir
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
@@ -69,13 +70,13 @@ def train(
     check_publishing(config)
     check_output_dir(config)
     run = prepare_run(cache, config)
-    with run.begun():
+    with run.run_directory_held():
         return _train(run, report)
 
 
 def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
     config, accelerator, log = run.config, run.accelerator, RunLog(run)
-    judge = Judge(run, log)
+    evaluation = Evaluation(run, log)
     log.restart_clock()
     step, progress, begun = run.first_step, None, time.perf_counter()
 
@@ -86,30 +87,28 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
             step += 1
             log.add(step, lr, loss, grad_norm)
 
-            save, look, stopping = step % config.checkpointing_steps == 0, judge.is_due(step), False
-            if save or look or log.is_due(step) or (caught and accelerator.num_processes == 1):
+            save, evaluate, stopping = step % config.checkpointing_steps == 0, evaluation.is_due(step), False
+            if save or evaluate or log.is_due(step) or (caught and accelerator.num_processes == 1):
                 progress = log.fetch()
                 stopping = _any_process(accelerator, caught)
                 if report is not None and accelerator.is_main_process:
                     report(progress)
             if (save or stopping) and accelerator.is_main_process:
                 run.save(step)
-            if look and not stopping:
-                judge.judge(step)
-            if save or look:
+            if evaluate and not stopping:
+                with evaluation.weights():
+                    evaluation.validate(step)
+                    evaluation.draw(step)
+                evaluation.plot()
+            if save or evaluate:
                 log.restart_clock()
             if stopping:
-                # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
-                stop_here()
-                raise SystemExit(128 + signal.SIGTERM)  # another process was asked
+                _stop(accelerator)
 
     seconds = time.perf_counter() - begun
     address = None
     if accelerator.is_main_process:
-        leave_result(run)
+        write_result(run)
         address = publish_run(run.output_dir, config.hub_model_id) if config.push_to_hub else None
     accelerator.wait_for_everyone()
     return TrainResult(
@@ -145,8 +144,17 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     return torch.stack(losses).mean(), grad_norm
 
 
-def _any_process(accelerator: Any, caught: list[int]) -> bool:
+def _any_process(accelerator: Accelerator, caught: list[int]) -> bool:
     return bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
+
+
+def _stop(accelerator: Accelerator) -> NoReturn:
+    # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
+    stop_here()
+    raise SystemExit(128 + signal.SIGTERM)  # another process was asked
 
 
 BATCH_SIZE = 8
@@ -155,8 +163,8 @@ RESOLUTION = 512
 """Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
 
 
-class Judge:
-    """Looks at a run every so many steps and at its end; with a moving average of the weights, at that."""
+class Evaluation:
+    """What a run is looked at by, every so many steps and at its end; all processes call each method together."""
 
     def __init__(self, run: TrainingRun, log: RunLog) -> None:
         """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
@@ -183,25 +191,38 @@ class Judge:
         asked = self._validation is not None or bool(self._run.config.validation_prompts)
         return asked and (step % self._every == 0 or step == self._run.max_steps)
 
-    def judge(self, step: int) -> None:
-        """Look at the run after optimizer step `step`; in all processes. It tells validation.jsonl and loss.png."""
-        run, network = self._run, self._run.network
-        with averaged(run.average, network), uncompiled(run.config.compile):
-            if self._validation is not None:
-                with run.accelerator.autocast():
-                    totals = self._validation.totals()
-                entry = {"step": step, **self._validation.summary(run.accelerator.reduce(totals, "sum"))}
-                self._log.track(entry)
-                if run.accelerator.is_main_process:
-                    append_validation(run.output_dir, entry)
-            if self._pictures is not None:
-                from kcache.report.grid import save_pictures
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """Within the block the network is what would be left as the result: averaged, if an average is kept."""
+        with averaged(self._run.average, self._run.network), uncompiled(self._run.config.compile):
+            yield
 
-                drawn = self._pictures.draw(network)
-                save_pictures(run.output_dir, step, drawn, self._pictures.prompts)
-                self._log.track_pictures(step, drawn)
-        if run.accelerator.is_main_process:
-            plot_run(run.output_dir)
+    def validate(self, step: int) -> None:
+        """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
+        if self._validation is None:
+            return
+        accelerator = self._run.accelerator
+        with accelerator.autocast():
+            totals = self._validation.totals()
+        entry = {"step": step, **self._validation.summary(accelerator.reduce(totals, "sum"))}
+        self._log.track(entry)
+        if accelerator.is_main_process:
+            append_validation(self._run.output_dir, entry)
+
+    def draw(self, step: int) -> None:
+        """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers."""
+        if self._pictures is None:
+            return
+        from kcache.report.grid import save_pictures
+
+        drawn = self._pictures.draw(self._run.network)
+        save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
+        self._log.track_pictures(step, drawn)
+
+    def plot(self) -> None:
+        """Draw how the run goes as loss.png."""
+        if self._run.accelerator.is_main_process:
+            plot_run(self._run.output_dir)
 
 
 def _make_pictures(run: TrainingRun) -> "PromptPictures | None":

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kcache.errors import ConfigError
 from kcache.loader.chance import draw_noise, draw_timesteps
 from kcache.objectives.blocks import evaluating
-from kcache.objectives.losses import Batch, Objective, PriorObjective
+from kcache.objectives.losses import Batch, Objective
 from kcache.store.cache import Cache
+
+MAX_SAMPLES = 1024
+"""Samples looked at, however many are held out: their mean is known to 3 % (1 / √1024) of the spread of one."""
+BANDS = 4
+"""Equal parts of the timesteps: the loss of nearly clean samples and that of nearly pure noise move differently."""
 
 
 def split_by_key(cache: Cache, fraction: float) -> tuple[Cache, Cache]:
@@ -40,12 +44,6 @@ def key_numbers(cache: Cache) -> list[int]:
     """A number below 2⁶⁴ for each sample: the first eight bytes, big-endian, of the sha256 of its image's key."""
     keys = cache.samples["image_key"].to_pylist()
     return [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys]
-
-
-MAX_SAMPLES = 1024
-"""Samples looked at, however many are held out: their mean is known to 3 % (1 / √1024) of the spread of one."""
-BANDS = 4
-"""Equal parts of the timesteps: the loss of nearly clean samples and that of nearly pure noise move differently."""
 
 
 class Validation:
@@ -78,7 +76,6 @@ class Validation:
         self._seed = seed
         self._device = torch.device(device)
         self._width = objective.scheduler.config.num_train_timesteps // BANDS
-        self._names = ("loss", "cosine") if isinstance(objective, PriorObjective) else ("loss",)
 
     def totals(self) -> Tensor:
         """What this process's samples add up to, (BANDS, 1 + measures) float32 on the device: a count, then the sums.
@@ -86,13 +83,12 @@ class Validation:
         Added up over all processes it is what `summary` wants. The network runs without gradients in evaluation mode,
         and is left as it was; no generator of random numbers is touched. Precision is the caller's, by autocast.
         """
-        totals = torch.zeros(BANDS, 1 + len(self._names), device=self._device)
+        totals = torch.zeros(BANDS, 1 + len(self._objective.measures), device=self._device)
         with torch.no_grad(), evaluating(self._objective):
             for batch, noise, places in self._batches():
                 for band in range(BANDS):
-                    measures = self._measure(batch, noise, places + band * self._width)
                     totals[band, 0] += len(places)
-                    totals[band, 1:] += measures.sum(1)
+                    totals[band, 1:] += self._objective.measure(batch, noise, places + band * self._width).sum(1)
         return totals
 
     def summary(self, totals: Tensor) -> dict[str, float]:
@@ -101,15 +97,16 @@ class Validation:
         The loss is the mean squared error that the network trains on, unweighted; val_loss is its mean over all bands.
         val_cosine is the mean cosine of the angle between the image embedding that the prior predicts and the true one.
         """
-        counts, sums = totals.double().cpu().split([1, len(self._names)], dim=1)
-        means = dict(zip(self._names, (sums / counts).T, strict=True))
+        names = self._objective.measures
+        counts, sums = totals.double().cpu().split([1, len(names)], dim=1)
+        means = dict(zip(names, (sums / counts).T, strict=True))
         last = BANDS * self._width - 1
         bands = {
             f"val_loss_t{band * self._width:0{len(str(last))}}_{(band + 1) * self._width - 1}": loss
             for band, loss in enumerate(means["loss"].tolist())
         }
         return {"val_loss": means["loss"].mean().item(), **bands} | {
-            f"val_{name}": means[name].mean().item() for name in self._names if name != "loss"
+            f"val_{name}": means[name].mean().item() for name in names if name != "loss"
         }
 
     def _batches(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
@@ -123,14 +120,3 @@ class Validation:
             places = draw_timesteps(self._seed, self._turns[part], self._width)
             batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
             yield batch, torch.from_numpy(noise).to(self._device), torch.from_numpy(places).to(self._device)
-
-    def _measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Each sample's loss and, of a prior, its cosine: (measures, B) float32."""
-        prediction, target = self._objective.predict(batch, noise, timesteps)
-        prediction, target = prediction.float(), target.float()
-        losses = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-        if not isinstance(self._objective, PriorObjective):
-            return losses[None]
-        network = self._objective.network
-        predicted, true = network.post_process_latents(prediction), network.post_process_latents(target)
-        return torch.stack([losses, functional.cosine_similarity(predicted, true)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor
 from recorded import load_objective, recorded_steps
 from torch import Tensor
@@ -40,7 +41,7 @@ def cuda_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sdpa_is_what_the_networks_use_anyway(oracle: Path, stage: str) -> None:
     network = load_objective(oracle, stage, packed=False).network
     before = {name: type(processor) for name, processor in network.attn_processors.items()}
-    check_attention("sdpa", stage)
+    check_attention("sdpa", type(network))
     choose_attention(network, "sdpa")
     assert {name: type(processor) for name, processor in network.attn_processors.items()} == before
     assert all(processor.__name__.endswith("2_0") for processor in before.values())
@@ -49,7 +50,7 @@ def test_sdpa_is_what_the_networks_use_anyway(oracle: Path, stage: str) -> None:
 def test_xformers_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kcache.objectives.blocks.is_xformers_available", lambda: False)
     with pytest.raises(ConfigError, match=r"not installed; .*pip install xformers, or use --attention sdpa"):
-        check_attention("xformers", "decoder")
+        check_attention("xformers", UNet2DConditionModel)
 
 
 @pytest.mark.usefixtures("xformers_found")

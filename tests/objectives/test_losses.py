@@ -41,6 +41,23 @@ def test_min_snr_weighs_each_sample(oracle: Path, stage: str, divides: bool) -> 
     assert weighted.item() == pytest.approx((torch.stack(alone) * weight).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_the_loss_is_the_mean_of_the_losses(oracle: Path, stage: str) -> None:
+    objective = load_objective(oracle, stage)
+    step = recorded_steps(oracle, stage)[0]
+    inputs = step, step["noise"], step["timesteps"]
+    with torch.no_grad():
+        prediction, target = objective.predict(*inputs)
+        losses, weighted = objective.losses(*inputs), objective.losses(*inputs, snr_gamma=5.0)
+        assert losses.shape == weighted.shape == (len(step["timesteps"]),)
+        assert torch.equal(objective.loss(*inputs), torch.nn.functional.mse_loss(prediction, target))
+        assert torch.allclose(objective.loss(*inputs), losses.mean(), rtol=1e-6)
+        assert torch.equal(objective.loss(*inputs, snr_gamma=5.0), weighted.mean())
+        measured = objective.measure(*inputs)
+    assert measured.shape == (len(objective.measures), len(losses))
+    assert torch.equal(measured[objective.measures.index("loss")], losses)
+
+
 def one_sample(step: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     sample = {name: array[i : i + 1] for name, array in step.items() if name != "text_encoder_hidden_states"}
     if "text_mask" in sample:

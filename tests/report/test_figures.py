@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kcache.errors import RunError
-from kcache.report.figures import LOOK, PICTURE, POINTS, _draw_run, curve, plot_run, run_panels, smoothed, thinned
+from kcache.report.figures import LOOK, POINTS, _draw_run, curve, plot_run, run_panels, smoothed, thinned
+from kcache.store.run_directory import CURVES_FILE
 
 BANDS = ["val_loss_t000_249", "val_loss_t250_499", "val_loss_t500_749", "val_loss_t750_999"]
 
@@ -74,8 +75,8 @@ def test_runs_of_any_length_are_drawn(tmp_path: Path, steps: int, validated: lis
     write(tmp_path, "metrics.jsonl", metrics(steps))
     if validated:
         write(tmp_path, "validation.jsonl", validation(validated, cosine=True))
-    assert plot_run(tmp_path) == tmp_path / PICTURE
-    with Image.open(tmp_path / PICTURE) as picture:
+    assert plot_run(tmp_path) == tmp_path / CURVES_FILE
+    with Image.open(tmp_path / CURVES_FILE) as picture:
         assert picture.size == (1800, 1200)
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
     assert not list(tmp_path.glob(".tmp-*"))

@@ -13,7 +13,8 @@ from short_runs import write_run
 
 from kcache.config import DECODER_REPO
 from kcache.errors import RunError
-from kcache.report.model_card import LORA_FILE, model_card, newest_picture
+from kcache.report.model_card import model_card, newest_picture
+from kcache.store.run_directory import LORA_FILE
 
 NETWORKS: dict[str, Any] = {"prior": ("prior", PriorTransformer), "decoder": ("unet", UNet2DConditionModel)}
 OTHER = {"prior": "decoder", "decoder": "prior"}

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS, Repository, find_repository
+from kcache.encoders.repositories import PIPELINES, Repository, find_repository
 from kcache.errors import ModelError
 from kcache.report import pictures
 from kcache.report.pictures import PromptPictures
@@ -32,8 +32,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def repositories(oracle: Path) -> dict[str, Repository]:
     return {
-        "prior": find_repository(str(oracle / "prior"), None, COMPONENTS["prior"]),
-        "decoder": find_repository(str(oracle / "decoder"), None, COMPONENTS["unet"]),
+        "prior": find_repository(str(oracle / "prior"), None, PIPELINES["prior"].components),
+        "decoder": find_repository(str(oracle / "decoder"), None, PIPELINES["decoder"].components),
     }
 
 

@@ -15,7 +15,7 @@ from kcache.store.run_directory import append_metrics, read_validation
 from kcache.training.log import RunLog
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
-from kcache.training.trainer import Judge, train
+from kcache.training.trainer import Evaluation, train
 
 PROMPTS = ("a fox", "an owl")
 
@@ -34,11 +34,19 @@ def pictures(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").glob("*.png"))}
 
 
-def run_and_judge(cache: str, run_dir: Path, **settings: Any) -> tuple[TrainingRun, Judge]:
+def evaluated_run(cache: str, run_dir: Path, **settings: Any) -> tuple[TrainingRun, Evaluation]:
     run = prepare_run(cache, config(run_dir, **settings))
     run_dir.mkdir()
     append_metrics(run_dir, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-4, "samples_per_second": 1.0}])
-    return run, Judge(run, RunLog(run))
+    return run, Evaluation(run, RunLog(run))
+
+
+def look(evaluation: Evaluation, step: int) -> None:
+    """What the loop does when an evaluation is due."""
+    with evaluation.weights():
+        evaluation.validate(step)
+        evaluation.draw(step)
+    evaluation.plot()
 
 
 @pytest.mark.parametrize(
@@ -60,8 +68,8 @@ def test_a_run_is_looked_at_now_and_then_and_at_its_end(
 
 
 def test_without_anything_to_look_at_nothing_is_due(cache: str, tmp_path: Path) -> None:
-    _, judge = run_and_judge(cache, tmp_path / "run")
-    assert not any(judge.is_due(step) for step in range(1, 5))
+    _, evaluation = evaluated_run(cache, tmp_path / "run")
+    assert not any(evaluation.is_due(step) for step in range(1, 5))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -87,21 +95,21 @@ def test_a_resumed_run_looks_as_if_it_had_not_been_stopped(cache: str, tmp_path:
 
 
 def test_with_an_average_that_is_looked_at(cache: str, tmp_path: Path) -> None:
-    run, judge = run_and_judge(cache, tmp_path / "run", val_fraction=0.3, use_ema=True)
-    judge.judge(1)
+    run, evaluation = evaluated_run(cache, tmp_path / "run", val_fraction=0.3, use_ema=True)
+    look(evaluation, 1)
     for parameter in run.learning:
         parameter.data.mul_(2)
-    judge.judge(2)
+    look(evaluation, 2)
     assert run.average is not None
     run.average.shadow_params = [tensor * 2 for tensor in run.average.shadow_params]
-    judge.judge(3)
+    look(evaluation, 3)
     first, moved, averaged = ({**entry, "step": 0} for entry in read_validation(run.output_dir))
     assert moved == first
     assert averaged["val_loss"] != pytest.approx(first["val_loss"], rel=1e-3)
 
 
 def test_what_is_held_out_is_not_trained_on(cache: str, tmp_path: Path) -> None:
-    run, _ = run_and_judge(cache, tmp_path / "run", val_fraction=0.3)
+    run, _ = evaluated_run(cache, tmp_path / "run", val_fraction=0.3)
     assert run.held_out is not None
     keys = [set(part.samples["image_key"].to_pylist()) for part in (run.cache, run.held_out)]
     assert not keys[0] & keys[1]
@@ -133,7 +141,7 @@ def test_pictures_are_as_large_as_what_is_trained_on(tables: tuple[int, ...], as
 
 
 def test_no_generator_is_touched_by_looking(cache: str, tmp_path: Path) -> None:
-    _, judge = run_and_judge(cache, tmp_path / "run", val_fraction=0.3, validation_prompts=PROMPTS)
+    _, evaluation = evaluated_run(cache, tmp_path / "run", val_fraction=0.3, validation_prompts=PROMPTS)
     before = torch.get_rng_state()
-    judge.judge(1)
+    look(evaluation, 1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -5,22 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PriorTransformer, UNet2DConditionModel
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-from kcache.encoders.repositories import Repository
+from kcache.encoders.repositories import PIPELINES, Repository
+from kcache.training.network import load_network
 from kcache.training.result import export_run
 
 
-def export(run_dir: Path, network_name: str, oracle: Path, base: Path | None = None, copy: bool = False) -> float:
+def export(run_dir: Path, half: str, oracle: Path, base: Path | None = None, copy: bool = False) -> float:
     """Export a network with a changed bias, and return that bias."""
     run_dir.mkdir(exist_ok=True)
-    path = base or oracle / ("prior" if network_name == "prior" else "decoder")
-    network_class = PriorTransformer if network_name == "prior" else UNet2DConditionModel
-    network = network_class.from_pretrained(path, subfolder=network_name)
-    bias = network.proj_in.bias if network_name == "prior" else network.conv_out.bias
+    path = base or oracle / half
+    network = load_network(half, path)
+    bias = network.proj_in.bias if half == "prior" else network.conv_out.bias
     bias.data.fill_(0.625)
-    repository = Repository(name=str(path), path=path, revision=None)
-    export_run(run_dir, network_name, network, repository, copy=copy)
+    export_run(run_dir, PIPELINES[half], network, Repository(name=str(path), path=path, revision=None), copy=copy)
     return 0.625
 
 
@@ -38,7 +37,7 @@ def test_a_prior_run_goes_into_the_combined_pipeline(oracle: Path, tmp_path: Pat
 
 
 def test_a_decoder_run_finds_its_prior_by_its_card(oracle: Path, tmp_path: Path) -> None:
-    bias = export(tmp_path / "run", "unet", oracle)
+    bias = export(tmp_path / "run", "decoder", oracle)
     (tmp_path / "run" / "README.md").write_text(f"---\nprior:\n- {oracle / 'prior'}\n---\n")
     pipeline = AutoPipelineForText2Image.from_pretrained(tmp_path / "run")
     assert torch.all(pipeline.unet.conv_out.bias == bias)
@@ -48,7 +47,7 @@ def test_a_decoder_run_finds_its_prior_by_its_card(oracle: Path, tmp_path: Path)
 @pytest.mark.parametrize("copy", [False, True])
 def test_unchanged_components_are_links_or_copies(oracle: Path, tmp_path: Path, copy: bool) -> None:
     run = tmp_path / "run"
-    export(run, "unet", oracle, copy=copy)
+    export(run, "decoder", oracle, copy=copy)
     assert (run / "movq").is_symlink() is not copy
     weights = "movq/diffusion_pytorch_model.safetensors"
     assert (run / weights).read_bytes() == (oracle / "decoder" / weights).read_bytes()
@@ -56,17 +55,17 @@ def test_unchanged_components_are_links_or_copies(oracle: Path, tmp_path: Path, 
 
 def test_going_on_in_the_folder_of_the_base_keeps_its_components(oracle: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    export(run, "unet", oracle, copy=True)
-    export(run, "unet", oracle, base=run)
-    export(run, "unet", oracle, base=run, copy=True)
+    export(run, "decoder", oracle, copy=True)
+    export(run, "decoder", oracle, base=run)
+    export(run, "decoder", oracle, base=run, copy=True)
     assert not (run / "movq").is_symlink()
     assert (run / "movq" / "config.json").is_file()
 
 
 def test_links_become_copies_when_asked_for(oracle: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    export(run, "unet", oracle)
-    export(run, "unet", oracle, base=run, copy=True)
+    export(run, "decoder", oracle)
+    export(run, "decoder", oracle, base=run, copy=True)
     assert not (run / "movq").is_symlink()
     assert (run / "movq" / "config.json").is_file()
 

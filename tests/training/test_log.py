@@ -113,7 +113,7 @@ def test_speed_is_that_of_the_steps_alone(cache: str, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(kcache.training.log, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(kcache.training.trainer, "take_step", takes(2.0, kcache.training.trainer.take_step))
-    monkeypatch.setattr(kcache.training.trainer, "Judge", takes(100.0, kcache.training.trainer.Judge))
+    monkeypatch.setattr(kcache.training.trainer, "Evaluation", takes(100.0, kcache.training.trainer.Evaluation))
     monkeypatch.setattr(kcache.training.run, "save_checkpoint", takes(100.0, kcache.training.run.save_checkpoint))
     train(cache, config(tmp_path, max_train_steps=25, checkpointing_steps=3))
     assert [entry["samples_per_second"] for entry in read(tmp_path)] == [4 / 2.0] * 25

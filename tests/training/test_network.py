@@ -1,5 +1,6 @@
 """The network that learns is what the settings make of it, learns as plainly made, and is saved and found again."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from short_runs import LORA_WEIGHTS, STAGES, WEIGHTS, config
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kcache.encoders.repositories import Repository
-from kcache.errors import ModelError
+from kcache.config import TrainConfig
+from kcache.encoders.repositories import COMPONENTS, PIPELINES, Repository
+from kcache.errors import ConfigError, ModelError
 from kcache.objectives import blocks as compilation
-from kcache.objectives.losses import DecoderObjective, Objective, PriorObjective
+from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
 from kcache.training.network import load_network, load_objective, save_network
 
 CONSTANTS = {"clip_mean", "clip_std"}
@@ -104,6 +106,16 @@ def test_adapters_come_back_onto_the_base(oracle: Path, tmp_path: Path, stage: s
     before, after = objective.network.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_objective_is_of_the_half_that_its_stage_trains(stage: Any) -> None:
+    kind, pipeline = OBJECTIVES[stage], PIPELINES[stage]
+    assert (kind.stage, kind.network_name) == (stage, pipeline.network)
+    assert kind.network_class.__name__ == COMPONENTS[pipeline.network].class_name
+    for dropped in ("caption", "image"):
+        with nullcontext() if dropped == kind.dropped else pytest.raises(ConfigError, match=f"--{dropped}-dropout"):
+            TrainConfig(stage=stage, output_dir="run", **{f"{dropped}_dropout": 0.1})
 
 
 def loss_and_gradients(objective: Objective, step: dict[str, Tensor]) -> dict[str, Tensor]:

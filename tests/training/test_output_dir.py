@@ -10,9 +10,7 @@ from short_runs import config
 import kcache.training.trainer
 from kcache.encoders.repositories import COMPONENTS
 from kcache.errors import CacheBusyError, RunError
-from kcache.report.model_card import LORA_FILE
-from kcache.store.run_directory import read_starts
-from kcache.training.result import RAW_FOLDER
+from kcache.store.run_directory import RESULT, read_starts
 from kcache.training.resume import _RESULT, check_output_dir
 from kcache.training.trainer import train
 
@@ -49,7 +47,7 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(
 def test_a_run_leaves_only_what_is_known_to_be_a_result(finished: Path) -> None:
     logs = {"config.json", "metrics.jsonl", "validation.jsonl", "starts.jsonl"}
     assert {path.name for path in finished.iterdir()} - logs <= set(_RESULT)
-    assert {LORA_FILE, RAW_FOLDER, "pictures"}.union(*COMPONENTS.values()) <= set(_RESULT)
+    assert {*RESULT, *COMPONENTS} <= set(_RESULT)
 
 
 @pytest.mark.parametrize(("metrics", "result"), [("", ["README.md"]), ('{"step": 1}\n', [])])

@@ -13,7 +13,7 @@ from short_runs import write_run
 
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
-from kcache.report.model_card import LORA_FILE
+from kcache.store.run_directory import LORA_FILE
 from kcache.training.publish import check_publishing, files_to_publish, publish_run
 
 TOKEN = "hf_right"  # noqa: S105
