@@ -111,6 +111,7 @@ class PromptPictures:
         return embeds, generators
 
     def _finish(self, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]) -> "list[Image.Image]":
+        """The pictures; the generators are left as they were, for the next call."""
         generators = [generator.clone_state() for generator in generators]
         factor = self._decoder.movq_scale_factor
         side = math.ceil(self._resolution / factor**2) * factor  # as the pipeline rounds
