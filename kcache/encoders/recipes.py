@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
-from kcache.encoders.repositories import Repository, component_config, config_digest, tokenizer_digest, weights_digest
+from kcache.encoders.repositories import (
+    COMPONENTS,
+    Repository,
+    component_config,
+    config_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import Field, Recipe, kind_of, side_of
@@ -43,7 +50,7 @@ def table_recipe(
         preprocess, sample_shape, fields = _text(config, repository)
     return Recipe(
         table=table,
-        encoder=kind.encoder,
+        encoder=str(COMPONENTS[kind.component].class_name),
         weights=weights_digest(repository, kind.component, memo, rehash, say),
         config=config_digest(repository, kind.component),
         preprocess=preprocess,

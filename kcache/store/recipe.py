@@ -52,8 +52,6 @@ class TableKind:
     """The encoder's folder there."""
     with_it: tuple[str, ...]
     """Folders that it needs beside it."""
-    encoder: str
-    """Class of the frozen network."""
     fields: tuple[str, ...]
     """What a row consists of."""
     readers: tuple[Literal["prior", "decoder"], ...]
@@ -87,16 +85,16 @@ class TableKind:
 
 IMAGE_EMBEDS = TableKind(
     name="image_embeds", per="image", reserved=ZERO_IMAGE_KEY, role="prior", component="image_encoder",
-    with_it=("image_processor",), encoder="CLIPVisionModelWithProjection",
+    with_it=("image_processor",),
     fields=("image_embeds",), readers=("prior", "decoder"),
 )  # fmt: skip
 TEXT = TableKind(
     name="text", per="caption", reserved=EMPTY_CAPTION_KEY, role="prior", component="text_encoder",
-    with_it=("tokenizer",), encoder="CLIPTextModelWithProjection",
+    with_it=("tokenizer",),
     fields=("text_embeds", "text_encoder_hidden_states"), readers=("prior",),
 )  # fmt: skip
 LATENTS = TableKind(
-    name="latents", per="image", reserved=None, role="decoder", component="movq", with_it=(), encoder="VQModel",
+    name="latents", per="image", reserved=None, role="decoder", component="movq", with_it=(),
     fields=("latents",), readers=("decoder",), sided=True,
 )  # fmt: skip
 KINDS = (IMAGE_EMBEDS, TEXT, LATENTS)

@@ -17,15 +17,13 @@ from kcache.sources import open_source
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
+from kcache.store.recipe import TEXT, kind_of
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
-
-_ENCODERS = {"image_embeds": "image_encoder", "text_embeds": "text_encoder", "latents": "movq"}
-"""Field → folder of the frozen network that made it."""
 
 
 def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
@@ -152,15 +150,16 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
             )
     _check_text_length(cache, objective, repository)
     with DigestMemo() as memo:
-        for field, component in _ENCODERS.items():
-            if field in objective.row_shapes and (repository.path / component).is_dir():
-                _check_encoder(cache, cache.table_of(field), repository, component, memo)
+        for table in dict.fromkeys(map(cache.table_of, objective.row_shapes)):
+            component = kind_of(table).component
+            if (repository.path / component).is_dir():
+                _check_encoder(cache, table, repository, component, memo)
 
 
 def _check_text_length(cache: Cache, objective: Objective, repository: Repository) -> None:
     if objective.most_tokens is None:
         return
-    found, expected = cache.recipes["text"].batch_shape[1], objective.most_tokens
+    found, expected = cache.recipes[TEXT.name].batch_shape[1], objective.most_tokens
     if found > expected:
         raise CacheMismatchError(
             f"{cache.path} has captions of up to {found} tokens; {repository.name} takes {expected}; "

@@ -23,6 +23,7 @@ from kcache.objectives.blocks import uncompiled
 from kcache.report.figures import plot_run
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.cache import Cache
+from kcache.store.recipe import sides_of
 from kcache.store.run_directory import append_validation
 from kcache.training.log import Progress, RunLog
 from kcache.training.optimizer import averaged
@@ -238,5 +239,4 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
 
 def _picture_side(run: TrainingRun) -> int:
     """The resolution that is trained at, in pixels; for a prior that of the cache's latents, if it has any."""
-    sides = [int(table.removeprefix("latents-")) for table in run.cache.recipes if table.startswith("latents-")]
-    return run.config.resolution or (max(sides) if sides else RESOLUTION)
+    return run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
