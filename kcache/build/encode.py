@@ -24,7 +24,7 @@ import torch
 from kcache.build.plan import PlannedShard
 from kcache.encoders.frozen import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
-from kcache.store.digests import ZERO_IMAGE_KEY
+from kcache.store.digests import ZERO_IMAGE_KEY, pack_keys
 from kcache.store.recipe import Recipe
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 
@@ -96,7 +96,7 @@ class _OpenShard:
     def block(self, recipe: Recipe) -> RowBlock:
         """The rows, in plan order."""
         order = np.argsort(self.numbers)
-        keys = np.frombuffer(b"".join(self.planned.keys[i] for i in sorted(self.numbers)), np.uint8).reshape(-1, 16)
+        keys = pack_keys([self.planned.keys[i] for i in sorted(self.numbers)])
         if not self.numbers:
             return RowBlock(keys=keys, arrays={})
         arrays = {f.name: np.concatenate(self.parts[f.name]) for f in recipe.fields}
