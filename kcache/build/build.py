@@ -15,7 +15,7 @@ from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.finish import assemble, whole_samples
 from kcache.build.joined_tars import RESERVED, SAMPLES, joined_recipe, plan_packing
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Inventory, missing_rows, take_inventory, why_missing
+from kcache.build.survey import Inventory, missing_rows, take_inventory
 from kcache.config import BuildConfig
 from kcache.durable import remove, remove_temporary, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
@@ -53,20 +53,6 @@ class BuildResult:
     rejected: int
     tables: Mapping[str, TableResult]
     seconds: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildPreview:
-    """What a build would do."""
-
-    samples: int
-    """Samples that the source offers."""
-    refused: int
-    missing: Mapping[str, int]
-    """Rows to encode, by table."""
-    why: Mapping[str, str]
-    """In words, by table; "" where no row is missing."""
     notes: tuple[str, ...]
 
 
@@ -130,20 +116,6 @@ def complete(job: Inventory, *, report: Report | None = None) -> BuildResult:
 def _counts(job: Inventory, states: Mapping[str, TableState]) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
     return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in states.items()}
-
-
-def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
-    """What `build_cache` would do, without writing anything into the cache."""
-    job = survey(source, cache, config, partial(_say, None))
-    states = job.states()
-    plan = missing_rows(job, states, retry=config.retry_rejected, seen={})
-    return BuildPreview(
-        samples=len(job.candidates),
-        refused=len(job.refused),
-        missing={table.recipe.table: len(table.keys) for table in plan.tables},
-        why=why_missing(job, states, plan),
-        notes=(job.source.description, *job.notes),
-    )
 
 
 def survey(source: str, cache: str, config: BuildConfig, say: Callable[[str], None]) -> Inventory:
