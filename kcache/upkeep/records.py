@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,6 @@ class Vouched:
     commits: dict[str, Commit | None] = field(default_factory=dict)
     """By shard; None where the record is missing or damaged."""
     broken: list[BrokenFile] = field(default_factory=list)
-    wrong_counts: list[str] = field(default_factory=list)
-    """Where the manifest counts other samples or rejections than its files hold; `manifest` is corrected for them."""
     known: set[str] = field(default_factory=set)
     """Paths, relative to the cache, that are part of it."""
 
@@ -55,11 +53,6 @@ class Vouched:
         """Note that a file is broken, and part of the cache all the same."""
         self.broken.append(BrokenFile(path=path, shard=shard, reason=str(reason)))
         self.known.add(path)
-
-    def compare(self, what: str, said: int, found: int, file: str) -> None:
-        """Compare what the manifest counts with what stands in `file`."""
-        if said != found:
-            self.wrong_counts.append(f"{said:,} {what}, {file} has {found:,}")
 
 
 def read_vouched(folder: Path) -> Vouched:
@@ -97,21 +90,14 @@ def _read_derived(vouched: Vouched) -> None:
         if samples_digest([Sample(**row) for row in table.to_pylist()]) != manifest.samples_digest:
             raise CacheCorruptError("its samples are not those of the manifest")
         vouched.samples = table
-        vouched.compare("samples", manifest.samples, len(table), manifest.samples_file)
-        manifest = replace(manifest, samples=len(table))
     except CacheCorruptError as error:
         vouched.add_broken(manifest.samples_file, error)
     try:
-        content = (folder / "rejected.jsonl").read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if digest == manifest.rejected_digest:
-            vouched.compare("rejected", manifest.rejected, content.count(b"\n"), "rejected.jsonl")
-            manifest = replace(manifest, rejected=content.count(b"\n"))
-        else:
+        digest = hashlib.sha256((folder / "rejected.jsonl").read_bytes()).hexdigest()
+        if digest != manifest.rejected_digest:
             vouched.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
     except OSError as error:
         vouched.add_broken("rejected.jsonl", error.strerror)
-    vouched.manifest = manifest
     try:
         vouched.index = open_index(folder, manifest)
     except CacheCorruptError as error:

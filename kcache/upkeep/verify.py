@@ -1,26 +1,23 @@
 """Verifying a cache: every byte of every file, against the checksums that were committed with it.
 
 A shard's files are checked against its commit record and, in the same pass, every row in them against the index; commit
-records, manifest, index, samples and rejections against their digests, the manifest's counts against all of these. A
-row that is broken is named with the samples that use it. Files that nothing vouches for are orphaned: no part of the
-cache, and no fault of it.
+records, manifest, index, samples and rejections against their digests. A row that is broken is named with the samples
+that use it. Files that nothing vouches for are orphaned: no part of the cache, and no fault of it.
 """
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kcache.errors import CacheCorruptError
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
-from kcache.store.manifest import MANIFEST, ShardEntry, TableEntry
 from kcache.store.rows import unit_bytes
-from kcache.store.shards import Commit, CommittedFile, read_side_file, side_name
+from kcache.store.shards import CommittedFile
 from kcache.upkeep.records import BrokenFile, Vouched, read_vouched
 from kcache.upkeep.scan import FileCheck, RowSpans, check_file
 
@@ -62,7 +59,7 @@ class VerifyResult:
 
     @property
     def corrupt(self) -> bool:
-        """Whether anything of the cache is not what was committed, or not as much as the manifest counts."""
+        """Whether anything of the cache is not what was committed."""
         return bool(self.files or self.rows)
 
     @property
@@ -96,7 +93,6 @@ def verify_cache(cache: str | Path, report: Callable[[VerifyProgress], None] | N
         if reason := _difference(target.committed, check):
             files.append(BrokenFile(path=target.path, shard=target.shard, reason=reason))
         rows += _broken_rows(vouched, target, check)
-    files += check_counts(vouched, {file.shard for file in files if file.shard is not None})
     return VerifyResult(
         cache=str(cache),
         bytes=sum(check.bytes for check in checks),
@@ -256,62 +252,3 @@ def _orphans(folder: Path, known: set[str]) -> Iterator[str]:
                 inside.append(f"{path}/")
             elif path not in known:
                 yield f"{path}/" if is_folder else path
-
-
-SHOWN = 5
-"""Wrong counts that are named one by one."""
-
-
-def check_counts(vouched: Vouched, broken_shards: Collection[str]) -> list[BrokenFile]:
-    """The manifest, where it counts something else than its files hold; and side files that cannot be counted.
-
-    Rows and bytes are those that the side files name. `broken_shards` are known to be broken, and count as the manifest
-    says.
-    """
-    if vouched.manifest is None:
-        return []
-    faults, wrong = list[BrokenFile](), list(vouched.wrong_counts)
-    for table, entry in vouched.manifest.tables.items():
-        rows = size = 0
-        for shard in entry.shards:
-            name, found = shard.data.removesuffix(".tar"), (shard.rows, shard.bytes)
-            commit = vouched.commits.get(name)
-            if commit is not None and name not in broken_shards:
-                try:
-                    found = _stored(vouched.folder, entry, shard, commit)
-                except CacheCorruptError as error:
-                    path = f"{name.partition('/')[0]}/{side_name(commit.name, _part(entry, shard))}"
-                    faults.append(BrokenFile(path=path, shard=name, reason=str(error)))
-            wrong += _differences(f"{table} in {shard.data}", (shard.rows, shard.bytes), found)
-            rows, size = rows + found[0], size + found[1]
-        wrong += _differences(table, (entry.rows, entry.bytes), (rows, size))
-    if wrong:
-        faults.append(BrokenFile(path=MANIFEST, shard=None, reason=_reason(wrong)))
-    return faults
-
-
-def _stored(folder: Path, entry: TableEntry, shard: ShardEntry, commit: Commit) -> tuple[int, int]:
-    """Rows of a table in a shard, and the bytes of these rows."""
-    side = read_side_file((folder / shard.data).parent, commit, entry.recipe, _part(entry, shard))
-    return len(side), sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in entry.recipe.fields)
-
-
-def _part(entry: TableEntry, shard: ShardEntry) -> str:
-    """What a side file says of its table: the name, where a tar holds the rows of several."""
-    return entry.recipe.table if shard.data.endswith(".tar") else ""
-
-
-def _differences(what: str, said: tuple[int, int], found: tuple[int, int]) -> list[str]:
-    return [
-        f"{a:,} {unit} of {what}, there are {b:,}"
-        for unit, a, b in zip(("rows", "bytes"), said, found, strict=True)
-        if a != b
-    ]
-
-
-def _reason(wrong: Sequence[str]) -> str:
-    more = f" (and {len(wrong) - SHOWN} more)" if len(wrong) > SHOWN else ""
-    return (
-        f"it counts {'; '.join(wrong[:SHOWN])}{more}; --repair writes it anew, and so does cache-build with the flags "
-        "that built the cache: no row is encoded for that"
-    )
