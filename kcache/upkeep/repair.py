@@ -30,7 +30,7 @@ from kcache.store.recipe import Recipe, recipe_differences
 from kcache.store.samples import Refusal, Sample, sample_ids, samples_digest
 from kcache.store.shards import Commit, discard_uncommitted, record_rejections
 from kcache.upkeep.copying import RowCopier
-from kcache.upkeep.records import Vouched, read_vouched
+from kcache.upkeep.records import Records, read_records
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def repair_cache(
     before = verify_cache(folder, checked)
     if not before.corrupt:
         return RepairResult(before=before, encoded={}, after=before)
-    vouched = read_vouched(folder)
+    vouched = read_records(folder)
     if vouched.manifest is None:
         raise CacheCorruptError(
             f"{folder / MANIFEST} is damaged, so nothing says which encoders made the rows; "
@@ -166,7 +166,7 @@ def _rejections(job: Inventory) -> list[Refusal]:
 
 
 def _candidates(
-    job: Inventory, vouched: Vouched, before: VerifyResult, refused: Sequence[Refusal] | None
+    job: Inventory, vouched: Records, before: VerifyResult, refused: Sequence[Refusal] | None
 ) -> list[Candidate]:
     """The cache's samples, as the source offers them; raises SourceError where it lacks a picture that is needed."""
     if vouched.samples is None:
@@ -194,7 +194,7 @@ def _needed_samples(before: VerifyResult) -> list[int]:
     return sorted({row.entry for row in before.rows if row.table != "text"})
 
 
-def _offered_samples(job: Inventory, vouched: Vouched, refused: Sequence[Refusal]) -> list[Candidate]:
+def _offered_samples(job: Inventory, vouched: Records, refused: Sequence[Refusal]) -> list[Candidate]:
     """The samples of the source, which must be those that the manifest has the digest of."""
     names = {refusal.name for refusal in refused}
     candidates = [candidate for candidate in job.candidates if candidate.name not in names]
@@ -214,7 +214,7 @@ def _offered_samples(job: Inventory, vouched: Vouched, refused: Sequence[Refusal
     return candidates
 
 
-def _replace_shards(vouched: Vouched, manifest: Manifest, before: VerifyResult) -> None:
+def _replace_shards(vouched: Records, manifest: Manifest, before: VerifyResult) -> None:
     """Take the broken shards out of the cache; their sound rows are committed as shards of their tables first."""
     folder = vouched.folder
     if any(file.path == "plans" for file in before.files):

@@ -18,8 +18,8 @@ from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import CommittedFile
-from kcache.upkeep.records import BrokenFile, Vouched, read_vouched
-from kcache.upkeep.scan import FileCheck, RowSpans, check_file
+from kcache.upkeep.records import BrokenFile, Records, read_records
+from kcache.upkeep.scan import RowSpans, Scan, scan_file
 
 READ_THREADS = 2
 """One waits for the disk while the other computes checksums; more only make a disk's head jump."""
@@ -85,21 +85,21 @@ def verify_cache(cache: str | Path, report: Callable[[VerifyProgress], None] | N
     that this version reads.
     """
     start = time.perf_counter()
-    vouched = read_vouched(Path(cache))
-    targets = _targets(vouched)
-    checks = _check_all(vouched.folder, targets, report)
-    files, rows = list(vouched.broken), list[BrokenRow]()
-    for target, check in zip(targets, checks, strict=True):
-        if reason := _difference(target.committed, check):
+    records = read_records(Path(cache))
+    targets = _targets(records)
+    scans = _scan_all(records.folder, targets, report)
+    files, rows = list(records.broken), list[BrokenRow]()
+    for target, scan in zip(targets, scans, strict=True):
+        if reason := _difference(target.committed, scan):
             files.append(BrokenFile(path=target.path, shard=target.shard, reason=reason))
-        rows += _broken_rows(vouched, target, check)
+        rows += _broken_rows(records, target, scan)
     return VerifyResult(
         cache=str(cache),
-        bytes=sum(check.bytes for check in checks),
+        bytes=sum(scan.bytes for scan in scans),
         seconds=time.perf_counter() - start,
         files=tuple(sorted(files, key=lambda file: file.path)),
         rows=tuple(sorted(rows, key=lambda row: (row.table, row.shard, row.entry, row.field))),
-        orphaned=tuple(sorted(_orphans(vouched.folder, vouched.known))) if vouched.manifest else (),
+        orphaned=tuple(sorted(_orphans(records.folder, records.known))) if records.manifest else (),
     )
 
 
@@ -124,17 +124,17 @@ class _Target:
     fields: tuple[_Field, ...]
 
 
-def _targets(vouched: Vouched) -> list[_Target]:
+def _targets(records: Records) -> list[_Target]:
     """Every file of every shard, in the order that they stand in."""
     committed = {
         f"{shard.partition('/')[0]}/{file.path}": (shard, file)
-        for shard, commit in vouched.commits.items()
+        for shard, commit in records.commits.items()
         if commit is not None
         for file in commit.files
     }
     fields: dict[str, list[_Field]] = {}
     shards = {path: shard for path, (shard, _) in committed.items()}
-    for path, shard, rows in _indexed_fields(vouched):
+    for path, shard, rows in _indexed_fields(records):
         fields.setdefault(path, []).append(rows)
         shards[path] = shard
     return [
@@ -148,12 +148,12 @@ def _targets(vouched: Vouched) -> list[_Target]:
     ]
 
 
-def _indexed_fields(vouched: Vouched) -> Iterator[tuple[str, str, _Field]]:
+def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
     """Path, shard and rows of every file that the index refers to."""
-    if vouched.manifest is None or vouched.index is None:
+    if records.manifest is None or records.index is None:
         return
-    for table, entry in vouched.manifest.tables.items():
-        entries = vouched.index[table]
+    for table, entry in records.manifest.tables.items():
+        entries = records.index[table]
         for position, shard in enumerate(entry.shards):
             here = entries[entries["shard"] == position]
             form = format_of(shard.data)
@@ -172,21 +172,19 @@ def _indexed_fields(vouched: Vouched) -> Iterator[tuple[str, str, _Field]]:
                     yield path, shard.data.removesuffix(".tar"), rows
 
 
-def _check_all(
-    folder: Path, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None
-) -> list[FileCheck]:
+def _scan_all(folder: Path, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
     start, total = time.perf_counter(), sum(target.committed.bytes for target in targets if target.committed)
     done = [0] * len(targets)
 
-    def check(number: int) -> FileCheck:
+    def scan(number: int) -> Scan:
         def advance(count: int) -> None:
             done[number] += count
 
         target = targets[number]
-        return check_file(folder / target.path, [rows.spans for rows in target.fields], advance)
+        return scan_file(folder / target.path, [rows.spans for rows in target.fields], advance)
 
     with ThreadPoolExecutor(READ_THREADS, "kcache-verify") as pool:
-        running = [pool.submit(check, number) for number in range(len(targets))]
+        running = [pool.submit(scan, number) for number in range(len(targets))]
         waiting = set(running)
         try:
             while waiting:
@@ -195,31 +193,31 @@ def _check_all(
                     report(VerifyProgress(done=sum(done), total=total, seconds=time.perf_counter() - start))
         finally:
             pool.shutdown(cancel_futures=True)
-    return [check.result() for check in running]
+    return [scan.result() for scan in running]
 
 
-def _difference(committed: CommittedFile | None, check: FileCheck) -> str | None:
+def _difference(committed: CommittedFile | None, found: Scan) -> str | None:
     """How a file differs from what was committed; without a record only its rows can tell."""
-    if check.error:
-        return check.error
+    if found.error:
+        return found.error
     if committed is None:
         return None
-    if check.bytes != committed.bytes:
-        return f"{check.bytes} bytes, {committed.bytes} were committed"
-    if check.crc32c != committed.crc32c:
-        return f"crc32c is {check.crc32c:08x}, {committed.crc32c:08x} was committed"
+    if found.bytes != committed.bytes:
+        return f"{found.bytes} bytes, {committed.bytes} were committed"
+    if found.crc32c != committed.crc32c:
+        return f"crc32c is {found.crc32c:08x}, {committed.crc32c:08x} was committed"
     return None
 
 
-def _broken_rows(vouched: Vouched, target: _Target, check: FileCheck) -> list[BrokenRow]:
+def _broken_rows(records: Records, target: _Target, scan: Scan) -> list[BrokenRow]:
     found: list[BrokenRow] = []
-    for rows, broken in zip(target.fields, check.broken, strict=True):
-        if len(broken) and vouched.index is not None:
-            entries = vouched.index[rows.table]
+    for rows, broken in zip(target.fields, scan.broken, strict=True):
+        if len(broken) and records.index is not None:
+            entries = records.index[rows.table]
             place = np.searchsorted(rows.spans.offsets, entries[rows.name]["offset"])
             used = np.flatnonzero((entries["shard"] == rows.shard) & np.isin(place, broken))
             for entry in used.tolist():
-                sample, name = _user(vouched, rows.table, entry)
+                sample, name = _user(records, rows.table, entry)
                 row = BrokenRow(
                     table=rows.table, shard=target.shard, field=rows.name, row=int(place[entry]), entry=entry,
                     sample=sample, name=name,
@@ -228,15 +226,15 @@ def _broken_rows(vouched: Vouched, target: _Target, check: FileCheck) -> list[Br
     return found
 
 
-def _user(vouched: Vouched, table: str, entry: int) -> tuple[str | None, str]:
+def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
     """Id and name of the sample that an entry of a table's index is of."""
-    bounds = vouched.index[CAPTION_BOUNDS] if vouched.index else np.zeros(1, np.int64)
+    bounds = records.index[CAPTION_BOUNDS] if records.index else np.zeros(1, np.int64)
     sample = int(np.searchsorted(bounds, entry, side="right")) - 1 if table == "text" else entry
     if sample >= len(bounds) - 1:
         return None, "the empty caption" if table == "text" else "the all-zero image"
-    if vouched.samples is None:
+    if records.samples is None:
         return None, f"sample {sample}"
-    return vouched.samples["id"][sample].as_py(), vouched.samples["name"][sample].as_py()
+    return records.samples["id"][sample].as_py(), records.samples["name"][sample].as_py()
 
 
 def _orphans(folder: Path, known: set[str]) -> Iterator[str]:
