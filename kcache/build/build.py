@@ -14,7 +14,7 @@ from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.finish import finish_build, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Committed, Survey, missing_rows, survey, why_missing
+from kcache.build.survey import Committed, Survey, missing_rows, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
@@ -53,20 +53,6 @@ class BuildResult:
     rejected: int
     tables: Mapping[str, TableResult]
     seconds: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildPreview:
-    """What a build would do."""
-
-    samples: int
-    """Samples that the source offers."""
-    refused: int
-    missing: Mapping[str, int]
-    """Rows to encode, by table."""
-    why: Mapping[str, str]
-    """In words, by table; "" where no row is missing."""
     notes: tuple[str, ...]
 
 
@@ -129,20 +115,6 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
     return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in found.tables.items()}
-
-
-def plan_build(source: str, cache: str, config: BuildConfig) -> BuildPreview:
-    """What `build_cache` would do, without writing anything into the cache."""
-    job = checked_survey(source, cache, config, unheard)
-    tables = job.committed().tables
-    plan = missing_rows(job, tables, retry=config.retry_rejected, seen={})
-    return BuildPreview(
-        samples=len(job.samples),
-        refused=len(job.refused),
-        missing={table.recipe.table: len(table.keys) for table in plan.tables},
-        why=why_missing(job, tables, plan),
-        notes=(job.source.description, *job.notes),
-    )
 
 
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:

@@ -22,7 +22,7 @@ _TOGETHER = 64
 """Rows whose checksums are looked at together."""
 
 
-class RowFile(NamedTuple):
+class FieldFile(NamedTuple):
     """A file with rows of one field: after every `piece_bytes` of payload stand `gap_bytes` that are none."""
 
     path: Path
@@ -33,7 +33,7 @@ class RowFile(NamedTuple):
 class FieldFiles:
     """The files that hold one field of a table, one per shard, mapped into memory when first read."""
 
-    def __init__(self, field: Field, dtype: np.dtype[np.generic], files: Sequence[RowFile]) -> None:
+    def __init__(self, field: Field, dtype: np.dtype[np.generic], files: Sequence[FieldFile]) -> None:
         self.field = field
         self.dtype = dtype
         self.files = files
@@ -118,7 +118,7 @@ def field_files(cache: Path, field: Field, dtype: np.dtype[np.generic], shards: 
     files = []
     for shard in shards:
         form = format_of(shard.data)
-        files.append(RowFile(cache / form.field_file(shard.data, field), *form.pieces(unit_bytes(field, dtype))))
+        files.append(FieldFile(cache / form.field_file(shard.data, field), *form.pieces(unit_bytes(field, dtype))))
     return FieldFiles(field, dtype, files)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class BrokenFile:
 
 
 @dataclass(kw_only=True)
-class Vouched:
+class Records:
     """What the small files of a cache say, as far as they could be read."""
 
     folder: Path
@@ -46,8 +46,6 @@ class Vouched:
     commits: dict[str, Commit | None] = field(default_factory=dict)
     """By shard; None where the record is missing or damaged."""
     broken: list[BrokenFile] = field(default_factory=list)
-    wrong_counts: list[str] = field(default_factory=list)
-    """Where the manifest counts other samples or rejections than its files hold; `manifest` is corrected for them."""
     known: set[str] = field(default_factory=set)
     """Paths, relative to the cache, that are part of it."""
 
@@ -56,120 +54,108 @@ class Vouched:
         self.broken.append(BrokenFile(path=path, shard=shard, reason=str(reason)))
         self.known.add(path)
 
-    def compare(self, what: str, said: int, found: int, file: str) -> None:
-        """Compare what the manifest counts with what stands in `file`."""
-        if said != found:
-            self.wrong_counts.append(f"{said:,} {what}, {file} has {found:,}")
 
-
-def read_vouched(folder: Path) -> Vouched:
+def read_records(folder: Path) -> Records:
     """Read and check the small files of the cache at `folder`, each as far as those before it allow.
 
     Raises CacheNotFoundError or CacheMismatchError where there is no cache that this version reads.
     """
-    vouched = Vouched(folder=folder)
-    _read_manifest(vouched)
-    _read_derived(vouched)
-    _read_records(vouched)
-    _read_plan(vouched)
-    return vouched
+    records = Records(folder=folder)
+    _read_manifest(records)
+    _read_derived(records)
+    _read_commits(records)
+    _read_plan(records)
+    return records
 
 
-def _read_manifest(vouched: Vouched) -> None:
-    vouched.known.add(MANIFEST)
+def _read_manifest(records: Records) -> None:
+    records.known.add(MANIFEST)
     try:
-        vouched.manifest = read_manifest(vouched.folder)
-        if (vouched.folder / MANIFEST).read_bytes() != json_bytes(vouched.manifest.to_json()):
+        records.manifest = read_manifest(records.folder)
+        if (records.folder / MANIFEST).read_bytes() != json_bytes(records.manifest.to_json()):
             raise CacheCorruptError("it says what was written, but not byte for byte")
     except CacheCorruptError as error:
-        vouched.add_broken(MANIFEST, error)
+        records.add_broken(MANIFEST, error)
 
 
-def _read_derived(vouched: Vouched) -> None:
+def _read_derived(records: Records) -> None:
     """Index, samples and rejections, which the manifest has digests of."""
-    folder, manifest = vouched.folder, vouched.manifest
+    folder, manifest = records.folder, records.manifest
     if manifest is None:
         return
     names = [*manifest.tables, CAPTION_BOUNDS]
-    vouched.known |= {manifest.samples_file, "rejected.jsonl", *(f"{manifest.index_folder}/{n}.npy" for n in names)}
+    records.known |= {manifest.samples_file, "rejected.jsonl", *(f"{manifest.index_folder}/{n}.npy" for n in names)}
     try:
         table = stored_samples(folder, manifest)
         if samples_digest([Sample(**row) for row in table.to_pylist()]) != manifest.samples_digest:
             raise CacheCorruptError("its samples are not those of the manifest")
-        vouched.samples = table
-        vouched.compare("samples", manifest.samples, len(table), manifest.samples_file)
-        manifest = replace(manifest, samples=len(table))
+        records.samples = table
     except CacheCorruptError as error:
-        vouched.add_broken(manifest.samples_file, error)
+        records.add_broken(manifest.samples_file, error)
     try:
-        content = (folder / "rejected.jsonl").read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if digest == manifest.rejected_digest:
-            vouched.compare("rejected", manifest.rejected, content.count(b"\n"), "rejected.jsonl")
-            manifest = replace(manifest, rejected=content.count(b"\n"))
-        else:
-            vouched.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
+        digest = hashlib.sha256((folder / "rejected.jsonl").read_bytes()).hexdigest()
+        if digest != manifest.rejected_digest:
+            records.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
     except OSError as error:
-        vouched.add_broken("rejected.jsonl", error.strerror)
-    vouched.manifest = manifest
+        records.add_broken("rejected.jsonl", error.strerror)
     try:
-        vouched.index = open_index(folder, manifest)
+        records.index = open_index(folder, manifest)
     except CacheCorruptError as error:
-        vouched.add_broken(manifest.index_folder, error)
-    _read_card(vouched, manifest)
+        records.add_broken(manifest.index_folder, error)
+    _read_card(records, manifest)
 
 
-def _read_card(vouched: Vouched, manifest: Manifest) -> None:
+def _read_card(records: Records, manifest: Manifest) -> None:
     """The card, which says what the manifest does unless its owner took it over; nothing reads it."""
-    path = vouched.folder / CARD
-    vouched.known.add(CARD)
-    if vouched.samples is not None and path.is_file() and is_derived(content := path.read_bytes()):
-        most_captions = max(map(len, vouched.samples["captions"].to_pylist()), default=1)
+    path = records.folder / CARD
+    records.known.add(CARD)
+    if records.samples is not None and path.is_file() and is_derived(content := path.read_bytes()):
+        most_captions = max(map(len, records.samples["captions"].to_pylist()), default=1)
         if content != card_text(manifest, most_captions).encode():
-            vouched.add_broken(CARD, "it says something else than the manifest does")
+            records.add_broken(CARD, "it says something else than the manifest does")
 
 
-def _read_records(vouched: Vouched) -> None:
+def _read_commits(records: Records) -> None:
     """The commit records of all tables, those of the manifest or not."""
-    folders = [path for path in sorted(vouched.folder.iterdir()) if _TABLE_FOLDER.fullmatch(path.name)]
+    folders = [path for path in sorted(records.folder.iterdir()) if _TABLE_FOLDER.fullmatch(path.name)]
     for folder in (path for path in folders if path.is_dir() and not path.is_symlink()):
         for path in sorted(folder.glob("*.json")):
             if SHARD_NAME.fullmatch(path.stem):
-                _read_record(vouched, path, f"{folder.name}/{path.stem}")
-    for shard in _manifest_shards(vouched.manifest):
-        if shard not in vouched.commits:
-            vouched.commits[shard] = None
-            vouched.add_broken(f"{shard}.json", "the commit record is missing", shard)
-    for shard, commit in vouched.commits.items():
+                _read_record(records, path, f"{folder.name}/{path.stem}")
+    for shard in _manifest_shards(records.manifest):
+        if shard not in records.commits:
+            records.commits[shard] = None
+            records.add_broken(f"{shard}.json", "the commit record is missing", shard)
+    for shard, commit in records.commits.items():
         parent = shard.partition("/")[0]
         if commit is not None:
-            vouched.known |= {f"{parent}/{file.path}" for file in commit.files}
+            records.known |= {f"{parent}/{file.path}" for file in commit.files}
         else:  # nothing says which files are the shard's: all that bear its name count as such
-            vouched.known |= {shard, *(f"{parent}/{path.name}" for path in vouched.folder.glob(f"{shard}.*"))}
+            records.known |= {shard, *(f"{parent}/{path.name}" for path in records.folder.glob(f"{shard}.*"))}
 
 
-def _read_record(vouched: Vouched, path: Path, shard: str) -> None:
-    vouched.known.add(f"{shard}.json")
-    vouched.commits[shard] = None
+def _read_record(records: Records, path: Path, shard: str) -> None:
+    records.known.add(f"{shard}.json")
+    records.commits[shard] = None
     try:
         commit = read_commit(path)
         if path.read_bytes() != json_bytes(record_json(commit)):
             raise CacheCorruptError("it says what was written, but not byte for byte")
         if not path.parent.name.endswith("-" + commit.fingerprint[:8]):
             raise CacheCorruptError(f"it is of another table, with fingerprint {commit.fingerprint[:8]}")
-        vouched.commits[shard] = commit
+        records.commits[shard] = commit
     except CacheCorruptError as error:
-        vouched.add_broken(f"{shard}.json", error, shard)
+        records.add_broken(f"{shard}.json", error, shard)
 
 
-def _read_plan(vouched: Vouched) -> None:
+def _read_plan(records: Records) -> None:
     """The plan of an unfinished build, if there is one."""
-    if (vouched.folder / "plans").is_dir():
-        vouched.known.add("plans")
+    if (records.folder / "plans").is_dir():
+        records.known.add("plans")
         try:
-            open_plan(vouched.folder)
+            open_plan(records.folder)
         except KcacheError as error:
-            vouched.add_broken("plans", error)
+            records.add_broken("plans", error)
 
 
 def _manifest_shards(manifest: Manifest | None) -> list[str]:

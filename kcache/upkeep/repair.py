@@ -27,7 +27,7 @@ from kcache.store.recipe import Recipe, components, kind_of, recipe_differences,
 from kcache.store.samples import Refusal, Sample, samples_digest, with_ids
 from kcache.store.shards import Commit, discard_uncommitted, record_rejections
 from kcache.upkeep.copying import RowCopier
-from kcache.upkeep.records import Vouched, read_vouched
+from kcache.upkeep.records import Records, read_records
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
 
 if TYPE_CHECKING:
@@ -67,17 +67,17 @@ def repair_cache(
     before = verify_cache(folder, checked)
     if not before.corrupt:
         return RepairResult(before=before, encoded={}, after=before)
-    vouched = read_vouched(folder)
-    if vouched.manifest is None:
+    records = read_records(folder)
+    if records.manifest is None:
         raise CacheCorruptError(
             f"{folder / MANIFEST} is damaged, so nothing says which encoders made the rows; "
             f"run `kcache cache-build {source} {folder}` with the flags that built it, then verify it again"
         )
-    job = _survey(source, folder, vouched.manifest, image_column, caption_column, device)
+    job = _survey(source, folder, records.manifest, image_column, caption_column, device)
     refused = _recorded_refusals(folder, before)
-    samples = _samples(job, vouched, before, refused)
+    samples = _samples(job, records, before, refused)
     with exclusive(folder):
-        _replace_shards(vouched, vouched.manifest, before)
+        _replace_shards(records, records.manifest, before)
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
     result = complete(replace(job, samples=samples, refused=refused), report=report, say=say)
@@ -136,13 +136,13 @@ def _rejections(job: Survey) -> list[Refusal]:
     ]
 
 
-def _samples(job: Survey, vouched: Vouched, before: VerifyResult, refused: Sequence[Refusal] | None) -> list[Sample]:
+def _samples(job: Survey, records: Records, before: VerifyResult, refused: Sequence[Refusal] | None) -> list[Sample]:
     """The cache's samples, as the source offers them; raises SourceError where it lacks a picture that is needed."""
-    if vouched.samples is None:
-        return _offered_samples(job, vouched, refused or ())
-    columns = [vouched.samples[name].to_pylist() for name in ("name", "image_key", "captions", "caption_keys")]
+    if records.samples is None:
+        return _offered_samples(job, records, refused or ())
+    columns = [records.samples[name].to_pylist() for name in ("name", "image_key", "captions", "caption_keys")]
     rows = list(zip(*columns, strict=True))
-    needed = range(len(rows)) if vouched.index is None else _needed_samples(before)
+    needed = range(len(rows)) if records.index is None else _needed_samples(before)
     missing = [rows[i][0] for i in needed if i < len(rows) and rows[i][1] not in job.positions]
     if missing:
         raise SourceError(
@@ -160,11 +160,11 @@ def _needed_samples(before: VerifyResult) -> list[int]:
     return sorted({row.entry for row in before.rows if kind_of(row.table).per == "image"})
 
 
-def _offered_samples(job: Survey, vouched: Vouched, refused: Sequence[Refusal]) -> list[Sample]:
+def _offered_samples(job: Survey, records: Records, refused: Sequence[Refusal]) -> list[Sample]:
     """The samples of the source, which must be those that the manifest has the digest of."""
     names = {refusal.name for refusal in refused}
     samples = with_ids([sample for sample in job.samples if sample.name not in names])
-    if vouched.manifest is None or samples_digest(samples) != vouched.manifest.samples_digest:
+    if records.manifest is None or samples_digest(samples) != records.manifest.samples_digest:
         raise CacheMismatchError(
             f"the list of samples in {job.folder} is damaged, and {job.source.description} does not offer exactly "
             "those samples; give the source as it was when the cache was built, or build the cache again"
@@ -172,19 +172,19 @@ def _offered_samples(job: Survey, vouched: Vouched, refused: Sequence[Refusal]) 
     return samples
 
 
-def _replace_shards(vouched: Vouched, manifest: Manifest, before: VerifyResult) -> None:
+def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) -> None:
     """Take the broken shards out of the cache; their sound rows are committed as shards of their tables first."""
-    folder = vouched.folder
+    folder = records.folder
     if any(file.path == "plans" for file in before.files):
         remove(folder / "plans")
     rejected: list[tuple[Recipe, Commit]] = []
     for shard in before.shards:
-        commit = vouched.commits.get(shard)
+        commit = records.commits.get(shard)
         for table, entry in manifest.tables.items():
-            if vouched.index is not None and vouched.samples is not None:
-                keys = _entry_keys(vouched.samples, table)
-                sound = _sound_entries(vouched.index[table], entry, shard, before)
-                rows = _rows_by_key(vouched.index[table], keys, entry)
+            if records.index is not None and records.samples is not None:
+                keys = _entry_keys(records.samples, table)
+                sound = _sound_entries(records.index[table], entry, shard, before)
+                rows = _rows_by_key(records.index[table], keys, entry)
                 wanted = tuple(dict.fromkeys(keys[i] for i in sound.tolist()))
                 _copy_rows(folder, entry.recipe, rows, wanted, commit.provenance if commit else {})
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):

@@ -32,7 +32,7 @@ class RowSpans(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileCheck:
+class Scan:
     """What a file turned out to be."""
 
     bytes: int
@@ -43,7 +43,7 @@ class FileCheck:
     """Why the file could not be read to its end."""
 
 
-def check_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], None]) -> FileCheck:
+def scan_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], None]) -> Scan:
     """Read the file at `path` and check the rows that `fields` say are in it.
 
     Plain reads rather than a memory map: an unreadable sector is then an error to report, not a signal that ends the
@@ -67,7 +67,7 @@ def check_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], 
                     break
     except OSError as problem:
         error = problem.strerror or str(problem)
-    return FileCheck(bytes=size, crc32c=checksum, broken=rows.broken_by_field(), error=error)
+    return Scan(bytes=size, crc32c=checksum, broken=rows.broken_by_field(), error=error)
 
 
 def _fill(read_into: Callable[[memoryview], int | None], target: memoryview) -> int:

@@ -1,28 +1,25 @@
 """Verifying a cache: every byte of every file, against the checksums that were committed with it.
 
 A shard's files are checked against its commit record and, in the same pass, every row in them against the index; commit
-records, manifest, index, samples and rejections against their digests, the manifest's counts against all of these. A
-row that is broken is named with the samples that use it. Files that nothing vouches for are orphaned: no part of the
-cache, and no fault of it.
+records, manifest, index, samples and rejections against their digests. A row that is broken is named with the samples
+that use it. Files that nothing vouches for are orphaned: no part of the cache, and no fault of it.
 """
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kcache.errors import CacheCorruptError
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
-from kcache.store.manifest import MANIFEST, ShardEntry, TableEntry
 from kcache.store.rows import unit_bytes
-from kcache.store.shards import Commit, CommittedFile, read_side_file, side_name
-from kcache.upkeep.records import BrokenFile, Vouched, read_vouched
-from kcache.upkeep.scan import FileCheck, RowSpans, check_file
+from kcache.store.shards import CommittedFile
+from kcache.upkeep.records import BrokenFile, Records, read_records
+from kcache.upkeep.scan import RowSpans, Scan, scan_file
 
 READ_THREADS = 2
 """One waits for the disk while the other computes checksums; more only make a disk's head jump."""
@@ -62,7 +59,7 @@ class VerifyResult:
 
     @property
     def corrupt(self) -> bool:
-        """Whether anything of the cache is not what was committed, or not as much as the manifest counts."""
+        """Whether anything of the cache is not what was committed."""
         return bool(self.files or self.rows)
 
     @property
@@ -88,22 +85,21 @@ def verify_cache(cache: str | Path, report: Callable[[VerifyProgress], None] | N
     that this version reads.
     """
     start = time.perf_counter()
-    vouched = read_vouched(Path(cache))
-    targets = _targets(vouched)
-    checks = _check_all(vouched.folder, targets, report)
-    files, rows = list(vouched.broken), list[BrokenRow]()
-    for target, check in zip(targets, checks, strict=True):
-        if reason := _difference(target.committed, check):
+    records = read_records(Path(cache))
+    targets = _targets(records)
+    scans = _scan_all(records.folder, targets, report)
+    files, rows = list(records.broken), list[BrokenRow]()
+    for target, scan in zip(targets, scans, strict=True):
+        if reason := _difference(target.committed, scan):
             files.append(BrokenFile(path=target.path, shard=target.shard, reason=reason))
-        rows += _broken_rows(vouched, target, check)
-    files += check_counts(vouched, {file.shard for file in files if file.shard is not None})
+        rows += _broken_rows(records, target, scan)
     return VerifyResult(
         cache=str(cache),
-        bytes=sum(check.bytes for check in checks),
+        bytes=sum(scan.bytes for scan in scans),
         seconds=time.perf_counter() - start,
         files=tuple(sorted(files, key=lambda file: file.path)),
         rows=tuple(sorted(rows, key=lambda row: (row.table, row.shard, row.entry, row.field))),
-        orphaned=tuple(sorted(_orphans(vouched.folder, vouched.known))) if vouched.manifest else (),
+        orphaned=tuple(sorted(_orphans(records.folder, records.known))) if records.manifest else (),
     )
 
 
@@ -128,17 +124,17 @@ class _Target:
     fields: tuple[_Field, ...]
 
 
-def _targets(vouched: Vouched) -> list[_Target]:
+def _targets(records: Records) -> list[_Target]:
     """Every file of every shard, in the order that they stand in."""
     committed = {
         f"{shard.partition('/')[0]}/{file.path}": (shard, file)
-        for shard, commit in vouched.commits.items()
+        for shard, commit in records.commits.items()
         if commit is not None
         for file in commit.files
     }
     fields: dict[str, list[_Field]] = {}
     shards = {path: shard for path, (shard, _) in committed.items()}
-    for path, shard, rows in _indexed_fields(vouched):
+    for path, shard, rows in _indexed_fields(records):
         fields.setdefault(path, []).append(rows)
         shards[path] = shard
     return [
@@ -152,12 +148,12 @@ def _targets(vouched: Vouched) -> list[_Target]:
     ]
 
 
-def _indexed_fields(vouched: Vouched) -> Iterator[tuple[str, str, _Field]]:
+def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
     """Path, shard and rows of every file that the index refers to."""
-    if vouched.manifest is None or vouched.index is None:
+    if records.manifest is None or records.index is None:
         return
-    for table, entry in vouched.manifest.tables.items():
-        entries = vouched.index[table]
+    for table, entry in records.manifest.tables.items():
+        entries = records.index[table]
         for position, shard in enumerate(entry.shards):
             here = entries[entries["shard"] == position]
             form = format_of(shard.data)
@@ -176,21 +172,19 @@ def _indexed_fields(vouched: Vouched) -> Iterator[tuple[str, str, _Field]]:
                     yield path, shard.data.removesuffix(".tar"), rows
 
 
-def _check_all(
-    folder: Path, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None
-) -> list[FileCheck]:
+def _scan_all(folder: Path, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
     start, total = time.perf_counter(), sum(target.committed.bytes for target in targets if target.committed)
     done = [0] * len(targets)
 
-    def check(number: int) -> FileCheck:
+    def scan(number: int) -> Scan:
         def advance(count: int) -> None:
             done[number] += count
 
         target = targets[number]
-        return check_file(folder / target.path, [rows.spans for rows in target.fields], advance)
+        return scan_file(folder / target.path, [rows.spans for rows in target.fields], advance)
 
     with ThreadPoolExecutor(READ_THREADS, "kcache-verify") as pool:
-        running = [pool.submit(check, number) for number in range(len(targets))]
+        running = [pool.submit(scan, number) for number in range(len(targets))]
         waiting = set(running)
         try:
             while waiting:
@@ -199,31 +193,31 @@ def _check_all(
                     report(VerifyProgress(done=sum(done), total=total, seconds=time.perf_counter() - start))
         finally:
             pool.shutdown(cancel_futures=True)
-    return [check.result() for check in running]
+    return [scan.result() for scan in running]
 
 
-def _difference(committed: CommittedFile | None, check: FileCheck) -> str | None:
+def _difference(committed: CommittedFile | None, found: Scan) -> str | None:
     """How a file differs from what was committed; without a record only its rows can tell."""
-    if check.error:
-        return check.error
+    if found.error:
+        return found.error
     if committed is None:
         return None
-    if check.bytes != committed.bytes:
-        return f"{check.bytes} bytes, {committed.bytes} were committed"
-    if check.crc32c != committed.crc32c:
-        return f"crc32c is {check.crc32c:08x}, {committed.crc32c:08x} was committed"
+    if found.bytes != committed.bytes:
+        return f"{found.bytes} bytes, {committed.bytes} were committed"
+    if found.crc32c != committed.crc32c:
+        return f"crc32c is {found.crc32c:08x}, {committed.crc32c:08x} was committed"
     return None
 
 
-def _broken_rows(vouched: Vouched, target: _Target, check: FileCheck) -> list[BrokenRow]:
+def _broken_rows(records: Records, target: _Target, scan: Scan) -> list[BrokenRow]:
     found: list[BrokenRow] = []
-    for rows, broken in zip(target.fields, check.broken, strict=True):
-        if len(broken) and vouched.index is not None:
-            entries = vouched.index[rows.table]
+    for rows, broken in zip(target.fields, scan.broken, strict=True):
+        if len(broken) and records.index is not None:
+            entries = records.index[rows.table]
             place = np.searchsorted(rows.spans.offsets, entries[rows.name]["offset"])
             used = np.flatnonzero((entries["shard"] == rows.shard) & np.isin(place, broken))
             for entry in used.tolist():
-                sample, name = _user(vouched, rows.table, entry)
+                sample, name = _user(records, rows.table, entry)
                 row = BrokenRow(
                     table=rows.table, shard=target.shard, field=rows.name, row=int(place[entry]), entry=entry,
                     sample=sample, name=name,
@@ -232,15 +226,15 @@ def _broken_rows(vouched: Vouched, target: _Target, check: FileCheck) -> list[Br
     return found
 
 
-def _user(vouched: Vouched, table: str, entry: int) -> tuple[str | None, str]:
+def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
     """Id and name of the sample that an entry of a table's index is of."""
-    bounds = vouched.index[CAPTION_BOUNDS] if vouched.index else np.zeros(1, np.int64)
+    bounds = records.index[CAPTION_BOUNDS] if records.index else np.zeros(1, np.int64)
     sample = int(np.searchsorted(bounds, entry, side="right")) - 1 if table == "text" else entry
     if sample >= len(bounds) - 1:
         return None, "the empty caption" if table == "text" else "the all-zero image"
-    if vouched.samples is None:
+    if records.samples is None:
         return None, f"sample {sample}"
-    return vouched.samples["id"][sample].as_py(), vouched.samples["name"][sample].as_py()
+    return records.samples["id"][sample].as_py(), records.samples["name"][sample].as_py()
 
 
 def _orphans(folder: Path, known: set[str]) -> Iterator[str]:
@@ -256,62 +250,3 @@ def _orphans(folder: Path, known: set[str]) -> Iterator[str]:
                 inside.append(f"{path}/")
             elif path not in known:
                 yield f"{path}/" if is_folder else path
-
-
-SHOWN = 5
-"""Wrong counts that are named one by one."""
-
-
-def check_counts(vouched: Vouched, broken_shards: Collection[str]) -> list[BrokenFile]:
-    """The manifest, where it counts something else than its files hold; and side files that cannot be counted.
-
-    Rows and bytes are those that the side files name. `broken_shards` are known to be broken, and count as the manifest
-    says.
-    """
-    if vouched.manifest is None:
-        return []
-    faults, wrong = list[BrokenFile](), list(vouched.wrong_counts)
-    for table, entry in vouched.manifest.tables.items():
-        rows = size = 0
-        for shard in entry.shards:
-            name, found = shard.data.removesuffix(".tar"), (shard.rows, shard.bytes)
-            commit = vouched.commits.get(name)
-            if commit is not None and name not in broken_shards:
-                try:
-                    found = _stored(vouched.folder, entry, shard, commit)
-                except CacheCorruptError as error:
-                    path = f"{name.partition('/')[0]}/{side_name(commit.name, _part(entry, shard))}"
-                    faults.append(BrokenFile(path=path, shard=name, reason=str(error)))
-            wrong += _differences(f"{table} in {shard.data}", (shard.rows, shard.bytes), found)
-            rows, size = rows + found[0], size + found[1]
-        wrong += _differences(table, (entry.rows, entry.bytes), (rows, size))
-    if wrong:
-        faults.append(BrokenFile(path=MANIFEST, shard=None, reason=_reason(wrong)))
-    return faults
-
-
-def _stored(folder: Path, entry: TableEntry, shard: ShardEntry, commit: Commit) -> tuple[int, int]:
-    """Rows of a table in a shard, and the bytes of these rows."""
-    side = read_side_file((folder / shard.data).parent, commit, entry.recipe, _part(entry, shard))
-    return len(side), sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in entry.recipe.fields)
-
-
-def _part(entry: TableEntry, shard: ShardEntry) -> str:
-    """What a side file says of its table: the name, where a tar holds the rows of several."""
-    return entry.recipe.table if shard.data.endswith(".tar") else ""
-
-
-def _differences(what: str, said: tuple[int, int], found: tuple[int, int]) -> list[str]:
-    return [
-        f"{a:,} {unit} of {what}, there are {b:,}"
-        for unit, a, b in zip(("rows", "bytes"), said, found, strict=True)
-        if a != b
-    ]
-
-
-def _reason(wrong: Sequence[str]) -> str:
-    more = f" (and {len(wrong) - SHOWN} more)" if len(wrong) > SHOWN else ""
-    return (
-        f"it counts {'; '.join(wrong[:SHOWN])}{more}; --repair writes it anew, and so does cache-build with the flags "
-        "that built the cache: no row is encoded for that"
-    )

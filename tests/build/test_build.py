@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from small_builds import build, copy_pictures, digests, encoded, small_config
+from small_builds import build, copy_pictures, digests, encoded, foretold, missing
 
 from kcache import Cache
-from kcache.build.build import build_cache, plan_build
 from kcache.durable import exclusive
 from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError, SourceError
@@ -118,10 +117,9 @@ def test_other_weights_under_the_same_path_are_noticed_and_explained(
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, weights, metadata={"format": "pt"})
-    config = small_config(oracle, pretrained_prior_model_name_or_path=str(prior))
-    preview = plan_build(str(source), str(cache), config)
-    assert {name: count for name, count in preview.missing.items() if count} == {"text": 7}
-    result = build_cache(str(source), str(cache), config)
+    changed = {"pretrained_prior_model_name_or_path": str(prior)}
+    assert missing(foretold(source, cache, oracle, **changed)) == {"text": 7}
+    result = build(source, cache, oracle, **changed)
     assert encoded(result) == {"text": 7}
     [note] = [note for note in result.notes if "another recipe" in note]
     assert "text in the cache is of another recipe" in note
@@ -143,14 +141,7 @@ def test_other_weights_under_the_same_path_are_noticed_and_explained(
 def test_each_setting_invalidates_what_it_decides(
     built: tuple[Path, Path], oracle: Path, change: dict[str, object], tables: dict[str, int]
 ) -> None:
-    preview = plan_build(str(built[0]), str(built[1]), small_config(oracle, **change))
-    assert {name: count for name, count in preview.missing.items() if count} == tables
-
-
-def test_a_dry_run_writes_nothing(source: Path, oracle: Path, tmp_path: Path) -> None:
-    preview = plan_build(str(source), str(tmp_path / "cache"), small_config(oracle))
-    assert preview.missing == {"image_embeds": 7, "text": 7, "latents-64": 6}
-    assert not (tmp_path / "cache").exists()
+    assert missing(foretold(*built, oracle, **change)) == tables
 
 
 def test_bad_inputs_cost_themselves_and_are_named(source: Path, oracle: Path, tmp_path: Path) -> None:

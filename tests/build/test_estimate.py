@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_builds import build, copy_pictures, small_config
+from small_builds import build, copy_pictures, foretold, small_config
 
-from kcache.build.build import plan_build
 from kcache.build.estimate import BuildEstimate, estimate_build, zarr_bytes
 from kcache.build.plan import TablePlan
 from kcache.store.recipe import Field, Recipe
@@ -139,9 +138,13 @@ def test_edits_additions_and_removals_are_told_apart(copies: tuple[Path, Path], 
 
 
 def test_another_recipe_is_said_field_by_field(copies: tuple[Path, Path], oracle: Path) -> None:
-    preview = plan_build(str(copies[0]), str(copies[1]), small_config(oracle, alpha="drop"))
+    tables = foretold(*copies, oracle, alpha="drop").tables
     expected = "the table in the cache is of another recipe (preprocess.alpha: white → drop)"
-    assert preview.why == {"image_embeds": expected, "text": "", "latents-64": expected}
+    assert {name: table.why for name, table in tables.items()} == {
+        "image_embeds": expected,
+        "text": "",
+        "latents-64": expected,
+    }
 
 
 def test_lost_and_rejected_rows_are_told_apart(copies: tuple[Path, Path], oracle: Path, form: str) -> None:
@@ -152,6 +155,6 @@ def test_lost_and_rejected_rows_are_told_apart(copies: tuple[Path, Path], oracle
     if form == "zarr":
         record = min(record.parent.glob("0*.json"))
     record.unlink()
-    preview = plan_build(str(source), str(cache), small_config(oracle, retry_rejected=True))
-    assert "whose rows are lost" in preview.why["latents-64"]
-    assert "1 image rejected before, to be tried again" in preview.why["latents-64"]
+    why = foretold(source, cache, oracle, retry_rejected=True).tables["latents-64"].why
+    assert "whose rows are lost" in why
+    assert "1 image rejected before, to be tried again" in why

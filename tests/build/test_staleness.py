@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from small_builds import build, copy_pictures, small_config
+from small_builds import build, copy_pictures, foretold, missing
 
-from kcache.build.build import BuildPreview, plan_build
+from kcache.build.estimate import BuildEstimate
 from kcache.config import BuildConfig
 from kcache.errors import CacheMismatchError
 from kcache.store.recipe import Recipe
@@ -121,29 +121,23 @@ def models(oracle: Path, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def preview(built: tuple[Path, Path], models: Path, **changes: Any) -> tuple[dict[str, int], BuildPreview]:
-    """What a build would encode, tables without any left out."""
-    found = plan_build(str(built[0]), str(built[1]), small_config(models, **changes))
-    return {name: count for name, count in found.missing.items() if count}, found
-
-
-def assert_explained(found: BuildPreview, tables: dict[str, int], differing: str) -> None:
+def assert_explained(found: BuildEstimate, tables: dict[str, int], differing: str) -> None:
     """Each table's reason names exactly the fields that differ."""
     for name in tables:
-        assert re.findall(r"([\w.]+): \S+ → ", found.why[name].replace(", ", ",")) == differing.split()
+        assert re.findall(r"([\w.]+): \S+ → ", found.tables[name].why.replace(", ", ",")) == differing.split()
 
 
 def test_nothing_is_missing_where_nothing_changed(built: tuple[Path, Path], oracle: Path, models: Path) -> None:
-    assert preview(built, oracle)[0] == {}
-    assert preview(built, models)[0] == {}  # equal pipelines at another path
+    assert missing(foretold(*built, oracle)) == {}
+    assert missing(foretold(*built, models)) == {}  # equal pipelines at another path
 
 
 @pytest.mark.parametrize(("change", "tables", "differing"), SETTINGS, ids=lambda value: str(value))
 def test_a_setting_that_decides_rows_makes_those_missing(
     built: tuple[Path, Path], oracle: Path, change: dict[str, Any], tables: dict[str, int], differing: str
 ) -> None:
-    missing, found = preview(built, oracle, **change)
-    assert missing == tables
+    found = foretold(*built, oracle, **change)
+    assert missing(found) == tables
     assert_explained(found, tables, differing)
 
 
@@ -151,7 +145,7 @@ def test_a_setting_that_decides_rows_makes_those_missing(
 def test_any_other_setting_makes_nothing_missing(
     built: tuple[Path, Path], oracle: Path, change: dict[str, Any]
 ) -> None:
-    assert preview(built, oracle, **change)[0] == {}
+    assert missing(foretold(*built, oracle, **change)) == {}
 
 
 @pytest.mark.parametrize(("file", "change", "tables", "differing"), NETWORKS)
@@ -164,8 +158,8 @@ def test_a_changed_file_of_a_pipeline_makes_its_table_missing(
     differing: str,
 ) -> None:
     change(models / file)
-    missing, found = preview(built, models)
-    assert missing == tables
+    found = foretold(*built, models)
+    assert missing(found) == tables
     assert_explained(found, tables, differing)
 
 
@@ -174,9 +168,9 @@ def test_a_limit_on_pictures_decides_what_is_made_of_them(
     built: tuple[Path, Path], oracle: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"kcache.encoders.recipes.{limit}", 50)
-    missing, found = preview(built, oracle)
-    assert missing == IMAGE | LATENTS
-    assert_explained(found, missing, f"preprocess.{limit.lower()}")
+    found = foretold(*built, oracle)
+    assert missing(found) == IMAGE | LATENTS
+    assert_explained(found, IMAGE | LATENTS, f"preprocess.{limit.lower()}")
 
 
 def test_another_schema_or_form_is_refused_rather_than_taken_for_fresh(
@@ -184,10 +178,10 @@ def test_another_schema_or_form_is_refused_rather_than_taken_for_fresh(
 ) -> None:
     other = {"zarr": "webdataset", "webdataset": "zarr"}[form]
     with pytest.raises(CacheMismatchError, match=f"is a {form} cache; --format {other} was asked for"):
-        preview(built, oracle, format=other)
+        foretold(*built, oracle, format=other)
     monkeypatch.setattr("kcache.store.manifest.SCHEMA_VERSION", 2)
     with pytest.raises(CacheMismatchError, match="has schema version 1; this kcache reads version 2"):
-        preview(built, oracle)
+        foretold(*built, oracle)
 
 
 def test_every_field_of_a_recipe_and_every_setting_has_a_case() -> None:

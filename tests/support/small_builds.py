@@ -3,10 +3,15 @@
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from kcache.build.build import BuildResult, build_cache
 from kcache.config import BuildConfig
+
+if TYPE_CHECKING:
+    from kcache.build.estimate import BuildEstimate
 
 FORM = "zarr"
 """Form of the caches that are built: a fixture may set it, so that the same tests check both."""
@@ -30,6 +35,20 @@ def small_config(oracle: Path, **changes: Any) -> BuildConfig:
 def build(source: Path, cache: Path, oracle: Path, **changes: Any) -> BuildResult:
     """Build a small cache of `source`."""
     return build_cache(str(source), str(cache), small_config(oracle, **changes))
+
+
+def foretold(source: Path, cache: Path, oracle: Path, **changes: Any) -> "BuildEstimate":
+    """What a build would do, the encoders not run to know how long it takes."""
+    from kcache.build.estimate import estimate_build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kcache.build.estimate._probe", lambda *_: (0.0, 0.0))
+        return estimate_build(str(source), str(cache), small_config(oracle, **changes))
+
+
+def missing(estimate: "BuildEstimate") -> dict[str, int]:
+    """Rows that a build would encode, tables without any left out."""
+    return {name: table.missing for name, table in estimate.tables.items() if table.missing}
 
 
 def encoded(result: BuildResult) -> dict[str, int]:
