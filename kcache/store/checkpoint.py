@@ -17,7 +17,7 @@ from typing import Any
 
 from kcache.durable import publish, remove, sync_folder, temporary_path, write_json
 from kcache.errors import RunError
-from kcache.store.recipe import canonical_json
+from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def save_checkpoint(
         write(temporary)
         body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
         body = json.loads(canonical_json(body))
-        write_json(temporary / STATE_FILE, {**body, "digest": _digest(body)})
+        write_json(temporary / STATE_FILE, {**body, "digest": json_digest(body)})
         remove(final)
         publish(temporary, final)
     except BaseException:
@@ -114,7 +114,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} has checkpoint version {version}; this kcache reads version {CHECKPOINT_VERSION}; "
             "resume with the kcache that wrote it"
         )
-    if digest != _digest(body):
+    if digest != json_digest(body):
         raise _broken(path, f"{STATE_FILE} differs from what was written")
     try:
         _check_files(path, body["files"])
@@ -157,10 +157,6 @@ def _broken(path: Path, what: str) -> RunError:
         f"checkpoint {path} is broken: {what}; expected every file as it was written; "
         'resume from another checkpoint: "latest" takes the newest whole one'
     )
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,6 @@ in the manifest and a locator per field. The last entry of `image_embeds` is the
 empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1].
 """
 
-import hashlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from kcache.durable import publish, read_npy, remove, temporary_folder, write_np
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import TEXT, Field, Recipe, canonical_json, kind_of
+from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
 
@@ -187,7 +186,7 @@ def _index_digest(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         content = np.memmap(folder / f"{name}.npy", np.uint8, mode="r")
         sums.append([name, content.size, crc32c(content)])
-    return hashlib.sha256(canonical_json(sums).encode()).hexdigest()
+    return json_digest(sums)
 
 
 @dataclass(frozen=True, kw_only=True)

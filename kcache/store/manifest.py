@@ -1,6 +1,5 @@
 """The manifest: the one JSON file that makes a folder a cache, and the only file that is ever replaced."""
 
-import hashlib
 import json
 import re
 import shlex
@@ -20,6 +19,7 @@ from kcache.store.recipe import (
     TABLE_NAME,
     Recipe,
     canonical_json,
+    json_digest,
     sides_of,
     stage_of,
 )
@@ -87,12 +87,12 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 (hex) of what a training run sees: the recipes and the samples."""
         recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
-        return hashlib.sha256(canonical_json([recipes, self.samples_digest]).encode()).hexdigest()
+        return json_digest([recipes, self.samples_digest])
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands on disk, with the sha256 of all that it says."""
         body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **_plain(self)}))
-        return {**body, "digest": _digest(body)}
+        return {**body, "digest": json_digest(body)}
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -129,7 +129,7 @@ def read_manifest(cache: Path) -> Manifest:
 
 def _from_json(data: dict[str, Any]) -> Manifest:
     digest = data.pop("digest")
-    if digest != _digest(data):
+    if digest != json_digest(data):
         raise ValueError("its digest does not match its content")
     data.pop("schema_version")
     tables = {}
@@ -182,10 +182,6 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
         data["tables"][name]["recipe"] = entry.recipe.to_json()
         data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
     return data
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _not_found(cache: Path) -> CacheNotFoundError:

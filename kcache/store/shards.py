@@ -4,7 +4,6 @@ In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr gro
 length and crc32c of every row and field) and `00042.json` (the commit record, written last).
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.formats import zarr
 from kcache.store.manifest import SHARD_NAME, check_count
-from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json
+from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json, json_digest
 
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
@@ -160,7 +159,7 @@ def write_commit(folder: Path, commit: Commit) -> None:
 def record_json(commit: Commit) -> dict[str, Any]:
     """The commit record as it stands on disk, with the sha256 of all that it says."""
     body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(commit)}))
-    return {**body, "digest": _digest(body)}
+    return {**body, "digest": json_digest(body)}
 
 
 def record_rejections(
@@ -230,7 +229,7 @@ def read_commit(path: Path) -> Commit:
     """The commit record at `path`; raises CacheCorruptError when it is not as it was written."""
     try:
         data = json.loads(path.read_bytes())
-        if data.pop("digest") != _digest(data):
+        if data.pop("digest") != json_digest(data):
             raise ValueError("its digest does not match its content")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise ValueError("written by another version of kcache")
@@ -244,10 +243,6 @@ def read_commit(path: Path) -> Commit:
     if commit.name != path.stem:
         raise CacheCorruptError(f"commit record {path} is of shard {commit.name}; remove it and build again")
     return commit
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _check(commit: Commit) -> None:
