@@ -9,13 +9,12 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.durable import publish, remove, sync_folder, temporary_path, write_json
+from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json
 from kcache.errors import RunError
 from kcache.store.recipe import canonical_json, json_digest
 
@@ -49,18 +48,13 @@ def save_checkpoint(
     only. A checkpoint of the same step is replaced.
     """
     final = run_dir / f"checkpoint-{step}"
-    temporary = temporary_path(run_dir)
-    try:
-        temporary.mkdir()
+    with temporary_folder(run_dir) as temporary:
         write(temporary)
         body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
         body = json.loads(canonical_json(body))
         write_json(temporary / STATE_FILE, {**body, "digest": json_digest(body)})
         remove(final)
         publish(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if total_limit is not None:
         others = [other for other in checkpoint_steps(run_dir) if other != step]
         for other in others[: max(0, len(others) + 1 - total_limit)]:

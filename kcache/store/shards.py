@@ -6,7 +6,6 @@ length and crc32c of every row and field) and `00042.json` (the commit record, w
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kcache.durable import publish, read_npy, remove, temporary_path, write_json, write_npy, writing
+from kcache.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.formats import zarr
@@ -108,14 +107,10 @@ def commit_shard(
     if not len(block.keys):
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
-    temporary = temporary_path(folder)
-    with writing(folder / name, sum(array.nbytes for array in _group_arrays(block).values())):
-        try:
-            zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
-            publish(temporary, folder / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    arrays = _group_arrays(block)
+    with writing(folder / name, sum(array.nbytes for array in arrays.values())), temporary_folder(folder) as temporary:
+        zarr.write_group(temporary, arrays, _group_dimensions(recipe))
+        publish(temporary, folder / name)
     write_npy(folder / side_name(name), _side_rows(recipe, block))
     paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
     return record_commit(
@@ -185,7 +180,16 @@ def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
     if not folder.is_dir():
         return []
     names = sorted((int(path.stem), path) for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem))
-    return [_read_commit_of(recipe, path) for _, path in names]
+    commits = []
+    for _, path in names:
+        commit = read_commit(path)
+        if commit.fingerprint != recipe.fingerprint:
+            raise CacheCorruptError(
+                f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
+                f"expected {recipe.fingerprint[:8]}; remove it and build again"
+            )
+        commits.append(commit)
+    return commits
 
 
 def next_shard(commits: Sequence[Commit]) -> int:
@@ -213,16 +217,6 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     if rows.dtype != dtype or rows.ndim != 1:
         raise CacheCorruptError(f"{path} holds {rows.shape} of {rows.dtype}; expected rows of {dtype}")
     return rows
-
-
-def _read_commit_of(recipe: Recipe, path: Path) -> Commit:
-    commit = read_commit(path)
-    if commit.fingerprint != recipe.fingerprint:
-        raise CacheCorruptError(
-            f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
-            f"expected {recipe.fingerprint[:8]}; remove it and build again"
-        )
-    return commit
 
 
 def read_commit(path: Path) -> Commit:
@@ -276,7 +270,7 @@ def _group_arrays(block: RowBlock) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _group_dimensions(recipe: Recipe, block: RowBlock) -> dict[str, tuple[str, ...]]:
+def _group_dimensions(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     names = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
     return {**names, "keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
 
