@@ -89,14 +89,15 @@ class DigestMemo:
         )
         entries = self._entries(folder)
         entry_name = f"{name}\0{part}"
-        if not rehash:
-            known_stamp, known = entries.get(entry_name, (b"", b""))
-            if known_stamp == stamp:
-                return known
+        known_stamp, known = entries.get(entry_name, (b"", b""))
+        if known_stamp == stamp and not rehash:
+            return known
         digest = compute()
         if max(status.st_mtime_ns, status.st_ctime_ns) < now - _RACY_NS:
             entries[entry_name] = (stamp, digest)
-            self._remember(folder, entry_name, stamp, digest)
+            self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
+            if len(self._pending) >= _PENDING_LIMIT:
+                self.flush()
         return digest
 
     def flush(self) -> None:
@@ -140,11 +141,6 @@ class DigestMemo:
             self._give_up(error)
             return {}
         return {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
-
-    def _remember(self, folder: str, entry_name: str, stamp: bytes, digest: bytes) -> None:
-        self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
-        if len(self._pending) >= _PENDING_LIMIT:
-            self.flush()
 
     def _give_up(self, error: Exception) -> None:
         logger.warning(

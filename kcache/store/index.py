@@ -64,14 +64,21 @@ def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: s
 
     Of a key that was committed twice the later row counts.
     """
-    sides, shards = [], []
+    entries, keys = [], []
+    shards: list[ShardEntry] = []
     for commit in commits:
-        if commit.data is not None and commit.holds(part):
-            side = read_side_file(folder, commit, recipe, part)
-            size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
-            shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
-            sides.append(side)
-    return _sorted_rows(recipe, sides, shards)
+        if commit.data is None or not commit.holds(part):
+            continue
+        side = read_side_file(folder, commit, recipe, part)
+        found = np.empty(len(side), index_dtype(recipe.fields))
+        found["shard"] = len(shards)
+        for field in recipe.fields:
+            found[field.name] = side[field.name]
+        entries.append(found)
+        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
+        size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
+        shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
+    return _latest(recipe, entries, keys, shards)
 
 
 def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
@@ -85,18 +92,6 @@ def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
         keys.append(part.keys)
         shards += part.shards
     return _latest(recipe, entries, keys, shards)
-
-
-def _sorted_rows(recipe: Recipe, sides: Sequence[np.ndarray], shards: Sequence[ShardEntry]) -> StoredRows:
-    parts, keys = [], []
-    for position, side in enumerate(sides):
-        entries = np.empty(len(side), index_dtype(recipe.fields))
-        entries["shard"] = position
-        for field in recipe.fields:
-            entries[field.name] = side[field.name]
-        parts.append(entries)
-        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
-    return _latest(recipe, parts, keys, shards)
 
 
 def _latest(
