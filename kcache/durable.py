@@ -9,7 +9,7 @@ import shutil
 import tokenize
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -184,22 +184,18 @@ def _write_new(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> AbstractContextManager[None]:
     """Hold `folder` alone; the kernel lets go when this process ends, however it ends.
 
     On a network file system this holds among the processes of one machine. Raises CacheBusyError when another process
     holds the folder, alone or `shared`.
     """
-    with _held(folder, fcntl.LOCK_EX, "its only user"):
-        yield
+    return _held(folder, fcntl.LOCK_EX, "its only user")
 
 
-@contextmanager
-def shared(folder: Path) -> Iterator[None]:
+def shared(folder: Path) -> AbstractContextManager[None]:
     """Hold `folder` together with others who do the same; raises CacheBusyError when a process holds it `exclusive`."""
-    with _held(folder, fcntl.LOCK_SH, "no one to hold it alone"):
-        yield
+    return _held(folder, fcntl.LOCK_SH, "no one to hold it alone")
 
 
 @contextmanager

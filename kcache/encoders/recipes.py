@@ -85,9 +85,13 @@ def _text(config: BuildConfig, network: Configuration) -> _Parts:
     length = prior.read("tokenizer").whole_number("model_max_length")
     if length > positions:
         raise ModelError(f"{prior.name}: tokenizer makes {length} tokens; text_encoder has {positions} positions")
+    padding: dict[str, Any] = {"padding": "max_length"}
+    if config.text_padding != "full":
+        # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
+        padding = {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
     preprocess = {
         "tokenizer": tokenizer_digest(prior),
-        **_padding(config),
+        **padding,
         "truncation": True,
         # As in the upstream scripts: the mask only says which states are of the caption.
         "attention_mask": None,
@@ -97,13 +101,6 @@ def _text(config: BuildConfig, network: Configuration) -> _Parts:
         Field(name="text_encoder_hidden_states", shape=(network.whole_number("hidden_size"),), ragged=True),
     )
     return preprocess, (length,), fields
-
-
-def _padding(config: BuildConfig) -> dict[str, Any]:
-    if config.text_padding == "full":
-        return {"padding": "max_length"}
-    # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
-    return {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
 
 
 def _latents(resolution: int, config: BuildConfig, network: Configuration) -> _Parts:

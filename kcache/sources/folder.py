@@ -132,7 +132,11 @@ def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
                 row = _row(value)
                 columns.update(row)
                 path = _image_path(row, folder, listing)
-                _check_unnamed(path, named)
+                if path in named:
+                    raise InputRejected(
+                        "source", f"a second row for {path!a}; put all its captions into one row, as a list"
+                    )
+                named.add(path)
                 name = path
                 samples[path] = caption_tuple(row.get(caption_column), needed=need_captions)
             except InputRejected as rejection:
@@ -230,12 +234,6 @@ def _row(value: object) -> dict[str, object]:
             "source", "not a row: expected a JSON object on one line, or as many CSV cells as columns (quote commas)"
         )
     return value
-
-
-def _check_unnamed(path: str, named: set[str]) -> None:
-    if path in named:
-        raise InputRejected("source", f"a second row for {path!a}; put all its captions into one row, as a list")
-    named.add(path)
 
 
 def _image_path(row: dict[str, object], folder: str, listing: FolderListing) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.store.index import CAPTION_BOUNDS, open_index
-from kcache.store.manifest import Manifest, TableEntry, build_line, read_manifest
+from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
 from kcache.store.samples import read_samples
@@ -64,7 +64,12 @@ class Cache:
             )
         index = open_index(folder, manifest)
         for name, entry in manifest.tables.items():
-            _check_shards(folder, name, entry)
+            missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
+            if missing:
+                raise CacheCorruptError(
+                    f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} "
+                    f"({', '.join(missing[:3])}); build the cache again with its source to encode them anew"
+                )
         return cls(folder, manifest, index, resolution)
 
     def __len__(self) -> int:
@@ -307,12 +312,3 @@ def _take(
     numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
     out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
     return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets
-
-
-def _check_shards(folder: Path, name: str, entry: TableEntry) -> None:
-    missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
-    if missing:
-        raise CacheCorruptError(
-            f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} ({', '.join(missing[:3])}); "
-            "build the cache again with its source to encode them anew"
-        )

@@ -128,19 +128,15 @@ class DigestMemo:
     def _entries(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
         # One query per folder, not per file: sources walk folder by folder.
         if folder not in self._folders:
-            self._folders[folder] = self._read(folder)
+            self._folders[folder] = {}
+            if self._connection is not None:
+                query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
+                try:
+                    rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
+                    self._folders[folder] = {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
+                except sqlite3.Error as error:
+                    self._give_up(error)
         return self._folders[folder]
-
-    def _read(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
-        if self._connection is None:
-            return {}
-        query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
-        try:
-            rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return {}
-        return {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
 
     def _give_up(self, error: Exception) -> None:
         logger.warning(

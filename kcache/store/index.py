@@ -49,12 +49,9 @@ class StoredRows:
         position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where(self.keys[position] == wanted, position, -1)
 
+    @cached_property
     def key_set(self) -> frozenset[bytes]:
         """All keys, as 16 bytes each."""
-        return self._key_set
-
-    @cached_property
-    def _key_set(self) -> frozenset[bytes]:
         # As V16: numpy would cut zero bytes off the end of an S16.
         return frozenset(self.keys.view("V16").tolist())
 
@@ -199,7 +196,7 @@ class TableState:
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
-        stored = self.stored.key_set()
+        stored = self.stored.key_set
         by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
 

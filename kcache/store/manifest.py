@@ -91,7 +91,11 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands on disk, with the sha256 of all that it says."""
-        body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **_plain(self)}))
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for name, entry in self.tables.items():
+            data["tables"][name]["recipe"] = entry.recipe.to_json()
+            data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
+        body = json.loads(canonical_json(data))
         return {**body, "digest": json_digest(body)}
 
 
@@ -157,12 +161,8 @@ def _shard(data: Mapping[str, Any]) -> ShardEntry:
 
 def _check(manifest: Manifest) -> None:
     check_count(manifest.samples, manifest.rejected)
-    for digest in (
-        manifest.samples_digest,
-        manifest.samples_file_digest,
-        manifest.rejected_digest,
-        manifest.index_digest,
-    ):
+    digests = (manifest.samples_digest, manifest.samples_file_digest, manifest.rejected_digest, manifest.index_digest)
+    for digest in digests:
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!a} is no digest")
     for role, model in manifest.models.items():
@@ -174,14 +174,6 @@ def check_count(*counts: object) -> None:
     """Raise ValueError for what a file gives as a number of rows or bytes and cannot be one."""
     if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
         raise ValueError(f"{counts!a} are no counts")
-
-
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    data = asdict(manifest)
-    for name, entry in manifest.tables.items():
-        data["tables"][name]["recipe"] = entry.recipe.to_json()
-        data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
-    return data
 
 
 def _not_found(cache: Path) -> CacheNotFoundError:

@@ -107,9 +107,13 @@ def commit_shard(
     if not len(block.keys):
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
-    arrays = _group_arrays(block)
+    arrays = {"keys": block.keys, **block.arrays}
+    if block.offsets is not None:
+        arrays[OFFSETS] = block.offsets
+    dimensions = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
+    dimensions |= {"keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
     with writing(folder / name, sum(array.nbytes for array in arrays.values())), temporary_folder(folder) as temporary:
-        zarr.write_group(temporary, arrays, _group_dimensions(recipe))
+        zarr.write_group(temporary, arrays, dimensions)
         publish(temporary, folder / name)
     write_npy(folder / side_name(name), _side_rows(recipe, block))
     paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
@@ -261,18 +265,6 @@ def discard_uncommitted(folder: Path, name: str) -> None:
     """Remove what a killed builder renamed into place but did not commit."""
     for path in [folder / name, *folder.glob(f"{name}.*")]:
         remove(path)
-
-
-def _group_arrays(block: RowBlock) -> dict[str, np.ndarray]:
-    arrays = {"keys": block.keys, **block.arrays}
-    if block.offsets is not None:
-        arrays[OFFSETS] = block.offsets
-    return arrays
-
-
-def _group_dimensions(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    names = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
-    return {**names, "keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
 
 
 def _side_rows(recipe: Recipe, block: RowBlock) -> np.ndarray:

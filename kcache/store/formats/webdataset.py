@@ -52,7 +52,7 @@ def write_tar(path: Path, samples: Iterable[JoinedSample]) -> list[dict[str, lis
     placed = []
     with new_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            _add(tar, f"{sample.id}.json", _json(sample.info))
+            _add(tar, f"{sample.id}.json", json.dumps(sample.info, sort_keys=True, ensure_ascii=False).encode())
             for number, caption in enumerate(sample.captions):
                 _add(tar, _member(sample.id, "", number, "txt"), caption.encode("utf-8"))
             placed.append(
@@ -85,7 +85,3 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     start = int(tar.offset) + _HEADER_BYTES  # where the member's header will start
     tar.addfile(info, io.BytesIO(content))
     return start
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")
