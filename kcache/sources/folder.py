@@ -69,10 +69,9 @@ class FolderSource:
         return read_file(self.root / self.samples[i][0], MAX_IMAGE_BYTES)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+        path = self.root / self.samples[i][0]
         try:
-            return memo.digest(
-                self.root / self.samples[i][0], "content_key", lambda: content_key(self.image(i)), rehash
-            )
+            return memo.digest(path, "content_key", lambda: content_key(self.image(i)), rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 

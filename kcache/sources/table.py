@@ -1,6 +1,7 @@
 """Datasets of rows: parquet files, folders written by `save_to_disk`, and datasets of the Hugging Face Hub."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from kcache.sources.arrow_files import (
     Images,
     ParquetFile,
     RowFile,
-    chunk_of,
     decode_captions,
     is_caption_type,
     is_image_type,
@@ -97,7 +97,7 @@ class TableSource:
         """Part and chunk of sample `i`, and its row in the chunk."""
         part, row, _ = self.samples[i]
         starts = self.parts[part].file.starts
-        chunk = chunk_of(starts, row)
+        chunk = bisect_right(starts, row) - 1
         return part, chunk, row - starts[chunk]
 
     def _images(self, part: int, chunk: int) -> Images:

@@ -87,7 +87,6 @@ def _whole_chunk(rows: np.ndarray, chunk_rows: int) -> np.ndarray:
 def _array_metadata(
     array: np.ndarray, chunk_rows: int, chunk_count: int, dimensions: tuple[str, ...]
 ) -> dict[str, Any]:
-    integer = array.dtype.kind in "iu"
     to_bytes: dict[str, Any] = {"name": "bytes"}
     if array.dtype.itemsize > 1:
         to_bytes["configuration"] = {"endian": "little"}
@@ -106,7 +105,7 @@ def _array_metadata(
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "data_type": array.dtype.name,
         "dimension_names": list(dimensions),
-        "fill_value": 0 if integer else 0.0,
+        "fill_value": 0 if array.dtype.kind in "iu" else 0.0,
         "node_type": "array",
         "shape": list(array.shape),
         "storage_transformers": [],
