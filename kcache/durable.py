@@ -9,9 +9,9 @@ import shutil
 import tokenize
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
 from kcache.processes import from_label, is_gone, this_process
 
 TEMPORARY_PREFIX = ".tmp-"
-
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 """What file systems without hard links answer."""
@@ -47,12 +46,8 @@ def remove_temporary(folder: Path) -> None:
     """Remove what writers left in `folder` that have certainly ended; what a living one is writing stays."""
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
         owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
-        if owner is None or not is_gone(owner):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if owner is not None and is_gone(owner):
+            _delete(entry)
 
 
 def remove_leftovers(cache: Path) -> None:
@@ -88,18 +83,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path, size: int | None = None) -> None:
     """Give what was written under a temporary name its final one, durably.
 
     A file takes the place of the one before it in one step; a folder must not stand there yet.
     """
-    with writing(final):
-        _rename(temporary, final)
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    temporary.rename(final)
-    sync_folder(final.parent)
+    with writing(final, size):
+        temporary.rename(final)
+        sync_folder(final.parent)
 
 
 def remove(path: Path) -> None:
@@ -110,22 +101,33 @@ def remove(path: Path) -> None:
             path.rename(condemned)
         except FileNotFoundError:
             return
-        if condemned.is_dir() and not condemned.is_symlink():
-            shutil.rmtree(condemned)
-        else:
-            condemned.unlink()
+        _delete(condemned)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
-def _writing(final: Path, size: int) -> Iterator[Any]:
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write in the block; what it holds is on disk after it, its name once its folder is synced."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing(final: Path, size: int) -> Iterator[BinaryIO]:
     temporary = temporary_path(final.parent)
     with writing(final, size):
         try:
-            with temporary.open("xb") as file:
+            with new_file(temporary) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            _rename(temporary, final)
+            publish(temporary, final, size)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -178,28 +180,22 @@ def create_bytes(final: Path, content: bytes) -> bool:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
+    with new_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> AbstractContextManager[None]:
     """Hold `folder` alone; the kernel lets go when this process ends, however it ends.
 
     On a network file system this holds among the processes of one machine. Raises CacheBusyError when another process
     holds the folder, alone or `shared`.
     """
-    with _held(folder, fcntl.LOCK_EX, "its only user"):
-        yield
+    return _held(folder, fcntl.LOCK_EX, "its only user")
 
 
-@contextmanager
-def shared(folder: Path) -> Iterator[None]:
+def shared(folder: Path) -> AbstractContextManager[None]:
     """Hold `folder` together with others who do the same; raises CacheBusyError when a process holds it `exclusive`."""
-    with _held(folder, fcntl.LOCK_SH, "no one to hold it alone"):
-        yield
+    return _held(folder, fcntl.LOCK_SH, "no one to hold it alone")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import difflib
 import shlex
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -59,8 +60,7 @@ def near_names(path: Path) -> str:
         names = _names(path.parent)
     except OSError:
         return ""
-    alike = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return " or ".join(str(path.parent / name) for name in alike)
+    return " or ".join(str(path.parent / name) for name in difflib.get_close_matches(path.name, names))
 
 
 def _is_cache(folder: Path) -> bool:
@@ -79,13 +79,8 @@ def _has_pictures(names: Sequence[str]) -> bool:
 
 def _names(folder: Path) -> list[str]:
     """Some names in a folder, sorted; those of hidden files left out."""
-    names = []
-    for entry in folder.iterdir():
-        if not entry.name.startswith("."):
-            names.append(entry.name)
-        if len(names) == _LOOKED_AT:
-            break
-    return sorted(names)
+    names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(islice(names, _LOOKED_AT))
 
 
 def _shown(path: Path) -> str:

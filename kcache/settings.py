@@ -109,18 +109,15 @@ def settings_from(table: Mapping[str, Any], settings: type, allowed: Collection[
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in allowed:
-            raise ConfigError(f"{where}: {key!r} is no setting{_guess(name, allowed)}; correct it or take it out")
+            close = difflib.get_close_matches(name, sorted(allowed))
+            expected = "the name of a flag" + (f", perhaps {' or '.join(close)}" if close else "")
+            raise ConfigError(f"{where}: {key!r} is no setting; expected {expected}; correct it or take it out")
         if name in given:
             raise ConfigError(f"{where}: {name} is given twice, with dashes and with underscores; take one out")
         if not _fits(value, hints[name]):
             raise ConfigError(f"{where}: {name} is {value!r}; expected {_expected(hints[name])}")
         given[name] = _as_declared(value, hints[name])
     return given
-
-
-def _guess(name: str, allowed: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(allowed), n=3)
-    return f"; expected the name of a flag, perhaps {' or '.join(close)}" if close else "; expected the name of a flag"
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -114,7 +114,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
-    return {name: len(set(job.wanted(name)) & state.stored.key_set()) for name, state in found.tables.items()}
+    return {name: len(set(job.wanted(name)) & state.stored.key_set) for name, state in found.tables.items()}
 
 
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:

@@ -105,7 +105,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         tables[name] = TableEstimate(
             missing=len(table.keys),
             why=why[name],
-            unused=len(committed[name].stored.key_set().difference(job.wanted(name))),
+            unused=len(committed[name].stored.key_set.difference(job.wanted(name))),
             bytes=zarr_bytes(table, float(tokens.mean())) if config.format == "zarr" else 0,
             loading_seconds=loading,
             row_seconds=row,

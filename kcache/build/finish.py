@@ -27,10 +27,10 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
     A caption that was rejected costs the sample only that caption, as long as another one is left.
     """
     images = {
-        name: (state.stored.key_set(), state.rejected) for name, state in tables.items() if kind_of(name).per == "image"
+        name: (state.stored.key_set, state.rejected) for name, state in tables.items() if kind_of(name).per == "image"
     }
     text = tables.get(TEXT.name)
-    text_keys = (text.stored.key_set(), text.rejected) if text else None
+    text_keys = (text.stored.key_set, text.rejected) if text else None
     whole, refused = [], []
     for sample in samples:
         reasons = [

@@ -125,16 +125,12 @@ class OnlineEncoders:
             places[[i for i, _ in batch]] = range(rows, rows + len(batch))
             rows += len(batch)
         if rows < len(inputs):
-            parts.append(self._reserved_row(table))
+            if table not in self._reserved:
+                self._reserved[table] = encoder.encode([encoder.reserved()])
+            parts.append(self._reserved[table])
             places[[i for i, given in enumerate(inputs) if given is None]] = rows
         encoded = _joined(parts)
         return encoded if (places == np.arange(len(inputs))).all() else self._take(encoded, places)
-
-    def _reserved_row(self, table: str) -> dict[str, torch.Tensor]:
-        if table not in self._reserved:
-            encoder = self._encoders[table]
-            self._reserved[table] = encoder.encode([encoder.reserved()])
-        return self._reserved[table]
 
     def _take(self, rows: dict[str, torch.Tensor], positions: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows at `positions` (n,), in that order."""

@@ -1,18 +1,10 @@
 """The recipe of each table, decided by the networks and the build's settings."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
-from kcache.encoders.repositories import (
-    COMPONENTS,
-    Repository,
-    component_config,
-    config_digest,
-    tokenizer_digest,
-    weights_digest,
-)
+from kcache.encoders.repositories import COMPONENTS, Configuration, Repository, tokenizer_digest, weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import Field, Recipe, kind_of, side_of
@@ -42,17 +34,18 @@ def table_recipe(
     take, ModelError for repositories that do not fit.
     """
     kind, side = kind_of(table), side_of(table)
+    network = repository.read(kind.component)
     if side is not None:
-        preprocess, sample_shape, fields = _latents(side, config, repository)
+        preprocess, sample_shape, fields = _latents(side, config, network)
     elif kind.per == "image":
-        preprocess, sample_shape, fields = _image_embeds(config, repository)
+        preprocess, sample_shape, fields = _image_embeds(config, network)
     else:
-        preprocess, sample_shape, fields = _text(config, repository)
+        preprocess, sample_shape, fields = _text(config, network)
     return Recipe(
         table=table,
         encoder=str(COMPONENTS[kind.component].class_name),
         weights=weights_digest(repository, kind.component, memo, rehash, say),
-        config=config_digest(repository, kind.component),
+        config=network.digest,
         preprocess=preprocess,
         compute_dtype=config.compute_dtype,
         batch_shape=(config.batch_size, *sample_shape),
@@ -75,11 +68,10 @@ _Parts = tuple[dict[str, Any], tuple[int, ...], tuple[Field, ...]]
 """Preprocessing, shape of one input, fields of one row."""
 
 
-def _image_embeds(config: BuildConfig, prior: Repository) -> _Parts:
-    network = component_config(prior, "image_encoder")
+def _image_embeds(config: BuildConfig, network: Configuration) -> _Parts:
+    prior = network.repository
     processor = _clip_processor(prior)
-    side = _whole_number(prior, "image_encoder", network, "image_size")
-    width = _whole_number(prior, "image_encoder", network, "projection_dim")
+    side, width = network.whole_number("image_size"), network.whole_number("projection_dim")
     output = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
     if output != {"height": side, "width": side}:
         raise ModelError(f"{prior.name}: image_processor makes images of {output}; image_encoder expects {side}×{side}")
@@ -87,39 +79,34 @@ def _image_embeds(config: BuildConfig, prior: Repository) -> _Parts:
     return preprocess, (3, side, side), (Field(name="image_embeds", shape=(width,)),)
 
 
-def _text(config: BuildConfig, prior: Repository) -> _Parts:
-    network = component_config(prior, "text_encoder")
-    positions = _whole_number(prior, "text_encoder", network, "max_position_embeddings")
-    length = _whole_number(prior, "tokenizer", component_config(prior, "tokenizer"), "model_max_length")
+def _text(config: BuildConfig, network: Configuration) -> _Parts:
+    prior = network.repository
+    positions = network.whole_number("max_position_embeddings")
+    length = prior.read("tokenizer").whole_number("model_max_length")
     if length > positions:
         raise ModelError(f"{prior.name}: tokenizer makes {length} tokens; text_encoder has {positions} positions")
+    padding: dict[str, Any] = {"padding": "max_length"}
+    if config.text_padding != "full":
+        # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
+        padding = {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
     preprocess = {
         "tokenizer": tokenizer_digest(prior),
-        **_padding(config),
+        **padding,
         "truncation": True,
         # As in the upstream scripts: the mask only says which states are of the caption.
         "attention_mask": None,
     }
-    width = _whole_number(prior, "text_encoder", network, "hidden_size")
     fields = (
-        Field(name="text_embeds", shape=(_whole_number(prior, "text_encoder", network, "projection_dim"),)),
-        Field(name="text_encoder_hidden_states", shape=(width,), ragged=True),
+        Field(name="text_embeds", shape=(network.whole_number("projection_dim"),)),
+        Field(name="text_encoder_hidden_states", shape=(network.whole_number("hidden_size"),), ragged=True),
     )
     return preprocess, (length,), fields
 
 
-def _padding(config: BuildConfig) -> dict[str, Any]:
-    if config.text_padding == "full":
-        return {"padding": "max_length"}
-    # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
-    return {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
-
-
-def _latents(resolution: int, config: BuildConfig, decoder: Repository) -> _Parts:
-    network = component_config(decoder, "movq")
-    factor = _downsampling(decoder, "movq", network)
-    _check_resolution(resolution, factor, decoder)
-    channels = network.get("vq_embed_dim") or _whole_number(decoder, "movq", network, "latent_channels")
+def _latents(resolution: int, config: BuildConfig, network: Configuration) -> _Parts:
+    factor = network.downsampling
+    _check_resolution(resolution, factor, network.repository)
+    channels = network.values.get("vq_embed_dim") or network.whole_number("latent_channels")
     preprocess = {
         **_decoding(config),
         "center_crop": "short side",
@@ -145,7 +132,7 @@ def _decoding(config: BuildConfig) -> dict[str, Any]:
 
 def _clip_processor(prior: Repository) -> dict[str, Any]:
     """Settings of CLIPImageProcessor, defaults filled in and in one spelling: size 224 is {"shortest_edge": 224}."""
-    given = component_config(prior, "image_processor")
+    given = prior.read("image_processor").values
     size, crop = given.get("size", 224), given.get("crop_size", 224)
     return {
         "do_resize": given.get("do_resize", True),
@@ -164,7 +151,7 @@ def _clip_processor(prior: Repository) -> dict[str, Any]:
 def _check_resolution(resolution: int, factor: int, decoder: Repository) -> None:
     step, reason = factor, f"MoVQ shrinks each side {factor} times"
     if (decoder.path / "unet" / "config.json").is_file():
-        halvings = _downsampling(decoder, "unet", component_config(decoder, "unet"))
+        halvings = decoder.read("unet").downsampling
         step, reason = factor * halvings, f"{reason}, the UNet another {halvings} times"
     if resolution % step:
         below, above = resolution // step * step, (resolution // step + 1) * step
@@ -173,23 +160,3 @@ def _check_resolution(resolution: int, factor: int, decoder: Repository) -> None
             f"--resolution is {resolution}; expected a multiple of {step}, as {reason}; "
             f"the nearest such values: {nearest}"
         )
-
-
-def _downsampling(repository: Repository, component: str, network: Mapping[str, Any]) -> int:
-    """How many times a network of `block_out_channels` shrinks each side: every block but the last halves it."""
-    blocks = network.get("block_out_channels")
-    if not isinstance(blocks, list) or not blocks:
-        raise ModelError(
-            f"{repository.name}: {component}/config.json has block_out_channels {blocks!r}; expected a list"
-        )
-    return 2 ** (len(blocks) - 1)
-
-
-def _whole_number(repository: Repository, component: str, config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(
-            f"{repository.name}: the configuration of {component} has {name} {value!r}; expected a whole number; "
-            "give a Kandinsky 2.2 pipeline in diffusers layout"
-        )
-    return value

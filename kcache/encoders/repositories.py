@@ -5,16 +5,16 @@ Nothing here loads a network, and only safetensors, JSON and text files are fetc
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache.config import DECODER_REPO, PRIOR_REPO, Say, unheard
 from kcache.errors import ModelError
 from kcache.store.digests import DigestMemo
-from kcache.store.recipe import canonical_json
+from kcache.store.recipe import json_digest
 
 
 class Component(NamedTuple):
@@ -105,6 +105,66 @@ class Repository:
     revision: str | None
     """The commit that a Hub repository was resolved to; None for a folder."""
 
+    def read(self, component: str) -> "Configuration":
+        """The configuration of a component, as its JSON file says; raises ModelError when there is none to read."""
+        path = _config_path(self, component)
+        try:
+            values = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ModelError(
+                f"{path} cannot be read ({error.strerror}); expected the configuration of {component}"
+            ) from error
+        except ValueError as error:
+            raise ModelError(f"{path} is not JSON ({error}); fetch or export {self.name} again") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch {self.name} again")
+        return Configuration(repository=self, component=component, values=values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Configuration:
+    """What a repository says of one of its components."""
+
+    repository: Repository
+    component: str
+    values: dict[str, Any]
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What of it decides what a network computes: all but names of files, dtypes and versions."""
+        return {
+            name: value for name, value in self.values.items() if name not in _VOLATILE and not name.startswith("_")
+        }
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of what is lasting of it."""
+        return json_digest(self.lasting)
+
+    @property
+    def downsampling(self) -> int:
+        """How many times a network of `block_out_channels` shrinks each side: every block but the last halves it.
+
+        Raises ModelError where there are none.
+        """
+        blocks = self.values.get("block_out_channels")
+        if not isinstance(blocks, list) or not blocks:
+            raise ModelError(
+                f"{self.repository.name}: {self.component}/config.json has block_out_channels {blocks!r}; "
+                "expected a list"
+            )
+        return 2 ** (len(blocks) - 1)
+
+    def whole_number(self, name: str) -> int:
+        """The number called `name`, above 0; raises ModelError for anything else."""
+        value = self.values.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"{self.repository.name}: the configuration of {self.component} has {name} {value!r}; expected a whole "
+                "number; give a Kandinsky 2.2 pipeline in diffusers layout"
+            )
+        return value
+
 
 def find_repository(
     name_or_path: str, revision: str | None, components: Sequence[str], cache_dir: str | None = None
@@ -132,30 +192,12 @@ def find_repository(
     return repository
 
 
-def component_config(repository: Repository, component: str) -> dict[str, Any]:
-    """The configuration of a component, as its JSON file says; raises ModelError when there is none to read."""
-    path = _config_path(repository, component)
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read ({error.strerror}); expected the configuration of {component}"
-        ) from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); fetch or export {repository.name} again") from error
-    if not isinstance(config, dict):
-        raise ModelError(
-            f"{path} holds a {type(config).__name__}; expected a JSON object; fetch {repository.name} again"
-        )
-    return config
-
-
 def weights_digest(
     repository: Repository,
     component: str,
     memo: DigestMemo,
     rehash: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = unheard,
 ) -> str:
     """sha256 (hex) of the contents of the safetensors files that from_pretrained would load.
 
@@ -168,17 +210,13 @@ def weights_digest(
         size = path.stat().st_size
         if size > _LARGE_BYTES:
             say(f"digesting the weights of {component}, {size / 1e9:.1f} GB: once, as long as they stay unchanged")
-        return _sha256(path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
     digests = {path.name: memo.digest(path, "sha256", partial(compute, path), rehash) for path in files}
     if len(digests) == 1:
         return next(iter(digests.values())).hex()
-    return _json_digest({name: digest.hex() for name, digest in digests.items()})
-
-
-def config_digest(repository: Repository, component: str) -> str:
-    """sha256 (hex) of what a component's configuration says, less names of files, dtypes and versions."""
-    return _json_digest(_lasting(component_config(repository, component)))
+    return json_digest({name: digest.hex() for name, digest in digests.items()})
 
 
 def tokenizer_digest(repository: Repository) -> str:
@@ -194,7 +232,7 @@ def tokenizer_digest(repository: Repository) -> str:
             "expected tokenizer.json, or vocab.json and merges.txt; fetch or export the tokenizer again"
         )
     files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in present}
-    return _json_digest({"files": files, "config": _lasting(component_config(repository, "tokenizer"))})
+    return json_digest({"files": files, "config": repository.read("tokenizer").lasting})
 
 
 def _download(name: str, revision: str | None, components: Sequence[str], cache_dir: str | None) -> Path:
@@ -251,19 +289,6 @@ def _shards(index: Path) -> list[Path]:
                 f"{index} names the shard {name!r}; expected a safetensors file beside it; fetch the weights again"
             )
     return [index.parent / name for name in names]
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in _VOLATILE and not name.startswith("_")}
-
-
-def _json_digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _listing(folder: Path) -> str:

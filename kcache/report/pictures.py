@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import cast_pipeline, without_advice
-from kcache.encoders.repositories import Repository, component_config
+from kcache.encoders.repositories import Repository
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.sampling import Embeds, draw_embeds, draw_pictures, load_pipeline
@@ -193,8 +193,8 @@ def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: 
 
 def _check_widths(prior: Repository, decoder: Repository) -> None:
     """Check that the decoder reads image embeddings as wide as the prior makes them."""
-    makes = component_config(prior, "prior")
-    width, expected = makes.get("clip_embed_dim") or makes.get("embedding_dim"), component_config(decoder, "unet")
+    makes, expected = prior.read("prior").values, decoder.read("unet").values
+    width = makes.get("clip_embed_dim") or makes.get("embedding_dim")
     if width != expected.get("encoder_hid_dim"):
         raise ModelError(
             f"{prior.name} makes image_embeds of {width} numbers; {decoder.name} expects "

@@ -10,7 +10,7 @@ import torch
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
-from kcache.encoders.repositories import PIPELINES, Repository, component_config, find_repository
+from kcache.encoders.repositories import PIPELINES, Repository, find_repository
 from kcache.errors import ConfigError, ModelError
 from kcache.machine import check_device, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
@@ -190,7 +190,7 @@ def _refuse_lora(folder: Path, name: str) -> NoReturn:
 def _size(height: int | None, width: int | None, decoder: Repository, lora: Sequence[Path]) -> tuple[int, int]:
     """Height and width in pixels: those asked for, checked, and what the decoder was trained at where one is None."""
     # MoVQ halves the sides once between two blocks, and the pipeline rounds those of latents to that factor, too.
-    unit = 4 ** (len(component_config(decoder, "movq").get("block_out_channels", [64])) - 1)
+    unit = 4 ** (len(decoder.read("movq").values.get("block_out_channels", [64])) - 1)
     for flag, side in (("--height", height), ("--width", width)):
         if side is not None and (side < unit or side % unit):
             near = max(unit, side // unit * unit)

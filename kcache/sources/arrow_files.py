@@ -1,7 +1,6 @@
 """Files of rows, parquet and Arrow streams, read in chunks: a parquet row group or an Arrow record batch."""
 
 import os
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,11 +62,6 @@ class ArrowStream:
 
 def _starts(counts: Iterable[int]) -> list[int]:
     return list(accumulate(counts, initial=0))
-
-
-def chunk_of(starts: Sequence[int], row: int) -> int:
-    """Index of the chunk that holds `row`."""
-    return bisect_right(starts, row) - 1
 
 
 @dataclass(frozen=True, slots=True)

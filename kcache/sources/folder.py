@@ -69,10 +69,9 @@ class FolderSource:
         return read_file(self.root / self.samples[i][0], MAX_IMAGE_BYTES)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+        path = self.root / self.samples[i][0]
         try:
-            return memo.digest(
-                self.root / self.samples[i][0], "content_key", lambda: content_key(self.image(i)), rehash
-            )
+            return memo.digest(path, "content_key", lambda: content_key(self.image(i)), rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
@@ -132,7 +131,11 @@ def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
                 row = _row(value)
                 columns.update(row)
                 path = _image_path(row, folder, listing)
-                _check_unnamed(path, named)
+                if path in named:
+                    raise InputRejected(
+                        "source", f"a second row for {path!a}; put all its captions into one row, as a list"
+                    )
+                named.add(path)
                 name = path
                 samples[path] = caption_tuple(row.get(caption_column), needed=need_captions)
             except InputRejected as rejection:
@@ -230,12 +233,6 @@ def _row(value: object) -> dict[str, object]:
             "source", "not a row: expected a JSON object on one line, or as many CSV cells as columns (quote commas)"
         )
     return value
-
-
-def _check_unnamed(path: str, named: set[str]) -> None:
-    if path in named:
-        raise InputRejected("source", f"a second row for {path!a}; put all its captions into one row, as a list")
-    named.add(path)
 
 
 def _image_path(row: dict[str, object], folder: str, listing: FolderListing) -> str:

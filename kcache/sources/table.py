@@ -1,6 +1,7 @@
 """Datasets of rows: parquet files, folders written by `save_to_disk`, and datasets of the Hugging Face Hub."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,16 @@ from kcache.sources.arrow_files import (
     Images,
     ParquetFile,
     RowFile,
-    chunk_of,
     decode_captions,
     is_caption_type,
     is_image_type,
 )
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
 from kcache.store.samples import Refusal
 
-_KEY_BYTES = 16
-_NO_BYTES = bytes(_KEY_BYTES)
+_NO_BYTES = bytes(KEY_BYTES)
 """Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
 
 SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
@@ -68,20 +67,18 @@ class TableSource:
         return self.samples[i][2]
 
     def image(self, i: int) -> bytes:
-        images, row = self._chunk(i)
+        part, chunk, row = self._place(i)
+        images = self._images(part, chunk)
         content = images.content(row)
         return read_file(self._image_path(images, row), MAX_IMAGE_BYTES) if content is None else content
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
-        part, row, _ = self.samples[i]
-        starts = self.parts[part].file.starts
-        chunk = chunk_of(starts, row)
-        place = (row - starts[chunk]) * _KEY_BYTES
+        part, chunk, row = self._place(i)
         try:
-            key = self._chunk_keys(part, chunk, memo, rehash)[place : place + _KEY_BYTES]
+            key = self._chunk_keys(part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
             if key != _NO_BYTES:
                 return key
-            path = self._image_path(*self._chunk(i))
+            path = self._image_path(self._images(part, chunk), row)
             return memo.digest(path, "content_key", lambda: content_key(self.image(i)), rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
@@ -96,11 +93,12 @@ class TableSource:
             self.keys[part, chunk, rehash] = keys
         return keys
 
-    def _chunk(self, i: int) -> tuple[Images, int]:
+    def _place(self, i: int) -> tuple[int, int, int]:
+        """Part and chunk of sample `i`, and its row in the chunk."""
         part, row, _ = self.samples[i]
         starts = self.parts[part].file.starts
-        chunk = chunk_of(starts, row)
-        return self._images(part, chunk), row - starts[chunk]
+        chunk = bisect_right(starts, row) - 1
+        return part, chunk, row - starts[chunk]
 
     def _images(self, part: int, chunk: int) -> Images:
         try:

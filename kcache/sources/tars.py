@@ -136,8 +136,7 @@ def expand_braces(spec: str) -> list[tuple[str, Path]]:
 
     They are called by their path from the last folder before the first brace. Raises SourceError.
     """
-    folder = spec[: spec.find("{")].rpartition("/")
-    start = len(folder[0]) + len(folder[1])
+    start = spec.rfind("/", 0, spec.find("{")) + 1
     tars = [(text[start:], Path(text)) for text in _expansions(spec)]
     if len(tars) == 1 or not all(label.endswith(".tar") for label, _ in tars):
         raise SourceError(f"{spec!r} is no pattern for tars; expected one such as {{00000..00099}}.tar; correct it")

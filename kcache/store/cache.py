@@ -11,7 +11,7 @@ import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.store.index import CAPTION_BOUNDS, open_index
-from kcache.store.manifest import Manifest, TableEntry, build_line, read_manifest
+from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
 from kcache.store.samples import read_samples
@@ -40,7 +40,8 @@ class Cache:
         self.path = path
         self.manifest = manifest
         self.resolution = resolution
-        self._index = index
+        self.index = index
+        """Where the rows of the samples stand, by table, and `caption_bounds`: what `open_index` gives."""
         self._selected = selected
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
@@ -63,7 +64,12 @@ class Cache:
             )
         index = open_index(folder, manifest)
         for name, entry in manifest.tables.items():
-            _check_shards(folder, name, entry)
+            missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
+            if missing:
+                raise CacheCorruptError(
+                    f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} "
+                    f"({', '.join(missing[:3])}); build the cache again with its source to encode them anew"
+                )
         return cls(folder, manifest, index, resolution)
 
     def __len__(self) -> int:
@@ -102,14 +108,9 @@ class Cache:
         return table if self._selected is None else table.take(self._selected)
 
     @property
-    def index(self) -> Mapping[str, np.ndarray]:
-        """Where the rows of the samples stand, by table, and `caption_bounds`: what `open_index` gives."""
-        return self._index
-
-    @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
-        return self._index[CAPTION_BOUNDS]
+        return self.index[CAPTION_BOUNDS]
 
     def where(self, expression: str) -> "Cache":
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
@@ -134,7 +135,7 @@ class Cache:
         index = {CAPTION_BOUNDS: bounds}
         for table in self.recipes:
             positions = captions if kind_of(table).per == "caption" else numbers
-            entries = self._index[table]
+            entries = self.index[table]
             index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
         selected = numbers if self._selected is None else self._selected[numbers]
         return Cache(self.path, self.manifest, index, self.resolution, selected)
@@ -221,11 +222,11 @@ class Cache:
 
         Fixed rows are (n, …), None; ragged ones (T, …) and (n + 1,) int64, where each of them starts.
         """
-        return gather(self.field_files(name), self._index[self.table_of(name)][first:last], np.empty)
+        return gather(self.field_files(name), self.index[self.table_of(name)][first:last], np.empty)
 
     def table_length(self, name: str) -> int:
         """Rows that `positions` can name for a field: one per sample, or per caption, and the reserved one."""
-        return len(self._index[self.table_of(name)])
+        return len(self.index[self.table_of(name)])
 
     def field_files(self, name: str) -> FieldFiles:
         """The files behind `name`, opened when first read."""
@@ -236,7 +237,7 @@ class Cache:
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
-        return sum(int(self._index[self.table_of(name)][name]["length"].sum(dtype=np.int64)) for name in fields)
+        return sum(int(self.index[self.table_of(name)][name]["length"].sum(dtype=np.int64)) for name in fields)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
@@ -279,13 +280,13 @@ class Cache:
     def _most_tokens(self) -> np.ndarray:
         """Tokens of each sample's longest caption, (N,) int64."""
         name = "text_encoder_hidden_states"
-        tokens = self._index[TEXT.name][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
+        tokens = self.index[TEXT.name][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
         return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
             return _take(self._resident[name], positions, empty)
-        files, entries = self.field_files(name), self._index[self.table_of(name)][positions]
+        files, entries = self.field_files(name), self.index[self.table_of(name)][positions]
         if name in self._asked:
             asked = self._asked[name]
             if not asked[positions].all():
@@ -296,12 +297,10 @@ class Cache:
     def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
         starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
         positions = starts + caption
-        if samples.size and not ((starts <= positions) & (positions < ends)).all():
-            wrong = int(np.flatnonzero(~((starts <= positions) & (positions < ends)))[0])
-            asked = int(positions[wrong] - starts[wrong])
-            raise IndexError(
-                f"caption {asked} asked of sample {samples[wrong]}, which has {ends[wrong] - starts[wrong]}"
-            )
+        wrong = np.flatnonzero((positions < starts) | (positions >= ends))
+        if len(wrong):
+            sample, number, held = samples[wrong[0]], (positions - starts)[wrong[0]], (ends - starts)[wrong[0]]
+            raise IndexError(f"caption {number} asked of sample {sample}, which has {held}")
         return positions
 
 
@@ -313,12 +312,3 @@ def _take(
     numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
     out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
     return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets
-
-
-def _check_shards(folder: Path, name: str, entry: TableEntry) -> None:
-    missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
-    if missing:
-        raise CacheCorruptError(
-            f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} ({', '.join(missing[:3])}); "
-            "build the cache again with its source to encode them anew"
-        )

@@ -9,15 +9,14 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.durable import publish, remove, sync_folder, temporary_path, write_json
+from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json
 from kcache.errors import RunError
-from kcache.store.recipe import canonical_json
+from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +48,13 @@ def save_checkpoint(
     only. A checkpoint of the same step is replaced.
     """
     final = run_dir / f"checkpoint-{step}"
-    temporary = temporary_path(run_dir)
-    try:
-        temporary.mkdir()
+    with temporary_folder(run_dir) as temporary:
         write(temporary)
         body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
         body = json.loads(canonical_json(body))
-        write_json(temporary / STATE_FILE, {**body, "digest": _digest(body)})
+        write_json(temporary / STATE_FILE, {**body, "digest": json_digest(body)})
         remove(final)
         publish(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if total_limit is not None:
         others = [other for other in checkpoint_steps(run_dir) if other != step]
         for other in others[: max(0, len(others) + 1 - total_limit)]:
@@ -114,7 +108,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} has checkpoint version {version}; this kcache reads version {CHECKPOINT_VERSION}; "
             "resume with the kcache that wrote it"
         )
-    if digest != _digest(body):
+    if digest != json_digest(body):
         raise _broken(path, f"{STATE_FILE} differs from what was written")
     try:
         _check_files(path, body["files"])
@@ -157,10 +151,6 @@ def _broken(path: Path, what: str) -> RunError:
         f"checkpoint {path} is broken: {what}; expected every file as it was written; "
         'resume from another checkpoint: "latest" takes the newest whole one'
     )
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -89,14 +89,15 @@ class DigestMemo:
         )
         entries = self._entries(folder)
         entry_name = f"{name}\0{part}"
-        if not rehash:
-            known_stamp, known = entries.get(entry_name, (b"", b""))
-            if known_stamp == stamp:
-                return known
+        known_stamp, known = entries.get(entry_name, (b"", b""))
+        if known_stamp == stamp and not rehash:
+            return known
         digest = compute()
         if max(status.st_mtime_ns, status.st_ctime_ns) < now - _RACY_NS:
             entries[entry_name] = (stamp, digest)
-            self._remember(folder, entry_name, stamp, digest)
+            self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
+            if len(self._pending) >= _PENDING_LIMIT:
+                self.flush()
         return digest
 
     def flush(self) -> None:
@@ -127,24 +128,15 @@ class DigestMemo:
     def _entries(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
         # One query per folder, not per file: sources walk folder by folder.
         if folder not in self._folders:
-            self._folders[folder] = self._read(folder)
+            self._folders[folder] = {}
+            if self._connection is not None:
+                query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
+                try:
+                    rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
+                    self._folders[folder] = {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
+                except sqlite3.Error as error:
+                    self._give_up(error)
         return self._folders[folder]
-
-    def _read(self, folder: str) -> dict[str, tuple[bytes, bytes]]:
-        if self._connection is None:
-            return {}
-        query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
-        try:
-            rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return {}
-        return {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
-
-    def _remember(self, folder: str, entry_name: str, stamp: bytes, digest: bytes) -> None:
-        self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
-        if len(self._pending) >= _PENDING_LIMIT:
-            self.flush()
 
     def _give_up(self, error: Exception) -> None:
         logger.warning(

@@ -5,7 +5,6 @@ in the manifest and a locator per field. The last entry of `image_embeds` is the
 empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1].
 """
 
-import hashlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from kcache.durable import publish, read_npy, remove, temporary_folder, write_np
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import TEXT, Field, Recipe, canonical_json, kind_of
+from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
 
@@ -50,12 +49,9 @@ class StoredRows:
         position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return np.where(self.keys[position] == wanted, position, -1)
 
+    @cached_property
     def key_set(self) -> frozenset[bytes]:
         """All keys, as 16 bytes each."""
-        return self._key_set
-
-    @cached_property
-    def _key_set(self) -> frozenset[bytes]:
         # As V16: numpy would cut zero bytes off the end of an S16.
         return frozenset(self.keys.view("V16").tolist())
 
@@ -65,14 +61,21 @@ def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: s
 
     Of a key that was committed twice the later row counts.
     """
-    sides, shards = [], []
+    entries, keys = [], []
+    shards: list[ShardEntry] = []
     for commit in commits:
-        if commit.data is not None and commit.holds(part):
-            side = read_side_file(folder, commit, recipe, part)
-            size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
-            shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
-            sides.append(side)
-    return _sorted_rows(recipe, sides, shards)
+        if commit.data is None or not commit.holds(part):
+            continue
+        side = read_side_file(folder, commit, recipe, part)
+        found = np.empty(len(side), index_dtype(recipe.fields))
+        found["shard"] = len(shards)
+        for field in recipe.fields:
+            found[field.name] = side[field.name]
+        entries.append(found)
+        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
+        size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
+        shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
+    return _latest(recipe, entries, keys, shards)
 
 
 def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
@@ -86,18 +89,6 @@ def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
         keys.append(part.keys)
         shards += part.shards
     return _latest(recipe, entries, keys, shards)
-
-
-def _sorted_rows(recipe: Recipe, sides: Sequence[np.ndarray], shards: Sequence[ShardEntry]) -> StoredRows:
-    parts, keys = [], []
-    for position, side in enumerate(sides):
-        entries = np.empty(len(side), index_dtype(recipe.fields))
-        entries["shard"] = position
-        for field in recipe.fields:
-            entries[field.name] = side[field.name]
-        parts.append(entries)
-        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
-    return _latest(recipe, parts, keys, shards)
 
 
 def _latest(
@@ -187,7 +178,7 @@ def _index_digest(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         content = np.memmap(folder / f"{name}.npy", np.uint8, mode="r")
         sums.append([name, content.size, crc32c(content)])
-    return hashlib.sha256(canonical_json(sums).encode()).hexdigest()
+    return json_digest(sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +196,7 @@ class TableState:
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
-        stored = self.stored.key_set()
+        stored = self.stored.key_set
         by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
 

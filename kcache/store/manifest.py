@@ -1,6 +1,5 @@
 """The manifest: the one JSON file that makes a folder a cache, and the only file that is ever replaced."""
 
-import hashlib
 import json
 import re
 import shlex
@@ -20,6 +19,7 @@ from kcache.store.recipe import (
     TABLE_NAME,
     Recipe,
     canonical_json,
+    json_digest,
     sides_of,
     stage_of,
 )
@@ -87,12 +87,16 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 (hex) of what a training run sees: the recipes and the samples."""
         recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
-        return hashlib.sha256(canonical_json([recipes, self.samples_digest]).encode()).hexdigest()
+        return json_digest([recipes, self.samples_digest])
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands on disk, with the sha256 of all that it says."""
-        body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **_plain(self)}))
-        return {**body, "digest": _digest(body)}
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for name, entry in self.tables.items():
+            data["tables"][name]["recipe"] = entry.recipe.to_json()
+            data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
+        body = json.loads(canonical_json(data))
+        return {**body, "digest": json_digest(body)}
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -129,7 +133,7 @@ def read_manifest(cache: Path) -> Manifest:
 
 def _from_json(data: dict[str, Any]) -> Manifest:
     digest = data.pop("digest")
-    if digest != _digest(data):
+    if digest != json_digest(data):
         raise ValueError("its digest does not match its content")
     data.pop("schema_version")
     tables = {}
@@ -157,12 +161,8 @@ def _shard(data: Mapping[str, Any]) -> ShardEntry:
 
 def _check(manifest: Manifest) -> None:
     check_count(manifest.samples, manifest.rejected)
-    for digest in (
-        manifest.samples_digest,
-        manifest.samples_file_digest,
-        manifest.rejected_digest,
-        manifest.index_digest,
-    ):
+    digests = (manifest.samples_digest, manifest.samples_file_digest, manifest.rejected_digest, manifest.index_digest)
+    for digest in digests:
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!a} is no digest")
     for role, model in manifest.models.items():
@@ -174,18 +174,6 @@ def check_count(*counts: object) -> None:
     """Raise ValueError for what a file gives as a number of rows or bytes and cannot be one."""
     if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
         raise ValueError(f"{counts!a} are no counts")
-
-
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    data = asdict(manifest)
-    for name, entry in manifest.tables.items():
-        data["tables"][name]["recipe"] = entry.recipe.to_json()
-        data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
-    return data
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _not_found(cache: Path) -> CacheNotFoundError:

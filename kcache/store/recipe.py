@@ -24,6 +24,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def json_digest(value: Any) -> str:
+    """sha256 (hex) of a value's `canonical_json`: equal values give equal digests."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
 class Keyed(Protocol):
     """What has an image and captions, each with the key of its content: a sample."""
 
@@ -204,7 +209,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """sha256 (64 hex digits) of the recipe's canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+        return json_digest(self.to_json())
 
     @property
     def directory(self) -> str:

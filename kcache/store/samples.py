@@ -97,13 +97,6 @@ def _schema() -> "pyarrow.Schema":
     )
 
 
-def _flat(column: "pyarrow.ChunkedArray") -> list["pyarrow.Array"]:
-    """The values in the lists of a column, none where it holds no lists."""
-    import pyarrow as pa
-
-    return [chunk.flatten() for chunk in column.chunks] if pa.types.is_list(column.type) else []
-
-
 def write_samples(cache: Path, samples: Sequence[Sample]) -> tuple[str, str]:
     """Write the samples under the name that their bytes give; returns the samples' digest and the file's."""
     import pyarrow as pa
@@ -191,8 +184,12 @@ def _check_schema(schema: "pyarrow.Schema") -> None:
 
 
 def _check_values(table: "pyarrow.Table") -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     table.validate(full=True)  # parquet's strings need not be UTF-8
-    if any(part.null_count for column in table.columns for part in (column, *_flat(column))):
+    in_lists = [pc.list_flatten(column) for column in table.columns if pa.types.is_list(column.type)]
+    if any(column.null_count for column in (*table.columns, *in_lists)):
         raise ValueError("values are missing in it")
 
 

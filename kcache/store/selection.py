@@ -25,7 +25,6 @@ _COMPARISONS: Mapping[type[ast.cmpop], Any] = {
     ast.Gt: np.greater,
     ast.GtE: np.greater_equal,
 }
-_MIRRORED = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 
 
 def matching_samples(expression: str, columns: Mapping[str, Callable[[], Column]]) -> np.ndarray:
@@ -78,21 +77,19 @@ class _Reading:
         if isinstance(op, ast.In | ast.NotIn):
             found = self._contains(left, right) if isinstance(right, ast.Name) else self._among(left, right)
             return found if isinstance(op, ast.In) else ~found
-        if type(op) not in _COMPARISONS:
+        compare = _COMPARISONS.get(type(op))
+        if compare is None:
             raise self._error(left, "==, !=, <, <=, >, >=, in or not in")
         if isinstance(left, ast.Name) and isinstance(right, ast.Name):
-            return self._ordered(op, left, right)
+            column, other = self._plain_column(left), self._plain_column(right)
+            if column.dtype.kind != other.dtype.kind:
+                raise self._error(right, f"a column of the same kind as {left.id}")
+            return compare(column, other)
         if isinstance(right, ast.Name):
-            left, op, right = right, _MIRRORED.get(type(op), type(op))(), left
+            column = self._plain_column(right)
+            return compare(self._value(left, column), column)
         column = self._plain_column(left)
-        return _COMPARISONS[type(op)](column, self._value(right, column))
-
-    def _ordered(self, op: ast.cmpop, left: ast.Name, right: ast.Name) -> np.ndarray:
-        """Two columns compared with each other, such as width > height."""
-        one, other = self._plain_column(left), self._plain_column(right)
-        if one.dtype.kind != other.dtype.kind:
-            raise self._error(right, f"a column of the same kind as {left.id}")
-        return _COMPARISONS[type(op)](one, other)
+        return compare(column, self._value(right, column))
 
     def _contains(self, left: ast.expr, right: ast.Name) -> np.ndarray:
         column = self._column(right)

@@ -4,10 +4,8 @@ In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr gro
 length and crc32c of every row and field) and `00042.json` (the commit record, written last).
 """
 
-import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -16,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from kcache.durable import publish, read_npy, remove, temporary_path, write_json, write_npy, writing
+from kcache.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.formats import zarr
 from kcache.store.manifest import SHARD_NAME, check_count
-from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json
+from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json, json_digest
 
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
@@ -109,14 +107,14 @@ def commit_shard(
     if not len(block.keys):
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
-    temporary = temporary_path(folder)
-    with writing(folder / name, sum(array.nbytes for array in _group_arrays(block).values())):
-        try:
-            zarr.write_group(temporary, _group_arrays(block), _group_dimensions(recipe, block))
-            publish(temporary, folder / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    arrays = {"keys": block.keys, **block.arrays}
+    if block.offsets is not None:
+        arrays[OFFSETS] = block.offsets
+    dimensions = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
+    dimensions |= {"keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
+    with writing(folder / name, sum(array.nbytes for array in arrays.values())), temporary_folder(folder) as temporary:
+        zarr.write_group(temporary, arrays, dimensions)
+        publish(temporary, folder / name)
     write_npy(folder / side_name(name), _side_rows(recipe, block))
     paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
     return record_commit(
@@ -160,7 +158,7 @@ def write_commit(folder: Path, commit: Commit) -> None:
 def record_json(commit: Commit) -> dict[str, Any]:
     """The commit record as it stands on disk, with the sha256 of all that it says."""
     body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(commit)}))
-    return {**body, "digest": _digest(body)}
+    return {**body, "digest": json_digest(body)}
 
 
 def record_rejections(
@@ -186,7 +184,16 @@ def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
     if not folder.is_dir():
         return []
     names = sorted((int(path.stem), path) for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem))
-    return [_read_commit_of(recipe, path) for _, path in names]
+    commits = []
+    for _, path in names:
+        commit = read_commit(path)
+        if commit.fingerprint != recipe.fingerprint:
+            raise CacheCorruptError(
+                f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
+                f"expected {recipe.fingerprint[:8]}; remove it and build again"
+            )
+        commits.append(commit)
+    return commits
 
 
 def next_shard(commits: Sequence[Commit]) -> int:
@@ -216,21 +223,11 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     return rows
 
 
-def _read_commit_of(recipe: Recipe, path: Path) -> Commit:
-    commit = read_commit(path)
-    if commit.fingerprint != recipe.fingerprint:
-        raise CacheCorruptError(
-            f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
-            f"expected {recipe.fingerprint[:8]}; remove it and build again"
-        )
-    return commit
-
-
 def read_commit(path: Path) -> Commit:
     """The commit record at `path`; raises CacheCorruptError when it is not as it was written."""
     try:
         data = json.loads(path.read_bytes())
-        if data.pop("digest") != _digest(data):
+        if data.pop("digest") != json_digest(data):
             raise ValueError("its digest does not match its content")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise ValueError("written by another version of kcache")
@@ -244,10 +241,6 @@ def read_commit(path: Path) -> Commit:
     if commit.name != path.stem:
         raise CacheCorruptError(f"commit record {path} is of shard {commit.name}; remove it and build again")
     return commit
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def _check(commit: Commit) -> None:
@@ -272,18 +265,6 @@ def discard_uncommitted(folder: Path, name: str) -> None:
     """Remove what a killed builder renamed into place but did not commit."""
     for path in [folder / name, *folder.glob(f"{name}.*")]:
         remove(path)
-
-
-def _group_arrays(block: RowBlock) -> dict[str, np.ndarray]:
-    arrays = {"keys": block.keys, **block.arrays}
-    if block.offsets is not None:
-        arrays[OFFSETS] = block.offsets
-    return arrays
-
-
-def _group_dimensions(recipe: Recipe, block: RowBlock) -> dict[str, tuple[str, ...]]:
-    names = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
-    return {**names, "keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
 
 
 def _side_rows(recipe: Recipe, block: RowBlock) -> np.ndarray:

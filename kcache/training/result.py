@@ -12,7 +12,7 @@ import diffusers
 from diffusers import ModelMixin
 
 from kcache.durable import publish, remove, temporary_path, write_bytes, write_json
-from kcache.encoders.repositories import COMPONENTS, PIPELINES, Pipeline, Repository, component_config
+from kcache.encoders.repositories import COMPONENTS, PIPELINES, Pipeline, Repository
 from kcache.objectives.lora import fuse_lora, load_lora
 from kcache.report.figures import plot_run
 from kcache.report.model_card import model_card
@@ -95,7 +95,7 @@ def _replace(temporary: Path, final: Path) -> None:
 
 def _model_index(pipeline: Pipeline, base: Repository) -> dict[str, Any]:
     components = {
-        name: [COMPONENTS[name].library, COMPONENTS[name].class_name or component_config(base, name)["_class_name"]]
+        name: [COMPONENTS[name].library, COMPONENTS[name].class_name or base.read(name).values["_class_name"]]
         for name in pipeline.components
     }
     return {"_class_name": pipeline.class_name, "_diffusers_version": diffusers.__version__, **components}

@@ -66,7 +66,7 @@ def _copy_to_tables(
         plan = plan_table(
             state.recipe,
             kind_of(name).wanted(contents.samples),
-            there.stored.key_set(),
+            there.stored.key_set,
             (),
             rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
             first_shard=there.next_shard,

@@ -11,8 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 from kcache.encoders.repositories import (
     Repository,
-    component_config,
-    config_digest,
     find_repository,
     tokenizer_digest,
     weights_digest,
@@ -41,8 +39,8 @@ def test_a_folder_needs_no_revision_and_no_network(oracle: Path) -> None:
     name = str(oracle / "prior")
     repository = find_repository(name, "main", ["image_encoder", "image_processor", "tokenizer", "scheduler"])
     assert repository == Repository(name=name, path=oracle / "prior", revision=None)
-    assert component_config(repository, "image_encoder")["projection_dim"] == 32
-    assert component_config(repository, "image_processor")["resample"] == 3
+    assert repository.read("image_encoder").values["projection_dim"] == 32
+    assert repository.read("image_processor").values["resample"] == 3
 
 
 def test_a_missing_component_is_named_with_what_is_there(oracle: Path) -> None:
@@ -88,7 +86,7 @@ def test_a_mistyped_path_is_no_repository() -> None:
 def test_a_damaged_configuration_is_refused(prior: Repository, content: str) -> None:
     (prior.path / "image_encoder" / "config.json").write_text(content)
     with pytest.raises(ModelError, match=r"config\.json"):
-        component_config(prior, "image_encoder")
+        prior.read("image_encoder")
 
 
 def test_equal_weights_at_another_path_have_an_equal_digest(oracle: Path, prior: Repository) -> None:
@@ -165,12 +163,12 @@ def test_the_second_digest_reads_no_weights(prior: Repository, monkeypatch: pyte
 
 
 def test_a_configuration_counts_where_it_describes_the_network(prior: Repository) -> None:
-    before = config_digest(prior, "image_encoder")
+    before = prior.read("image_encoder").digest
     path = prior.path / "image_encoder" / "config.json"
     edit_json(path, torch_dtype="float16", transformers_version="4.0", _name_or_path="/home/x", architectures=None)
-    assert config_digest(prior, "image_encoder") == before
+    assert prior.read("image_encoder").digest == before
     edit_json(path, hidden_act="quick_gelu")
-    assert config_digest(prior, "image_encoder") != before
+    assert prior.read("image_encoder").digest != before
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"])

@@ -118,7 +118,7 @@ def test_cache_format_reads_what_kcache_reads(place_with_cache: Path, kcache_com
             for (_, field), row in reader.sample(number).items():
                 expected = cache.read([number], [field])[field]
                 assert np.array_equal(row.reshape(expected.shape), expected)
-        file, locator = cache.field_files("latents").files[0].path, cache._index["latents-64"][3]["latents"]
+        file, locator = cache.field_files("latents").files[0].path, cache.index["latents-64"][3]["latents"]
         content = bytearray(file.read_bytes())
         content[int(locator["offset"]) + 5] ^= 1
         file.unlink()

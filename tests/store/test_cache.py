@@ -124,13 +124,13 @@ def test_every_flipped_byte_of_a_row_is_noticed(tmp_path: Path, residency: str) 
         file = reference.field_files(field).files[0].path
         content = file.read_bytes()
         rng = np.random.default_rng(0)
-        size = sum(reference._index[table][field]["length"].tolist())
+        size = sum(reference.index[table][field]["length"].tolist())
         for position in rng.integers(0, size, 40).tolist():
             damaged = bytearray(content)
             damaged[position] ^= 1 << int(rng.integers(8))
             file.write_bytes(damaged)
             cache = Cache.open(tmp_path / "c")
-            entries = cache._index[table][field]
+            entries = cache.index[table][field]
             end = entries["offset"] + entries["length"]
             touched = np.flatnonzero((entries["offset"] <= position) & (position < end))
             if len(touched) and touched[0] < len(cache):

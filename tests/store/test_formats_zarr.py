@@ -32,6 +32,7 @@ def test_files_equal_zarr_pythons(tmp_path: Path, rows: int, dtype: str) -> None
             codecs=[sharding], fill_value=0, zarr_format=3, dimension_names=["row", "a", "b"],
         )  # fmt: skip
         theirs[:] = array
+    (tmp_path / "ours").mkdir()
     write_group(tmp_path / "ours", {"field": array}, {"field": ("row", "a", "b")})
     file = array_file("field", (3, 2))
     assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file.removeprefix("field/")).read_bytes()
@@ -41,6 +42,7 @@ def test_files_equal_zarr_pythons(tmp_path: Path, rows: int, dtype: str) -> None
 
 def test_rows_stand_where_the_offsets_say(tmp_path: Path) -> None:
     array = np.arange(150 * 5, dtype=np.int64).reshape(150, 5)
+    (tmp_path / "group").mkdir()
     write_group(tmp_path / "group", {"field": array}, {"field": ("row", "embedding")})
     content = (tmp_path / "group" / array_file("field", (5,))).read_bytes()
     for row, offset in enumerate(row_spans(np.arange(150), 40)):

@@ -55,7 +55,7 @@ def flip(path: Path, position: int) -> None:
 def row_place(cache: Path, field: str, sample: int) -> tuple[Path, int]:
     """File and offset of a sample's row."""
     opened = Cache.open(cache)
-    entry = opened._index[opened.table_of(field)][sample]
+    entry = opened.index[opened.table_of(field)][sample]
     return opened.field_files(field).files[entry["shard"]].path, int(entry[field]["offset"])
 
 
@@ -64,7 +64,7 @@ def everything(cache: Path) -> dict[str, Any]:
     rows = {name: array.tobytes() for name, array in opened.read(range(len(opened)), FIELDS).items()}
     reserved = {}
     for name in ("image_embeds", "text_embeds"):
-        index = opened._index[opened.table_of(name)]
+        index = opened.index[opened.table_of(name)]
         reserved[name] = gather(opened.field_files(name), index[-1:], np.empty)[0].tobytes()
     return {"rows": rows, "reserved": reserved, "samples": opened.samples.to_pylist()}
 

@@ -7,7 +7,6 @@ equal samples give equal bytes. kcache reads rows at the offsets in the side fil
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from kcache.durable import new_file
 from kcache.store.recipe import Field
 
 _HEADER_BYTES = 512
@@ -50,23 +50,19 @@ def write_tar(path: Path, samples: Iterable[JoinedSample]) -> list[dict[str, lis
     Returns, per sample and member name, the offset in the file of each row's payload, in bytes.
     """
     placed = []
-    with path.open("xb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                _add(tar, f"{sample.id}.json", _json(sample.info))
-                for number, caption in enumerate(sample.captions):
-                    _add(tar, _member(sample.id, "", number, "txt"), caption.encode("utf-8"))
-                placed.append(
-                    {
-                        name: [
-                            _add_row(tar, _member(sample.id, name, number, "npy"), row)
-                            for number, row in enumerate(rows)
-                        ]
-                        for name, rows in sample.rows.items()
-                    }
-                )
-        file.flush()
-        os.fsync(file.fileno())
+    with new_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            _add(tar, f"{sample.id}.json", json.dumps(sample.info, sort_keys=True, ensure_ascii=False).encode())
+            for number, caption in enumerate(sample.captions):
+                _add(tar, _member(sample.id, "", number, "txt"), caption.encode("utf-8"))
+            placed.append(
+                {
+                    name: [
+                        _add_row(tar, _member(sample.id, name, number, "npy"), row) for number, row in enumerate(rows)
+                    ]
+                    for name, rows in sample.rows.items()
+                }
+            )
     return placed
 
 
@@ -89,7 +85,3 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     start = int(tar.offset) + _HEADER_BYTES  # where the member's header will start
     tar.addfile(info, io.BytesIO(content))
     return start
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kcache.durable import new_file, sync_folder
 from kcache.store.checksums import crc32c
 from kcache.store.recipe import Field
 
@@ -45,28 +46,28 @@ def row_spans(starts: np.ndarray, row_bytes: int) -> np.ndarray:
 
 
 def write_group(folder: Path, arrays: Mapping[str, np.ndarray], dimensions: Mapping[str, tuple[str, ...]]) -> None:
-    """Write `arrays` as a zarr group into the new folder `folder`, every file and folder synced.
+    """Write `arrays` as a zarr group into the empty folder `folder`, every file and folder synced.
 
     `dimensions` names the axes of each array, which xarray needs. Arrays are C-contiguous and little-endian.
     """
-    folder.mkdir()
-    _write_synced(folder / "zarr.json", _json({"attributes": {}, "node_type": "group", "zarr_format": 3}))
+    _write_json(folder, {"attributes": {}, "node_type": "group", "zarr_format": 3})
     for name, array in arrays.items():
         _write_array(folder / name, array, dimensions[name])
-    _sync_folders(folder)
+    for parent, _, _ in os.walk(folder, topdown=False):
+        sync_folder(Path(parent))
 
 
 def _write_array(folder: Path, array: np.ndarray, dimensions: tuple[str, ...]) -> None:
     chunk_rows = max(1, min(CHUNK_ROWS, len(array)))
     chunk_count = -(-len(array) // chunk_rows)
     folder.mkdir()
-    _write_synced(folder / "zarr.json", _json(_array_metadata(array, chunk_rows, chunk_count, dimensions)))
+    _write_json(folder, _array_metadata(array, chunk_rows, chunk_count, dimensions))
     if not chunk_count:
         return
     path = folder.joinpath(*["c", *["0"] * array.ndim])
     path.parent.mkdir(parents=True)
     entries = []
-    with path.open("xb") as file:
+    with new_file(path) as file:
         for start in range(0, len(array), chunk_rows):
             chunk = _whole_chunk(array[start : start + chunk_rows], chunk_rows)
             entries.append((file.tell(), len(chunk) + CHECKSUM_BYTES))
@@ -74,8 +75,6 @@ def _write_array(folder: Path, array: np.ndarray, dimensions: tuple[str, ...]) -
             file.write(struct.pack("<I", crc32c(chunk)))
         index = b"".join(struct.pack("<QQ", *entry) for entry in entries)
         file.write(index + struct.pack("<I", crc32c(index)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _whole_chunk(rows: np.ndarray, chunk_rows: int) -> np.ndarray:
@@ -88,7 +87,6 @@ def _whole_chunk(rows: np.ndarray, chunk_rows: int) -> np.ndarray:
 def _array_metadata(
     array: np.ndarray, chunk_rows: int, chunk_count: int, dimensions: tuple[str, ...]
 ) -> dict[str, Any]:
-    integer = array.dtype.kind in "iu"
     to_bytes: dict[str, Any] = {"name": "bytes"}
     if array.dtype.itemsize > 1:
         to_bytes["configuration"] = {"endian": "little"}
@@ -107,7 +105,7 @@ def _array_metadata(
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "data_type": array.dtype.name,
         "dimension_names": list(dimensions),
-        "fill_value": 0 if integer else 0.0,
+        "fill_value": 0 if array.dtype.kind in "iu" else 0.0,
         "node_type": "array",
         "shape": list(array.shape),
         "storage_transformers": [],
@@ -122,21 +120,6 @@ def field_dimensions(field: Field) -> tuple[str, ...]:
     return ("token" if field.ragged else "row", *axes)
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folders(folder: Path) -> None:
-    for parent, _, _ in os.walk(folder, topdown=False):
-        descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _write_json(folder: Path, value: Mapping[str, Any]) -> None:
+    with new_file(folder / "zarr.json") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
