@@ -97,6 +97,40 @@ def predict_packed(
     return predictions.unflatten(0, (-1, draws)).index_select(0, plan.order.argsort()).flatten(0, 1)
 
 
+def predict_padded(
+    prior: PriorTransformer,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text_embeds: Tensor,
+    hidden_states: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """What `predict_packed` predicts, by the stock forward pass of any prior over captions filled up by `pad_text`."""
+    draws = noisy.shape[0] // text_embeds.shape[0]
+    states, mask = pad_text(hidden_states, offsets, prior.config.num_embeddings)
+    return prior(
+        noisy,
+        timestep=timesteps,
+        proj_embedding=text_embeds.repeat_interleave(draws, 0),
+        encoder_hidden_states=states.repeat_interleave(draws, 0),
+        attention_mask=mask.repeat_interleave(draws, 0),
+    ).predicted_image_embedding
+
+
+def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Captions laid out as the prior wants them: (B, length, D) filled up with zeros, and (B, length) bool, True where
+    valid.
+
+    `hidden_states` (T, D) holds caption i at offsets[i] to offsets[i + 1]. What stands in the filled-up rows has no
+    influence on the prior's output: its attention mask and the read-out at the last token exclude them.
+    """
+    position = torch.arange(length, device=offsets.device)
+    mask = position < offsets.diff()[:, None]
+    # A gather, as assigning through a boolean mask would wait for the device to count it.
+    index = (offsets[:-1, None] + position).clamp(max=hidden_states.shape[0] - 1)
+    return hidden_states[index].where(mask[..., None], 0), mask
+
+
 def _check_prepared(prior: PriorTransformer) -> None:
     # Any other processor would ignore what it is given, and let all samples attend to each other.
     for name, processor in prior.attn_processors.items():
