@@ -161,9 +161,8 @@ class CacheLoader:
         for name in ("version", "samples_digest", "shuffle", "seed"):
             if state.get(name) != own[name]:
                 raise CacheMismatchError(
-                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: "
-                    "the order would differ; "
-                    "resume with the same cache, selection of samples, seed and shuffle, or start anew"
+                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: the order "
+                    "would differ; resume with the same cache, selection of samples, seed and shuffle, or start anew"
                 )
         self.consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
 

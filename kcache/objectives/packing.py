@@ -7,10 +7,9 @@ network, its modules and its weights are the stock ones, and so is the result, u
 2021, Efficient Sequence Packing without Cross-contamination, arXiv 2107.02027). In the last block only the tokens that
 the prediction is read from ask; the others just answer.
 
-With K draws of noise per caption, n text tokens and the token of text_embed run once for all of them: causal attention
-keeps them from seeing the draws, so they compute what they would in each copy of the caption. A caption takes n + 1 +
-3 K tokens through the blocks instead of K (n + 4): at n = 16 and K = 4, 29 instead of 80, which is 2.8 times less
-arithmetic per draw. In the last block keys and values are of n + 1 + 3 K tokens, all else of K, as without sharing.
+With K draws of noise per caption, its text and text_embed run once for all of them (see `packed_attention`): at n = 16
+tokens and K = 4 that takes 29 tokens through the blocks instead of 80, which is 2.8 times less arithmetic per draw. In
+the last block keys and values are of n + 1 + 3 K tokens, all else of K, as without sharing.
 """
 
 from collections.abc import Callable
