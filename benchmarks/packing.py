@@ -24,8 +24,7 @@ from diffusers import PriorTransformer
 from measuring.record import machine
 from torch import Tensor
 
-from kcache.objectives.losses import pad_text
-from kcache.objectives.packing import PackedWay, allow_packing, predict_packed
+from kcache.objectives.packing import PackedWay, allow_packing, predict_packed, predict_padded
 
 TINY = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "embedding_dim": 128}
 
@@ -57,17 +56,6 @@ def make_batch(prior: PriorTransformer, lengths: np.ndarray, device: str) -> dic
         "offsets": torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
     }
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def predict_padded(prior: PriorTransformer, batch: dict[str, Tensor]) -> Tensor:
-    states, mask = pad_text(batch["hidden_states"], batch["offsets"], prior.config.num_embeddings)
-    return prior(
-        batch["noisy"],
-        timestep=batch["timesteps"],
-        proj_embedding=batch["text_embeds"],
-        encoder_hidden_states=states,
-        attention_mask=mask,
-    ).predicted_image_embedding
 
 
 def seconds(prior: PriorTransformer, predict: Callable[[], Tensor], device: str, autocast: bool) -> float:
@@ -122,7 +110,7 @@ def main() -> None:
     for kind in ("caption", "web"):
         lengths = draw_lengths(kind, arguments.batch_size)
         batch = make_batch(prior, lengths, arguments.device)
-        ways: dict[str, Callable[[], Tensor]] = {"stock": lambda batch=batch: predict_padded(prior, batch)}
+        ways: dict[str, Callable[[], Tensor]] = {"stock": lambda batch=batch: predict_padded(prior, **batch)}
         for way in arguments.attention:
             ways[f"packed, {way}"] = lambda batch=batch, way=way: predict_packed(prior, **batch, attention=way)
         tokens = {

@@ -15,7 +15,7 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.sources import Source, open_source
 from kcache.store.digests import EMPTY_CAPTION_KEY, DigestMemo, caption_key, content_key
 from kcache.store.index import TableState, merged_rows
-from kcache.store.manifest import read_manifest
+from kcache.store.manifest import MODEL_SETTINGS, read_manifest
 from kcache.store.recipe import (
     IMAGE_EMBEDS,
     TEXT,
@@ -161,10 +161,7 @@ def _recipes_so_far(folder: Path, config: BuildConfig) -> dict[str, Recipe]:
 
 
 def _find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
-    given = {
-        "prior": config.pretrained_prior_model_name_or_path,
-        "decoder": config.pretrained_decoder_model_name_or_path,
-    }
+    given = {role: getattr(config, setting) for role, setting in MODEL_SETTINGS.items()}
     wanted = {role: components(role, stage) for role in given}
     return {role: find_repository(given[role], config.revision, names) for role, names in wanted.items() if names}
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kcache.errors import CacheMismatchError, ConfigError
-from kcache.loader.chance import draw_caption_dropout, draw_choice, draw_image_dropout, epoch_order
+from kcache.loader.chance import draw_choice, draw_dropout, epoch_order
 from kcache.loader.residency import DeviceTables, choose_residency
 from kcache.loader.upload import Upload
 from kcache.machine import free_memory
@@ -107,23 +107,20 @@ class CacheLoader:
         self._image_dropout = image_dropout
         self._draws = draws
         self._upload = Upload(self._device, keep=PREFETCH_BATCHES + 2)
-        self._consumed = 0
+        self.consumed = 0
+        """Samples that the caller was given, of all processes and epochs together."""
         self.waited = 0.0
         """Seconds that whoever takes the batches has waited for one to be filled."""
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(cache), shuffle))
         self.residency = choose_residency(residency, cache, self._fields, world_size, self._device)
         self._tables: DeviceTables | None = None
         if isinstance(cache, Cache):
-            self._settle(cache)
-
-    def _settle(self, cache: Cache) -> None:
-        """Bring the rows to where they are to wait."""
-        if self.residency == "gpu":
-            self._tables = DeviceTables(cache, self._fields, self._device)
-        elif self.residency == "ram":
-            cache.make_resident(self._fields)
-        else:
-            cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= free_memory())
+            if self.residency == "gpu":
+                self._tables = DeviceTables(cache, self._fields, self._device)
+            elif self.residency == "ram":
+                cache.make_resident(self._fields)
+            else:
+                cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= free_memory())
 
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""
@@ -135,22 +132,17 @@ class CacheLoader:
         The last batch is shorter where the samples do not divide; several processes share it out evenly, and leave it
         out when it has fewer samples than there are processes, so that all of them see equally many batches.
         """
-        epoch, consumed = divmod(self._consumed, len(self._cache))
+        epoch, consumed = divmod(self.consumed, len(self._cache))
         yield from self._ahead(self._epoch_spans(epoch, consumed))
-        self._consumed = (epoch + 1) * len(self._cache)
+        self.consumed = (epoch + 1) * len(self._cache)
 
     def forever(self) -> Generator[Batch, None, None]:
         """Full batches without end: an epoch's last samples share a batch with the next one's first."""
         yield from self._ahead(self._endless_spans())
 
-    @property
-    def consumed(self) -> int:
-        """Samples that the caller was given, of all processes and epochs together."""
-        return self._consumed
-
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain JSON values: after the last batch that the caller was given."""
-        epoch, consumed = divmod(self._consumed, len(self._cache))
+        epoch, consumed = divmod(self.consumed, len(self._cache))
         return {
             "version": STATE_VERSION,
             "samples_digest": self._cache.samples_digest,
@@ -169,11 +161,10 @@ class CacheLoader:
         for name in ("version", "samples_digest", "shuffle", "seed"):
             if state.get(name) != own[name]:
                 raise CacheMismatchError(
-                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: "
-                    "the order would differ; "
-                    "resume with the same cache, selection of samples, seed and shuffle, or start anew"
+                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: the order "
+                    "would differ; resume with the same cache, selection of samples, seed and shuffle, or start anew"
                 )
-        self._consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
+        self.consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
 
     def _epoch_spans(self, epoch: int, consumed: int = 0) -> Iterator[tuple[int, int, int]]:
         """(first, last + 1) turn of this process's batches until the epoch's end, and the turn that all are done at."""
@@ -187,7 +178,7 @@ class CacheLoader:
             yield first, first + share + (self._rank < more), start + min(together, end - start)
 
     def _endless_spans(self) -> Iterator[tuple[int, int, int]]:
-        start = self._consumed
+        start = self.consumed
         while True:
             first = start + self._rank * self._batch_size
             start += self._batch_size * self._world_size
@@ -211,7 +202,7 @@ class CacheLoader:
         start = time.perf_counter()
         batch = filling.result()
         self.waited += time.perf_counter() - start
-        self._consumed = done
+        self.consumed = done
         self._upload.receive(batch)
         return batch if self._tables is None else self._tables.take(batch)
 
@@ -219,24 +210,16 @@ class CacheLoader:
         turns, samples = np.arange(first, last), self._samples(first, last)
         bounds = self._cache.caption_bounds
         captions = draw_choice(self._seed, turns, bounds[samples + 1] - bounds[samples])
-        drop_caption = draw_caption_dropout(self._seed, turns, self._caption_dropout)
-        drop_image = draw_image_dropout(self._seed, turns, self._image_dropout)
+        dropped = {
+            "drop_caption": draw_dropout(self._seed, turns, "caption", self._caption_dropout),
+            "drop_image": draw_dropout(self._seed, turns, "image", self._image_dropout),
+        }
         arrays: dict[str, Any]
-        if self._tables is not None and isinstance(self._cache, Cache):
-            positions = self._cache.positions(
-                samples, self._fields, captions, drop_caption=drop_caption, drop_image=drop_image
-            )
-            arrays = self._tables.numbers(positions)
+        if self._tables is not None:
+            arrays = self._tables.numbers(samples, captions, **dropped)
         else:
-            rows = self._cache.read(
-                samples,
-                self._fields,
-                captions,
-                drop_caption=drop_caption,
-                drop_image=drop_image,
-                empty=self._upload.memory.empty,
-            )
-            arrays = dict(rows)
+            empty = self._upload.memory.empty
+            arrays = dict(self._cache.read(samples, self._fields, captions, **dropped, empty=empty))
         if self._draws is not None:
             arrays.update(self._draws(turns))
         return self._upload.send(arrays)

@@ -9,6 +9,7 @@ what it would be alone.
 """
 
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
@@ -67,25 +68,17 @@ def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return choice
 
 
-def draw_caption_dropout(seed: int, turns: np.ndarray, probability: float) -> np.ndarray:
-    """Which samples at `turns` (B,) int64 train without their caption, each with `probability` → (B,) bool."""
-    return _draw_dropout(seed, _CAPTION_DROPOUT, turns, probability)
-
-
-def draw_image_dropout(seed: int, turns: np.ndarray, probability: float) -> np.ndarray:
-    """Which samples at `turns` (B,) int64 train without their image, each with `probability` → (B,) bool."""
-    return _draw_dropout(seed, _IMAGE_DROPOUT, turns, probability)
+def draw_dropout(seed: int, turns: np.ndarray, what: Literal["caption", "image"], probability: float) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 train without their caption or image, each with `probability` → (B,) bool."""
+    if probability == 0:
+        return np.zeros(len(turns), np.bool_)
+    purpose = _CAPTION_DROPOUT if what == "caption" else _IMAGE_DROPOUT
+    return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)
 
 
 def draw_seed(seed: int, turn: int) -> int:
     """A seed below 2⁶³ for a generator that the network itself draws from, as the dropout of adapters does."""
     return int(_stream(seed, _SEED, turn).integers(2**63))
-
-
-def _draw_dropout(seed: int, purpose: int, turns: np.ndarray, probability: float) -> np.ndarray:
-    if probability == 0:
-        return np.zeros(len(turns), np.bool_)
-    return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)
 
 
 def _stream(seed: int, purpose: int, turn: int, number: int = 0) -> np.random.Generator:

@@ -25,6 +25,7 @@ class DeviceTables:
     """
 
     def __init__(self, cache: Cache, fields: Sequence[str], device: torch.device) -> None:
+        self._cache = cache
         self._rows: dict[str, torch.Tensor] = {}
         self._bounds: dict[str, np.ndarray] = {}
         for name in fields:
@@ -32,14 +33,14 @@ class DeviceTables:
             if cache.field(name).ragged:
                 self._bounds[name] = bounds
 
-    def numbers(self, positions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What `take` needs to gather the rows at `positions` (see `Cache.positions`), int64.
+    def numbers(self, samples: np.ndarray, captions: np.ndarray, **dropped: np.ndarray) -> dict[str, np.ndarray]:
+        """What `take` needs to gather the rows that `Cache.read` gives for the same arguments, int64.
 
         Per fixed field (B,) numbers of rows; per ragged one (T,) numbers of tokens, and `text_offsets` (B + 1,).
         """
-        numbers = dict(positions)
+        numbers = self._cache.positions(samples, list(self._rows), captions, **dropped)
         for name, bounds in self._bounds.items():
-            numbers[name], numbers[OFFSETS] = token_numbers(bounds, positions[name])
+            numbers[name], numbers[OFFSETS] = token_numbers(bounds, numbers[name])
         return numbers
 
     def take(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

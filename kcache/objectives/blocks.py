@@ -73,7 +73,8 @@ def check_compiler(device: torch.device) -> None:
     """Compile a small function for `device`, forward and backward, before anything is begun; raises ConfigError."""
     numbers = torch.ones(8, device=device, requires_grad=True)
     try:
-        torch.compile(_trial, backend=BACKEND, dynamic=False)(numbers).backward()
+        trial = torch.compile(lambda x: functional.gelu(x).sum(), backend=BACKEND, dynamic=False)
+        trial(numbers).backward()
     # What torch raises when there is no compiler, no Triton, no folder to write to, or no such backend.
     except (RuntimeError, OSError, ImportError) as error:
         reason = " ".join(str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].split())[:300]
@@ -81,10 +82,6 @@ def check_compiler(device: torch.device) -> None:
             f"--compile fails on {device} ({reason}); expected what torch.compile needs, a C++ compiler for a CPU or "
             "Triton for CUDA; install it, or train with --no-compile"
         ) from error
-
-
-def _trial(numbers: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(numbers).sum()
 
 
 def compile_blocks(network: ModelMixin, *, packed: bool) -> None:

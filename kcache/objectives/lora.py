@@ -82,9 +82,11 @@ def add_lora(
     layers = _linear_layers(network)
     unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown:
+        # Names without their place: the last part of each, with the numbers that follow it.
+        parts = [re.findall(r"[^.]+(?:\.\d+)*$", layer)[0] for layer in layers]
         raise ConfigError(
             f"--lora-target-modules names {', '.join(unknown)}, which no linear layer of {type(network).__name__} is "
-            f"called; expected some of {', '.join(_last_parts(layers))}, or a layer's whole name such as {layers[0]}"
+            f"called; expected some of {', '.join(dict.fromkeys(parts))}, or a layer's whole name such as {layers[0]}"
         )
     _inject(network, rank, rank if alpha is None else alpha, dropout, targets, seed)
 
@@ -145,11 +147,6 @@ def adapted_network(path: Path) -> Literal["prior", "unet"]:
 
 def _linear_layers(network: ModelMixin) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def _last_parts(layers: Sequence[str]) -> list[str]:
-    """What `layers` are called without their place: the last part of each name, with the numbers that follow it."""
-    return list(dict.fromkeys(re.findall(r"[^.]+(?:\.\d+)*$", layer)[0] for layer in layers))
 
 
 def _inject(network: ModelMixin, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int) -> None:

@@ -6,6 +6,7 @@ nothing here waits for the device. All that the training loop knows of what is l
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kcache.errors import ModelError
-from kcache.objectives.packing import allow_packing, predict_packed
+from kcache.objectives.packing import allow_packing, predict_packed, predict_padded
 
 Batch = Mapping[str, Tensor]
 
@@ -25,8 +26,6 @@ class Objective(torch.nn.Module):
 
     stage: ClassVar[Literal["prior", "decoder"]]
     """The setting that chooses it, and the half of Kandinsky 2.2 that its network is of."""
-    network_name: ClassVar[str]
-    """The network's folder in the pipeline of that half."""
     network_class: ClassVar[type[ModelMixin]]
     noised_field: ClassVar[str]
     """The field that noise is added to: noise has the shape of its rows."""
@@ -90,7 +89,6 @@ class PriorObjective(Objective):
     """The prior learns to predict a picture's CLIP embedding from its caption (the "sample" prediction of DDPM)."""
 
     stage = "prior"
-    network_name = "prior"
     network_class = PriorTransformer
     noised_field = "image_embeds"
     dropped = "caption"
@@ -105,7 +103,7 @@ class PriorObjective(Objective):
         if packed:
             allow_packing(prior)
         self.packed = packed
-        self._bucketed = bucketed
+        self._predict = partial(predict_packed, bucketed=bucketed) if packed else predict_padded
         # Constants of the model, kept as parameters: forward never uses them, and data-parallel training stops with an
         # error at parameters that want a gradient and get none.
         prior.clip_mean.requires_grad_(False)
@@ -133,26 +131,11 @@ class PriorObjective(Objective):
         + 1]. `noise` (B K, D) float32, `timesteps` (B K,) int64: draw j of sample i at i K + j, K of each, often one.
         Rows may be float16.
         """
-        network, offsets = self.network, batch["text_offsets"]
         text_embeds, hidden_states = batch["text_embeds"].float(), batch["text_encoder_hidden_states"].float()
-        draws = noise.shape[0] // text_embeds.shape[0]
-        target = (batch["image_embeds"].float() - network.clip_mean) / network.clip_std
-        target = target.repeat_interleave(draws, 0)
-        noisy = self.scheduler.add_noise(target, noise, timesteps)
-        if self.packed:
-            prediction = predict_packed(
-                network, noisy, timesteps, text_embeds, hidden_states, offsets, bucketed=self._bucketed
-            )
-            return prediction, target
-        hidden_states, mask = pad_text(hidden_states, offsets, network.config.num_embeddings)
-        prediction = network(
-            noisy,
-            timestep=timesteps,
-            proj_embedding=text_embeds.repeat_interleave(draws, 0),
-            encoder_hidden_states=hidden_states.repeat_interleave(draws, 0),
-            attention_mask=mask.repeat_interleave(draws, 0),
-        ).predicted_image_embedding
-        return prediction, target
+        target = (batch["image_embeds"].float() - self.network.clip_mean) / self.network.clip_std
+        target = target.repeat_interleave(noise.shape[0] // text_embeds.shape[0], 0)
+        noisy, offsets = self.scheduler.add_noise(target, noise, timesteps), batch["text_offsets"]
+        return self._predict(self.network, noisy, timesteps, text_embeds, hidden_states, offsets), target
 
     def measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Each draw's loss, and the cosine of the angle between the predicted embedding and the true one: (2, B)."""
@@ -165,7 +148,6 @@ class DecoderObjective(Objective):
     """The decoder learns to predict the noise in a picture's latents, given its CLIP embedding."""
 
     stage = "decoder"
-    network_name = "unet"
     network_class = UNet2DConditionModel
     noised_field = "latents"
     dropped = "image"
@@ -205,20 +187,6 @@ class DecoderObjective(Objective):
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObjective, DecoderObjective)}
 """By stage."""
-
-
-def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Captions laid out as the prior wants them: (B, length, D) filled up with zeros, and (B, length) bool, True where
-    valid.
-
-    `hidden_states` (T, D) holds caption i at offsets[i] to offsets[i + 1]. What stands in the filled-up rows has no
-    influence on the prior's output: its attention mask and the read-out at the last token exclude them.
-    """
-    position = torch.arange(length, device=offsets.device)
-    mask = position < offsets.diff()[:, None]
-    # A gather, as assigning through a boolean mask would wait for the device to count it.
-    index = (offsets[:-1, None] + position).clamp(max=hidden_states.shape[0] - 1)
-    return hidden_states[index].where(mask[..., None], 0), mask
 
 
 def _errors(prediction: Tensor, target: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ network, its modules and its weights are the stock ones, and so is the result, u
 2021, Efficient Sequence Packing without Cross-contamination, arXiv 2107.02027). In the last block only the tokens that
 the prediction is read from ask; the others just answer.
 
-With K draws of noise per caption, n text tokens and the token of text_embed run once for all of them: causal attention
-keeps them from seeing the draws, so they compute what they would in each copy of the caption. A caption takes n + 1 +
-3 K tokens through the blocks instead of K (n + 4): at n = 16 and K = 4, 29 instead of 80, which is 2.8 times less
-arithmetic per draw. In the last block keys and values are of n + 1 + 3 K tokens, all else of K, as without sharing.
+With K draws of noise per caption, its text and text_embed run once for all of them (see `packed_attention`): at n = 16
+tokens and K = 4 that takes 29 tokens through the blocks instead of 80, which is 2.8 times less arithmetic per draw. In
+the last block keys and values are of n + 1 + 3 K tokens, all else of K, as without sharing.
 """
 
 from collections.abc import Callable
@@ -95,6 +94,40 @@ def predict_packed(
     asking = final(asking, cross_attention_kwargs={"attend": attend, "answering": answering})
     predictions = prior.proj_to_clip_embeddings(prior.norm_out(asking))
     return predictions.unflatten(0, (-1, draws)).index_select(0, plan.order.argsort()).flatten(0, 1)
+
+
+def predict_padded(
+    prior: PriorTransformer,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text_embeds: Tensor,
+    hidden_states: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """What `predict_packed` predicts, by the stock forward pass of any prior over captions filled up by `pad_text`."""
+    draws = noisy.shape[0] // text_embeds.shape[0]
+    states, mask = pad_text(hidden_states, offsets, prior.config.num_embeddings)
+    return prior(
+        noisy,
+        timestep=timesteps,
+        proj_embedding=text_embeds.repeat_interleave(draws, 0),
+        encoder_hidden_states=states.repeat_interleave(draws, 0),
+        attention_mask=mask.repeat_interleave(draws, 0),
+    ).predicted_image_embedding
+
+
+def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Captions laid out as the prior wants them: (B, length, D) filled up with zeros, and (B, length) bool, True where
+    valid.
+
+    `hidden_states` (T, D) holds caption i at offsets[i] to offsets[i + 1]. What stands in the filled-up rows has no
+    influence on the prior's output: its attention mask and the read-out at the last token exclude them.
+    """
+    position = torch.arange(length, device=offsets.device)
+    mask = position < offsets.diff()[:, None]
+    # A gather, as assigning through a boolean mask would wait for the device to count it.
+    index = (offsets[:-1, None] + position).clamp(max=hidden_states.shape[0] - 1)
+    return hidden_states[index].where(mask[..., None], 0), mask
 
 
 def _check_prepared(prior: PriorTransformer) -> None:

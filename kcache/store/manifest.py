@@ -199,7 +199,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
         "resolution": tuple(sides_of(manifest.tables)) or BuildConfig.resolution,
         "alpha": alphas[0] if alphas else BuildConfig.alpha,
         "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
-        **{_MODEL_FLAGS[role]: model["name"] for role, model in manifest.models.items()},
+        **{MODEL_SETTINGS[role]: model["name"] for role, model in manifest.models.items()},
     }
     for recipe in recipes[:1]:
         settings |= {
@@ -224,13 +224,13 @@ def build_line(folder: Path, manifest: Manifest, field: str, resolution: int | N
     return shlex.join(words)
 
 
-_MODEL_FLAGS = {
+MODEL_SETTINGS = {
     "prior": "pretrained_prior_model_name_or_path",
     "decoder": "pretrained_decoder_model_name_or_path",
 }
-"""What each role of `models` is called on the command line."""
+"""The setting, of a build and of a run, that names the repository of each role of `models`."""
 _BUILD_FLAGS = (
-    "stage", "format", *_MODEL_FLAGS.values(), "dtype", "mixed_precision", "batch_size", "alpha", "text_padding",
+    "stage", "format", *MODEL_SETTINGS.values(), "dtype", "mixed_precision", "batch_size", "alpha", "text_padding",
     "resolution",
 )  # fmt: skip
 """What decides which tables a build makes, and their recipes."""

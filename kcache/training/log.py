@@ -123,15 +123,11 @@ class RunLog:
         """What this process has used of the last `seconds` to wait for batches, a share, and of memory, at most."""
         waited, self._waited = self._run.loader.waited - self._waited, self._run.loader.waited
         device = self._run.accelerator.device
-        on_device = device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(device) if on_device else _peak_of_process()
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:  # all that the process had, which the system counts in kilobytes, but for macOS
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"loader_wait": min(1.0, waited / seconds), "peak_memory_bytes": memory}
-
-
-def _peak_of_process() -> int:
-    """The most memory that this process has had, in bytes; the system counts in kilobytes, but for macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_finite(entry: dict[str, Any], scaled: bool) -> None:

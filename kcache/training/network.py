@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, ModelMixin
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained
-from kcache.encoders.repositories import Repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository, weights_digest
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
@@ -22,7 +22,10 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     if config.lora_rank is not None:
-        _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]))
+        dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
+        for name, parameter in network.named_parameters():
+            if name not in ("clip_mean", "clip_std"):  # the target is normalised by these, in float32
+                parameter.data = parameter.data.to(dtype)
         if saved is not None:
             load_lora(network, saved, trainable=True, dropout=config.lora_dropout)
         else:
@@ -50,8 +53,7 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
 
 def load_network(stage: str, folder: Path) -> ModelMixin:
     """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
-    kind = OBJECTIVES[stage]
-    return load_pretrained(kind.network_class, folder / kind.network_name, torch.float32)
+    return load_pretrained(OBJECTIVES[stage].network_class, folder / PIPELINES[stage].network, torch.float32)
 
 
 def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
@@ -62,18 +64,12 @@ def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None
     if config.lora_rank is None:
         return None
     with DigestMemo() as memo:
-        return {"name": base.name, "weights": weights_digest(base, OBJECTIVES[config.stage].network_name, memo)}
+        return {"name": base.name, "weights": weights_digest(base, PIPELINES[config.stage].network, memo)}
 
 
-def save_network(network: ModelMixin, name: str, folder: Path) -> None:
-    """Write what learned into `folder`: adapters as one file for diffusers, a whole network into `folder`/`name`."""
+def save_network(stage: str, network: ModelMixin, folder: Path) -> None:
+    """Write what learned into `folder`: adapters as one file for diffusers, a whole network where a pipeline has it."""
     if getattr(network, "peft_config", None):
         save_lora(network, folder)
     else:
-        network.save_pretrained(folder / name)
-
-
-def _keep_in(network: ModelMixin, dtype: torch.dtype) -> None:
-    for name, parameter in network.named_parameters():
-        if name not in ("clip_mean", "clip_std"):  # the target is normalised by these, in float32
-            parameter.data = parameter.data.to(dtype)
+        network.save_pretrained(folder / PIPELINES[stage].network)

@@ -28,7 +28,7 @@ def write_result(run: TrainingRun) -> None:
     With a moving average of the weights that is the result, and raw/ holds the weights as they are. With adapters and
     --export-pipeline there is a pipeline, too, whose network has them fused into its weights.
     """
-    config, pipeline = run.config, PIPELINES[run.raw_objective.stage]
+    config, pipeline = run.config, PIPELINES[run.config.stage]
     if read_metrics(run.output_dir):  # none when a run goes on in another directory from its last step
         plot_run(run.output_dir)
     if run.average is not None:
@@ -55,7 +55,7 @@ def _save(run: TrainingRun, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     temporary = temporary_path(run.output_dir)
     temporary.mkdir()
-    save_network(run.network, run.raw_objective.network_name, temporary)
+    save_network(run.config.stage, run.network, temporary)
     for part in temporary.iterdir():
         _replace(part, folder / part.name)
     temporary.rmdir()

@@ -27,26 +27,21 @@ def check_output_dir(config: TrainConfig) -> None:
     check when one of them may have begun. Raises RunError, CacheBusyError where another run still goes on, and
     CacheWriteError for what may not be looked into.
     """
-    run_dir = Path(config.output_dir)
+    run_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
     with writing(run_dir):
-        _check(run_dir, config.resume_from_checkpoint)
-
-
-def _check(run_dir: Path, resume: str | None) -> None:
-    steps, begun = checkpoint_steps(run_dir), (run_dir / METRICS_FILE).exists()
-    check_place(run_dir, ours=begun or bool(steps))
-    found = [name for name in _RESULT if os.path.lexists(run_dir / name)]
-    if not begun and not steps:
-        foreign = [name for name in (CONFIG_FILE, *found) if os.path.lexists(run_dir / name)]
-        if foreign:
-            raise RunError(
-                f"{run_dir} holds {', '.join(foreign[:3])}, which a run would replace, and is no run directory; "
-                "expected one of the run's own; give another --output-dir"
-            )
-        return
-    if not _goes_on(run_dir, resume) and (steps or found or (run_dir / METRICS_FILE).stat().st_size):
-        with shared(run_dir):  # a run that is still going on is not to be removed
-            raise _not_alone(run_dir, steps, found)
+        steps, begun = checkpoint_steps(run_dir), (run_dir / METRICS_FILE).exists()
+        check_place(run_dir, ours=begun or bool(steps))
+        found = [name for name in _RESULT if os.path.lexists(run_dir / name)]
+        if not begun and not steps:
+            foreign = [name for name in (CONFIG_FILE, *found) if os.path.lexists(run_dir / name)]
+            if foreign:
+                raise RunError(
+                    f"{run_dir} holds {', '.join(foreign[:3])}, which a run would replace, and is no run directory; "
+                    "expected one of the run's own; give another --output-dir"
+                )
+        elif not _goes_on(run_dir, resume) and (steps or found or (run_dir / METRICS_FILE).stat().st_size):
+            with shared(run_dir):  # a run that is still going on is not to be removed
+                raise _not_alone(run_dir, steps, found)
 
 
 def check_place(folder: Path, *, ours: bool) -> None:

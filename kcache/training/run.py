@@ -131,7 +131,7 @@ class TrainingRun:
         save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
 
     def _write_tensors(self, folder: Path) -> None:
-        save_network(self.network, self.raw_objective.network_name, folder)
+        save_network(self.config.stage, self.network, folder)
         save_file(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE)
         if self.average is not None:
             names = trainable_parameters(self.network)

@@ -17,6 +17,7 @@ from kcache.sources import open_source
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
+from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import TEXT, kind_of
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
@@ -39,7 +40,9 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
-    checkpoint, adapted = _find_beginning(config, base)
+    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
+    if checkpoint is not None:
+        check_same_base(checkpoint, config, adapted)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
@@ -89,7 +92,7 @@ def _find_base(cache: Cache, config: TrainConfig) -> Repository:
     """The repository whose network is trained: the one named, else the one that the cache was built with."""
     # What the cache has not, or has in several resolutions, is said before anything is fetched.
     cache.table_of(OBJECTIVES[config.stage].noised_field)
-    name, revision = _named(config, config.stage), config.revision
+    name, revision = getattr(config, MODEL_SETTINGS[config.stage]), config.revision
     if name is None:
         origin = cache.models[config.stage]
         name, revision = str(origin["name"]), revision or origin["revision"]
@@ -100,28 +103,12 @@ def _find_counterpart(cache: Cache, config: TrainConfig) -> tuple[str, Repositor
     """The half that does not learn: the one named, the cache's, or the published one; found if it is to draw."""
     half = PIPELINES[config.stage].other
     origin = cache.models.get(half, {})
-    name = _named(config, half) or str(origin.get("name") or PIPELINES[half].published)
+    name = getattr(config, MODEL_SETTINGS[half]) or str(origin.get("name") or PIPELINES[half].published)
     if not config.validation_prompts:
         return name, None
     # A --revision is of the repository that is trained, and names nothing in this one.
     revision = origin.get("revision") if origin.get("name") == name else None
     return name, find_repository(name, revision, PIPELINES[half].components, config.cache_dir)
-
-
-def _named(config: TrainConfig, half: str) -> str | None:
-    """The repository that the settings name for a half."""
-    return {
-        "prior": config.pretrained_prior_model_name_or_path,
-        "decoder": config.pretrained_decoder_model_name_or_path,
-    }[half]
-
-
-def _find_beginning(config: TrainConfig, base: Repository) -> tuple[Checkpoint | None, dict[str, str] | None]:
-    """The checkpoint to go on from, if any, and the network that adapters are trained on, checked to be its own."""
-    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
-    if checkpoint is not None:
-        check_same_base(checkpoint, config, adapted)
-    return checkpoint, adapted
 
 
 def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None) -> int:
@@ -144,11 +131,18 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
         found = cache.field(field).shape
         fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
         if not fits:
+            wanted = ", ".join("any" if side is None else str(side) for side in expected)
             raise CacheMismatchError(
-                f"{cache.path} has {field} of shape {found}; {repository.name} wants {_shape_text(expected)}; "
+                f"{cache.path} has {field} of shape {found}; {repository.name} wants ({wanted}); "
                 "build the cache with the encoders that belong to this model, or train the model they belong to"
             )
-    _check_text_length(cache, objective, repository)
+    if objective.most_tokens is not None:
+        longest, most = cache.recipes[TEXT.name].batch_shape[1], objective.most_tokens
+        if longest > most:
+            raise CacheMismatchError(
+                f"{cache.path} has captions of up to {longest} tokens; {repository.name} takes {most}; "
+                "build the cache with the tokenizer that belongs to this model"
+            )
     with DigestMemo() as memo:
         for table in dict.fromkeys(map(cache.table_of, objective.row_shapes)):
             component = kind_of(table).component
@@ -156,33 +150,15 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
                 _check_encoder(cache, table, repository, component, memo)
 
 
-def _check_text_length(cache: Cache, objective: Objective, repository: Repository) -> None:
-    if objective.most_tokens is None:
-        return
-    found, expected = cache.recipes[TEXT.name].batch_shape[1], objective.most_tokens
-    if found > expected:
-        raise CacheMismatchError(
-            f"{cache.path} has captions of up to {found} tokens; {repository.name} takes {expected}; "
-            "build the cache with the tokenizer that belongs to this model"
-        )
-
-
 def _check_encoder(cache: Cache, table: str, repository: Repository, component: str, memo: DigestMemo) -> None:
     found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
     if found != expected:
+        origins = ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
         raise CacheMismatchError(
             f"{table} of {cache.path} was made with the {component} weights {found[:12]}…; "
             f"{repository.name} has {expected[:12]}…; train from the repository that the cache was built with "
-            f"({_origins(cache)}), or build the cache again with this one"
+            f"({origins}), or build the cache again with this one"
         )
-
-
-def _origins(cache: Cache) -> str:
-    return ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
-
-
-def _shape_text(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
 
 
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:

@@ -75,7 +75,6 @@ class SweptRun:
 class SweepResult:
     """What a sweep came to."""
 
-    output_dir: str
     runs: tuple[SweptRun, ...]
     table: str = field(repr=False)
     """The comparison, in Markdown."""
@@ -215,7 +214,7 @@ def run_sweep(
     check_place(folder, ours=(folder / SWEEP_FILE).exists())
     opened = Cache.open(cache, config.resolution)
     records = _read_records(folder / SWEEP_FILE)
-    finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint, folder)}
+    finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint)}
     # By what launchers set, as processes know nothing of each other before the first run.
     first = int(os.environ.get("RANK", "0")) == 0
     tell = say if say is not None and first else lambda text: None
@@ -228,7 +227,7 @@ def run_sweep(
             tell(f"{run.name}: {', '.join(f'{name} {value}' for name, value in run.settings.items()) or 'as given'}")
             runs.append(_train(run, opened, report, tell))
         records[run.name] = {"cache": opened.fingerprint, "config": asdict(run.config), "run": asdict(runs[-1])}
-        result = SweepResult(output_dir=config.output_dir, runs=tuple(runs), table=comparison_table(runs, config))
+        result = SweepResult(runs=tuple(runs), table=comparison_table(runs, config))
         if first:
             _write(folder, records, result)
     return result
@@ -272,9 +271,9 @@ def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
     )
 
 
-def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str, folder: Path) -> bool:
+def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint: str) -> bool:
     """Whether the run was trained to its end; raises RunError when that was with other settings or rows."""
-    run_dir = folder / run.name
+    run_dir = Path(run.config.output_dir)
     if record is None or record["run"]["error"] is not None or not run_dir.is_dir():
         return False
     begun, asked = record["config"], json.loads(json.dumps(asdict(run.config)))
@@ -296,13 +295,12 @@ def _read_records(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        records: dict[str, Any] = json.loads(path.read_bytes())["runs"]
+        return dict(json.loads(path.read_bytes())["runs"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({error!r}); expected what an earlier sweep wrote; remove it: runs then go on "
             "from their checkpoints"
         ) from error
-    return records
 
 
 def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> None:

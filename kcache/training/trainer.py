@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -91,16 +91,19 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
             save, evaluate, stopping = step % config.checkpointing_steps == 0, evaluation.is_due(step), False
             if save or evaluate or log.is_due(step) or (caught and accelerator.num_processes == 1):
                 progress = log.fetch()
-                stopping = _any_process(accelerator, caught)
+                # All of them stop when one is asked to.
+                stopping = bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
                 if report is not None and accelerator.is_main_process:
                     report(progress)
             if (save or stopping) and accelerator.is_main_process:
                 run.save(step)
             if evaluate and not stopping:
-                with evaluation.weights():
+                # What is looked at is what would be left as the result.
+                with averaged(run.average, run.network), uncompiled(config.compile):
                     evaluation.validate(step)
                     evaluation.draw(step)
-                evaluation.plot()
+                if accelerator.is_main_process:
+                    plot_run(run.output_dir)
             if save or evaluate:
                 log.restart_clock()
             if stopping:
@@ -145,10 +148,6 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     return torch.stack(losses).mean(), grad_norm
 
 
-def _any_process(accelerator: Accelerator, caught: list[int]) -> bool:
-    return bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
-
-
 def _stop(accelerator: Accelerator) -> NoReturn:
     # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
     accelerator.wait_for_everyone()
@@ -169,11 +168,9 @@ class Evaluation:
 
     def __init__(self, run: TrainingRun, log: RunLog) -> None:
         """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
-        self._run = run
-        self._log = log
+        self._run, self._log = run, log
         config, accelerator = run.config, run.accelerator
-        epochs = math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
-        self._every = config.validation_steps or epochs
+        self._every = config.validation_steps or math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
         self._validation = None
         if run.held_out is not None:
             self._validation = Validation(
@@ -191,12 +188,6 @@ class Evaluation:
         """Whether to look after optimizer step `step`; the same in all processes."""
         asked = self._validation is not None or bool(self._run.config.validation_prompts)
         return asked and (step % self._every == 0 or step == self._run.max_steps)
-
-    @contextmanager
-    def weights(self) -> Iterator[None]:
-        """Within the block the network is what would be left as the result: averaged, if an average is kept."""
-        with averaged(self._run.average, self._run.network), uncompiled(self._run.config.compile):
-            yield
 
     def validate(self, step: int) -> None:
         """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
@@ -220,11 +211,6 @@ class Evaluation:
         save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
         self._log.track_pictures(step, drawn)
 
-    def plot(self) -> None:
-        """Draw how the run goes as loss.png."""
-        if self._run.accelerator.is_main_process:
-            plot_run(self._run.output_dir)
-
 
 def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     if run.counterpart is None or not run.accelerator.is_main_process:
@@ -232,11 +218,8 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
     from kcache.report.pictures import PromptPictures
 
-    pictures = PromptPictures(run.config, run.base, run.counterpart, _picture_side(run), run.accelerator.device)
+    # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
+    side = run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
+    pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
     pictures.prepare()
     return pictures
-
-
-def _picture_side(run: TrainingRun) -> int:
-    """The resolution that is trained at, in pixels; for a prior that of the cache's latents, if it has any."""
-    return run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)

@@ -183,7 +183,7 @@ def test_a_sweep_is_handed_on_and_its_comparison_printed(
         assert (cache, config.output_dir, config.stage, sweep) == ("c", "r", "decoder", Path("s.toml"))
         say("slow: trained before")
         outcome = kcache.training.sweep.SweptRun(name="slow", settings={"seed": 1}, error="no room" if failed else None)
-        return kcache.training.sweep.SweepResult(output_dir="r", runs=(outcome,), table="| run | loss |")
+        return kcache.training.sweep.SweepResult(runs=(outcome,), table="| run | loss |")
 
     monkeypatch.setattr(kcache.training.sweep, "run_sweep", run_sweep)
     status, out, err = run("train-decoder", "c", "--output-dir=r", "--sweep", "s.toml")

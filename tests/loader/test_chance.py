@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from kcache.loader.chance import (
     BLOCK_ROWS,
-    draw_caption_dropout,
     draw_choice,
-    draw_image_dropout,
+    draw_dropout,
     draw_noise,
     draw_seed,
     draw_timesteps,
@@ -24,8 +23,8 @@ def test_a_batch_can_be_cut_anywhere(seed: int, start: int, cut: int) -> None:
         lambda t: draw_noise(seed, t, (3, 2)),
         lambda t: draw_timesteps(seed, t, 1000),
         lambda t: draw_choice(seed, t, np.full(len(t), 7)),
-        lambda t: draw_caption_dropout(seed, t, 0.5),
-        lambda t: draw_image_dropout(seed, t, 0.5),
+        lambda t: draw_dropout(seed, t, "caption", 0.5),
+        lambda t: draw_dropout(seed, t, "image", 0.5),
     ):
         assert (draw(turns) == np.concatenate([draw(turns[:cut]), draw(turns[cut:])])).all()
 
@@ -69,17 +68,17 @@ def test_choice_stays_below_the_count_and_uses_all() -> None:
 
 def test_dropouts_have_their_probability_and_are_independent() -> None:
     turns = np.arange(10_000)
-    caption, image = draw_caption_dropout(3, turns, 0.1), draw_image_dropout(3, turns, 0.1)
+    caption, image = draw_dropout(3, turns, "caption", 0.1), draw_dropout(3, turns, "image", 0.1)
     assert caption.dtype == image.dtype == np.bool_
     assert caption.mean() == pytest.approx(0.1, abs=0.01)
     assert image.mean() == pytest.approx(0.1, abs=0.01)
     assert (caption & image).mean() == pytest.approx(0.01, abs=0.005)
-    assert not draw_caption_dropout(3, turns, 0.0).any()
-    assert draw_image_dropout(3, turns, 1.0).all()
+    assert not draw_dropout(3, turns, "caption", 0.0).any()
+    assert draw_dropout(3, turns, "image", 1.0).all()
 
 
 def test_a_higher_probability_drops_more_and_keeps_what_was_dropped() -> None:
-    few, more = (draw_caption_dropout(0, np.arange(1000), probability) for probability in (0.1, 0.3))
+    few, more = (draw_dropout(0, np.arange(1000), "caption", probability) for probability in (0.1, 0.3))
     assert (more | ~few).all()
     assert more.sum() > few.sum()
 
@@ -89,8 +88,8 @@ def test_values_are_pinned() -> None:
     assert draw_noise(3, np.array([5]), (2,)).tolist() == [[1.8629230260849, 0.924121081829071]]
     assert draw_timesteps(3, np.array([5, 6, 7]), 1000).tolist() == [996, 865, 919]
     assert draw_choice(3, np.arange(12), np.full(12, 5)).tolist() == [0, 4, 2, 2, 4, 1, 0, 4, 1, 2, 0, 4]
-    assert np.flatnonzero(draw_caption_dropout(3, np.arange(40), 0.1)).tolist() == [26, 28, 33]
-    assert np.flatnonzero(draw_image_dropout(3, np.arange(40), 0.1)).tolist() == [0, 35, 37]
+    assert np.flatnonzero(draw_dropout(3, np.arange(40), "caption", 0.1)).tolist() == [26, 28, 33]
+    assert np.flatnonzero(draw_dropout(3, np.arange(40), "image", 0.1)).tolist() == [0, 35, 37]
 
 
 def test_seeds_of_generators_differ_by_seed_and_turn() -> None:

@@ -41,7 +41,7 @@ def test_tables_give_the_rows_that_the_cache_gives(
     samples, captions, without_caption, without_image = np.array(picked, np.int64).reshape(-1, 4).T
     dropped = {"drop_caption": without_caption.astype(bool), "drop_image": without_image.astype(bool)}
     expected = cache.read(samples, FIELDS, captions, **dropped)
-    numbers = tables.numbers(cache.positions(samples, FIELDS, captions, **dropped))
+    numbers = tables.numbers(samples, captions, **dropped)
     found = tables.take({name: torch.from_numpy(array) for name, array in numbers.items()})
     assert found.keys() == expected.keys()
     for name, array in expected.items():

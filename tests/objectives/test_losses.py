@@ -9,7 +9,8 @@ from recorded import flat_text, load_objective, recorded_steps
 from torch import Tensor
 
 from kcache.errors import ModelError
-from kcache.objectives.losses import DecoderObjective, pad_text
+from kcache.objectives.losses import DecoderObjective
+from kcache.objectives.packing import pad_text
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])

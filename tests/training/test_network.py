@@ -84,8 +84,8 @@ def test_a_network_comes_back_from_where_it_was_saved(oracle: Path, tmp_path: Pa
     with torch.no_grad():
         for parameter in objective.network.parameters():
             parameter.add_(1.0)
-    save_network(objective.network, objective.network_name, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [objective.network_name]
+    save_network(stage, objective.network, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [PIPELINES[stage].network]
     again = load(oracle, stage, saved=tmp_path).network.state_dict()
     written = load_file(tmp_path / WEIGHTS[stage])
     assert all(torch.equal(again[name], value) for name, value in objective.network.state_dict().items())
@@ -99,7 +99,7 @@ def test_adapters_come_back_onto_the_base(oracle: Path, tmp_path: Path, stage: s
         for name, parameter in objective.network.named_parameters():
             if ".lora_" in name:
                 parameter.add_(1.0)
-    save_network(objective.network, objective.network_name, tmp_path)
+    save_network(stage, objective.network, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
     again = load(oracle, stage, saved=tmp_path, lora_rank=2, lora_dropout=0.5).network
     assert learning(again) == learning(objective.network)
@@ -111,7 +111,7 @@ def test_adapters_come_back_onto_the_base(oracle: Path, tmp_path: Path, stage: s
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_objective_is_of_the_half_that_its_stage_trains(stage: Any) -> None:
     kind, pipeline = OBJECTIVES[stage], PIPELINES[stage]
-    assert (kind.stage, kind.network_name) == (stage, pipeline.network)
+    assert kind.stage == stage
     assert kind.network_class.__name__ == COMPONENTS[pipeline.network].class_name
     for dropped in ("caption", "image"):
         with nullcontext() if dropped == kind.dropped else pytest.raises(ConfigError, match=f"--{dropped}-dropout"):
