@@ -60,10 +60,9 @@ class CacheLoader:
     stored one. `draws` is called in the filling thread with the samples' turns (B,) int64 and returns arrays that join
     the batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes with the empty
     caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where the rows wait:
-    "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files. "auto" takes "gpu"
-    on CUDA when they fit into half of the device's free memory, "ram" when all processes' copies fit into half of the
-    host's; the attribute tells what was taken. Each row's checksum is verified: by "gpu" and "ram" when they read the
-    tables, by "mmap" each time.
+    "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files, and "auto"
+    takes the first of these that has room, see `choose_residency`; the attribute tells what was taken. Each row's
+    checksum is verified: by "gpu" and "ram" when they read the tables, by "mmap" each time.
     """
 
     def __init__(
@@ -92,9 +91,10 @@ class CacheLoader:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
         if shuffle not in ("full", "block"):
             raise ConfigError(f"shuffle is {shuffle!r}; expected 'full' or 'block'")
-        for name, dropout in (("caption_dropout", caption_dropout), ("image_dropout", image_dropout)):
+        self._dropouts = {"caption": caption_dropout, "image": image_dropout}
+        for name, dropout in self._dropouts.items():
             if not 0 <= dropout <= 1:
-                raise ConfigError(f"{name} is {dropout}; expected a probability, 0 to 1")
+                raise ConfigError(f"{name}_dropout is {dropout}; expected a probability, 0 to 1")
         self._cache = cache
         self._fields = list(fields)
         self._batch_size = batch_size
@@ -103,8 +103,6 @@ class CacheLoader:
         self._rank = rank
         self._world_size = world_size
         self._device = torch.device(device)
-        self._caption_dropout = caption_dropout
-        self._image_dropout = image_dropout
         self._draws = draws
         self._upload = Upload(self._device, keep=PREFETCH_BATCHES + 2)
         self.consumed = 0
@@ -210,10 +208,7 @@ class CacheLoader:
         turns, samples = np.arange(first, last), self._samples(first, last)
         bounds = self._cache.caption_bounds
         captions = draw_choice(self._seed, turns, bounds[samples + 1] - bounds[samples])
-        dropped = {
-            "drop_caption": draw_dropout(self._seed, turns, "caption", self._caption_dropout),
-            "drop_image": draw_dropout(self._seed, turns, "image", self._image_dropout),
-        }
+        dropped = {f"drop_{name}": draw_dropout(self._seed, turns, name, p) for name, p in self._dropouts.items()}
         arrays: dict[str, Any]
         if self._tables is not None:
             arrays = self._tables.numbers(samples, captions, **dropped)

@@ -9,7 +9,6 @@ what it would be alone.
 """
 
 from itertools import product
-from typing import Literal
 
 import numpy as np
 
@@ -68,11 +67,11 @@ def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return choice
 
 
-def draw_dropout(seed: int, turns: np.ndarray, what: Literal["caption", "image"], probability: float) -> np.ndarray:
-    """Which samples at `turns` (B,) int64 train without their caption or image, each with `probability` → (B,) bool."""
+def draw_dropout(seed: int, turns: np.ndarray, what: str, probability: float) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 train without their "caption" or "image", by `probability` → (B,) bool."""
     if probability == 0:
         return np.zeros(len(turns), np.bool_)
-    purpose = _CAPTION_DROPOUT if what == "caption" else _IMAGE_DROPOUT
+    purpose = {"caption": _CAPTION_DROPOUT, "image": _IMAGE_DROPOUT}[what]
     return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)
 
 

@@ -12,8 +12,6 @@ from kcache.store.cache import Cache
 from kcache.store.rows import token_numbers, unit_bytes
 from kcache.store.shards import OFFSETS
 
-RESIDENCIES = ("auto", "gpu", "ram", "mmap")
-
 _UPLOAD_ROWS = 1024
 """Rows that go to the device at a time: 75 MB of latents at 768 pixels, all the memory that an upload takes here."""
 
@@ -71,7 +69,7 @@ def choose_residency(asked: str, cache: Any, fields: Sequence[str], processes: i
     "auto" takes the first of "gpu", only on CUDA, and "ram", whose tables, in each of the `processes`, fit into half of
     the free memory; else "mmap". Raises ConfigError for a wish that is none, or that the device cannot hold.
     """
-    if asked not in RESIDENCIES:
+    if asked not in ("auto", "gpu", "ram", "mmap"):
         raise ConfigError(f"residency is {asked!r}; expected 'auto', 'gpu', 'ram' or 'mmap'")
     if not isinstance(cache, Cache):
         return "online"

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A block is pinned once and used for many batches: pinning one takes longer than filling it.
-        self.memory = BatchMemory(keep) if self._stream is None else BatchMemory(keep, _pinned_block)
+        self.memory = BatchMemory(keep, None if self._stream is None else _pinned_block)
 
     def send(self, arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The arrays, or tensors, as tensors on the device; what is there already stays where it is."""
@@ -62,23 +63,19 @@ def _pinned_block(size: int) -> np.ndarray:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
 
 
-def _block(size: int) -> np.ndarray:
-    return np.empty(size, np.uint8)
-
-
 class BatchMemory:
     """Makes arrays like `np.empty`; their memory comes back by itself when the last reference to them is gone.
 
     Safe in threads. A tensor made by `torch.from_numpy` holds such a reference, so tensors are the caller's to keep.
     """
 
-    def __init__(self, keep: int, new_block: Callable[[int], np.ndarray] = _block) -> None:
+    def __init__(self, keep: int, new_block: Callable[[int], np.ndarray] | None = None) -> None:
         """`keep` is how many unused blocks of one size wait for reuse; more are given back to the system.
 
         `new_block` makes a block, (size,) uint8, when none is free: of pinned memory, for example.
         """
         self._keep = keep
-        self._new_block = new_block
+        self._new_block = new_block or partial(np.empty, dtype=np.uint8)
         self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
         self._lock = threading.Lock()
 

@@ -14,9 +14,7 @@ the order of sums, but dropout in adapters draws other numbers from the same see
 
 **Attention** is torch's scaled_dot_product_attention, or that of xformers, which (looked at: 0.0.35) runs on CUDA only,
 and takes a mask only if its rows begin at multiples of 16 bytes. Those of the prior hold 81 tokens (77 of text and 4
-others) and do not, so it works for the decoder alone, which masks nothing. The decoder's attention has extra
-projections for the image embedding; diffusers once refused xformers for those, and has had its own attention processor
-for them since.
+others) and do not, so it works for the decoder alone, which masks nothing.
 """
 
 from collections.abc import Iterator

@@ -183,6 +183,8 @@ def _attend_grouped(plan: PackingPlan) -> Attend:
     asked = [plan.draws * count for count in counts]
     # One draw sees all before it: causality, or for the last token nothing, is all the mask that is needed.
     masks = [None if plan.draws == 1 else _group_mask(length, plan) for length in lengths]
+    # Counted from a sample's end.
+    ends = plan.last[: plan.draws] - plan.boundaries[1]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         whole = query.shape[0] == key.shape[0]
@@ -192,7 +194,7 @@ def _attend_grouped(plan: PackingPlan) -> Attend:
             # Samples of one length lie behind each other: a batch without padding, and nothing is copied.
             q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in part)
             if mask is not None:
-                out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask if whole else mask[_ends(plan)])
+                out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask if whole else mask[ends])
             else:
                 out = functional.scaled_dot_product_attention(q, k, v, is_causal=whole)
             attended.append(out.transpose(1, 2).flatten(0, 1))
@@ -205,11 +207,6 @@ def _group_mask(length: int, plan: PackingPlan) -> Tensor:
     """What the tokens of a sample that takes `length` places see, (length, length) bool."""
     place = torch.arange(length, device=plan.rows.device)
     return sees(place[:, None], place, length - DRAW_TOKENS * plan.draws)
-
-
-def _ends(plan: PackingPlan) -> Tensor:
-    """(K,) int64: the last place of each draw, counted from a sample's end."""
-    return plan.last[: plan.draws] - plan.boundaries[1]
 
 
 def _attend_padded(plan: PackingPlan) -> Attend:

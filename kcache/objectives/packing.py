@@ -104,9 +104,16 @@ def predict_padded(
     hidden_states: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """What `predict_packed` predicts, by the stock forward pass of any prior over captions filled up by `pad_text`."""
+    """What `predict_packed` predicts, by the stock forward pass of any prior, its captions filled up with zeros.
+
+    What stands in the filled-up rows has no influence: the mask and the read-out at the last token exclude them.
+    """
     draws = noisy.shape[0] // text_embeds.shape[0]
-    states, mask = pad_text(hidden_states, offsets, prior.config.num_embeddings)
+    position = torch.arange(prior.config.num_embeddings, device=offsets.device)
+    mask = position < offsets.diff()[:, None]
+    # A gather, as assigning through a boolean mask would wait for the device to count it.
+    index = (offsets[:-1, None] + position).clamp(max=hidden_states.shape[0] - 1)
+    states = hidden_states[index].where(mask[..., None], 0)
     return prior(
         noisy,
         timestep=timesteps,
@@ -114,20 +121,6 @@ def predict_padded(
         encoder_hidden_states=states.repeat_interleave(draws, 0),
         attention_mask=mask.repeat_interleave(draws, 0),
     ).predicted_image_embedding
-
-
-def pad_text(hidden_states: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Captions laid out as the prior wants them: (B, length, D) filled up with zeros, and (B, length) bool, True where
-    valid.
-
-    `hidden_states` (T, D) holds caption i at offsets[i] to offsets[i + 1]. What stands in the filled-up rows has no
-    influence on the prior's output: its attention mask and the read-out at the last token exclude them.
-    """
-    position = torch.arange(length, device=offsets.device)
-    mask = position < offsets.diff()[:, None]
-    # A gather, as assigning through a boolean mask would wait for the device to count it.
-    index = (offsets[:-1, None] + position).clamp(max=hidden_states.shape[0] - 1)
-    return hidden_states[index].where(mask[..., None], 0), mask
 
 
 def _check_prepared(prior: PriorTransformer) -> None:

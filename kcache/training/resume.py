@@ -164,15 +164,15 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
         )
 
 
-def check_same_base(checkpoint: Checkpoint, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
+def check_same_base(checkpoint: Checkpoint | None, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
     """Check that adapters go on with the weights that they were trained on, wherever these lie now.
 
     `adapted` is what `find_adapted` found, None where all weights learn: those are in the checkpoint. A checkpoint from
     before this was recorded does not say, and is taken. Raises RunError for other weights.
     """
-    begun = checkpoint.state.get("adapted")
-    if begun is None or adapted is None:
+    if checkpoint is None or adapted is None or checkpoint.state.get("adapted") is None:
         return
+    begun = checkpoint.state["adapted"]
     try:
         name, weights = str(begun["name"]), str(begun["weights"])
     except (KeyError, TypeError) as error:

@@ -41,8 +41,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
-    if checkpoint is not None:
-        check_same_base(checkpoint, config, adapted)
+    check_same_base(checkpoint, config, adapted)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kcache.errors import ModelError
 from kcache.objectives.losses import DecoderObjective
-from kcache.objectives.packing import pad_text
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
@@ -85,13 +84,6 @@ def test_half_precision_rows_give_a_float32_loss(oracle: Path, stage: str) -> No
     loss = objective.loss(half, step["noise"], step["timesteps"])
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(step["loss"].item(), rel=1e-3)
-
-
-def test_captions_are_laid_out_with_their_mask() -> None:
-    states = torch.arange(1.0, 6.0)[:, None]
-    padded, mask = pad_text(states, torch.tensor([0, 2, 5]), 4)
-    assert padded[..., 0].tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
-    assert mask.tolist() == [[True, True, False, False], [True, True, True, False]]
 
 
 def test_a_scheduler_of_another_kind_of_model_is_refused(oracle: Path) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from kcache.errors import ConfigError, ModelError
 from kcache.objectives import packed_attention as packing_ways
+from kcache.objectives import packing
 from kcache.objectives.blocks import recompute_blocks
 from kcache.objectives.packed_attention import bucket_step, plan_packing
 from kcache.objectives.packing import PackedWay, allow_packing, predict_packed
@@ -64,6 +65,12 @@ def attend_one_by_one(
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_ways, "_can_flash", lambda prior, device: True)
     monkeypatch.setattr(packing_ways, "varlen_attn", attend_one_by_one)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 7, 7), (77, 77)], ids=str)
+def test_captions_are_filled_up_for_the_stock_forward_pass(lengths: tuple[int, ...]) -> None:
+    prior, batch = make_prior(), make_batch(lengths)
+    assert torch.equal(packing.predict_padded(prior, **batch), predict_padded(prior, batch))
 
 
 @pytest.mark.usefixtures("flash_on_cpu")
