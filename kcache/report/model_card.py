@@ -14,9 +14,10 @@ from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import COMPONENTS, PIPELINES
+from kcache.report.grid import grids_of
 from kcache.settings import marks_of
 from kcache.store.recipe import sides_of
-from kcache.store.run_directory import LORA_FILE, PICTURES_FOLDER, read_config, read_metrics, read_validation
+from kcache.store.run_directory import LORA_FILE, read_config, read_metrics, read_validation
 
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
@@ -66,13 +67,6 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     return "\n".join(lines)
 
 
-def newest_picture(run_dir: Path) -> Path | None:
-    """The grid of pictures that was drawn last, if any were drawn."""
-    return max(
-        run_dir.glob(f"{PICTURES_FOLDER}/step-*.png"), key=lambda path: (len(path.name), path.name), default=None
-    )
-
-
 class _Place:
     """A repository as a card names it."""
 
@@ -100,11 +94,11 @@ def _front_matter(stage: str, base: _Place, other: _Place, lora: bool) -> str:
 
 
 def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
-    picture = newest_picture(run_dir)
-    if picture is None:
+    grids = grids_of(run_dir)
+    if not grids:
         return []
     prompts = [f"* {prompt}" for prompt in told["config"]["validation_prompts"]]
-    return ["", f"![pictures from the prompts below]({picture.relative_to(run_dir).as_posix()})", "", *prompts]
+    return ["", f"![pictures from the prompts below]({grids[-1].relative_to(run_dir).as_posix()})", "", *prompts]
 
 
 def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool) -> list[str]:
