@@ -49,6 +49,8 @@ class PromptPictures:
         resolution: int,
         device: str | torch.device,
     ) -> None:
+        self.prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
+        """The prompt of each picture that `draw` returns."""
         self._learning = config.stage
         self._seed = config.seed
         self._base = base
@@ -58,12 +60,6 @@ class PromptPictures:
         self._learning_dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
         # As in `kcache sample`.
         self._frozen_dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompt of each picture that `draw` returns."""
-        return list(self._prompts)
 
     def prepare(self) -> None:
         """Ask the frozen networks all that they will be asked; to be called once, before anything else.
@@ -74,7 +70,7 @@ class PromptPictures:
         """
         if self._learning == "prior":
             _check_widths(self._base, self._counterpart)
-            self._prior = _remember_prompts(self._base, self._prompts, self._frozen_dtype, self._device)
+            self._prior = _remember_prompts(self._base, self.prompts, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
         else:
             _check_widths(self._counterpart, self._base)
@@ -104,9 +100,9 @@ class PromptPictures:
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
         """What the decoder draws each picture from, and the picture's generator, as the prior left it."""
-        generators = [torch.Generator().manual_seed(self._seed + i) for i in range(len(self._prompts))]
+        generators = [torch.Generator().manual_seed(self._seed + i) for i in range(len(self.prompts))]
         embeds = draw_embeds(
-            prior, self._prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
+            prior, self.prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
         )
         return embeds, generators
 
