@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, VQModel
+from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from kcache.demo.digits import FULL, PAPERS, SIDE, Drawing, all_drawings, coloured, is_held_out, read_scans
 from kcache.demo.result import DigitScore, ExamResult, Variety
 from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
+from kcache.encoders.pretrained import without_advice
 from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline
+
+with without_advice():
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 BATCH_SIZE = 50
 GUIDANCE = 1.5

@@ -21,7 +21,6 @@ from kcache.demo.digits import (
     SIDE,
     Drawing,
     all_drawings,
-    caption_of,
     coloured,
     is_held_out,
     read_scans,
@@ -84,7 +83,7 @@ def test_more_pictures_than_scans_are_refused(tmp_path: Path) -> None:
 
 
 def test_captions_are_english_and_all_different() -> None:
-    assert caption_of(7, "orange", "white") == "an orange seven on white paper"
+    assert Drawing(digit=7, ink="orange", paper="white").caption() == "an orange seven on white paper"
     assert Drawing(digit=1, ink="red", paper="mint").caption(FULL[1]) == "a one in red ink on mint paper"
     assert Drawing(digit=8, ink="red", paper="mint").caption(PARTIAL[1]) == "an eight on mint paper"
     assert len(set(vocabulary())) == len(vocabulary()) == 1584
@@ -281,7 +280,7 @@ def test_stock_pipelines_load_and_draw(models: tuple[Path, Path]) -> None:
     for pipeline in (prior, decoder):
         pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    embeds = prior(caption_of(7, "red", "white"), num_inference_steps=2, generator=generator)
+    embeds = prior("a red seven on white paper", num_inference_steps=2, generator=generator)
     images = decoder(*embeds.to_tuple(), height=SIDE, width=SIDE, num_inference_steps=2, generator=generator).images
     assert images[0].size == (SIDE, SIDE)
 
