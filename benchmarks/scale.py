@@ -75,7 +75,7 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-from kcache.report.config import ReportConfig
+from kcache.report.cache import ReportConfig
 from kcache.report.write import write_report
 imported = peak()
 start = time.perf_counter()

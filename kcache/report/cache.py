@@ -5,6 +5,7 @@ Of a cache of any size only the index, the manifest and some thousand rows are r
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from kcache.config import CountReport
-from kcache.report.config import ReportConfig
 from kcache.report.figures import histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
@@ -34,6 +34,26 @@ SAMPLED_ROWS = 2048
 ROWS_PER_READ = 128
 REJECTED, SHARDS = 50, 50
 """Rejected inputs and shards that are named one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What `kcache report` is told."""
+
+    path: str
+    """A run directory or a cache."""
+    output: str | None = None
+    """The HTML file; None takes report.html in a run directory, and NAME-report.html beside a cache called NAME."""
+    neighbours: bool = False
+    """Of a run: compare the newest pictures with the whole cache, by CLIP's image encoder."""
+    pretrained_decoder_model_name_or_path: str | None = None
+    """Of a cache: folder or Hub id with movq, to decode some latents; None decodes none."""
+    source: str | None = None
+    """Of a cache: where it was built from, to show originals; None shows none."""
+    image_column: str = "image"
+    """Column of the source that holds the image."""
+    device: str = "cpu"
+    """Where CLIP and MoVQ run."""
 
 
 def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:

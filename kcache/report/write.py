@@ -7,8 +7,7 @@ from typing import Literal
 from kcache.config import CountReport
 from kcache.errors import ConfigError
 from kcache.machine import check_device
-from kcache.report.cache import cache_sections
-from kcache.report.config import ReportConfig
+from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST

@@ -16,8 +16,7 @@ from PIL import Image
 from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
-from kcache.report.cache import cache_sections
-from kcache.report.config import ReportConfig
+from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.figures import MAX_SIDE, histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Figure, Section, Table, Text
