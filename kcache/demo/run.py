@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 from kcache.build.build import build_cache
 from kcache.config import BuildConfig, Say
 from kcache.demo.digits import DIGITS, SIDE, write_lesson
-from kcache.demo.exam import Question, questions, sit_exam
+from kcache.demo.exam import questions, sit_exam
 from kcache.demo.picture import draw_result
 from kcache.demo.report import write_report
-from kcache.demo.result import DemoResult, DemoSize, ExamResult, StageResult
+from kcache.demo.result import DemoResult, DemoSize, StageResult
 from kcache.demo.stages import Stage, repeat, stage_config, train
 from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.durable import write_bytes
@@ -98,7 +98,10 @@ def run_demo(
     Raises ConfigError when `output` holds anything else.
     """
     _take(output)
-    _silence_libraries()
+    # The demo loads tiny networks many times: bars and advice about that would be all one sees.
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     demo = _Demo(output=output, size=size, seed=seed, format=format, online=online, say=say)
     result = _do(demo, encoders)
     write_bytes(output / "result.json", result.to_json().encode())
@@ -118,8 +121,12 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
         build_seconds, cache_bytes = _build(demo, prior, decoder)
         rebuild_seconds, _ = _build(demo, prior, decoder)
     asked = questions()[: demo.size.questions]
-    stages, looks = _train(demo, asked)
-    exam = _examine(demo, asked)
+    stages = _train(demo, [prompt for prompt, _ in asked[:SHOWN]])
+    drawn = len(asked) * demo.size.samples
+    with demo.spending("exam", f"drawing {drawn} pictures of digits in inks they were never seen in; judging them"):
+        exam = sit_exam(
+            asked, demo.output / "samples", demo.output / "runs", size=demo.size, seed=1_000_000 * demo.seed
+        )
     captioned = _captioned(pictures)
     return DemoResult(
         size=demo.size,
@@ -133,7 +140,7 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
         cache_bytes=cache_bytes,
         stages=stages,
         inputs=_one_per_digit(captioned),
-        looks=looks,
+        looks=tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(demo.output / "runs" / "decoder")),
         exam=exam,
         seconds=demo.seconds,
     )
@@ -151,13 +158,6 @@ def _take(output: Path) -> None:
     (output / MARKER).touch()
 
 
-def _silence_libraries() -> None:
-    """The demo loads tiny networks many times: bars and advice about that would be all one sees."""
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-
-
 def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     """Seconds that the build took, and bytes of the cache's tables."""
     config = BuildConfig(
@@ -173,10 +173,8 @@ def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     return result.seconds, sum(table.bytes for table in result.tables.values())
 
 
-def _train(
-    demo: _Demo, asked: Sequence[Question]
-) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple[Path, ...]], ...]]:
-    """Both stages, and the pictures drawn on the way, by optimizer step."""
+def _train(demo: _Demo, prompts: Sequence[str]) -> tuple[StageResult, ...]:
+    """Both stages; `prompts` are drawn while the decoder learns, through the prior that was trained before."""
     cache, pictures, runs = demo.output / "cache", demo.output / "pictures", demo.output / "runs"
     way, other = "from the cache", "with the encoders in the loop"
     if demo.online:
@@ -193,7 +191,7 @@ def _train(
         if stage == "decoder":
             config = replace(
                 config,
-                validation_prompts=tuple(question.prompt for question in asked[:SHOWN]),
+                validation_prompts=tuple(prompts),
                 validation_steps=math.ceil(steps / size.looks),
                 pretrained_prior_model_name_or_path=str(runs / "prior"),
             )
@@ -202,23 +200,7 @@ def _train(
         again = min(demo.size.repeated_steps, steps)
         with demo.spending("comparison", f"training it for the first {again} of these steps {other}"):
             stages.append(repeat(cache, config, pictures, measured, again))
-    looks = tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(runs / "decoder"))
-    return tuple(stages), looks
-
-
-def _examine(demo: _Demo, asked: Sequence[Question]) -> ExamResult:
-    runs = demo.output / "runs"
-    count = len(asked) * demo.size.samples
-    with demo.spending("exam", f"drawing {count} pictures of digits in inks they were never seen in; judging them"):
-        return sit_exam(
-            asked,
-            demo.output / "samples",
-            prior=runs / "prior",
-            decoder=runs / "decoder",
-            samples=demo.size.samples,
-            sampling_steps=demo.size.sampling_steps,
-            seed=1_000_000 * demo.seed,
-        )
+    return tuple(stages)
 
 
 def _captioned(pictures: Path) -> list[tuple[Path, list[str]]]:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
@@ -28,8 +27,6 @@ from kcache.encoders.pretrained import without_advice
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
-Network = TypeVar("Network", bound=torch.nn.Module)
 
 EMBEDDING = 64
 """Width of image and text embeddings; the published networks have 1280."""
@@ -70,7 +67,7 @@ def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tup
     return prior, decoder
 
 
-def _trained(network: Network, weights: Path) -> Network:
+def _trained(network: torch.nn.Module, weights: Path) -> torch.nn.Module:
     """`network` with the weights that were trained for it, in float32."""
     network.load_state_dict(load_file(weights))
     return network

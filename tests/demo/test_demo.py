@@ -181,10 +181,10 @@ def test_score_counts_what_is_right_and_all_three_together() -> None:
 
 def test_questions_are_held_out_and_begin_with_one_of_each_digit() -> None:
     asked = questions()
-    assert len({question.prompt for question in asked}) == 40
-    assert all(is_held_out(question.drawing) for question in asked)
-    assert [question.drawing.digit for question in asked[:10]] == list(range(10))
-    assert all(one.drawing.paper != other.drawing.paper for one, other in pairwise(asked[:10]))
+    assert len({prompt for prompt, _ in asked}) == 40
+    assert all(is_held_out(drawing) for _, drawing in asked)
+    assert [drawing.digit for _, drawing in asked[:10]] == list(range(10))
+    assert all(one.paper != other.paper for (_, one), (_, other) in pairwise(asked[:10]))
 
 
 @torch.no_grad()
@@ -345,7 +345,7 @@ def test_pages_show_the_result(finished: tuple[Path, str]) -> None:
 
 
 def test_nothing_held_out_is_trained_on(finished: tuple[Path, str]) -> None:
-    asked = {question.drawing.caption(template) for question in questions() for template in (*FULL, PARTIAL[0])}
+    asked = {drawing.caption(template) for _, drawing in questions() for template in (*FULL, PARTIAL[0])}
     told = {caption for row in rows_of(finished[0] / "pictures") for caption in row["text"]}
     assert len(told) > 100
     assert told.isdisjoint(asked)
