@@ -37,6 +37,9 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
     trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
+    # Drawn at the size that the decoder was trained at, not at its pipeline's default.
+    sides = sides_of(told["cache"]["tables"])
+    size = f", height={sides[0]}, width={sides[0]}" if sides else ""
     lines = [
         "---",
         _front_matter(stage, base, other, lora),
@@ -52,7 +55,7 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
         "",
         "```python",
         *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole),
-        f'image = decoder(**prior("a red fox in the snow"){_size(told["cache"]["tables"])}).images[0]',
+        f'image = decoder(**prior("a red fox in the snow"){size}).images[0]',
         "```",
         "",
         "## Training",
@@ -123,12 +126,6 @@ def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, w
         "",
         *(pipelines + extra if lora else extra + pipelines),
     ]
-
-
-def _size(tables: Mapping[str, str]) -> str:
-    """Draw at the size that the decoder was trained at, not at its pipeline's default."""
-    sides = sides_of(tables)
-    return f", height={sides[0]}, width={sides[0]}" if sides else ""
 
 
 def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> list[str]:
