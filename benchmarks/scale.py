@@ -75,7 +75,8 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-from kcache.report.write import ReportConfig, write_report
+from kcache.report.cache import ReportConfig
+from kcache.report.write import write_report
 imported = peak()
 start = time.perf_counter()
 write_report(ReportConfig(path=sys.argv[1], output=sys.argv[2]))

@@ -45,7 +45,8 @@ def report(
       kcache report caches/photos-768
       kcache report caches/photos-768 --source photos/ --pretrained-decoder-model-name-or-path models/decoder
     """
-    from kcache.report.write import ReportConfig, write_report
+    from kcache.report.cache import ReportConfig
+    from kcache.report.write import write_report
 
     config = ReportConfig(
         path=path,

@@ -61,7 +61,7 @@ class Drawing:
     paper: str
 
     def caption(self, template: str = FULL[0]) -> str:
-        """`template` filled in; it may leave attributes out."""
+        """`template` filled in, which may leave attributes out: "a red seven on white paper"."""
         return template.format(
             digit=DIGITS[self.digit],
             ink=self.ink,
@@ -85,11 +85,6 @@ def is_held_out(drawing: Drawing) -> bool:
     return drawing.ink == list(INKS)[(drawing.digit + 4) % len(INKS)]
 
 
-def caption_of(digit: int, ink: str, paper: str) -> str:
-    """The plain caption of a picture: "a red seven on white paper"."""
-    return Drawing(digit=digit, ink=ink, paper=paper).caption()
-
-
 def vocabulary() -> list[str]:
     """Every caption there is, 1,584 in all, each once."""
     return list(dict.fromkeys(drawing.caption(template) for template in TEMPLATES for drawing in all_drawings()))
@@ -111,7 +106,8 @@ def write_digits(folder: Path, count: int) -> None:
     for number, (scan, ink, paper) in enumerate(zip(order, inks, papers, strict=True)):
         name = f"{number:04}.png"
         coloured(scans[scan], ink, paper).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": caption_of(digits[scan], ink, paper)}))
+        caption = Drawing(digit=digits[scan], ink=ink, paper=paper).caption()
+        lines.append(json.dumps({"file_name": name, "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

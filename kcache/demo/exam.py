@@ -4,54 +4,48 @@ diffusers' own pipelines draw; the ceiling is what real scans are worth after th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, VQModel
+from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from kcache.demo.digits import FULL, PAPERS, SIDE, Drawing, all_drawings, coloured, is_held_out, read_scans
-from kcache.demo.result import DigitScore, ExamResult, Variety
+from kcache.demo.result import DemoSize, DigitScore, ExamResult, Variety
 from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
+from kcache.encoders.pretrained import without_advice
 from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline
+
+with without_advice():
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 BATCH_SIZE = 50
 GUIDANCE = 1.5
 """Of both halves; chosen on prompts that were trained on: more makes the pictures of a prompt more alike."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """A prompt, and what it asks for."""
-
-    drawing: Drawing
-    prompt: str
-
-
-def questions() -> list[Question]:
-    """All 40 held-out drawings, first one of each digit on changing papers, each with a prompt that says all of it."""
+def questions() -> list[tuple[str, Drawing]]:
+    """All 40 held-out drawings, first one of each digit on changing papers, each after a prompt that says all of it."""
     papers = list(PAPERS)
     held_out = [drawing for drawing in all_drawings() if is_held_out(drawing)]
     held_out.sort(key=lambda drawing: ((papers.index(drawing.paper) - drawing.digit) % len(papers), drawing.digit))
-    return [
-        Question(drawing=drawing, prompt=drawing.caption(FULL[i % len(FULL)])) for i, drawing in enumerate(held_out)
-    ]
+    return [(drawing.caption(FULL[i % len(FULL)]), drawing) for i, drawing in enumerate(held_out)]
 
 
 def sit_exam(
-    asked: Sequence[Question], folder: Path, *, prior: Path, decoder: Path, samples: int, sampling_steps: int, seed: int
+    asked: Sequence[tuple[str, Drawing]], folder: Path, runs: Path, *, size: DemoSize, seed: int
 ) -> ExamResult:
-    """Draw `samples` pictures of each question into `folder` with the pipelines `prior` and `decoder`, and judge them.
+    """Draw `size.samples` pictures of each question into `folder` with the pipelines of both `runs`, and judge them.
 
     Beside them real pictures are judged: of scans kept for tests, put through the decoder's MoVQ and back.
     """
-    wanted = [question.drawing for question in asked for _ in range(samples)]
-    prompts = [question.prompt for question in asked for _ in range(samples)]
-    pictures = draw(prompts, prior, decoder, steps=sampling_steps, seed=seed)
+    samples, decoder = size.samples, runs / "decoder"
+    wanted = [drawing for _, drawing in asked for _ in range(samples)]
+    prompts = [prompt for prompt, _ in asked for _ in range(samples)]
+    pictures = draw(prompts, runs / "prior", decoder, steps=size.sampling_steps, seed=seed)
     folder.mkdir()
     paths = [folder / f"{number:03} {prompt}.png" for number, prompt in enumerate(prompts)]
     for path, picture in zip(paths, pictures, strict=True):
@@ -59,9 +53,7 @@ def sit_exam(
     real = _real_pictures(wanted)
     ceiling = round_trip(real, decoder)
     return ExamResult(
-        drawn=tuple(
-            (question.prompt, tuple(paths[i * samples : (i + 1) * samples])) for i, question in enumerate(asked)
-        ),
+        drawn=tuple((prompt, tuple(paths[i * samples : (i + 1) * samples])) for i, (prompt, _) in enumerate(asked)),
         score=score(read(pictures), wanted),
         ceiling=score(read(ceiling), wanted),
         chance=CHANCE,

@@ -1,23 +1,30 @@
 """The demo: build a cache, train both networks from it, compare that with training without it, draw, judge, measure."""
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from kcache.config import BuildConfig
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from kcache.build.build import build_cache
+from kcache.config import BuildConfig, Say
 from kcache.demo.digits import DIGITS, SIDE, write_lesson
+from kcache.demo.exam import questions, sit_exam
 from kcache.demo.picture import draw_result
 from kcache.demo.report import write_report
-from kcache.demo.result import DemoResult, DemoSize, ExamResult, StageResult
-from kcache.demo.stages import Stage, looks_of, repeat, stage_config, train, with_looks
+from kcache.demo.result import DemoResult, DemoSize, StageResult
+from kcache.demo.stages import Stage, repeat, stage_config, train
 from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.durable import write_bytes
 from kcache.errors import ConfigError
+from kcache.report.grid import grids_of, pictures_of, step_of
 
 MARKER = ".kcache-demo"
 """File that says that a folder is a demo's own, to be emptied by the next."""
@@ -25,7 +32,6 @@ PRIOR_BATCH_SIZE = 64
 SHOWN = 8
 """Prompts that are drawn while the decoder learns, of different digits."""
 
-Say = Callable[[str], None]
 Format = Literal["zarr", "webdataset"]
 
 WHOLE = DemoSize(
@@ -92,7 +98,10 @@ def run_demo(
     Raises ConfigError when `output` holds anything else.
     """
     _take(output)
-    _silence_libraries()
+    # The demo loads tiny networks many times: bars and advice about that would be all one sees.
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     demo = _Demo(output=output, size=size, seed=seed, format=format, online=online, say=say)
     result = _do(demo, encoders)
     write_bytes(output / "result.json", result.to_json().encode())
@@ -111,8 +120,13 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
     ):
         build_seconds, cache_bytes = _build(demo, prior, decoder)
         rebuild_seconds, _ = _build(demo, prior, decoder)
-    stages, looks = _train(demo)
-    exam = _examine(demo)
+    asked = questions()[: demo.size.questions]
+    stages = _train(demo, [prompt for prompt, _ in asked[:SHOWN]])
+    drawn = len(asked) * demo.size.samples
+    with demo.spending("exam", f"drawing {drawn} pictures of digits in inks they were never seen in; judging them"):
+        exam = sit_exam(
+            asked, demo.output / "samples", demo.output / "runs", size=demo.size, seed=1_000_000 * demo.seed
+        )
     captioned = _captioned(pictures)
     return DemoResult(
         size=demo.size,
@@ -126,7 +140,7 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
         cache_bytes=cache_bytes,
         stages=stages,
         inputs=_one_per_digit(captioned),
-        looks=looks,
+        looks=tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(demo.output / "runs" / "decoder")),
         exam=exam,
         seconds=demo.seconds,
     )
@@ -144,20 +158,8 @@ def _take(output: Path) -> None:
     (output / MARKER).touch()
 
 
-def _silence_libraries() -> None:
-    """The demo loads tiny networks many times: bars and advice about that would be all one sees."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-
-
 def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     """Seconds that the build took, and bytes of the cache's tables."""
-    from kcache.build.build import build_cache
-
     config = BuildConfig(
         resolution=(SIDE,),
         format=demo.format,
@@ -171,12 +173,9 @@ def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     return result.seconds, sum(table.bytes for table in result.tables.values())
 
 
-def _train(demo: _Demo) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple[Path, ...]], ...]]:
-    """Both stages, and the pictures drawn on the way."""
-    from kcache.demo.exam import questions
-
+def _train(demo: _Demo, prompts: Sequence[str]) -> tuple[StageResult, ...]:
+    """Both stages; `prompts` are drawn while the decoder learns, through the prior that was trained before."""
     cache, pictures, runs = demo.output / "cache", demo.output / "pictures", demo.output / "runs"
-    prompts = [question.prompt for question in questions()[: min(SHOWN, demo.size.questions)]]
     way, other = "from the cache", "with the encoders in the loop"
     if demo.online:
         way, other = other, way
@@ -190,30 +189,18 @@ def _train(demo: _Demo) -> tuple[tuple[StageResult, ...], tuple[tuple[int, tuple
         config = stage_config(stage, runs / stage, steps, batch_size, demo.seed)
         config = replace(config, online=str(pictures) if demo.online else None)
         if stage == "decoder":
-            config = with_looks(config, steps, demo.size.looks, prompts, runs / "prior")
+            config = replace(
+                config,
+                validation_prompts=tuple(prompts),
+                validation_steps=math.ceil(steps / size.looks),
+                pretrained_prior_model_name_or_path=str(runs / "prior"),
+            )
         with demo.spending(stage, f"training the {stage} for {steps} steps {way}"):
             measured = train(cache, config)
         again = min(demo.size.repeated_steps, steps)
         with demo.spending("comparison", f"training it for the first {again} of these steps {other}"):
             stages.append(repeat(cache, config, pictures, measured, again))
-    return tuple(stages), looks_of(runs / "decoder")
-
-
-def _examine(demo: _Demo) -> ExamResult:
-    from kcache.demo.exam import questions, sit_exam
-
-    asked, runs = questions()[: demo.size.questions], demo.output / "runs"
-    count = len(asked) * demo.size.samples
-    with demo.spending("exam", f"drawing {count} pictures of digits in inks they were never seen in; judging them"):
-        return sit_exam(
-            asked,
-            demo.output / "samples",
-            prior=runs / "prior",
-            decoder=runs / "decoder",
-            samples=demo.size.samples,
-            sampling_steps=demo.size.sampling_steps,
-            seed=1_000_000 * demo.seed,
-        )
+    return tuple(stages)
 
 
 def _captioned(pictures: Path) -> list[tuple[Path, list[str]]]:

@@ -1,19 +1,16 @@
 """The demo's training runs: each stage once from start to end, and its first steps again the other way."""
 
-import math
 import statistics
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kcache.config import TrainConfig
 from kcache.demo.result import Measured, StageResult
-from kcache.report.grid import grids_of, pictures_of, step_of
-
-if TYPE_CHECKING:
-    from kcache.training.log import Progress
+from kcache.store.run_directory import read_metrics
+from kcache.training import trainer
+from kcache.training.log import Progress
 
 Stage = Literal["prior", "decoder"]
 """The network that learns."""
@@ -44,24 +41,11 @@ def stage_config(stage: Stage, run_dir: Path, steps: int, batch_size: int, seed:
     )
 
 
-def with_looks(config: TrainConfig, steps: int, looks: int, prompts: Sequence[str], prior: Path) -> TrainConfig:
-    """The decoder's `config` with `prompts` drawn `looks` times on the way, through the trained `prior`."""
-    return replace(
-        config,
-        validation_prompts=tuple(prompts),
-        validation_steps=math.ceil(steps / looks),
-        pretrained_prior_model_name_or_path=str(prior),
-    )
-
-
 def train(cache: Path, config: TrainConfig, *, last: int | None = None) -> Measured:
     """A training run, left after step `last` or the first report after it."""
-    from kcache.store.run_directory import read_metrics
-    from kcache.training import trainer
-
     rates: list[float] = []
 
-    def report(progress: "Progress") -> None:
+    def report(progress: Progress) -> None:
         rates.append(progress.samples_per_second)
         if last is not None and last <= progress.step < progress.max_steps:
             raise _Enough
@@ -88,8 +72,3 @@ def repeat(cache: Path, config: TrainConfig, pictures: Path, first: Measured, st
     second = train(cache, again, last=steps)
     cached, online = (first, second) if config.online is None else (second, first)
     return StageResult(stage=config.stage, batch_size=config.train_batch_size, cached=cached, online=online)
-
-
-def looks_of(run_dir: Path) -> tuple[tuple[int, tuple[Path, ...]], ...]:
-    """The pictures that were drawn on the way, by optimizer step."""
-    return tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(run_dir))

@@ -8,21 +8,25 @@ from collections import Counter
 from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from kcache.demo.digits import SIDE, vocabulary
+from kcache.encoders.pretrained import without_advice
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-        CLIPVisionModelWithProjection,
-    )
-
-Network = TypeVar("Network", bound="torch.nn.Module")
+with without_advice():
+    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 EMBEDDING = 64
 """Width of image and text embeddings; the published networks have 1280."""
@@ -40,9 +44,6 @@ def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tup
     Both are folders in diffusers' layout, which the stock pipelines load. `encoders` has the trained weights; `seed`
     decides those that the prior and the UNet begin with.
     """
-    import torch
-    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
     prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,32 +56,25 @@ def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tup
             scheduler=_prior_scheduler(),
             image_processor=image_processor(),
         ).save_pretrained(prior)
-        _name_image_processor(prior / "model_index.json")
+        # diffusers writes the class by the name that transformers falls back to without torchvision; the published
+        # pipelines say CLIPImageProcessor, which loads everywhere.
+        index = prior / "model_index.json"
+        names = index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor")
+        index.write_text(names, encoding="utf-8")
         KandinskyV22Pipeline(
             unet=_unet(), scheduler=_decoder_scheduler(), movq=_trained(movq(), encoders / "movq.safetensors")
         ).save_pretrained(decoder)
     return prior, decoder
 
 
-def _trained(network: "Network", weights: Path) -> "Network":
+def _trained(network: torch.nn.Module, weights: Path) -> torch.nn.Module:
     """`network` with the weights that were trained for it, in float32."""
-    from safetensors.torch import load_file
-
     network.load_state_dict(load_file(weights))
     return network
 
 
-def _name_image_processor(index: Path) -> None:
-    # diffusers writes the class by the name that transformers falls back to without torchvision; the published
-    # pipelines say CLIPImageProcessor, which loads everywhere.
-    index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), "utf-8")
-
-
-def tokenizer() -> "CLIPTokenizer":
+def tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with a vocabulary of the demo's own: each word of its captions is one token."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
     merges = _merges({word for caption in vocabulary() for word in caption.split()})
     letters = sorted(ByteLevel.alphabet())
     tokens = [
@@ -118,9 +112,7 @@ def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def text_encoder(words: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=EMBEDDING,
@@ -137,9 +129,7 @@ def text_encoder(words: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
     return CLIPTextModelWithProjection(config)
 
 
-def image_encoder() -> "CLIPVisionModelWithProjection":
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
+def image_encoder() -> CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
         hidden_size=96,
         projection_dim=EMBEDDING,
@@ -153,9 +143,7 @@ def image_encoder() -> "CLIPVisionModelWithProjection":
     return CLIPVisionModelWithProjection(config)
 
 
-def image_processor() -> "CLIPImageProcessorPil":
-    from transformers import CLIPImageProcessorPil
-
+def image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -164,10 +152,7 @@ def image_processor() -> "CLIPImageProcessorPil":
     )
 
 
-def _prior(encoders: Path) -> "PriorTransformer":
-    from diffusers import PriorTransformer
-    from safetensors.torch import load_file
-
+def _prior(encoders: Path) -> PriorTransformer:
     prior = PriorTransformer(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -183,9 +168,7 @@ def _prior(encoders: Path) -> "PriorTransformer":
     return prior
 
 
-def _prior_scheduler() -> "UnCLIPScheduler":
-    from diffusers import UnCLIPScheduler
-
+def _prior_scheduler() -> UnCLIPScheduler:
     return UnCLIPScheduler(
         variance_type="fixed_small_log",
         num_train_timesteps=1000,
@@ -196,9 +179,7 @@ def _prior_scheduler() -> "UnCLIPScheduler":
     )
 
 
-def _unet() -> "UNet2DConditionModel":
-    from diffusers import UNet2DConditionModel
-
+def _unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIDE // 4,
         in_channels=4,
@@ -219,9 +200,7 @@ def _unet() -> "UNet2DConditionModel":
     )
 
 
-def _decoder_scheduler() -> "DDPMScheduler":
-    from diffusers import DDPMScheduler
-
+def _decoder_scheduler() -> DDPMScheduler:
     return DDPMScheduler(
         beta_schedule="linear",
         beta_start=0.00085,
@@ -235,9 +214,7 @@ def _decoder_scheduler() -> "DDPMScheduler":
     )
 
 
-def movq() -> "VQModel":
-    from diffusers import VQModel
-
+def movq() -> VQModel:
     return VQModel(
         block_out_channels=(32, 32, 64),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),

@@ -4,7 +4,7 @@ Of a cache of any size only the index, the manifest and some thousand rows are r
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kcache.config import CountReport
 from kcache.report.figures import histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
@@ -34,33 +35,37 @@ ROWS_PER_READ = 128
 REJECTED, SHARDS = 50, 50
 """Rejected inputs and shards that are named one by one."""
 
-Report = Callable[[str, int, int], None]
-"""Told what is done: its name, how much of it, and of how much."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class CacheLook:
-    """What a cache is looked at with."""
+class ReportConfig:
+    """What `kcache report` is told."""
 
-    decoder: str | None = None
-    """Folder or Hub id with movq, to decode latents; None decodes none."""
+    path: str
+    """A run directory or a cache."""
+    output: str | None = None
+    """The HTML file; None takes report.html in a run directory, and NAME-report.html beside a cache called NAME."""
+    neighbours: bool = False
+    """Of a run: compare the newest pictures with the whole cache, by CLIP's image encoder."""
+    pretrained_decoder_model_name_or_path: str | None = None
+    """Of a cache: folder or Hub id with movq, to decode some latents; None decodes none."""
     source: str | None = None
-    """Where the cache was built from, to show the originals; None shows none."""
+    """Of a cache: where it was built from, to show originals; None shows none."""
     image_column: str = "image"
     """Column of the source that holds the image."""
     device: str = "cpu"
-    """Where latents are decoded."""
+    """Where CLIP and MoVQ run."""
 
 
-def cache_sections(folder: Path, look: CacheLook, report: Report) -> list[Section]:
-    """All sections of the report of the cache at `folder`.
+def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:
+    """All sections of the report of the cache at `config.path`.
 
-    Raises the errors of `Cache.open` and `Cache.read`, SourceError and ModelError for what `look` names.
+    Raises the errors of `Cache.open` and `Cache.read`, SourceError and ModelError for what `config` names.
     """
+    folder = Path(config.path)
     cache = Cache.open(folder)
     return [
         Section(title="Overview", blocks=[_overview(folder, cache.manifest)]),
-        Section(title="Samples", blocks=_samples(cache, look, report)),
+        Section(title="Samples", blocks=_samples(cache, config, report)),
         Section(title="Captions", blocks=_captions(cache)),
         Section(title="Values", blocks=_norms(cache, report)),
         Section(title="Rejected inputs", blocks=_rejected(folder, cache.manifest.rejected)),
@@ -93,34 +98,37 @@ def _overview(folder: Path, manifest: Manifest) -> Table:
     return Table(head=["What", "Value"], rows=rows)
 
 
-def _samples(cache: Cache, look: CacheLook, report: Report) -> list[Block]:
+def _samples(cache: Cache, config: ReportConfig, report: CountReport) -> list[Block]:
     if not len(cache):
         return [Text(text="The cache has no samples.")]
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(SHOWN, len(cache))).astype(np.int64))
     told = read_some_samples(cache.path, cache.manifest, chosen, ["name", "captions", "width", "height"])
     intro = Text(text=f"{len(chosen)} of {len(cache):,} samples, evenly spread over the cache.")
     sides = sides_of(cache.recipes)
-    if look.source is None and (look.decoder is None or not sides):
+    if config.source is None and (config.pretrained_decoder_model_name_or_path is None or not sides):
         reason = "give --pretrained-decoder-model-name-or-path or --source" if sides else "it has none: give --source"
         none = Text(text=f"No pictures: a cache holds none, and its latents were not decoded ({reason}).")
         rows = [[row["name"], f"{row['width']} × {row['height']}", _caption_text(row)] for row in told]
         return [intro, none, Table(head=["Name", "Pixels", "Captions"], rows=rows)]
-    return [intro, *_pictures(cache, chosen, told, look, sides[0] if sides else SIDE, report)]
+    return [intro, *_pictures(cache, chosen, told, config, report)]
 
 
 def _pictures(
-    cache: Cache, chosen: np.ndarray, told: Sequence[Mapping[str, Any]], look: CacheLook, side: int, report: Report
+    cache: Cache, chosen: np.ndarray, told: Sequence[Mapping[str, Any]], config: ReportConfig, report: CountReport
 ) -> list[Block]:
-    """Each sample's original and what its latents of `side` pixels decode to, whichever were asked for."""
+    """Each sample's original and what its first latents decode to, whichever were asked for."""
     # Not at the top: only pictures need torch.
     from kcache.report.reconstructions import decoded, originals, psnr
 
+    sides = sides_of(cache.recipes)
+    side = sides[0] if sides else SIDE
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
-    if look.source is not None:
-        given = originals(cache, chosen, look.source, look.image_column, side, report)
+    if config.source is not None:
+        given = originals(cache, chosen, config.source, config.image_column, side, report)
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
-    if look.decoder is not None and side in sides_of(cache.recipes):
-        made = decoded(_at(cache, side), chosen, look.decoder, look.device, report)
+    decoder = config.pretrained_decoder_model_name_or_path
+    if decoder is not None and sides:
+        made = decoded(_at(cache, side), chosen, decoder, config.device, report)
     figures: list[Block] = []
     ratios = []
     for row, first, second in zip(told, given, made, strict=True):
@@ -131,7 +139,7 @@ def _pictures(
         lines += [first] if isinstance(first, str) else []
         shown = beside([_as_image(part) for part in (first, second) if part is not None], SIDE)
         figures.append(picture(shown, "\n".join([*lines, _caption_text(row)]), PICTURE_BYTES))
-    parts = (["the original"] if look.source is not None else []) + (
+    parts = (["the original"] if config.source is not None else []) + (
         [f"what MoVQ makes of the latents at {side} pixels, not quantised"] if made[0] is not None else []
     )
     return [Text(text=f"Of each {', and '.join(parts)}."), *figures, *_ratios(np.array(ratios))]
@@ -179,7 +187,7 @@ def _captions(cache: Cache) -> list[Block]:
     return [*blocks, Table(head=["", "least", "mean", "median", "90 %", "99 %", "most"], rows=rows)]
 
 
-def _norms(cache: Cache, report: Report) -> list[Block]:
+def _norms(cache: Cache, report: CountReport) -> list[Block]:
     """Histograms of the Euclidean norms of rows, of every field whose rows all have one shape."""
     if not len(cache):
         return [Text(text="The cache has no samples.")]
@@ -206,7 +214,7 @@ def _at(cache: Cache, side: int | None) -> Cache:
     return Cache(cache.path, cache.manifest, cache.index, side)
 
 
-def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: Report) -> np.ndarray:
+def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: CountReport) -> np.ndarray:
     norms = []
     for start in range(0, len(chosen), ROWS_PER_READ):
         rows = cache.read(chosen[start : start + ROWS_PER_READ], [field])[field]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Entries = Sequence[Mapping[str, Any]]
+"""Lines of metrics.jsonl or validation.jsonl."""
 Panel = Callable[["Axes"], None]
 """Draws one thing into the axes it is given."""
 
@@ -123,7 +125,7 @@ def _shrunk(image: Image.Image, factor: float) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> dict[str, Panel]:
+def run_panels(metrics: Entries, validation: Entries) -> dict[str, Panel]:
     """What there is to draw of a run, by title: what was not measured is not there."""
     names = validation[-1].keys() if validation else ()
     bands = [key for key in names if re.fullmatch(r"val_loss_t\d+_\d+", key)]
@@ -137,9 +139,14 @@ def run_panels(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mappin
     return panels
 
 
-def curve_panel(entries: Sequence[Mapping[str, Any]], name: str) -> Panel:
+def curve_panel(entries: Entries, name: str) -> Panel:
     """What draws the value `name` of each entry over the steps, as it is and smoothed."""
-    return partial(_curve, entries=entries, name=name)
+
+    def panel(ax: "Axes") -> None:
+        _noisy(ax, *_column(entries, name), label="smoothed")
+        _finish(ax)
+
+    return panel
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,9 +169,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / weights
 
 
-def _draw_run(
-    figure: "Figure", name: str, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
-) -> None:
+def _draw_run(figure: "Figure", name: str, metrics: Entries, validation: Entries) -> None:
     panels = run_panels(metrics, validation)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
     figure.suptitle(f"{name}, step {metrics[-1]['step']:,}", x=0.012, ha="left", fontsize=13, fontweight="bold")
@@ -187,34 +192,27 @@ def _axes(figure: "Figure", place: Any, title: str, across: str) -> "Axes":
     return ax
 
 
-def _loss(ax: "Axes", metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
+def _loss(ax: "Axes", metrics: Entries, validation: Entries) -> None:
     _noisy(ax, *_column(metrics, "loss"), label="training, smoothed")
     if validation:
         _held_out(ax, validation, "val_loss", label="held out")
     _finish(ax)
 
 
-def _bands(ax: "Axes", validation: Sequence[Mapping[str, Any]], bands: Sequence[str]) -> None:
+def _bands(ax: "Axes", validation: Entries, bands: Sequence[str]) -> None:
     for key, color in zip(bands, BANDS, strict=False):
         first, last = map(int, key.removeprefix("val_loss_t").split("_"))
         _held_out(ax, validation, key, color=color, label=f"{first}–{last}")
     _finish(ax)
 
 
-def _rate(ax: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
+def _rate(ax: "Axes", metrics: Entries) -> None:
     steps, rates = thinned(*_column(metrics, "lr"))
     ax.plot(steps, rates, color=TEAL, linewidth=1.5, marker=_marker(steps))
     ax.set_ylim(bottom=0)
 
 
-def _curve(ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str) -> None:
-    _noisy(ax, *_column(entries, name), label="smoothed")
-    _finish(ax)
-
-
-def _held_out(
-    ax: "Axes", entries: Sequence[Mapping[str, Any]], name: str, color: str = RED, label: str | None = None
-) -> None:
+def _held_out(ax: "Axes", entries: Entries, name: str, color: str = RED, label: str | None = None) -> None:
     ax.plot(*_column(entries, name), "o-", color=color, linewidth=1.2, label=label)
 
 
@@ -224,7 +222,7 @@ def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> Non
     ax.plot(steps, smoothed(values), color=TEAL, linewidth=1.8, marker=_marker(steps), label=label)
 
 
-def _column(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _column(entries: Entries, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the entries that have `name`, each (n,) float64."""
     pairs = [(entry["step"], entry[name]) for entry in entries if name in entry]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T

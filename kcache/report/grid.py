@@ -6,16 +6,13 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.store.run_directory import PICTURES_FOLDER
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
 
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
@@ -121,7 +118,7 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _wrapped(text: str, font: "FreeTypeFont", width: int) -> list[str]:
+def _wrapped(text: str, font: FreeTypeFont, width: int) -> list[str]:
     """`text` in at most `CAPTION_LINES` lines of `width` pixels, with … where the rest is left out."""
     lines: list[str] = []
     rest = " ".join(text.split())
@@ -137,14 +134,14 @@ def _wrapped(text: str, font: "FreeTypeFont", width: int) -> list[str]:
     return lines
 
 
-def _cut(text: str, font: "FreeTypeFont", width: float) -> str:
+def _cut(text: str, font: FreeTypeFont, width: float) -> str:
     """As much of the beginning of `text` as fits into `width` pixels, but at least one character."""
     end = next((end for end in range(2, len(text) + 1) if font.getlength(text[:end]) > width), len(text) + 1)
     return text[: end - 1]
 
 
 @lru_cache
-def _font(size: int) -> "FreeTypeFont":
+def _font(size: int) -> FreeTypeFont:
     """The font that comes with matplotlib, `size` pixels high: it has Cyrillic and Greek, which Pillow's own lacks."""
     import matplotlib as mpl
 

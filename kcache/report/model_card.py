@@ -14,9 +14,10 @@ from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import COMPONENTS, PIPELINES
+from kcache.report.grid import grids_of
 from kcache.settings import marks_of
 from kcache.store.recipe import sides_of
-from kcache.store.run_directory import LORA_FILE, PICTURES_FOLDER, read_config, read_metrics, read_validation
+from kcache.store.run_directory import LORA_FILE, read_config, read_metrics, read_validation
 
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
@@ -36,6 +37,9 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
     trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
+    # Drawn at the size that the decoder was trained at, not at its pipeline's default.
+    sides = sides_of(told["cache"]["tables"])
+    size = f", height={sides[0]}, width={sides[0]}" if sides else ""
     lines = [
         "---",
         _front_matter(stage, base, other, lora),
@@ -51,7 +55,7 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
         "",
         "```python",
         *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole),
-        f'image = decoder(**prior("a red fox in the snow"){_size(told["cache"]["tables"])}).images[0]',
+        f'image = decoder(**prior("a red fox in the snow"){size}).images[0]',
         "```",
         "",
         "## Training",
@@ -64,13 +68,6 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
         "",
     ]
     return "\n".join(lines)
-
-
-def newest_picture(run_dir: Path) -> Path | None:
-    """The grid of pictures that was drawn last, if any were drawn."""
-    return max(
-        run_dir.glob(f"{PICTURES_FOLDER}/step-*.png"), key=lambda path: (len(path.name), path.name), default=None
-    )
 
 
 class _Place:
@@ -100,11 +97,11 @@ def _front_matter(stage: str, base: _Place, other: _Place, lora: bool) -> str:
 
 
 def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
-    picture = newest_picture(run_dir)
-    if picture is None:
+    grids = grids_of(run_dir)
+    if not grids:
         return []
     prompts = [f"* {prompt}" for prompt in told["config"]["validation_prompts"]]
-    return ["", f"![pictures from the prompts below]({picture.relative_to(run_dir).as_posix()})", "", *prompts]
+    return ["", f"![pictures from the prompts below]({grids[-1].relative_to(run_dir).as_posix()})", "", *prompts]
 
 
 def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool) -> list[str]:
@@ -129,12 +126,6 @@ def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, w
         "",
         *(pipelines + extra if lora else extra + pipelines),
     ]
-
-
-def _size(tables: Mapping[str, str]) -> str:
-    """Draw at the size that the decoder was trained at, not at its pipeline's default."""
-    sides = sides_of(tables)
-    return f", height={sides[0]}, width={sides[0]}" if sides else ""
 
 
 def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> list[str]:

@@ -3,12 +3,12 @@
 A cosine close to 1 says that a picture was copied rather than learned from.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from kcache.config import CountReport
 from kcache.encoders.frozen import PictureEncoder
 from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import KcacheError, ModelError
@@ -22,21 +22,18 @@ from kcache.store.samples import read_some_samples
 NEAREST = 3
 """Neighbours of each picture that are named."""
 ROWS_PER_READ = 4096
-TITLE = "Nearest pictures in the cache"
-Report = Callable[[str, int, int], None]
-"""Told what is done: its name, how much of it, and of how much."""
 
 
-def neighbours_section(run: Run, device: str, report: Report) -> Section:
+def neighbours_section(run: Run, device: str, report: CountReport) -> Section:
     """The nearest neighbours of the newest pictures; where they cannot be had, which part is missing, in one line."""
     try:
         blocks = _neighbours(run, torch.device(device), report)
     except (KcacheError, OSError) as error:
         blocks = [Text(text=f"Not compared: {error}")]
-    return Section(title=TITLE, blocks=blocks)
+    return Section(title="Nearest pictures in the cache", blocks=blocks)
 
 
-def _neighbours(run: Run, device: torch.device, report: Report) -> list[Block]:
+def _neighbours(run: Run, device: torch.device, report: CountReport) -> list[Block]:
     prompts, grids = drawn_prompts(run.config), grids_of(run.folder)
     if not grids:
         return [Text(text="Not compared: the run has drawn no pictures (--validation-prompts).")]
@@ -68,7 +65,7 @@ def _embeds(cache: Cache, pictures: list[Path], device: torch.device) -> np.ndar
     return _unit(np.concatenate([part["image_embeds"].float().cpu().numpy() for part in parts]))
 
 
-def nearest(cache: Cache, embeds: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
+def nearest(cache: Cache, embeds: np.ndarray, report: CountReport) -> tuple[np.ndarray, np.ndarray]:
     """The samples whose image_embeds have the largest cosines to `embeds` (n, D) of length 1, largest first.
 
     Samples are (n, k) int64 and cosines (n, k) float32, k being `NEAREST` or all there are. The cache is read once, in

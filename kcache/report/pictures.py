@@ -7,9 +7,10 @@ before training: the large encoders never share the device with the network that
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,9 +23,6 @@ from kcache.report.sampling import Embeds, draw_embeds, draw_pictures, load_pipe
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 PRIOR_STEPS = 25
 DECODER_STEPS = 20
@@ -49,8 +47,9 @@ class PromptPictures:
         resolution: int,
         device: str | torch.device,
     ) -> None:
-        self._learning = config.stage
-        self._seed = config.seed
+        self.prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
+        """The prompt of each picture that `draw` returns."""
+        self._config = config
         self._base = base
         self._counterpart = counterpart
         self._resolution = resolution
@@ -58,12 +57,6 @@ class PromptPictures:
         self._learning_dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
         # As in `kcache sample`.
         self._frozen_dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompt of each picture that `draw` returns."""
-        return list(self._prompts)
 
     def prepare(self) -> None:
         """Ask the frozen networks all that they will be asked; to be called once, before anything else.
@@ -72,9 +65,9 @@ class PromptPictures:
         embeddings into pictures: MoVQ and, where the prior learns, the UNet. Raises ModelError when the two halves do
         not belong together or one of them cannot be loaded.
         """
-        if self._learning == "prior":
+        if self._config.stage == "prior":
             _check_widths(self._base, self._counterpart)
-            self._prior = _remember_prompts(self._base, self._prompts, self._frozen_dtype, self._device)
+            self._prior = _remember_prompts(self._base, self.prompts, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
         else:
             _check_widths(self._counterpart, self._base)
@@ -82,14 +75,14 @@ class PromptPictures:
             self._begun = self._begin(prior.to(self._device))
             self._decoder = _load(KandinskyV22Pipeline, self._base, torch.float32, unet=None)
 
-    def draw(self, network: torch.nn.Module) -> "list[Image.Image]":
+    def draw(self, network: torch.nn.Module) -> list[Image.Image]:
         """The pictures, in the order of `prompts`, drawn by `network`, the PriorTransformer or UNet2DConditionModel.
 
         It must be on the device. It runs in evaluation mode, in the precision of training, and is left as it was; no
         global generator of random numbers is touched.
         """
         with evaluating(network):
-            if self._learning == "prior":
+            if self._config.stage == "prior":
                 self._prior.prior = network
                 with self._computing_in(self._learning_dtype):
                     begun = self._begin(self._prior)
@@ -104,13 +97,13 @@ class PromptPictures:
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
         """What the decoder draws each picture from, and the picture's generator, as the prior left it."""
-        generators = [torch.Generator().manual_seed(self._seed + i) for i in range(len(self._prompts))]
+        generators = [torch.Generator().manual_seed(self._config.seed + i) for i in range(len(self.prompts))]
         embeds = draw_embeds(
-            prior, self._prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
+            prior, self.prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
         )
         return embeds, generators
 
-    def _finish(self, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]) -> "list[Image.Image]":
+    def _finish(self, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]) -> list[Image.Image]:
         """The pictures; the generators are left as they were, for the next call."""
         generators = [generator.clone_state() for generator in generators]
         factor = self._decoder.movq_scale_factor

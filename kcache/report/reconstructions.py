@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import VQModel
 
+from kcache.config import CountReport
 from kcache.encoders.pixels import decode_image, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import find_repository
@@ -22,11 +23,8 @@ logger = logging.getLogger(__name__)
 
 ABSENT, CHANGED = "not in the source", "another picture in the source now"
 
-Report = Callable[[str, int, int], None]
-"""Told what is done: its name, how much of it, and of how much."""
 
-
-def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report: Report) -> list[np.ndarray]:
+def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report: CountReport) -> list[np.ndarray]:
     """What MoVQ makes of the latents of `samples` (k,): pixels (3, R, R) float32 in -1..1 each, not quantised.
 
     `decoder` is a folder or Hub id with movq, as for a build; as in the stock pipelines, latents are decoded as they
@@ -47,7 +45,7 @@ def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report
 
 
 def originals(
-    cache: Cache, samples: np.ndarray, source: str, image_column: str, side: int, report: Report
+    cache: Cache, samples: np.ndarray, source: str, image_column: str, side: int, report: CountReport
 ) -> list[np.ndarray | str]:
     """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, side, side) float32 in -1..1 each.
 

@@ -16,14 +16,7 @@ from kcache.report import figures
 from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
-from kcache.store.run_directory import (
-    LORA_FILE,
-    PIPELINE_FILE,
-    read_config,
-    read_metrics,
-    read_starts,
-    read_validation,
-)
+from kcache.store.run_directory import LORA_FILE, PIPELINE_FILE, read_config, read_metrics, read_starts, read_validation
 
 NOT_RECORDED = "not recorded"
 LAST_STEPS = 100
@@ -48,11 +41,6 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     validation: Sequence[Mapping[str, Any]]
     starts: Sequence[Mapping[str, Any]]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that metrics.jsonl knows."""
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
 
 
 def read_run(folder: Path) -> Run:
@@ -124,9 +112,10 @@ def _overview(run: Run) -> Table:
 
 def _state(run: Run) -> str:
     planned, checkpoints = run.told.get("max_steps"), checkpoint_steps(run.folder)
-    done = f"{run.step:,} of {planned:,} steps" if isinstance(planned, int) else f"{run.step:,} steps"
+    step = run.metrics[-1]["step"] if run.metrics else 0
+    done = f"{step:,} of {planned:,} steps" if isinstance(planned, int) else f"{step:,} steps"
     result = (run.folder / LORA_FILE).is_file() or (run.folder / PIPELINE_FILE).is_file()
-    if result and not (isinstance(planned, int) and run.step < planned):
+    if result and not (isinstance(planned, int) and step < planned):
         return f"finished: {done}"
     if checkpoints:
         return f"no result yet: {done}; the newest checkpoint is of step {checkpoints[-1]:,}"

@@ -4,9 +4,10 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
+from PIL import Image
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
@@ -19,9 +20,6 @@ from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, read_config
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SIDE = 768
 """Height and width in pixels where nothing says what the decoder was trained at: what the published one is for."""
@@ -41,7 +39,7 @@ def sample(
     width: int | None = None,
     seed: int = 0,
     device: str | None = None,
-) -> "list[Image.Image]":
+) -> list[Image.Image]:
     """One picture per prompt, of `height` × `width` pixels.
 
     Each is a multiple of what MoVQ and the UNet need: 64 with the published networks. None takes the side of the
@@ -114,7 +112,7 @@ def draw_pictures(
     batch_size: int = 1,
     latents: Sequence[torch.Tensor] | None = None,
     **settings: Any,
-) -> "list[Image.Image]":
+) -> list[Image.Image]:
     """The picture that the decoder's pipeline draws from each of `embeds`, `batch_size` pictures at a time.
 
     It begins with `latents`, (1, 4, height / 8, width / 8) each, or with noise of the picture's generator.
@@ -168,23 +166,19 @@ def _find(half: str, name: str) -> Repository:
     folder = Path(name).expanduser()
     if not any((folder / pipeline.network / "config.json").is_file() for pipeline in PIPELINES.values()):
         if (folder / WEIGHTS_FILE).is_file():
-            _refuse_lora(folder, name)
+            learned = next(half for half, pipe in PIPELINES.items() if pipe.network == adapted_network(folder))
+            base = _told(folder).get("base", {}).get("name")
+            under = "" if base is None else f" --{learned} {shlex.quote(base)}"
+            raise ModelError(
+                f"{name} holds a LoRA of the {learned} ({WEIGHTS_FILE}) and no whole network; expected a pipeline, "
+                f"with the LoRA beside it; type: kcache sample PROMPT{under} --lora {shlex.quote(name)}"
+            )
         if (folder / METRICS_FILE).is_file():
             raise ModelError(
                 f"{name} is the directory of a run that has left no trained network yet; expected one whose training "
                 "has ended; go on with it by the same command and --resume-from-checkpoint latest"
             )
     return find_repository(name, None, PIPELINES[half].components)
-
-
-def _refuse_lora(folder: Path, name: str) -> NoReturn:
-    half = next(half for half, pipeline in PIPELINES.items() if pipeline.network == adapted_network(folder))
-    base = _told(folder).get("base", {}).get("name")
-    under = "" if base is None else f" --{half} {shlex.quote(base)}"
-    raise ModelError(
-        f"{name} holds a LoRA of the {half} ({WEIGHTS_FILE}) and no whole network; expected a pipeline, with the LoRA "
-        f"beside it; type: kcache sample PROMPT{under} --lora {shlex.quote(name)}"
-    )
 
 
 def _size(height: int | None, width: int | None, decoder: Repository, lora: Sequence[Path]) -> tuple[int, int]:

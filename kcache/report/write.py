@@ -1,39 +1,17 @@
 """A report from a path: of the run or the cache that is there, as one HTML file."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kcache.config import CountReport
 from kcache.errors import ConfigError
 from kcache.machine import check_device
-from kcache.report.cache import CacheLook, cache_sections
+from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE
-
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What `kcache report` is told."""
-
-    path: str
-    """A run directory or a cache."""
-    output: str | None = None
-    """The HTML file; None takes report.html in a run directory, and NAME-report.html beside a cache called NAME."""
-    neighbours: bool = False
-    """Of a run: compare the newest pictures with the whole cache, by CLIP's image encoder."""
-    pretrained_decoder_model_name_or_path: str | None = None
-    """Of a cache: folder or Hub id with movq, to decode some latents; None decodes none."""
-    source: str | None = None
-    """Of a cache: where it was built from, to show originals; None shows none."""
-    image_column: str = "image"
-    """Column of the source that holds the image."""
-    device: str = "cpu"
-    """Where CLIP and MoVQ run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +24,7 @@ class Written:
     bytes: int
 
 
-def write_report(config: ReportConfig, report: Callable[[str, int, int], None] | None = None) -> Written:
+def write_report(config: ReportConfig, report: CountReport | None = None) -> Written:
     """Write the report of what is at `config.path`.
 
     `report` is told what is done, how much of it and of how much. Raises ConfigError for what is neither a run
@@ -95,15 +73,9 @@ def _check(config: ReportConfig, kind: Literal["run", "cache"]) -> None:
         raise ConfigError(f"--neighbours is for the report of a run; {config.path} is a cache: leave it out")
 
 
-def _sections(config: ReportConfig, kind: Literal["run", "cache"], report: Report) -> list[Section]:
+def _sections(config: ReportConfig, kind: Literal["run", "cache"], report: CountReport) -> list[Section]:
     if kind == "cache":
-        look = CacheLook(
-            decoder=config.pretrained_decoder_model_name_or_path,
-            source=config.source,
-            image_column=config.image_column,
-            device=config.device,
-        )
-        return cache_sections(Path(config.path), look, report)
+        return cache_sections(config, report)
     run = read_run(Path(config.path))
     sections = run_sections(run)
     if config.neighbours:

@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import PIPELINES
 from kcache.errors import ConfigError, RunError
-from kcache.report.model_card import model_card, newest_picture
+from kcache.report.grid import grids_of
+from kcache.report.model_card import model_card
 from kcache.store.run_directory import CARD_FILE, CURVES_FILE, LORA_FILE, PIPELINE_FILE
 
 # Whichever client the Hub's library is built on, its errors of transport are no OSError.
@@ -97,9 +98,7 @@ def files_to_publish(run_dir: Path) -> list[Path]:
         # What adapters were merged into is of use only as the pipeline that it was made for.
         result += _files_below(run_dir / pipeline.network) if whole or not result else []
         result += [index, *(path for other in others for path in _files_below(other))] if whole else []
-    pictures = [
-        path for path in (newest_picture(run_dir), run_dir / CURVES_FILE) if path is not None and path.is_file()
-    ]
+    pictures = [path for path in (*grids_of(run_dir)[-1:], run_dir / CURVES_FILE) if path.is_file()]
     return [path.relative_to(run_dir) for path in result + pictures]
 
 

@@ -21,7 +21,6 @@ from kcache.demo.digits import (
     SIDE,
     Drawing,
     all_drawings,
-    caption_of,
     coloured,
     is_held_out,
     read_scans,
@@ -84,7 +83,7 @@ def test_more_pictures_than_scans_are_refused(tmp_path: Path) -> None:
 
 
 def test_captions_are_english_and_all_different() -> None:
-    assert caption_of(7, "orange", "white") == "an orange seven on white paper"
+    assert Drawing(digit=7, ink="orange", paper="white").caption() == "an orange seven on white paper"
     assert Drawing(digit=1, ink="red", paper="mint").caption(FULL[1]) == "a one in red ink on mint paper"
     assert Drawing(digit=8, ink="red", paper="mint").caption(PARTIAL[1]) == "an eight on mint paper"
     assert len(set(vocabulary())) == len(vocabulary()) == 1584
@@ -182,10 +181,10 @@ def test_score_counts_what_is_right_and_all_three_together() -> None:
 
 def test_questions_are_held_out_and_begin_with_one_of_each_digit() -> None:
     asked = questions()
-    assert len({question.prompt for question in asked}) == 40
-    assert all(is_held_out(question.drawing) for question in asked)
-    assert [question.drawing.digit for question in asked[:10]] == list(range(10))
-    assert all(one.drawing.paper != other.drawing.paper for one, other in pairwise(asked[:10]))
+    assert len({prompt for prompt, _ in asked}) == 40
+    assert all(is_held_out(drawing) for _, drawing in asked)
+    assert [drawing.digit for _, drawing in asked[:10]] == list(range(10))
+    assert all(one.paper != other.paper for (_, one), (_, other) in pairwise(asked[:10]))
 
 
 @torch.no_grad()
@@ -281,7 +280,7 @@ def test_stock_pipelines_load_and_draw(models: tuple[Path, Path]) -> None:
     for pipeline in (prior, decoder):
         pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    embeds = prior(caption_of(7, "red", "white"), num_inference_steps=2, generator=generator)
+    embeds = prior("a red seven on white paper", num_inference_steps=2, generator=generator)
     images = decoder(*embeds.to_tuple(), height=SIDE, width=SIDE, num_inference_steps=2, generator=generator).images
     assert images[0].size == (SIDE, SIDE)
 
@@ -346,7 +345,7 @@ def test_pages_show_the_result(finished: tuple[Path, str]) -> None:
 
 
 def test_nothing_held_out_is_trained_on(finished: tuple[Path, str]) -> None:
-    asked = {question.drawing.caption(template) for question in questions() for template in (*FULL, PARTIAL[0])}
+    asked = {drawing.caption(template) for _, drawing in questions() for template in (*FULL, PARTIAL[0])}
     told = {caption for row in rows_of(finished[0] / "pictures") for caption in row["text"]}
     assert len(told) > 100
     assert told.isdisjoint(asked)

@@ -16,12 +16,12 @@ from PIL import Image
 from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
-from kcache.report.cache import CacheLook, cache_sections
+from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.figures import MAX_SIDE, histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Figure, Section, Table, Text
 from kcache.report.reconstructions import decoded, originals, psnr
-from kcache.report.write import ReportConfig, write_report
+from kcache.report.write import write_report
 from kcache.store.cache import Cache
 from kcache.store.index import open_index
 from kcache.store.manifest import Manifest
@@ -37,7 +37,7 @@ def ignore(name: str, done: int, total: int) -> None:
 
 
 def sections(cache: str | Path, **look: Any) -> dict[str, Section]:
-    found = cache_sections(Path(cache), CacheLook(**look), ignore)
+    found = cache_sections(ReportConfig(path=str(cache), **look), ignore)
     assert [section.title for section in found] == TITLES
     return {section.title: section for section in found}
 
@@ -133,7 +133,7 @@ def test_of_a_large_cache_only_some_rows_are_read(cache: str, monkeypatch: pytes
 
 
 def test_latents_stand_beside_their_originals(cache: str, oracle: Path) -> None:
-    look = {"decoder": str(oracle / "decoder"), "source": str(oracle / "data")}
+    look = {"pretrained_decoder_model_name_or_path": str(oracle / "decoder"), "source": str(oracle / "data")}
     section = sections(cache, **look)["Samples"]
     told = Cache.open(cache).samples.to_pylist()
     *pairs, ratios = figures(section)
@@ -198,7 +198,7 @@ def test_signal_to_noise() -> None:
 
 def test_a_prior_cache_has_no_latents_to_decode(build: Callable[..., str], oracle: Path) -> None:
     cache = build(stage="prior")
-    found = sections(cache, decoder=str(oracle / "decoder"))
+    found = sections(cache, pretrained_decoder_model_name_or_path=str(oracle / "decoder"))
     assert "it has none: give --source" in texts(found["Samples"])
     assert [figure.caption for figure in figures(sections(cache, source=str(oracle / "data"))["Samples"])]
 
