@@ -44,6 +44,10 @@ def demo(
     # In networks this small, threads mostly wait for each other: spinning, which beside anything else on the machine
     # makes a step several times slower, or asleep, which does so always. One thread takes the same time either way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from kcache.demo.folder import take_folder
+
+    take_folder(output)
+    note("loading torch, diffusers and transformers")
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
     result = run_demo(output, QUICK if quick else WHOLE, say=note, seed=seed, format=format, online=online)

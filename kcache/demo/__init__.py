@@ -1,7 +1,7 @@
 """The embedded example: coloured handwritten digits, a tiny Kandinsky 2.2, and all that kcache does with them.
 
 - `digits`, `tiny`: the pictures and the networks
-- `run`, `stages`: the whole demo, and its training runs
+- `run`, `folder`, `stages`: the whole demo, where it lies, and its training runs
 - `exam`, `scoring`: what it learnt, drawn and judged
 - `result`, `picture`, `report`: what was measured, in pictures and as a page
 """

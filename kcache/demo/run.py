@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +16,15 @@ from kcache.build.build import build_cache
 from kcache.config import BuildConfig, Say
 from kcache.demo.digits import DIGITS, SIDE, write_lesson
 from kcache.demo.exam import questions, sit_exam
+from kcache.demo.folder import take_folder
 from kcache.demo.picture import draw_result
 from kcache.demo.report import write_report
 from kcache.demo.result import DemoResult, DemoSize, StageResult
 from kcache.demo.stages import Stage, repeat, stage_config, train
 from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.durable import write_bytes
-from kcache.errors import ConfigError
 from kcache.report.grid import grids_of, pictures_of, step_of
 
-MARKER = ".kcache-demo"
-"""File that says that a folder is a demo's own, to be emptied by the next."""
 PRIOR_BATCH_SIZE = 64
 SHOWN = 8
 """Prompts that are drawn while the decoder learns, of different digits."""
@@ -97,7 +94,7 @@ def run_demo(
     cache, instead of the other way round. `encoders` is a folder of weights as benchmarks/pretrain_demo.py writes it.
     Raises ConfigError when `output` holds anything else.
     """
-    _take(output)
+    take_folder(output)
     # The demo loads tiny networks many times: bars and advice about that would be all one sees.
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
@@ -144,18 +141,6 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
         exam=exam,
         seconds=demo.seconds,
     )
-
-
-def _take(output: Path) -> None:
-    """Make `output` an empty folder of ours, or refuse."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; expected a folder for the demo, or a path where nothing is")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / MARKER).exists():
-            raise ConfigError(f"{output} is not empty and not an earlier demo's; give another folder: --output DIR")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
 
 
 def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
