@@ -22,7 +22,6 @@ from kcache.durable import writing
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device
 from kcache.stopping import stop_here
-from kcache.store.recipe import RESERVED, SAMPLES
 from kcache.store.samples import Sample, with_ids
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ class Builder:
         folder = self.job.folder / table.recipe.directory
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        if table.recipe.table in (RESERVED, SAMPLES):
+        if table.recipe.of_tars:
             self._join(table.recipe.table, chain([first], mine), progress, found)
         else:
             self._encode(table, chain([first], mine), progress)

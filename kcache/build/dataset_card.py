@@ -33,9 +33,10 @@ def is_derived(content: bytes) -> bool:
 
 def card_text(manifest: Manifest, most_captions: int) -> str:
     """The card: front matter, counts, encoders, recipes, and how to load it."""
+    tars = _tar_folder(manifest)
     lines = [
         "---",
-        *_front_matter(manifest, most_captions),
+        *_front_matter(manifest, tars, most_captions),
         "---",
         "",
         _MARK,
@@ -56,24 +57,26 @@ def card_text(manifest: Manifest, most_captions: int) -> str:
         "",
         "## Loading",
         "",
-        *_loading(manifest),
+        *_loading(manifest, tars),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(manifest: Manifest, most_captions: int) -> list[str]:
+def _front_matter(manifest: Manifest, tars: str | None, most_captions: int) -> list[str]:
     size = next((name for limit, name in _SIZES + _LARGER if manifest.samples < limit), "n>1T")
-    path = f"{_tar_folder(manifest)}/*.tar" if manifest.format == "webdataset" else manifest.samples_file
+    path = manifest.samples_file if tars is None else f"{tars}/*.tar"
     lines = ["tags:", "- kcache", "- kandinsky-2-2", "- text-to-image", "size_categories:", f"- {size}"]
     lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", f"    path: {path}"]
-    if manifest.format == "webdataset":
+    if tars is not None:
         lines += ["dataset_info:", "  features:"]
         lines += [f"  {line}" for line in _features(manifest, most_captions)]
     return lines
 
 
-def _tar_folder(manifest: Manifest) -> str:
-    """The folder of the tars; the newest, as long as some of an earlier set of tables are in use too."""
+def _tar_folder(manifest: Manifest) -> str | None:
+    """The folder of the tars, if there are any; the newest, as long as some of earlier tables are in use, too."""
+    if manifest.format == "zarr":
+        return None
     folders = [shard.data.split("/")[0] for entry in manifest.tables.values() for shard in entry.shards]
     return next((folder for folder in reversed(folders) if folder.startswith("samples-")), "samples-*")
 
@@ -131,7 +134,7 @@ def _encoders(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _loading(manifest: Manifest) -> list[str]:
+def _loading(manifest: Manifest, tars: str | None) -> list[str]:
     fields = [field.name for _, entry in sorted(manifest.tables.items()) for field in entry.recipe.fields]
     own = ["With kcache, in batches for training or as arrays:", "", *_python(
         "from kcache import Cache",
@@ -139,10 +142,10 @@ def _loading(manifest: Manifest) -> list[str]:
         'cache = Cache.open("path/to/this/folder")',
         f'rows = cache.read([0, 1, 2], ["{fields[0]}"])',
     ), ""]  # fmt: skip
-    return own + (_loading_tars(manifest) if manifest.format == "webdataset" else _loading_zarr(manifest))
+    return own + (_loading_zarr(manifest) if tars is None else _loading_tars(tars))
 
 
-def _loading_tars(manifest: Manifest) -> list[str]:
+def _loading_tars(tars: str) -> list[str]:
     return [
         "With webdataset. Do not call `.decode()`, which unpickles; the members are plain `.npy`, `.txt` and `.json`:",
         "",
@@ -150,7 +153,7 @@ def _loading_tars(manifest: Manifest) -> list[str]:
             "import glob, io",
             "import numpy as np, webdataset",
             "",
-            f'tars = sorted(glob.glob("path/to/this/folder/{_tar_folder(manifest)}/*.tar"))',
+            f'tars = sorted(glob.glob("path/to/this/folder/{tars}/*.tar"))',
             "for sample in webdataset.WebDataset(tars, shardshuffle=False):",
             '    row = np.load(io.BytesIO(sample["image_embeds.npy"]), allow_pickle=False)',
         ),

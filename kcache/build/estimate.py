@@ -94,9 +94,9 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
     """
     job = checked_survey(source, cache, config, say)
-    committed = job.committed().tables
-    plan = missing_rows(job, committed, retry=config.retry_rejected, seen={})
-    why = why_missing(job, committed, plan)
+    found = job.committed()
+    plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})
+    why = why_missing(job, found.tables, plan)
     tokens = _token_counts(job)
     tables = {}
     for table in plan.tables:
@@ -105,8 +105,8 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         tables[name] = TableEstimate(
             missing=len(table.keys),
             why=why[name],
-            unused=len(committed[name].stored.key_set.difference(job.wanted(name))),
-            bytes=zarr_bytes(table, float(tokens.mean())) if config.format == "zarr" else 0,
+            unused=len(found.tables[name].stored.key_set.difference(job.wanted(name))),
+            bytes=0 if found.waiting else zarr_bytes(table, float(tokens.mean())),
             loading_seconds=loading,
             row_seconds=row,
         )
@@ -116,7 +116,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         samples=len(job.samples),
         refused=len(job.refused),
         tables=tables,
-        bytes=size if config.format == "zarr" else _tar_bytes(job, acceptable(job.samples, committed), tokens),
+        bytes=_tar_bytes(job, acceptable(job.samples, found.tables), tokens) if found.waiting else size,
         seconds=seconds,
         savings=_savings(job, tables, seconds),
         notes=(job.source.description, *job.notes),

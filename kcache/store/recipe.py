@@ -212,6 +212,11 @@ class Recipe:
         return json_digest(self.to_json())
 
     @property
+    def of_tars(self) -> bool:
+        """Whether it is of tars, which hold whole samples, and not of a table."""
+        return self.table in (SAMPLES, RESERVED)
+
+    @property
     def directory(self) -> str:
         """Name of the table's folder in a cache, as `SHARD_FOLDER` has it."""
         return f"{self.table}-{self.fingerprint[:8]}"

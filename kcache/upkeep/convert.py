@@ -47,20 +47,30 @@ def convert_cache(
     target.mkdir(parents=True, exist_ok=True)
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)
-        if form == "zarr":
-            _copy_to_tables(contents, target, rows_per_shard, report)
-        else:
-            write_tars(contents, target, rows_per_shard, report)
+        write_shards(contents, target, form, rows_per_shard, report)
         tables = committed(target, form, contents.recipes)
         manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
         stop_here()
     return manifest
 
 
-def _copy_to_tables(
+def write_shards(
+    contents: CacheContents,
+    target: Path,
+    form: str,
+    rows_per_shard: int | None = None,
+    report: CountReport | None = None,
+) -> None:
+    """Commit in `target` whatever of `contents` it lacks, in the form `form`, and all that was rejected.
+
+    The cut is the same whenever it is resumed. `report` is as in `convert_cache`.
+    """
+    (_write_tables if form == "zarr" else _write_tars)(contents, target, rows_per_shard, report)
+
+
+def _write_tables(
     contents: CacheContents, target: Path, rows_per_shard: int | None, report: CountReport | None
 ) -> None:
-    """Commit in `target` whatever of the tables it lacks; the cut is the same whenever it is resumed."""
     for name, state in contents.tables.items():
         there = table_state(target, state.recipe)
         plan = plan_table(
@@ -77,10 +87,7 @@ def _copy_to_tables(
         record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
 
 
-def write_tars(
-    contents: CacheContents, target: Path, rows_per_shard: int | None = None, report: CountReport | None = None
-) -> None:
-    """Commit in `target` the tars of whatever samples it lacks; the cut is the same whenever it is resumed."""
+def _write_tars(contents: CacheContents, target: Path, rows_per_shard: int | None, report: CountReport | None) -> None:
     recipe = tar_recipe(SAMPLES, contents.recipes)
     writer = TarWriter(target, contents.tables, contents.provenance, rows_from=contents.folder)
     plan = plan_tars(target, contents.recipes, contents.samples, rows_per_shard or default_rows_per_shard(recipe))

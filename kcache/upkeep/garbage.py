@@ -94,7 +94,7 @@ def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
     for recipe in shard_recipes(form, recipes):
         folder = contents.folder / recipe.directory
         commits = [commit for commit in read_commits(folder, recipe) if commit.data is not None]
-        used = _used_samples(contents, recipe, commits) if form == "webdataset" else _used_rows(contents, recipe)
+        used = _used_samples(contents, recipe, commits) if recipe.of_tars else _used_rows(contents, recipe)
         live[recipe.directory] = [
             LiveShard(commit=commit, keys=frozenset(used[commit.name])) for commit in commits if commit.name in used
         ]
@@ -143,13 +143,14 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
 
 
 def _live_states(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:
-    form, recipes, states = contents.manifest.format, contents.recipes, {}
-    for name, recipe in recipes.items():
+    states = {}
+    for name, recipe in contents.recipes.items():
         parts = []
-        for kept in [recipe] if form == "zarr" else shard_recipes(form, recipes):
-            commits = [shard.commit for shard in live[kept.directory]]
-            part = "" if form == "zarr" else name
-            parts.append(stored_rows(contents.folder / kept.directory, commits, recipe, part))
+        for kept in shard_recipes(contents.manifest.format, contents.recipes):
+            if kept.of_tars or kept == recipe:
+                commits = [shard.commit for shard in live[kept.directory]]
+                part = name if kept.of_tars else ""
+                parts.append(stored_rows(contents.folder / kept.directory, commits, recipe, part))
         states[name] = replace(contents.tables[name], stored=merged_rows(recipe, parts), rejections=())
     return states
 
@@ -204,8 +205,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         keys = frozenset[bytes]().union(*(shard.keys for shard in mixed))
         if not keys or recipe.table == RESERVED:
             continue
-        tars = recipe.table == SAMPLES
-        order = tar_keys(contents.samples) if tars else kind_of(recipe.table).wanted(contents.samples)
+        order = tar_keys(contents.samples) if recipe.of_tars else kind_of(recipe.table).wanted(contents.samples)
         plan = TablePlan(
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
@@ -213,7 +213,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
             keys=tuple(key for key in dict.fromkeys(order) if key in keys),
         )
         shards = with_progress(plan, recipe.table, report)
-        if tars:
+        if recipe.of_tars:
             TarWriter(contents.folder, contents.tables, contents.provenance).write(SAMPLES, shards, contents.planned)
         else:
             copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored)

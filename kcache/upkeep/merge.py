@@ -27,10 +27,9 @@ from kcache.store.shards import (
     discard_uncommitted,
     read_commits,
     read_side_file,
-    record_rejections,
     write_commit,
 )
-from kcache.upkeep.convert import write_tars
+from kcache.upkeep.convert import write_shards
 from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents
 from kcache.upkeep.garbage import LiveShard, live_shards
 
@@ -69,12 +68,7 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
             refused=[refusal for part in parts for refusal in part.refused],
             tables=_states(parts, target),
         )
-        if form == "webdataset":
-            write_tars(merged, target, report=report)
-        else:
-            for state in merged.tables.values():
-                rejected = list(state.rejected.values())
-                record_rejections(target / state.recipe.directory, state.recipe, rejected, first.provenance)
+        write_shards(merged, target, form, report=report)
         states = committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
         stop_here()

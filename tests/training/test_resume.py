@@ -213,12 +213,12 @@ def test_a_planted_pickle_is_not_run(cache: str, tmp_path: Path) -> None:
 
 def reseal(checkpoint: Path, state: dict[str, Any]) -> None:
     """Make a checkpoint whose state is another, and which nevertheless passes for whole."""
-    from kcache.store.checkpoint import _digest
+    from kcache.store.recipe import json_digest
 
     body = json.loads((checkpoint / "state.json").read_text())
     del body["digest"]
     body["state"] = state
-    (checkpoint / "state.json").write_text(json.dumps({**body, "digest": _digest(body)}))
+    (checkpoint / "state.json").write_text(json.dumps({**body, "digest": json_digest(body)}))
 
 
 @pytest.mark.parametrize("lacking", ["config", "global_batch", "tables", "loader", "lr_scheduler", "samples_seen"])

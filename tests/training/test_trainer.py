@@ -87,7 +87,7 @@ def test_a_second_run_loads_no_encoder_and_digests_nothing(
     train(cache, config(tmp_path / "first", stage))
     monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(watched))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
-    monkeypatch.setattr(kcache.encoders.repositories, "_sha256", refused)
+    monkeypatch.setattr(kcache.encoders.repositories.hashlib, "file_digest", refused)
     train(cache, config(tmp_path / "second", stage))
     assert loaded == ["PriorTransformer" if stage == "prior" else "UNet2DConditionModel"]
 
