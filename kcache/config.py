@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def unheard(_: str) -> None:
-    """What says nothing to anybody."""
+    """Discards what it is told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Files and folders, seen whole or not at all, also after a crash or a power cut; and arrays read back warily."""
+"""Files and folders, seen whole or not at all, also after a crash or a power cut; locks; arrays read back warily."""
 
 import errno
 import fcntl

@@ -36,7 +36,7 @@ class CacheMismatchError(KcacheError, ValueError):
 
 
 class CacheBusyError(KcacheError, BlockingIOError):
-    """Raised when another process is writing the same cache."""
+    """Raised when another process is writing the same cache or run directory."""
 
 
 class CacheCorruptError(KcacheError, ValueError):
@@ -58,7 +58,7 @@ class RejectedInputsError(KcacheError, ValueError):
 class InputRejected(KcacheError, ValueError):
     """Raised for one input that cannot be cached: costs that sample and nothing else.
 
-    `stage` says where it failed ("source", "decode", "tokenize", "encode", "store"), `reason` why, in one line.
+    `stage` says where it failed ("source", "decode", "tokenize", "encode"), `reason` why, in one line.
     """
 
     def __init__(self, stage: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What to type instead: for a path that is something else than was expected, and for a cache that lacks a table."""
+"""What to type instead, for a path that is something else than was expected."""
 
 import difflib
 import shlex

@@ -26,7 +26,7 @@ REFUSED = {
     "--dataset-config-name": _DATA + "save that configuration to a folder, "
     'datasets.load_dataset(NAME, "{value}", split="train").save_to_disk("FOLDER"), '
     "then kcache cache-build FOLDER CACHE",
-    "--dataloader-num-workers": "rows are read by a thread, which no worker process could outrun; leave it out; "
+    "--dataloader-num-workers": "rows are read by two threads, which no worker process could outrun; leave it out; "
     "threads that decode images are a matter of building: kcache cache-build SOURCE CACHE --num-workers {value}",
     "--hub-token": "every process of this machine, and the shell's history, would see the token; leave it out, and "
     "set HF_TOKEN or run: hf auth login",

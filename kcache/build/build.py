@@ -11,10 +11,11 @@ from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
+from kcache.build.committed import Committed
 from kcache.build.finish import finish_build, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Committed, Survey, missing_rows, survey
+from kcache.build.survey import Survey, missing_rows, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
@@ -41,7 +42,7 @@ class TableResult:
     """What the time of this builder's encoding thread went into; {} when it encoded nothing.
 
     `decode`, `encode` and `write`: waiting for decoded inputs, encoding, waiting for the disk. `held_up` is the part of
-    `decode` in which enough for a batch were decoded, but stood behind one that was not: the rest is for more cores."""
+    `decode` in which a full batch was ready behind one slow input; more cores help only with the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +62,10 @@ def build_cache(
 ) -> BuildResult:
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
-    An interrupted build goes on where it stopped, and several processes may build one cache together. On SIGINT or
-    SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be cached are
-    named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises SourceError,
-    ModelError, ConfigError, CacheBusyError, CacheMismatchError, CacheWriteError or CacheCorruptError.
+    An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
+    SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
+    cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises
+    SourceError, ModelError, ConfigError, CacheBusyError, CacheMismatchError, CacheWriteError or CacheCorruptError.
     """
     job = checked_survey(source, cache, config, say)
     for note in job.notes:
@@ -84,7 +85,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         while True:
             with turn(folder, patience):
                 remove_leftovers(folder)
-                plan = _plan_to_join(job)
+                plan = _plan_to_join(job, say)
                 found = job.committed()  # after that: while a plan is open, others commit
                 before = before or _counts(job, found)
                 plan = plan or _new_plan(job, found, builder.seen)
@@ -157,7 +158,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> 
     return plan
 
 
-def _plan_to_join(job: Survey) -> Plan | None:
+def _plan_to_join(job: Survey, say: Say) -> Plan | None:
     """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
     plan = open_plan(job.folder)
     if plan is None:
@@ -173,6 +174,8 @@ def _plan_to_join(job: Survey) -> Plan | None:
     if not (ours and known):
         _refuse_beside_others(job.folder, plan, "from another source" if ours else "with other settings")
     if ours and unfinished(job.folder, plan):
+        if job.config.rows_per_shard not in (None, *(table.rows_per_shard for table in plan.tables)):
+            say("what an earlier build left to do is finished first, in shards of the size that it was begun with")
         return plan
     close_plan(job.folder)
     return None

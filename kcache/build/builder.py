@@ -2,7 +2,7 @@
 
 Every builder claims a shard before it writes it, begins with the shards that are its own by number, goes on with those
 that nobody has claimed, and then waits for the rest. No builder needs another one: what one that died had claimed is
-taken over.
+taken over, if it ran on this machine.
 """
 
 import os
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcache.build.claims import Patience, holder, let_go, take
+from kcache.build.committed import Committed
 from kcache.build.finish import known_sizes, measured, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
-from kcache.build.survey import Committed, Survey, fetcher
+from kcache.build.survey import Survey, fetcher
 from kcache.durable import writing
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device
@@ -38,7 +39,7 @@ class BuildProgress:
     table: str
     done: int
     total: int
-    """Inputs that this builder has dealt with, and how many it will, those of other builders left out."""
+    """Inputs done, and to be done, by this builder alone."""
     seconds: float
     """Time spent on this table so far."""
     busy: Mapping[str, float]
@@ -118,11 +119,11 @@ class Builder:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         if table.recipe.of_tars:
-            self._join(table.recipe.table, chain([first], mine), progress, found)
+            self._write_tars(table.recipe.table, chain([first], mine), progress, found)
         else:
             self._encode(table, chain([first], mine), progress)
 
-    def _join(self, name: str, shards: Iterator[PlannedShard], progress: "_Progress", found: Committed) -> None:
+    def _write_tars(self, name: str, shards: Iterator[PlannedShard], progress: "_Progress", found: Committed) -> None:
         job, known = self.job, known_sizes(self.job.folder)
         whole, _ = whole_samples(job.samples, found.tables)
         named = with_ids(whole)

@@ -82,7 +82,7 @@ def take(claim: Path) -> Process | None:
 
 
 def let_go(claim: Path) -> None:
-    """Give up a claim; one that the disk does not let go of counts no more for this process, nor later for others."""
+    """Give up a claim. If its file cannot be removed, this process ignores it; others do once this one ended."""
     _held.discard(claim.absolute())
     with suppress(OSError):
         claim.unlink()

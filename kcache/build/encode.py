@@ -24,8 +24,8 @@ import torch
 from kcache.build.plan import PlannedShard
 from kcache.encoders.frozen import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
-from kcache.store.digests import ZERO_IMAGE_KEY, pack_keys
-from kcache.store.recipe import Recipe
+from kcache.store.digests import pack_keys
+from kcache.store.recipe import Recipe, kind_of
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 
 Fetch = Callable[[bytes], bytes | str | None]
@@ -175,7 +175,7 @@ def _started(
 def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: bytes) -> _Input:
     prepared, rejection, absent = None, None, False
     try:
-        if key == ZERO_IMAGE_KEY:
+        if key == kind_of(encoder.recipe.table).reserved:
             prepared = encoder.reserved()
         elif (content := fetch(key)) is None:
             absent = True
@@ -285,7 +285,7 @@ def refusal_reasons(
 def provenance(encoder: Encoder) -> dict[str, str]:
     """What the rows were made with: recorded in each commit, shown, never compared."""
     packages = _versions("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
-    device = torch.device(getattr(encoder, "device", "cpu"))
+    device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return {**packages, "python": platform.python_version(), "device": name}
 

@@ -1,4 +1,4 @@
-"""From committed shards to a finished cache: whole samples, the join, the rejections, the manifest."""
+"""From committed shards to a finished cache: whole samples, the index, the rejections, the manifest."""
 
 import hashlib
 import io

@@ -18,13 +18,12 @@ from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.store.checksums import crc32c
 from kcache.store.digests import content_key, pack_keys, unpack_keys
 from kcache.store.formats.webdataset import JoinedSample, write_tar
-from kcache.store.index import StoredRows, TableState, merged_rows, provenance_of, stored_rows, table_state
+from kcache.store.index import TableState
 from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, canonical_json, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample
 from kcache.store.shards import (
     Commit,
-    Rejection,
     discard_uncommitted,
     next_shard,
     read_commits,
@@ -72,41 +71,6 @@ def committed_tar_keys(folder: Path, commit: Commit) -> list[bytes]:
         raise CacheCorruptError(
             f"{path} cannot be read ({error}); remove {commit.name}.json beside it and build again"
         ) from error
-
-
-def committed(
-    cache: Path, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
-) -> dict[str, TableState]:
-    """What is committed of each table where a cache of the form `form` keeps it.
-
-    In tars, rows count that were written into tars of the recipes `earlier`, too, if the table's own recipe is the
-    same. Every commit record and side file is read: ask once, and hand on what came. Raises CacheCorruptError.
-    """
-    if form == "zarr":
-        return {name: table_state(cache, recipe) for name, recipe in recipes.items()}
-    parts: dict[str, list[StoredRows]] = {name: [] for name in recipes}
-    rejections: list[Rejection] = []
-    provenance: dict[str, str] = {}
-    for tables in [earlier, recipes] if earlier and dict(earlier) != dict(recipes) else [recipes]:
-        same = [name for name in tables if name in recipes and tables[name] == recipes[name]]
-        for recipe in shard_recipes(form, tables):
-            folder = cache / recipe.directory
-            commits = read_commits(folder, recipe)
-            for name in same:
-                parts[name].append(stored_rows(folder, commits, tables[name], name))
-            if len(same) == len(tables):
-                rejections += [rejection for commit in commits for rejection in commit.rejected]
-            if tables is recipes:
-                provenance |= provenance_of(commits)
-    return {
-        name: TableState(
-            recipe=recipe,
-            stored=merged_rows(recipe, parts[name]),
-            rejections=tuple(rejections),
-            provenance=provenance,
-        )
-        for name, recipe in recipes.items()
-    }
 
 
 def plan_tars(cache: Path, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:

@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
-from kcache.build.joined_tars import committed
+from kcache.build.committed import Committed, read_committed
 from kcache.build.plan import Plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.sources import Source, open_source
-from kcache.store.digests import EMPTY_CAPTION_KEY, DigestMemo, caption_key, content_key
-from kcache.store.index import TableState, merged_rows
+from kcache.store.digests import DigestMemo, caption_key, content_key
+from kcache.store.index import TableState
 from kcache.store.manifest import MODEL_SETTINGS, read_manifest
 from kcache.store.recipe import (
     IMAGE_EMBEDS,
@@ -30,35 +29,6 @@ from kcache.store.samples import Refusal, Sample, read_samples
 
 _REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through: for the first time, each of them is read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Committed:
-    """What is committed of each table."""
-
-    in_place: Mapping[str, TableState]
-    """Where a cache of its form keeps rows, and its manifest can refer to them."""
-    waiting: Mapping[str, TableState]
-    """Encoded into tables, and in no tar yet; {} where tables are what the cache consists of."""
-
-    @cached_property
-    def tables(self) -> Mapping[str, TableState]:
-        """All of it."""
-        if not self.waiting:
-            return self.in_place
-        return {
-            name: replace(
-                table,
-                stored=merged_rows(table.recipe, [self.in_place[name].stored, table.stored]),
-                rejections=self.in_place[name].rejections + table.rejections,
-            )
-            for name, table in self.waiting.items()
-        }
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """What the rows that wait for a tar were made with."""
-        return {name: value for table in self.waiting.values() for name, value in table.provenance.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +63,8 @@ class Survey:
         """What is committed of each table now: read from every commit record and side file."""
         form = self.config.format
         return Committed(
-            in_place=committed(self.folder, form, self.recipes, self.earlier),
-            waiting={} if form == "zarr" else committed(self.folder, "zarr", self.recipes),
+            in_place=read_committed(self.folder, form, self.recipes, self.earlier),
+            waiting={} if form == "zarr" else read_committed(self.folder, "zarr", self.recipes),
         )
 
     @property
@@ -284,8 +254,7 @@ def fetcher(job: Survey, table: str) -> Callable[[bytes], bytes | str | None]:
     """A function from a key of `table` to its content, None where the source no longer gives that content."""
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
-        captions = {key: text for s in job.samples for key, text in zip(s.caption_keys, s.captions, strict=True)}
-        return {**captions, EMPTY_CAPTION_KEY: ""}.get
+        return {key: text for s in job.samples for key, text in zip(s.caption_keys, s.captions, strict=True)}.get
 
     def fetch(key: bytes) -> bytes | str | None:
         if key not in job.positions:

@@ -15,7 +15,7 @@ from kcache.encoders.pixels import clip_pixels, clip_processor, decode_image, mo
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
-from kcache.store.recipe import Recipe, kind_of, side_of
+from kcache.store.recipe import LATENTS, Recipe, kind_of
 
 Rows = dict[str, Tensor]
 
@@ -28,6 +28,8 @@ class Encoder(Protocol):
     """A frozen network with its preprocessing, which makes the rows of the table that `recipe` describes."""
 
     recipe: Recipe
+    device: torch.device
+    """Where the network runs."""
 
     @property
     def batch_size(self) -> int:
@@ -59,15 +61,17 @@ class PictureEncoder:
 
     def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
         self.recipe = recipe
+        self.device = device
         self.batch_size = recipe.batch_shape[0]
         self.alpha: Literal["white", "black", "drop"] = recipe.preprocess["alpha"]
-        if (side := side_of(recipe.table)) is None:
-            processor = clip_processor(recipe.preprocess["processor"])
-            self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: clip_pixels(picture, processor)
-            self._output: Callable[[Any, Tensor], Tensor] = lambda network, pixels: network(pixels).image_embeds
+        if kind_of(recipe.table) == LATENTS:
+            side = recipe.batch_shape[-1]
+            self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: movq_pixels(picture, side)
+            self._output: Callable[[Any, Tensor], Tensor] = lambda network, pixels: network.encode(pixels).latents
         else:
-            self._pixels = lambda picture: movq_pixels(picture, side)
-            self._output = lambda network, pixels: network.encode(pixels).latents
+            processor = clip_processor(recipe.preprocess["processor"])
+            self._pixels = lambda picture: clip_pixels(picture, processor)
+            self._output = lambda network, pixels: network(pixels).image_embeds
         self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: bytes) -> np.ndarray:
@@ -104,6 +108,7 @@ class TextEncoder:
 
     def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
         self.recipe = recipe
+        self.device = device
         self.batch_size = recipe.batch_shape[0]
         self._tokenizer = load_tokenizer(repository)
         # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.

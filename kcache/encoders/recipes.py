@@ -7,7 +7,7 @@ from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.repositories import COMPONENTS, Configuration, Repository, tokenizer_digest, weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
-from kcache.store.recipe import Field, Recipe, kind_of, side_of
+from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, side_of
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are rejected before they are decoded: 64 Mpx of RGB take 192 MB in memory."""
@@ -35,9 +35,9 @@ def table_recipe(
     """
     kind, side = kind_of(table), side_of(table)
     network = repository.read(kind.component)
-    if side is not None:
+    if kind == LATENTS and side is not None:
         preprocess, sample_shape, fields = _latents(side, config, network)
-    elif kind.per == "image":
+    elif kind == IMAGE_EMBEDS:
         preprocess, sample_shape, fields = _image_embeds(config, network)
     else:
         preprocess, sample_shape, fields = _text(config, network)

@@ -57,12 +57,12 @@ class CacheLoader:
 
     Order, captions and batches are functions of the seed, the epoch and the position alone. Of each run of
     batch_size × world_size samples, process `rank` takes its batch_size. Tensors are the caller's; their dtype is the
-    stored one. `draws` is called in the filling thread with the samples' turns (B,) int64 and returns arrays that join
-    the batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes with the empty
-    caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where the rows wait:
-    "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files, and "auto"
-    takes the first of these that has room, see `choose_residency`; the attribute tells what was taken. Each row's
-    checksum is verified: by "gpu" and "ram" when they read the tables, by "mmap" each time.
+    stored one. `draws` is called in the filling threads, two at a time, with the samples' turns (B,) int64 and returns
+    arrays that join the batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes
+    with the empty caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where
+    the rows wait: "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files, and
+    "auto" takes the first of these that has room, see `choose_residency`; the attribute tells what was taken. Each
+    row's checksum is verified: by "gpu" and "ram" when they read the tables, by "mmap" each time.
     """
 
     def __init__(

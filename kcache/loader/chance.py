@@ -59,6 +59,16 @@ def draw_timesteps(seed: int, turns: np.ndarray, num_train_timesteps: int, draws
     return np.array(drawn, np.int64)
 
 
+def draw_turns(
+    seed: int, turns: np.ndarray, shape: tuple[int, ...], num_train_timesteps: int, draws: int = 1
+) -> dict[str, np.ndarray]:
+    """All that the samples at `turns` (B,) int64 train with beside their rows: {"noise", "timesteps"}."""
+    return {
+        "noise": draw_noise(seed, turns, shape, draws),
+        "timesteps": draw_timesteps(seed, turns, num_train_timesteps, draws),
+    }
+
+
 def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Which of its `counts[i]` captions the sample at `turns[i]` takes, each alike: (B,) int64 → (B,) int64."""
     choice = np.zeros(len(turns), np.int64)

@@ -9,7 +9,6 @@
 """
 
 from kcache.report.figures import plot_run
-from kcache.report.model_card import model_card
 from kcache.report.write import write_report
 
-__all__ = ["model_card", "plot_run", "write_report"]
+__all__ = ["plot_run", "write_report"]

@@ -19,9 +19,9 @@ class Request:
     """What to take from a source."""
 
     image_column: str
-    """Of a table."""
+    """Of a dataset of rows."""
     caption_column: str
-    """Of a table, or of metadata."""
+    """Of a dataset of rows, or of metadata."""
     max_train_samples: int | None
     """Only the first ones."""
     need_captions: bool

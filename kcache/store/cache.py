@@ -41,7 +41,7 @@ class Cache:
         self.manifest = manifest
         self.resolution = resolution
         self.index = index
-        """Where the rows of the samples stand, by table, and `caption_bounds`: what `open_index` gives."""
+        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives."""
         self._selected = selected
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
@@ -248,7 +248,7 @@ class Cache:
     def make_mapped(self, fields: Sequence[str], *, stays: bool) -> None:
         """Prepare for random reads of `fields` from mapped files: a read then asks the disk for all its rows at once.
 
-        With `stays`, for files that fit into memory, it asks for a row only once.
+        If the files fit into memory (`stays`), each row is asked for only once.
         """
         for name in fields:
             self._stays[name] = stays

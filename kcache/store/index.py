@@ -1,8 +1,9 @@
-"""The join, done once per build: memory-mapped arrays that say, for every sample, where each of its rows stands.
+"""The index, made once per build: memory-mapped arrays that say, for every sample, where each of its rows stands.
 
 `index-<digest>/<table>.npy` holds one entry per sample (per caption for `text`), in sample order: the shard's position
 in the manifest and a locator per field. The last entry of `image_embeds` is the all-zero image, that of `text` the
-empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1].
+empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1]. It is
+made of `TableState`s: what is committed of each table, read from the side files of its shards.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The manifest: the one JSON file that makes a folder a cache, and the only file that is ever replaced."""
+"""The manifest: the one JSON file that makes a folder a cache, written last and replaced by one rename."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class Manifest:
     """What is in a cache."""
 
     format: str
-    """"zarr": the form of the shards."""
+    """The form of the shards: "zarr" or "webdataset"."""
     tables: Mapping[str, TableEntry]
     samples: int
     samples_digest: str

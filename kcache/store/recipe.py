@@ -79,7 +79,7 @@ class TableKind:
         return [*self.keys(samples), *self._reserved()]
 
     def dropped(self, captions: Any, images: Any) -> Any:
-        """Of what says which samples' captions and images are left out, that which is about rows of this kind."""
+        """Of two masks, for captions and for images, the one that applies to rows of this kind; None for neither."""
         if self.reserved is None:
             return None
         return captions if self.per == "caption" else images
@@ -104,7 +104,7 @@ LATENTS = TableKind(
 )  # fmt: skip
 KINDS = (IMAGE_EMBEDS, TEXT, LATENTS)
 SAMPLES, RESERVED = "samples", "reserved"
-"""What tars are named after, which hold whole samples or the reserved rows, where tables are named after their kind."""
+"""Names of the folders of tars, where tables have those of their kinds: whole samples, and the reserved rows."""
 
 TABLE_NAME = re.compile("|".join(kind.name + "-[1-9][0-9]{0,4}" * kind.sided for kind in KINDS))
 SHARD_FOLDER = re.compile(rf"({TABLE_NAME.pattern}|{SAMPLES}|{RESERVED})-[0-9a-f]{{8}}")
@@ -112,8 +112,11 @@ SHARD_FOLDER = re.compile(rf"({TABLE_NAME.pattern}|{SAMPLES}|{RESERVED})-[0-9a-f
 
 
 def kind_of(table: str) -> TableKind:
-    """The kind of the table called `table`, e.g. "latents-768"."""
-    return next(kind for kind in KINDS if kind.name == table.partition("-")[0])
+    """The kind of the table called `table`, e.g. "latents-768"; raises ValueError for what is no table, as tars are."""
+    for kind in KINDS:
+        if kind.name == table.partition("-")[0]:
+            return kind
+    raise ValueError(f"{table!a} is no table; expected one of {', '.join(kind.name for kind in KINDS)}")
 
 
 def side_of(table: str) -> int | None:

@@ -71,7 +71,7 @@ class FieldFiles:
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
         locators = entries[self.field.name]
-        # The system wants offsets in whole pages. Of a row beyond the end of its file `gather` tells.
+        # The system wants offsets in whole pages. `gather` reports rows beyond the end of a file.
         starts = locators["offset"] // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = locators["offset"] - starts + locators["length"]
         for shard, start, length in zip(entries["shard"].tolist(), starts.tolist(), lengths.tolist(), strict=True):

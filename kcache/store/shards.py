@@ -1,7 +1,8 @@
 """A shard: an immutable run of rows of one table, which exists exactly when its commit record does.
 
 In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr group), `00042.rows.npy` (key, offset,
-length and crc32c of every row and field) and `00042.json` (the commit record, written last).
+length and crc32c of every row and field) and `00042.json` (the commit record, written last). Where whole samples make
+a shard, its data is `00042.tar`, with a side file per table.
 """
 
 import json

@@ -21,7 +21,7 @@ _RESULT = (*RESULT, *COMPONENTS)
 def check_output_dir(config: TrainConfig) -> None:
     """Check, before anything is loaded, that the run of `config` may write into its directory; in all processes.
 
-    Refused is only where something would be lost or mixed: a file, a cache, a folder of pictures, one with names that a
+    Only what would lose or mix files is refused: a file, a cache, a folder of pictures, one with names that a
     run writes over, and an earlier run that this one does not go on with. Whatever else is there may stay, as no run
     touches it: logs, scripts, notes. A start that ended before its first step left nothing to lose. Processes may not
     check when one of them may have begun. Raises RunError, CacheBusyError where another run still goes on, and

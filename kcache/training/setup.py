@@ -1,16 +1,16 @@
 """A training run set up: its parts found, checked against each other, loaded and put together."""
 
 import math
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import PIPELINES, Repository, find_repository, weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError
 from kcache.loader.batches import CacheLoader, RowReader
-from kcache.loader.chance import draw_noise, draw_timesteps
+from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.sources import open_source
@@ -18,7 +18,7 @@ from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.store.manifest import MODEL_SETTINGS
-from kcache.store.recipe import TEXT, kind_of
+from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
@@ -90,7 +90,9 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
     """The repository whose network is trained: the one named, else the one that the cache was built with."""
     # What the cache has not, or has in several resolutions, is said before anything is fetched.
-    cache.table_of(OBJECTIVES[config.stage].noised_field)
+    for kind in KINDS:
+        if config.stage in kind.readers:
+            cache.table_of(kind.fields[0])
     name, revision = getattr(config, MODEL_SETTINGS[config.stage]), config.revision
     if name is None:
         origin = cache.models[config.stage]
@@ -162,15 +164,13 @@ def _check_encoder(cache: Cache, table: str, repository: Repository, component: 
 
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
     fields = tuple(objective.row_shapes)
-    noise_shape = cache.field(objective.noised_field).shape
-    num_train_timesteps = objective.scheduler.config.num_train_timesteps
-
-    def draws(turns: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "noise": draw_noise(config.seed, turns, noise_shape, config.noise_draws),
-            "timesteps": draw_timesteps(config.seed, turns, num_train_timesteps, config.noise_draws),
-        }
-
+    draws = partial(
+        draw_turns,
+        config.seed,
+        shape=cache.field(objective.noised_field).shape,
+        num_train_timesteps=objective.scheduler.config.num_train_timesteps,
+        draws=config.noise_draws,
+    )
     rows: RowReader = cache
     if config.online is not None:
         # Not at the top: a run from a cache needs neither encoders nor what reads a source.

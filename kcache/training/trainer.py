@@ -157,7 +157,7 @@ def _stop(accelerator: Accelerator) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)  # another process was asked
 
 
-BATCH_SIZE = 8
+HELD_OUT_BATCH_SIZE = 8
 """Held-out samples at a time, at least: without gradients they need little memory."""
 RESOLUTION = 512
 """Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
@@ -176,7 +176,7 @@ class Evaluation:
             self._validation = Validation(
                 run.held_out,
                 run.raw_objective,
-                batch_size=max(config.train_batch_size, BATCH_SIZE),
+                batch_size=max(config.train_batch_size, HELD_OUT_BATCH_SIZE),
                 seed=config.seed,
                 device=accelerator.device,
                 rank=accelerator.process_index,

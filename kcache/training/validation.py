@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kcache.errors import ConfigError
-from kcache.loader.chance import draw_noise, draw_timesteps
+from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import evaluating
 from kcache.objectives.losses import Batch, Objective
 from kcache.store.cache import Cache
@@ -116,7 +116,6 @@ class Validation:
         for start in range(0, len(self._samples), self._batch_size):
             part = slice(start, start + self._batch_size)
             rows = self._cache.read(self._samples[part], fields)
-            noise = draw_noise(self._seed, self._turns[part], shape)
-            places = draw_timesteps(self._seed, self._turns[part], self._width)
-            batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
-            yield batch, torch.from_numpy(noise).to(self._device), torch.from_numpy(places).to(self._device)
+            drawn = draw_turns(self._seed, self._turns[part], shape, self._width)
+            batch = {name: torch.from_numpy(array).to(self._device) for name, array in (rows | drawn).items()}
+            yield batch, batch.pop("noise"), batch.pop("timesteps")

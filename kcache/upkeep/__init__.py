@@ -1,7 +1,9 @@
 """Looking after a finished cache.
 
 - `info`: what is in it
-- `records`, `scan`, `verify`: every byte checked
+- `records`: what its small files say, each checked against what vouches for it
+- `scan`: one large file read once, against its rows' checksums
+- `verify`: all of both
 - `compare`: its rows beside what its encoders give now
 - `repair`: broken rows encoded again
 - `copying`, `convert`, `merge`: other caches made of it

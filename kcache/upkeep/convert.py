@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache
-from kcache.build.joined_tars import TarWriter, committed, plan_tars, tar_recipe
+from kcache.build.joined_tars import TarWriter, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
 from kcache.config import CountReport
 from kcache.durable import exclusive, remove_leftovers
@@ -48,7 +49,7 @@ def convert_cache(
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)
         write_shards(contents, target, form, rows_per_shard, report)
-        tables = committed(target, form, contents.recipes)
+        tables = read_committed(target, form, contents.recipes)
         manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
         stop_here()
     return manifest

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.build.joined_tars import committed, shard_recipes, tar_keys
+from kcache.build.committed import read_committed
+from kcache.build.joined_tars import shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.errors import CacheCorruptError, CacheMismatchError
@@ -69,7 +70,7 @@ def read_contents(cache: Path) -> CacheContents:
         manifest=opened.manifest,
         samples=samples,
         refused=list(read_refused(cache)),
-        tables=committed(cache, form, recipes),
+        tables=read_committed(cache, form, recipes),
     )
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache
-from kcache.build.joined_tars import committed, committed_tar_keys, shard_recipes
+from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
 from kcache.durable import exclusive, remove_leftovers, sync_folder
@@ -69,7 +70,7 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
             tables=_states(parts, target),
         )
         write_shards(merged, target, form, report=report)
-        states = committed(target, form, recipes)
+        states = read_committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
         stop_here()
     return manifest
@@ -108,7 +109,7 @@ def _united(parts: Sequence[CacheContents]) -> list[Sample]:
 
 def _states(parts: Sequence[CacheContents], target: Path) -> dict[str, TableState]:
     """What is committed in `target`, with all that the tables of `parts` have rejected."""
-    states = committed(target, parts[0].manifest.format, parts[0].recipes)
+    states = read_committed(target, parts[0].manifest.format, parts[0].recipes)
     return {
         name: replace(
             state,

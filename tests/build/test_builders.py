@@ -65,6 +65,15 @@ def test_one_of_several_waits_for_another_machine_and_names_it(
     assert said == [f"waiting for process {os.getpid()} on elsewhere, which holds {claims / 'text-00001'}"]
 
 
+@pytest.mark.parametrize(("rows", "told"), [(4, 0), (None, 0), (3, 1)])
+def test_that_an_open_plan_has_shards_of_another_size_is_said(
+    source: Path, oracle: Path, planned: tuple[Path, Path], rows: int | None, told: int
+) -> None:
+    said: list[str] = []
+    build_cache(str(source), str(planned[0]), small_config(oracle, rows_per_shard=rows), say=said.append)
+    assert sum("is finished first, in shards of the size that it was begun with" in message for message in said) == told
+
+
 def test_what_the_dead_left_behind_is_taken_over(
     source: Path, oracle: Path, planned: tuple[Path, Path], tmp_path: Path
 ) -> None:

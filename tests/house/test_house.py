@@ -157,7 +157,7 @@ def test_the_readme_maps_every_package_and_the_core_path() -> None:
     assert [path.name for path in packages() if f"{path.name}/" not in readme] == []
     core = re.findall(r"^\| \d+ \| `(\w+/\w+\.py)`", readme, re.MULTILINE)
     assert len(core) == 10
-    assert sum(len((ROOT / "kcache" / path).read_text().splitlines()) for path in core) <= 2300
+    assert sum(len((ROOT / "kcache" / path).read_text().splitlines()) for path in core) <= 2400
 
 
 @pytest.mark.parametrize("package", packages(), ids=lambda path: path.name)

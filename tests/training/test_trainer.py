@@ -304,9 +304,15 @@ def test_a_resumed_run_keeps_its_settings_and_its_cache(cache: str, build: Calla
         train(build(stage="prior", dtype="float16"), config(tmp_path, resume_from_checkpoint="latest"))
 
 
-def test_a_cache_without_the_table_is_refused(build: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(CacheIncompleteError, match="holds no 'latents'"):
-        train(build(stage="prior"), config(tmp_path, "decoder"))
+@pytest.mark.parametrize(
+    ("stage", "other", "field"), [("decoder", "prior", "latents"), ("prior", "decoder", "text_embeds")]
+)
+def test_a_cache_without_a_table_is_refused_before_a_network_is_looked_for(
+    build: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, other: str, field: str
+) -> None:
+    monkeypatch.setattr(kcache.training.setup, "find_repository", lambda *_: pytest.fail("looked for"))
+    with pytest.raises(CacheIncompleteError, match=f"holds no '{field}'"):
+        train(build(stage=other), config(tmp_path, stage))
 
 
 def test_a_cache_of_other_encoders_is_refused(oracle: Path, cache: str, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""The two forms of a cache on disk, behind one small protocol that the modules `zarr` and `webdataset` both fulfil."""
+"""The two forms of a cache on disk. Reading asks only where rows stand, by one small protocol that both fulfil.
+
+- `zarr`: groups of arrays, as `shards` writes them
+- `webdataset`: tars of whole samples, as a build writes them when all rows are there
+"""
 
 from typing import Protocol
 

@@ -1,0 +1,75 @@
+"""What is committed of each table, in either form: read from commit records and side files, and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from kcache.build.joined_tars import shard_recipes
+from kcache.store.index import StoredRows, TableState, merged_rows, provenance_of, stored_rows, table_state
+from kcache.store.recipe import Recipe
+from kcache.store.shards import Rejection, read_commits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """What is committed of each table."""
+
+    in_place: Mapping[str, TableState]
+    """Where a cache of its form keeps rows, and its manifest can refer to them."""
+    waiting: Mapping[str, TableState]
+    """Encoded into tables, and in no tar yet; {} where tables are what the cache consists of."""
+
+    @cached_property
+    def tables(self) -> Mapping[str, TableState]:
+        """All of it."""
+        if not self.waiting:
+            return self.in_place
+        return {
+            name: replace(
+                table,
+                stored=merged_rows(table.recipe, [self.in_place[name].stored, table.stored]),
+                rejections=self.in_place[name].rejections + table.rejections,
+            )
+            for name, table in self.waiting.items()
+        }
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the rows that wait for a tar were made with."""
+        return {name: value for table in self.waiting.values() for name, value in table.provenance.items()}
+
+
+def read_committed(
+    cache: Path, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
+) -> dict[str, TableState]:
+    """What is committed of each table where a cache of the form `form` keeps it.
+
+    In tars, rows count that were written into tars of the recipes `earlier`, too, if the table's own recipe is the
+    same. Every commit record and side file is read: ask once, and hand on what came. Raises CacheCorruptError.
+    """
+    if form == "zarr":
+        return {name: table_state(cache, recipe) for name, recipe in recipes.items()}
+    parts: dict[str, list[StoredRows]] = {name: [] for name in recipes}
+    rejections: list[Rejection] = []
+    provenance: dict[str, str] = {}
+    for tables in [earlier, recipes] if earlier and dict(earlier) != dict(recipes) else [recipes]:
+        same = [name for name in tables if name in recipes and tables[name] == recipes[name]]
+        for recipe in shard_recipes(form, tables):
+            folder = cache / recipe.directory
+            commits = read_commits(folder, recipe)
+            for name in same:
+                parts[name].append(stored_rows(folder, commits, tables[name], name))
+            if len(same) == len(tables):
+                rejections += [rejection for commit in commits for rejection in commit.rejected]
+            if tables is recipes:
+                provenance |= provenance_of(commits)
+    return {
+        name: TableState(
+            recipe=recipe,
+            stored=merged_rows(recipe, parts[name]),
+            rejections=tuple(rejections),
+            provenance=provenance,
+        )
+        for name, recipe in recipes.items()
+    }
