@@ -44,7 +44,7 @@ from kcache.build.survey import Survey, fetcher, survey
 from kcache.encoders.frozen import Encoder, full_batches, load_encoder
 from kcache.encoders.pretrained import load_pretrained
 from kcache.machine import default_device
-from kcache.store.digests import ZERO_IMAGE_KEY
+from kcache.store.recipe import kind_of
 
 BATCHES_PER_SHARD = 4
 """Enough shards that one is written while the next is encoded, as in a build of many images."""
@@ -72,10 +72,10 @@ class Table:
 
     def decode(self) -> list[Any]:
         """All inputs, prepared, and nothing else done meanwhile."""
-        fetch = fetcher(self.job, self.name)
+        fetch, reserved = fetcher(self.job, self.name), kind_of(self.name).reserved
 
         def prepare(key: bytes) -> Any:
-            return self.encoder.reserved() if key == ZERO_IMAGE_KEY else self.encoder.prepare(fetch(key))
+            return self.encoder.reserved() if key == reserved else self.encoder.prepare(fetch(key))
 
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(prepare, self.keys))
