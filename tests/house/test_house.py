@@ -168,3 +168,9 @@ def test_a_package_has_a_face_that_names_its_files_and_few_of_them(package: Path
     if package.name not in ("kcache", "formats"):
         assert [path.stem for path in modules if f"`{path.stem}`" not in face] == []
     assert {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) > 330} == {}
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    passed_over = [path.name for path in folders for rule in pytestconfig.getini("norecursedirs") if path.match(rule)]
+    assert passed_over == []
