@@ -16,6 +16,7 @@ python=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo pyt
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 kind=$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")') || exit 1
+mkdir -p "$results"
 failed=0
 
 run() {
