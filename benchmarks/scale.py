@@ -124,7 +124,7 @@ def fill(source: Path, cache: Path, config: BuildConfig) -> None:
         folder.mkdir(parents=True)
         rows_per_shard = default_rows_per_shard(recipe)
         plan = plan_table(recipe, job.wanted(name), (), (), rows_per_shard=rows_per_shard, first_shard=0)
-        for shard in plan.shards():
+        for shard in plan.shards:
             rows = random_rows(recipe, shard.keys, rng)
             commit_shard(folder, shard.name, recipe, rows, provenance={"made by": "numpy"})
 

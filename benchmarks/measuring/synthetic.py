@@ -55,7 +55,7 @@ def write_synthetic_cache(
         table = folder / recipe.directory
         table.mkdir()
         plan = plan_table(recipe, kind.wanted(rows), (), (), rows_per_shard=rows_per_shard, first_shard=0)
-        for shard in plan.shards():
+        for shard in plan.shards:
             block = random_rows(recipe, shard.keys, rng)
             commit_shard(table, shard.name, recipe, block, provenance={"made by": "numpy"})
         states[name] = table_state(folder, recipe)

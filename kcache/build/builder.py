@@ -51,7 +51,7 @@ BuildReport = Callable[[BuildProgress], None]
 
 def unfinished(cache: Path, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
     """The shards of each table of `plan` that are not committed, tables without any left out."""
-    left = [(table, [s for s in table.shards() if not _record(cache, table, s).exists()]) for table in plan.tables]
+    left = [(table, [s for s in table.shards if not _record(cache, table, s).exists()]) for table in plan.tables]
     return [(table, shards) for table, shards in left if shards]
 
 

@@ -146,7 +146,7 @@ def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> in
     plan = plan_tars(job.folder, job.recipes, named, rows)
     wanted = set(plan.keys)
     new = [sample for key, sample in zip(tar_keys(named), named, strict=True) if key in wanted]
-    return tar_bytes(job.recipes, new, sum(1 for table in plan.tables for _ in table.shards()), tokens)
+    return tar_bytes(job.recipes, new, sum(len(table.shards) for table in plan.tables), tokens)
 
 
 class _Watched(Exception):
@@ -236,7 +236,7 @@ def zarr_bytes(plan: TablePlan, mean_tokens: float) -> int:
     """
     dtype, fields = np.dtype(plan.recipe.stored_dtype), plan.recipe.fields
     size = 0
-    for shard in plan.shards():
+    for shard in plan.shards:
         rows = len(shard.keys)
         size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * side_dtype(fields).itemsize
         for field in fields:

@@ -9,8 +9,8 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.durable import (
@@ -55,11 +55,13 @@ class TablePlan:
     """Number of the first new shard: one more than the highest committed."""
     keys: tuple[bytes, ...]
     """Inputs to encode, in sample order."""
+    shards: tuple[PlannedShard, ...] = field(init=False, repr=False, compare=False)
+    """The keys cut into runs of `rows_per_shard`, the last one shorter."""
 
-    def shards(self) -> Iterator[PlannedShard]:
-        """The keys cut into runs of `rows_per_shard`, the last one shorter."""
-        for number, start in enumerate(range(0, len(self.keys), self.rows_per_shard), self.first_shard):
-            yield PlannedShard(name=shard_name(number), keys=self.keys[start : start + self.rows_per_shard])
+    def __post_init__(self) -> None:
+        starts = enumerate(range(0, len(self.keys), self.rows_per_shard), self.first_shard)
+        runs = ((shard_name(number), self.keys[start : start + self.rows_per_shard]) for number, start in starts)
+        object.__setattr__(self, "shards", tuple(PlannedShard(name=name, keys=keys) for name, keys in runs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

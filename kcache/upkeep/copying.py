@@ -131,7 +131,7 @@ class RowCopier:
 def with_progress(plan: TablePlan, name: str, report: CountReport | None) -> Iterator[PlannedShard]:
     """The shards of a plan, one after another; when the next is asked for, `report` is told that the last is done."""
     done = 0
-    for shard in plan.shards():
+    for shard in plan.shards:
         yield shard
         stop_here()
         done += len(shard.keys)

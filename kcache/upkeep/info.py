@@ -60,7 +60,7 @@ def _progress(folder: Path, plan: Plan | None) -> dict[str, Any]:
     tables = {}
     for table in plan.tables:
         committed = {commit.name for commit in read_commits(folder / table.recipe.directory, table.recipe)}
-        done = sum(len(shard.keys) for shard in table.shards() if shard.name in committed)
+        done = sum(len(shard.keys) for shard in table.shards if shard.name in committed)
         tables[table.recipe.table] = {"done": done, "planned": len(table.keys)}
     return {"unfinished": True, "tables": tables}
 

@@ -24,7 +24,7 @@ def test_every_missing_key_is_planned_once_in_order(
     wanted: list[bytes], stored: list[bytes], rejected: list[bytes], rows_per_shard: int, first: int
 ) -> None:
     plan = plan_table(RECIPE, wanted, set(stored), set(rejected), rows_per_shard=rows_per_shard, first_shard=first)
-    shards = list(plan.shards())
+    shards = list(plan.shards)
     planned = [key for shard in shards for key in shard.keys]
     assert len(planned) == len(set(planned))
     assert set(planned) == set(wanted) - set(stored) - set(rejected)

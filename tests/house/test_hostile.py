@@ -330,7 +330,7 @@ def test_hostile_plans_are_refused(cache: Path, built: Path, oracle: Path, place
     except KcacheError:
         return
     assert plan is not None
-    assert [shard.name for table in plan.tables for shard in table.shards()] != []
+    assert [shard.name for table in plan.tables for shard in table.shards] != []
     build(built / "pictures", cache, oracle)
 
 
