@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
@@ -236,7 +236,8 @@ def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _Ope
         ) from error
     offsets = encoded[OFFSETS].cpu().numpy() if OFFSETS in encoded else None
     values = {f.name: encoded[f.name].float().cpu().numpy() for f in encoder.recipe.fields}
-    stored = {name: _cast(array, encoder.recipe.stored_dtype) for name, array in values.items()}
+    with np.errstate(over="ignore"):  # what overflows is found as an infinity below, and named
+        stored = {name: array.astype(encoder.recipe.stored_dtype) for name, array in values.items()}
     reasons = refusal_reasons(encoder.recipe, values, stored, offsets)
     kept = np.array([reason is None for reason in reasons])
     for (number, _), reason in zip(batch, reasons, strict=True):
@@ -251,11 +252,6 @@ def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _Ope
         rows.parts.setdefault(f.name, []).append(stored[f.name][chosen])
     if lengths is not None:
         rows.lengths.append(lengths[kept])
-
-
-def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows is found as an infinity below, and named
-        return array.astype(dtype)
 
 
 def refusal_reasons(
@@ -284,12 +280,7 @@ def refusal_reasons(
 
 def provenance(encoder: Encoder) -> dict[str, str]:
     """What the rows were made with: recorded in each commit, shown, never compared."""
-    packages = _versions("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
+    packages = ("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
     device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return {**packages, "python": platform.python_version(), "device": name}
-
-
-@cache
-def _versions(*packages: str) -> dict[str, str]:
-    return {name: version(name) for name in packages}
+    return {name: version(name) for name in packages} | {"python": platform.python_version(), "device": name}
