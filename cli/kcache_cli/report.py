@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kcache.config import SourceConfig
+from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, say
 
 
+@with_flags(SourceConfig)
 def report(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CACHE", help="A run directory, or the folder of a cache.")],
     *,
@@ -29,9 +32,9 @@ def report(
     pretrained_decoder_model_name_or_path: Annotated[
         str | None, typer.Option(help="Of a cache: decode some latents by movq of this folder or Hub id.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Column of --source that holds the image.")] = "image",
     device: Annotated[str, typer.Option(help="Where networks run for that, such as cuda:0.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **reading: Any,
 ) -> None:
     """Write a report of a run or a cache: one HTML file, to open, mail and keep.
 
@@ -54,7 +57,7 @@ def report(
         neighbours=neighbours,
         source=source,
         pretrained_decoder_model_name_or_path=pretrained_decoder_model_name_or_path,
-        image_column=image_column,
+        reading=SourceConfig(**reading),
         device=device,
     )
     with Report() as progress:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kcache.config import SourceConfig
 from kcache.errors import CacheCorruptError, ConfigError
+from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ SHOWN = 20
 """Broken files, broken rows and orphaned files that are named one by one; --json names them all."""
 
 
+@with_flags(SourceConfig)
 def cache_verify(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
     *,
@@ -35,12 +38,11 @@ def cache_verify(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which samples --against-online takes.")] = 0,
-    image_column: Annotated[str, typer.Option(help="Column of a dataset that holds the image.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="Column that holds the caption, or a list of them.")] = "text",
     device: Annotated[
         str | None, typer.Option(help="Where the encoders run, such as cuda:0. Chosen by what there is when left out.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    **reading: Any,
 ) -> None:
     """Check every byte of a cache against the checksums that were committed with it.
 
@@ -61,16 +63,16 @@ def cache_verify(
 
         # Reading every byte comes first, and takes long.
         check_device(device)
-    columns = {"image_column": image_column, "caption_column": caption_column, "device": device}
+    encoding = {"reading": SourceConfig(**reading), "device": device}
     about: dict[str, Any] = {}
     with Report() as report:
         if repair and source is not None:
-            result, about["repaired"] = _repair(source, cache, columns, report)
+            result, about["repaired"] = _repair(source, cache, encoding, report)
         else:
             result = _verify(cache, report)
         about = _about(result) | about
         if against_online and source is not None and not result.corrupt:
-            about["against_online"] = _compare(source, cache, against_online, seed, columns, report)
+            about["against_online"] = _compare(source, cache, against_online, seed, encoding, report)
     if as_json:
         say(json.dumps(about, indent=2, ensure_ascii=False))
     else:
@@ -89,13 +91,13 @@ def _verify(cache: str, report: Report) -> "VerifyResult":
     return verify_cache(cache, partial(show_verify, report))
 
 
-def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) -> tuple["VerifyResult", dict[str, Any]]:
+def _repair(source: str, cache: str, encoding: dict[str, Any], report: Report) -> tuple["VerifyResult", dict[str, Any]]:
     from kcache.upkeep.repair import repair_cache
 
     result: RepairResult = repair_cache(
         source,
         cache,
-        **columns,
+        **encoding,
         report=partial(show_build, report),
         say=report.note,
         checked=partial(show_verify, report),
@@ -105,14 +107,14 @@ def _repair(source: str, cache: str, columns: dict[str, Any], report: Report) ->
 
 
 def _compare(
-    source: str, cache: str, count: int, seed: int, columns: dict[str, Any], report: Report
+    source: str, cache: str, count: int, seed: int, encoding: dict[str, Any], report: Report
 ) -> list[dict[str, Any]]:
     from kcache.upkeep.compare import compare_online
 
     def show(table: str, done: int, total: int) -> None:
         report.show(table, done, total, "encoded and compared")
 
-    differences: list[Difference] = compare_online(source, cache, count, seed=seed, **columns, report=show)
+    differences: list[Difference] = compare_online(source, cache, count, seed=seed, **encoding, report=show)
     return [dataclasses.asdict(difference) for difference in differences]
 
 

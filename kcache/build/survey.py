@@ -86,11 +86,9 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
     tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
     opened = open_source(
         source,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
+        config,
         max_train_samples=config.max_train_samples,
         need_captions=TEXT.name in tables,
-        revision=None,
     )
     repositories = _find_repositories(config, stage_of(tables))
     with DigestMemo() as memo:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kcache.config import CountReport
+from kcache.config import AS_FOUND, CountReport, SourceConfig
 from kcache.report.figures import histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
@@ -50,8 +50,8 @@ class ReportConfig:
     """Of a cache: folder or Hub id with movq, to decode some latents; None decodes none."""
     source: str | None = None
     """Of a cache: where it was built from, to show originals; None shows none."""
-    image_column: str = "image"
-    """Column of the source that holds the image."""
+    reading: SourceConfig = AS_FOUND
+    """How the source is read."""
     device: str = "cpu"
     """Where CLIP and MoVQ run."""
 
@@ -124,7 +124,7 @@ def _pictures(
     side = sides[0] if sides else SIDE
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
     if config.source is not None:
-        given = originals(cache, chosen, config.source, config.image_column, side, report)
+        given = originals(cache, chosen, config.source, config.reading, side, report)
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
     decoder = config.pretrained_decoder_model_name_or_path
     if decoder is not None and sides:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import VQModel
 
-from kcache.config import CountReport
+from kcache.config import CountReport, SourceConfig
 from kcache.encoders.pixels import decode_image, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import find_repository
@@ -45,14 +45,14 @@ def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report
 
 
 def originals(
-    cache: Cache, samples: np.ndarray, source: str, image_column: str, side: int, report: CountReport
+    cache: Cache, samples: np.ndarray, source: str, reading: SourceConfig, side: int, report: CountReport
 ) -> list[np.ndarray | str]:
     """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, side, side) float32 in -1..1 each.
 
     For one that `source` has no more, or no longer with that content, there is a sentence that says so, and a warning
     of how many these are. Raises SourceError, also for a source that has none of them.
     """
-    opened = open_source(source, image_column=image_column, need_captions=False)
+    opened = open_source(source, reading, need_captions=False)
     told = read_some_samples(cache.path, cache.manifest, samples, ["name", "image_key"])
     wanted = {row["name"] for row in told}
     places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}

@@ -8,6 +8,7 @@
 import re
 from pathlib import Path
 
+from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import SourceError
 from kcache.hints import instead_of_source
 from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
@@ -29,12 +30,10 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 def open_source(
     spec: str,
+    config: SourceConfig = AS_FOUND,
     *,
-    image_column: str = "image",
-    caption_column: str = "text",
     max_train_samples: int | None = None,
     need_captions: bool = True,
-    revision: str | None = None,
 ) -> Source:
     """Open images and captions, whatever they are stored as; `description` says what was found.
 
@@ -43,12 +42,7 @@ def open_source(
     order of their paths, or of the dataset's rows, and `max_train_samples` takes the first ones. Unless
     `need_captions`, images without captions are offered with (). Raises SourceError when there is nothing to offer.
     """
-    request = Request(
-        image_column=image_column,
-        caption_column=caption_column,
-        max_train_samples=max_train_samples,
-        need_captions=need_captions,
-    )
+    request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
     path = Path(spec)
     try:
         if not _URL.match(spec) and "{" not in spec and (instead := instead_of_source(path)) is not None:
@@ -68,7 +62,7 @@ def open_source(
             f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
         )
     if _HUB_ID.fullmatch(spec):
-        return open_hub_dataset(spec, revision, request)
+        return open_hub_dataset(spec, request)
     raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kcache.config import SourceConfig
 from kcache.errors import SourceError
 from kcache.sources.reading import readable
 from kcache.store.digests import DigestMemo
@@ -18,14 +19,27 @@ from kcache.store.samples import Refusal
 class Request:
     """What to take from a source."""
 
-    image_column: str
-    """Of a dataset of rows."""
-    caption_column: str
-    """Of a dataset of rows, or of metadata."""
+    config: SourceConfig
+    """How it is read; a kind of source refuses what it has no use for."""
     max_train_samples: int | None
     """Only the first ones."""
     need_captions: bool
     """Whether an image without captions is refused."""
+
+    @property
+    def image_column(self) -> str:
+        """The column that holds the image, of a dataset of rows."""
+        return self.config.image_column or "image"
+
+    @property
+    def caption_column(self) -> str:
+        """The column that holds the captions, of a dataset of rows or of metadata."""
+        return self.config.caption_column or "text"
+
+    @property
+    def split(self) -> str:
+        """The split that is taken, of a dataset that has several."""
+        return self.config.split or "train"
 
 
 class Source(Protocol):

@@ -142,24 +142,23 @@ def open_saved_dataset(folder: Path, request: Request) -> TableSource:
     return _open_rows("saved dataset", str(root), ArrowStream, files, [root], request, numbered_through=True)
 
 
-def open_hub_dataset(name: str, revision: str | None, request: Request) -> TableSource:
+def open_hub_dataset(name: str, request: Request) -> TableSource:
     """Download the train split of a Hub dataset into the user's Hugging Face cache and open it; raises SourceError."""
     # Imported here, because it takes a second that no other source needs.
     import datasets
     import huggingface_hub.constants
 
-    wanted = name if revision is None else f"{name} at revision {revision}"
     try:
-        dataset = datasets.load_dataset(name, split="train", revision=revision, keep_in_memory=False)
+        dataset = datasets.load_dataset(name, split="train", keep_in_memory=False)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise SourceError(
-            f"{name!r} is no folder or file here, and the Hub dataset {wanted} cannot be loaded: {error}; "
+            f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded: {error}; "
             "expected a path that exists or the id of a dataset with a train split; correct it, or go online"
         ) from error
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
     caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
     roots = [Path(cache).resolve() for cache in caches]
-    return _open_rows("Hub dataset", wanted, ArrowStream, files, roots, request, numbered_through=True)
+    return _open_rows("Hub dataset", name, ArrowStream, files, roots, request, numbered_through=True)
 
 
 def _open_rows(

@@ -176,12 +176,7 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         # Not at the top: a run from a cache needs neither encoders nor what reads a source.
         from kcache.encoders.online import OnlineEncoders
 
-        source = open_source(
-            config.online,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-            need_captions=False,
-        )
+        source = open_source(config.online, config, need_captions=False)
         rows = OnlineEncoders(cache, source, fields, accelerator.device)
     return CacheLoader(
         rows,

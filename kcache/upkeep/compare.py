@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kcache.config import AS_FOUND, SourceConfig
 from kcache.encoders.online import OnlineEncoders
 from kcache.machine import check_device, default_device
 from kcache.sources import open_source
@@ -35,8 +36,7 @@ def compare_online(
     count: int,
     *,
     seed: int = 0,
-    image_column: str = "image",
-    caption_column: str = "text",
+    reading: SourceConfig = AS_FOUND,
     device: str | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> list[Difference]:
@@ -48,7 +48,7 @@ def compare_online(
     """
     check_device(device)
     whole = Cache.open(cache)
-    opened = open_source(source, image_column=image_column, caption_column=caption_column, need_captions=False)
+    opened = open_source(source, reading, need_captions=False)
     rng = np.random.default_rng(seed)
     samples = np.sort(rng.choice(len(whole), min(count, len(whole)), replace=False))
     captions = rng.integers(np.maximum(np.diff(whole.caption_bounds), 1))[samples]

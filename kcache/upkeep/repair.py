@@ -6,7 +6,7 @@ nothing, as long as those behind the broken rows are there.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from kcache.build.build import complete
 from kcache.build.builder import BuildReport
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
-from kcache.config import Say, unheard
+from kcache.config import AS_FOUND, Say, SourceConfig, unheard
 from kcache.durable import exclusive, remove
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
@@ -48,8 +48,7 @@ def repair_cache(
     source: str,
     cache: str | Path,
     *,
-    image_column: str = "image",
-    caption_column: str = "text",
+    reading: SourceConfig = AS_FOUND,
     device: str | None = None,
     report: BuildReport | None = None,
     say: Say = unheard,
@@ -73,7 +72,7 @@ def repair_cache(
             f"{folder / MANIFEST} is damaged, so nothing says which encoders made the rows; "
             f"run `kcache cache-build {source} {folder}` with the flags that built it, then verify it again"
         )
-    job = _survey(source, folder, records.manifest, image_column, caption_column, device)
+    job = _survey(source, folder, records.manifest, reading, device)
     refused = _recorded_refusals(folder, before)
     samples = _samples(job, records, before, refused)
     with exclusive(folder):
@@ -88,17 +87,14 @@ def repair_cache(
     return RepairResult(before=before, encoded=encoded, after=after)
 
 
-def _survey(
-    source: str, folder: Path, manifest: Manifest, image_column: str, caption_column: str, device: str | None
-) -> Survey:
+def _survey(source: str, folder: Path, manifest: Manifest, reading: SourceConfig, device: str | None) -> Survey:
     """The source, and the encoders of the manifest; raises CacheMismatchError when they would make other rows."""
     found = {role: _repository(manifest, role) for role in manifest.models}
     config = replace(
         recorded_config(manifest),
         pretrained_prior_model_name_or_path=str(found["prior"].path),
         pretrained_decoder_model_name_or_path=str(found.get("decoder", found["prior"]).path),
-        image_column=image_column,
-        caption_column=caption_column,
+        **{each.name: getattr(reading, each.name) for each in fields(SourceConfig)},
         device=device,
     )
     job = survey(source, folder, config, unheard)

@@ -38,9 +38,6 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, int], str]] = [
 
 HARMLESS: list[dict[str, Any]] = [
     {"stage": "prior"},
-    {"revision": "main"},
-    {"image_column": "picture"},
-    {"caption_column": "caption"},
     {"max_train_samples": 3},
     {"num_workers": 1},
     {"rows_per_shard": 1},
@@ -48,8 +45,16 @@ HARMLESS: list[dict[str, Any]] = [
     {"worker": "1/2"},
     {"rehash": True},
     {"retry_rejected": True},
+    {"replace": True},
+    {"take_over": True},
+    {"max_pixels": 100_000},
 ]
-ELSEWHERE = {"pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "format"}
+ELSEWHERE = {
+    "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "format",
+    "revision", "prior_revision", "decoder_revision",
+    "image_column", "caption_column", "split", "follow_links",
+    "color",
+}  # fmt: skip
 """Settings with a test of their own."""
 
 

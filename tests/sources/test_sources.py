@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kcache.config import SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.reading import caption_tuple
@@ -77,7 +78,7 @@ def test_csv_captions_may_be_quoted_and_span_lines(tmp_path: Path) -> None:
         '\ufefffile_name,caption\r\na.jpg,"a cat, ""sitting""\nstill"\r\nb.jpg,\r\nc.jpg,a cat, sitting\r\nd.jpg\r\n'
     )
     write(tmp_path, {"metadata.csv": table, **dict.fromkeys(["a.jpg", "b.jpg", "c.jpg", "d.jpg"], b"")})
-    source = open_source(str(tmp_path), caption_column="caption")
+    source = open_source(str(tmp_path), SourceConfig(caption_column="caption"))
     assert offered(source) == {"a.jpg": ('a cat, "sitting"\nstill',), "b.jpg": ("",)}
     assert "quote commas" in reasons(source)["metadata.csv line 5"]
     assert "quote commas" in reasons(source)["metadata.csv line 6"]
@@ -333,7 +334,7 @@ def test_max_train_samples_takes_the_first_rows(tmp_path: Path) -> None:
 def test_plain_binary_column_and_categories_of_pandas(tmp_path: Path) -> None:
     captions = pa.array(["a", "b", "a"]).dictionary_encode()
     pq.write_table(pa.table({"jpg": [b"A", b"B", b"C"], "caption": captions}), tmp_path / "x.parquet")
-    source = open_source(str(tmp_path / "x.parquet"), image_column="jpg", caption_column="caption")
+    source = open_source(str(tmp_path / "x.parquet"), SourceConfig(image_column="jpg", caption_column="caption"))
     assert list(offered(source).values()) == [("a",), ("b",), ("a",)]
     assert source.image(1) == b"B"
 
@@ -432,12 +433,12 @@ def test_hub_dataset_is_the_train_split_undecoded(
     pq.write_table(rows_table([b"A", b"B"], ["a", "b"]), tmp_path / "x.parquet")
     load, cache = datasets.load_dataset, str(tmp_path / "cache")
 
-    def load_local(name: str, *, split: str, revision: str | None, keep_in_memory: bool) -> datasets.Dataset:
-        assert (name, split, revision, keep_in_memory) == ("owner/pictures", "train", "v1", False)
+    def load_local(name: str, *, split: str, keep_in_memory: bool) -> datasets.Dataset:
+        assert (name, split, keep_in_memory) == ("owner/pictures", "train", False)
         return load("parquet", data_files={"train": str(tmp_path / "x.parquet")}, split=split, cache_dir=cache)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    source = open_source("owner/pictures", revision="v1")
+    source = open_source("owner/pictures")
     assert offered(source) == {"owner/pictures row 0": ("a",), "owner/pictures row 1": ("b",)}
     assert (source.image(1), source.image_key(1, memo, False)) == (b"B", content_key(b"B"))
     assert source.description.startswith("Hub dataset: 2 images")

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from kcache.config import SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.tar_members import MAX_HEADER_BYTES, list_members
@@ -111,7 +112,7 @@ def test_captions_in_json_are_found_by_column(tmp_path: Path) -> None:
     members = [m for key, row in rows.items() for m in ((f"{key}.jpg", b""), (f"{key}.json", json.dumps(row).encode()))]
     path = str(tar_of(tmp_path / "x.tar", *members))
     assert offered(open_source(path)) == {"x.tar/a": ("t",), "x.tar/b": ("c",)}
-    assert offered(open_source(path, caption_column="alt"))["x.tar/c"] == ("x",)
+    assert offered(open_source(path, SourceConfig(caption_column="alt")))["x.tar/c"] == ("x",)
     assert set(reasons(open_source(path))) == {"x.tar/c", "x.tar/d"}
     bare = offered(open_source(path, need_captions=False))
     assert (bare["x.tar/c"], bare["x.tar/d"]) == ((), ())

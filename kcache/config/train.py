@@ -1,98 +1,16 @@
-"""What a build and a training run are told to do: frozen settings, named like the flags that set them.
+"""What a training run is told to do."""
 
-Each says here, once, what it means, which values it takes and who minds it, see `kcache.settings.Marks`; flags and
-their help are made of this, in this order.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from kcache.config.source import SourceConfig
+from kcache.config.words import LrScheduler, MixedPrecision
 from kcache.errors import ConfigError
 from kcache.settings import check, marked, setting
 
-Stage = Literal["prior", "decoder", "all"]
-MixedPrecision = Literal["no", "fp16", "bf16"]
-LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-
-PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"
-DECODER_REPO = "kandinsky-community/kandinsky-2-2-decoder"
-COMPUTE_DTYPES: dict[MixedPrecision, str] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The dtype that networks compute in, by torch's name."""
-
-CountReport = Callable[[str, int, int], None]
-"""Called with what is being worked on, how much of it is done, and how much there is."""
-Say = Callable[[str], None]
-"""Called with what is worth a line to whoever waits."""
-
-
-def unheard(_: str) -> None:
-    """Discards what it is told."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """What `kcache cache-build` is told: what to encode, with which networks, into which form."""
-
-    stage: Stage = setting("all", "Which trainer the cache is for; `all` serves both.")
-    resolution: tuple[int, ...] = setting(
-        (768,), "Side in pixels of the square pictures whose latents are stored; repeat it for several tables.", least=1
-    )
-    image_column: str = setting("image", "Column of a dataset that holds the image.")
-    caption_column: str = setting("text", "Column that holds the caption, or a list of captions.")
-    max_train_samples: int | None = setting(None, "Take only the first so many samples of the source.", least=1)
-    alpha: Literal["white", "black", "drop"] = setting(
-        "white", "What transparent pixels are laid on; `drop` ignores transparency, as the upstream scripts do."
-    )
-    pretrained_prior_model_name_or_path: str = setting(
-        PRIOR_REPO, "Folder or Hub id with image_encoder, text_encoder and tokenizer."
-    )
-    pretrained_decoder_model_name_or_path: str = setting(DECODER_REPO, "Folder or Hub id with movq.")
-    revision: str | None = setting(None, "Branch, tag or commit of the Hub repositories.")
-    # No word is cut off either way; part of the recipe, as results differ by 1e-6 between lengths.
-    text_padding: Literal["full", "trimmed"] = setting(
-        "full", "Pad each caption to the tokenizer's whole length, or trimmed: to the next multiple of 8 tokens."
-    )
-    mixed_precision: MixedPrecision = setting("no", "Dtype that the encoders run in; `no` is float32.")
-    batch_size: int = setting(
-        16, "Inputs per encoder call. It is part of the recipe: rows differ by 1e-6 between batch sizes.", least=1
-    )
-    device: str | None = setting(None, "Where the encoders run, such as cuda:0. Chosen by what there is when left out.")
-    format: Literal["zarr", "webdataset"] = setting("zarr", "Form of the shards on disk.")
-    dtype: Literal["float16", "float32"] = setting("float16", "Dtype of the stored rows.")
-    rows_per_shard: int | None = setting(None, "Rows of one shard. What makes about 256 MB when left out.", least=1)
-    num_workers: int | None = setting(None, "Threads that decode images. One per core when left out.", least=1)
-    # It only decides which shards this builder begins with: any number of builders may come and go.
-    worker: str | None = setting(
-        None, "Which of several builders this is, as I/N counted from 0. Asked of torchrun or Slurm when left out."
-    )
-    rehash: bool = setting(
-        False, "Read every file again, instead of trusting that an unchanged size and time mean unchanged content."
-    )
-    retry_rejected: bool = setting(False, "Try again the inputs that an earlier build rejected.")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.worker is not None and not _is_place(self.worker):
-            raise ConfigError(
-                f"--worker is {self.worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4"
-            )
-        if not self.resolution:
-            raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")
-
-    @property
-    def compute_dtype(self) -> str:
-        """The dtype that the encoders run in, by torch's name."""
-        return COMPUTE_DTYPES[self.mixed_precision]
-
-
-def _is_place(worker: str) -> bool:
-    index, _, count = worker.partition("/")
-    return index.isdecimal() and count.isdecimal() and int(index) < int(count)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(SourceConfig):
     """What `kcache train-prior` and `kcache train-decoder` are told; names and defaults are the upstream scripts'."""
 
     stage: Literal["prior", "decoder"] = field(
@@ -109,7 +27,11 @@ class TrainConfig:
     pretrained_decoder_model_name_or_path: str | None = setting(
         None, "Decoder pipeline: folder or Hub id. The cache's own when left out.", shown="never"
     )
-    revision: str | None = setting(None, "Branch, tag or commit of the Hub repositories.")
+    revision: str | None = setting(None, "Branch, tag or commit of the Hub repository of what is trained.")
+    prior_revision: str | None = setting(None, "Branch, tag or commit of the prior's Hub repository.", shown="never")
+    decoder_revision: str | None = setting(
+        None, "Branch, tag or commit of the decoder's Hub repository.", shown="never"
+    )
     cache_dir: str | None = setting(
         None, "Folder for downloaded repositories. The Hub's own (HF_HOME) when left out.", shown="never"
     )
@@ -127,6 +49,12 @@ class TrainConfig:
         None, "Keep only the newest so many checkpoints. All are kept when left out.", least=1
     )
     resume_from_checkpoint: str | None = setting(None, "Path of a checkpoint, or `latest`.", shown="never", swept=False)
+    new_order: bool = setting(
+        False,
+        "Go on from a checkpoint's weights in a new order, where the cache or the selection of samples has changed.",
+        shown="never",
+        swept=False,
+    )
     learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.", least=0, kept=True, shown="always")
     lr_scheduler: LrScheduler = setting("constant", "Schedule by its name in diffusers.", kept=True, shown="always")
     lr_warmup_steps: int = setting(
@@ -235,8 +163,6 @@ class TrainConfig:
         "A source, as for cache-build: run the frozen encoders in the loop instead of reading their rows.",
         shown="never",
     )
-    image_column: str = setting("image", "Column of the --online source that holds the image.")
-    caption_column: str = setting("text", "Column of the --online source that holds the captions.")
     packing: bool = setting(
         True, "Leave the padding of captions out of the network: less arithmetic, the same result.", only="prior"
     )
@@ -277,10 +203,11 @@ class TrainConfig:
                 "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
                 "need not be repeated bit for bit; expected one of the two; give --no-compile or --no-deterministic"
             )
-        if self.online is None and (self.image_column, self.caption_column) != ("image", "text"):
+        given = [f"--{each.name.replace('_', '-')}" for each in fields(SourceConfig) if getattr(self, each.name)]
+        if self.online is None and given:
             raise ConfigError(
-                "--image-column and --caption-column say how to read the source of --online; without it the cache "
-                "decides what is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
+                f"{' and '.join(given)} say how to read the source of --online; without it the cache decides what is "
+                "trained on; give them when it is built: kcache cache-build SOURCE CACHE"
             )
         if self.validation_steps is not None and not (self.val_fraction or self.validation_prompts):
             raise ConfigError(

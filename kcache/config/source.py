@@ -1,0 +1,23 @@
+"""How a source of images and captions is read: by a build, by a training run's encoders in the loop, by a check."""
+
+from dataclasses import dataclass
+
+from kcache.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Which parts of a source are meant; what a source of its kind has no use for is refused there."""
+
+    image_column: str | None = setting(None, "Column of a dataset that holds the image: `image` when left out.")
+    caption_column: str | None = setting(
+        None, "Column that holds the caption, or a list of captions: `text` when left out."
+    )
+    split: str | None = setting(None, "Split of a dataset that has several: `train` when left out.")
+    follow_links: str | None = setting(
+        None, "Follow the links of a source folder that lead into this folder. Others are refused by name."
+    )
+
+
+AS_FOUND = SourceConfig()
+"""What a source is by its own conventions, nothing said about it."""

@@ -1,0 +1,22 @@
+"""Names and types that settings share: stages, precisions, published repositories, and who is told of progress."""
+
+from collections.abc import Callable
+from typing import Literal
+
+Stage = Literal["prior", "decoder", "all"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"
+DECODER_REPO = "kandinsky-community/kandinsky-2-2-decoder"
+COMPUTE_DTYPES: dict[MixedPrecision, str] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The dtype that networks compute in, by torch's name."""
+
+CountReport = Callable[[str, int, int], None]
+"""Called with what is being worked on, how much of it is done, and how much there is."""
+Say = Callable[[str], None]
+"""Called with what is worth a line to whoever waits."""
+
+
+def unheard(_: str) -> None:
+    """Discards what it is told."""
