@@ -19,6 +19,7 @@ from kcache.sources.arrow_files import (
     is_caption_type,
     is_image_type,
 )
+from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
@@ -53,6 +54,8 @@ class TableSource:
     images: HeldImages
     roots: tuple[Path, ...]
     """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
+    links: tuple[Path, ...] = ()
+    """Such folders into which links in the roots may lead."""
     keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
 
@@ -110,7 +113,7 @@ class TableSource:
         path = images.path(row)
         if path is None:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
-        return locate(path, self.roots[0], self.roots)
+        return locate(path, self.roots[0], self.roots, self.links)
 
 
 def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
@@ -133,7 +136,7 @@ def open_saved_dataset(folder: Path, request: Request) -> TableSource:
     files = []
     for entry in _data_files(root / "state.json"):
         try:
-            files.append((label, locate(entry, root, [root])))
+            files.append((label, locate(entry, root, [root], link_roots(root, request.config))))
         except InputRejected as rejection:
             raise SourceError(
                 f"{root}: data file {entry!a} of state.json is missing or unsafe: {rejection.reason}; "
@@ -206,6 +209,7 @@ def _open_rows(
         samples=samples,
         images=HeldImages(request.image_column),
         roots=tuple(roots),
+        links=link_roots(roots[0], request.config),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.errors import InputRejected, SourceError
-from kcache.sources.folder import IMAGE_SUFFIXES
+from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 from kcache.sources.tar_members import Member, list_members
