@@ -38,11 +38,13 @@ class FolderListing:
     """Regular files, and links to regular files inside the root."""
     refused: dict[str, str] = field(default_factory=dict)
     """Everything else, by path, and why it is not read."""
+    left_out: frozenset[str] = frozenset()
+    """Files of another split than the one that is read: not refused, but not read either."""
 
     @property
     def images(self) -> list[str]:
         """Files that are called like images, sorted."""
-        return sorted(path for path in self.files if _is_image_name(path))
+        return sorted(path for path in self.files if is_image_name(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,8 @@ class FolderSource:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
 
-def _is_image_name(path: str) -> bool:
+def is_image_name(path: str) -> bool:
+    """Whether a file is called like an image."""
     return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
@@ -109,7 +112,7 @@ def _list_entry(entry: os.DirEntry[str], path: str, listing: FolderListing, wait
         listing.files.add(path)
     elif entry.is_dir():
         waiting.append(path + "/")
-        if _is_image_name(path):
+        if is_image_name(path):
             listing.refused[path] = "a folder, not a file"
     else:
         listing.refused[path] = "not a regular file"
@@ -131,6 +134,8 @@ def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
                 row = _row(value)
                 columns.update(row)
                 path = _image_path(row, folder, listing)
+                if path in listing.left_out:
+                    continue
                 if path in named:
                     raise InputRejected(
                         "source", f"a second row for {path!a}; put all its captions into one row, as a list"
@@ -140,7 +145,7 @@ def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
                 samples[path] = caption_tuple(row.get(caption_column), needed=need_captions)
             except InputRejected as rejection:
                 refused[name] = rejection.reason
-    if need_captions and columns and caption_column not in columns:
+    if (need_captions or request.config.caption_column) and columns and caption_column not in columns:
         found = readable(", ".join(sorted(columns)))
         raise SourceError(
             f"{listing.root}: the metadata has no column {caption_column!r}; found {found}; "
