@@ -37,7 +37,7 @@ def remote(path: str | Path) -> str | None:
         scheme, rest = url[1].lower(), url[2]
         shown = ascii(f"{url[1]}://{rest}")
         if scheme == "file":
-            return f"{shown} is a URL; expected a path; give {'/' + rest.lstrip('/')!a}"
+            return f"{f'file:///{rest}'!a} is a URL; expected a path; give {'/' + rest.lstrip('/')!a}"
         if scheme in _ADVICE:
             return f"{shown} {_ADVICE[scheme]}"
         if scheme in _STORES:

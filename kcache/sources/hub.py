@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from kcache.errors import InputRejected, SourceError
 from kcache.sources.arrow_files import ArrowStream
 from kcache.sources.protocol import Request
@@ -16,6 +18,8 @@ from kcache.sources.table import TableSource, open_rows
 
 SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
 """Files that only `save_to_disk` writes: the first for several splits, the second for one."""
+_COUNTED_FILES = 100
+"""Most files whose rows are counted to say what a split that is left out holds."""
 
 
 def open_saved_dataset(folder: Path, request: Request) -> TableSource:
@@ -113,14 +117,13 @@ def _is_name(split: str) -> bool:
 
 
 def _saved_rows(folder: Path) -> int | None:
-    """How many rows a split that `save_to_disk` wrote has; None where that is not told."""
+    """How many rows a split that `save_to_disk` wrote has; None where that cannot be told, or not soon."""
     try:
-        splits = _read_json(folder / "dataset_info.json").get("splits")
-    except SourceError:
+        entries = _data_files(folder / "state.json")[: _COUNTED_FILES + 1]
+        files = [ArrowStream(locate(entry, folder, [folder])) for entry in entries]
+    except (SourceError, InputRejected, pa.ArrowException, OSError):
         return None
-    about = splits.get(folder.name) if isinstance(splits, dict) else None
-    count = about.get("num_examples") if isinstance(about, dict) else None
-    return count if isinstance(count, int) else None
+    return sum(file.starts[-1] for file in files) if len(files) <= _COUNTED_FILES else None
 
 
 def _rows_text(count: object) -> str:
