@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 
+from kcache.places import remote
+
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}
 _TABLE = re.compile(r"(image_embeds|text|latents-\d+(x\d+)?|samples|reserved)-[0-9a-f]{8}")
@@ -17,6 +19,8 @@ _LOOKED_AT = 1000
 
 def instead_of_cache(path: Path) -> str | None:
     """What `path`, which is no cache, is instead, and what to type; None where nothing is known."""
+    if (problem := remote(path)) is not None:
+        return problem
     for parent in path.absolute().parents:
         if _is_cache(parent):
             return f"it is part of the cache {_shown(parent)}; give that folder"

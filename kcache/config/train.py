@@ -6,6 +6,7 @@ from typing import Literal
 from kcache.config.source import SourceConfig
 from kcache.config.words import LrScheduler, MixedPrecision
 from kcache.errors import ConfigError
+from kcache.places import check_local
 from kcache.settings import check, marked, setting
 
 
@@ -196,6 +197,8 @@ class TrainConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir)):
+            check_local(path)
         self._check_stage()
         self._check_lora()
         if self.compile and self.deterministic:

@@ -7,6 +7,7 @@ from typing import Literal
 from kcache.config import CountReport
 from kcache.errors import ConfigError
 from kcache.machine import check_device
+from kcache.places import check_local
 from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
@@ -31,6 +32,8 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
     directory nor a cache, for settings of the other and for a device that is not there, CacheWriteError when the file
     cannot be written, and the errors of what is read.
     """
+    for path in filter(None, (config.path, config.output)):
+        check_local(path)
     folder = Path(config.path)
     kind = _kind(folder)
     _check(config, kind)

@@ -83,7 +83,7 @@ class FolderListing:
 
     def _alike(self, path: str) -> list[str]:
         if not self.alike:
-            for file in sorted(self.files):
+            for file in sorted(self.files | self.left_out):
                 self.alike.setdefault(_loosely(file), []).append(file)
         return self.alike.get(_loosely(path), [])
 

@@ -143,8 +143,11 @@ def test_paths_in_rows_stay_in_the_folder(tmp_path: Path, memo: DigestMemo) -> N
     [
         ({"picture": [b"A"], "text": ["a"]}, r"no column 'image'; found picture, text; .*--image-column"),
         ({"image": [b"A"], "prompt": ["a"]}, r"no column 'text'; found image, prompt; .*--caption-column"),
-        ({"image": ["a.jpg"], "text": ["a"]}, r"column 'image' holds string; expected image bytes"),
-        ({"image": [b"A"], "text": [3]}, r"column 'text' holds int64; expected strings"),
+        (
+            {"image": ["a.jpg"], "text": ["a"]},
+            r"column 'image' that holds string; expected image bytes.*URLs .* not fetched",
+        ),
+        ({"image": [b"A"], "text": [3]}, r"column 'text' that holds int64; expected strings"),
         ({"image": [b"A"], "text": pa.array([None], pa.string())}, r"offers no sample: all 1 .*row 0: no caption"),
         ({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}, r"offers no sample: it is empty"),
     ],
@@ -166,7 +169,7 @@ def test_rows_need_no_caption_column_when_captions_are_not_needed(tmp_path: Path
 def test_cut_parquet_file_is_an_error(tmp_path: Path, size: int) -> None:
     pq.write_table(rows_table([b"A"], ["a"]), tmp_path / "x.parquet")
     os.truncate(tmp_path / "x.parquet", size)
-    with pytest.raises(SourceError, match=r"x\.parquet cannot be read"):
+    with pytest.raises(SourceError, match=r"x\.parquet (cannot be read|is no file of rows: it is an empty file)"):
         open_source(str(tmp_path))
 
 
@@ -190,7 +193,7 @@ def test_images_beside_parquet_files_are_named(tmp_path: Path) -> None:
 
 def test_saved_dataset_without_train_split_names_the_splits(tmp_path: Path) -> None:
     write(tmp_path, {"dataset_dict.json": '{"splits": ["test"]}'})
-    with pytest.raises(SourceError, match=r"splits \['test'\]; expected one called train"):
+    with pytest.raises(SourceError, match=r"no split 'train'; found test; .*--split test"):
         open_source(str(tmp_path))
 
 
