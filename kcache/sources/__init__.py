@@ -1,13 +1,13 @@
 """Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub.
 
 - `protocol`: what a source is, and what it is asked for
-- `splits`: which of its files are meant
+- `splits`, `listing`: which of its files are meant, and where links in it may lead
 - `folder`, `table`, `hub`, `tars`: the kinds
-- `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
+- `metadata`, `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,18 +16,12 @@ from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import remote
-from kcache.sources.folder import (
-    METADATA_NAMES,
-    FolderListing,
-    FolderSource,
-    is_image_name,
-    list_folder,
-    open_imagefolder,
-    open_pairs,
-)
+from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import SAVED_DATASET_NAMES, open_hub_dataset, open_saved_dataset
+from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder
+from kcache.sources.metadata import metadata_files
 from kcache.sources.protocol import Request, Source, refuse_unused
-from kcache.sources.reading import MAX_TEXT_BYTES, read_file
+from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     Splits,
     chosen_split,
@@ -78,9 +72,9 @@ def open_source(
             raise SourceError(instead)
         if path.is_dir():
             if any((path / name).exists() for name in SAVED_DATASET_NAMES):
-                refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split")
+                refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
                 return open_saved_dataset(path, request)
-            return _open_folder(list_folder(path), request)
+            return _open_folder(list_folder(path, config), request)
         if path.is_file():
             return _open_file(path, request)
         if braces:
@@ -103,37 +97,83 @@ def open_source(
 def _open_file(path: Path, request: Request) -> Source:
     if not is_tar_name(path.name) and path.suffix != ".parquet":
         raise SourceError(f"{path} is a file, but no .parquet file and no .tar; expected {_EXPECTED}; give its folder")
-    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
     if is_tar_name(path.name):
+        refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
         return open_tars([(path.name, path)], {}, request)
+    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS, "follow_links")
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
 def _open_folder(listing: FolderListing, request: Request) -> Source:
-    tars = [path for path in listing.files if is_tar_name(path)]
-    parquet = [path for path in listing.files if path.endswith(".parquet")]
-    config, root = request.config, listing.root
-    if any(path.rpartition("/")[2] in METADATA_NAMES for path in listing.files):
-        refuse_unused(config, f"{root}, a folder of images with metadata", "caption_column", "split", "follow_links")
-        taken, note = _pictures_of_split(listing, request)
-        return _noted(open_imagefolder(taken, request), note)
-    if tars or parquet:
-        kind = "tars" if tars else "parquet files"
-        refuse_unused(config, f"{root}, a folder of {kind}", *_COLUMNS, "split", "follow_links")
-        paths, refused, note = _files_of_split(listing, tars or parquet, request)
-        refused |= listing.refused | dict.fromkeys(listing.images, f"an image beside {kind}, which it is not in")
-        if tars:
-            return _noted(open_tars([(path, root / path) for path in paths], refused, request), note)
-        return _noted(open_parquet(root, paths, refused, request), note)
-    if listing.images or listing.refused:
-        refuse_unused(config, f"{root}, a folder of images with a text file each", "split", "follow_links")
-        taken, note = _pictures_of_split(listing, request)
-        return _noted(open_pairs(taken, request), note)
-    raise SourceError(f"{root} holds no images among its {len(listing.files):,} files; expected {_EXPECTED}")
+    """Open a folder as what it offers most captioned samples as, of equals as pictures; what else is in it is named."""
+    kinds = _kinds(listing)
+    if not kinds:
+        found = f"no images among its {len(listing.files):,} files{_why(listing)}"
+        raise SourceError(f"{listing.root} holds {found}; expected {_EXPECTED}")
+    kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
+    what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
+    if kind == "pictures" and not metadata_files(listing):
+        what, used = f"{what} with a text file each", used[2:]
+    refuse_unused(request.config, what, *used)
+    return _open_as(kind, kinds, listing, request)
+
+
+def _kinds(listing: FolderListing) -> dict[str, Sequence[str]]:
+    """What a folder may be read as, and the files of each."""
+    metadata = metadata_files(listing)
+    tars = sorted(path for path in listing.files if is_tar_name(path))
+    # img2dataset writes 00000.parquet, which holds no pictures, beside 00000.tar.
+    described = {path.rpartition(".")[0] + ".parquet" for path in tars} | set(metadata if listing.images else ())
+    parquet = sorted(path for path in listing.files - described if path.lower().endswith(".parquet"))
+    pictures = [*listing.images, *metadata]
+    kinds = {"pictures": pictures, "tars": tars, "parquet files": parquet}
+    return {kind: files for kind, files in kinds.items() if files}
+
+
+def _most(listing: FolderListing, request: Request, kinds: Mapping[str, Sequence[str]]) -> str:
+    """The kind with most samples; raises the SourceError of one that offers none where none does."""
+    counts, errors = {}, {}
+    for kind in kinds:
+        try:
+            source = _open_as(kind, kinds, listing, replace(request, max_train_samples=None))
+            counts[kind] = sum(bool(source.captions(i)) for i in range(len(source)))
+        except SourceError as error:
+            errors[kind] = error
+    if not counts:
+        has_metadata = bool(metadata_files(listing))
+        raise next(iter(errors.values())) if has_metadata else next(reversed(errors.values()))
+    # Pictures without captions do not make a folder of tars a folder of pictures, even where captions are not needed.
+    return max(counts, key=lambda kind: (counts[kind], kind != "pictures" and not counts[kind]))
+
+
+def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Source:
+    own = kinds[kind]
+    others = {path for files in kinds.values() for path in files} - set(own)
+    if kind != "pictures":
+        stems = {_stem(path) for path in own}
+        others |= {path for path in listing.files if _stem(path) not in stems}
+    refused = listing.refused | leftovers(listing, others, f"the folder is read as {kind}; give it by itself")
+    if kind == "pictures":
+        taken, note = _pictures_of_split(replace(listing, files=listing.files - others, refused=refused), request)
+        return _noted(open_pictures(taken, request), note)
+    paths, spare, note = _files_of_split(listing, own, request)
+    if kind == "tars":
+        return _noted(open_tars([(path, listing.root / path) for path in paths], refused | spare, request), note)
+    return _noted(open_parquet(listing.root, paths, refused | spare, request), note)
+
+
+def _stem(path: str) -> str:
+    """A file's path up to what says its kind: that of 00000.tar and of 00000_stats.json, which goes with it."""
+    return re.sub(r"(_stats)?\.[^/]*$", "", path)
+
+
+def _why(listing: FolderListing) -> str:
+    found = "; ".join(f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3])
+    return f" ({found})" if found else ""
 
 
 def _files_of_split(
-    listing: FolderListing, paths: list[str], request: Request
+    listing: FolderListing, paths: Sequence[str], request: Request
 ) -> tuple[list[str], dict[str, str], str]:
     """Of data files that hold many samples each: those that are read, those in no split and why, and what to say."""
     splits = find_splits(paths, declared_rule(str(listing.root), _card(listing)))

@@ -144,12 +144,12 @@ class ZipMembers:
         self._open: OrderedDict[Path, zipfile.ZipFile] = OrderedDict()
         self._lock = Lock()
 
-    def locate(self, path: str, folder: Path, roots: Sequence[Path]) -> tuple[Path, str]:
+    def locate(self, path: str, folder: Path, roots: Sequence[Path], links: Sequence[Path] = ()) -> tuple[Path, str]:
         """The zip that a chained path leads into, found as by `locate`, and the member; raises InputRejected."""
         first, *outer = path.split("::")
         scheme, _, member = first.partition("://")
         if scheme == "zip" and len(outer) == 1:
-            return locate(outer[0].removeprefix("file://"), folder, roots), member
+            return locate(outer[0].removeprefix("file://"), folder, roots, links), member
         what = "inside an archive in another; unpack them" if scheme == "zip" else _ADVICE.get(scheme)
         what = what or f"behind {scheme}://, which is not read; unpack or download the pictures first"
         raise InputRejected("source", f"the image {path[:200]!a} is {what}")

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
 from kcache.sources.arrow_files import ArrowStream
+from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request
 from kcache.sources.reading import locate, readable
 from kcache.sources.splits import chosen_split, counted, no_splits, split_note
@@ -41,7 +42,7 @@ def open_saved_dataset(folder: Path, request: Request) -> TableSource:
     files = []
     for entry in _data_files(root / "state.json"):
         try:
-            files.append((label, locate(entry, root, [root])))
+            files.append((label, locate(entry, root, [root], link_roots(root, request.config))))
         except InputRejected as rejection:
             raise SourceError(
                 f"{root}: data file {entry!a} of state.json is missing or unsafe: {rejection.reason}; "

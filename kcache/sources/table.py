@@ -21,6 +21,7 @@ from kcache.sources.arrow_files import (
     is_caption_type,
     is_image_type,
 )
+from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
@@ -52,6 +53,8 @@ class TableSource:
     images: HeldImages
     roots: tuple[Path, ...]
     """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
+    links: tuple[Path, ...] = ()
+    """Such folders into which links in the roots may lead."""
     zips: ZipMembers = field(default_factory=ZipMembers)
     keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
@@ -127,12 +130,12 @@ class TableSource:
     def _located(self, path: str | None) -> Path:
         if path is None:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
-        return locate(path, self.roots[0], self.roots)
+        return locate(path, self.roots[0], self.roots, self.links)
 
     def _named(self, path: str | None) -> bytes:
         """The bytes of what a row only names."""
         if path is not None and is_chained(path):
-            return self.zips.read(*self.zips.locate(path, self.roots[0], self.roots))
+            return self.zips.read(*self.zips.locate(path, self.roots[0], self.roots, self.links))
         return read_file(self._located(path), MAX_IMAGE_BYTES)
 
 
@@ -203,6 +206,7 @@ def open_rows(
         samples=samples,
         images=HeldImages(request.image_column),
         roots=tuple(roots),
+        links=link_roots(roots[0], request.config),
     )
 
 

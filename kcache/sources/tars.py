@@ -11,7 +11,7 @@ from pathlib import Path
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at
 from kcache.sources.archives import Member, list_members
-from kcache.sources.folder import IMAGE_SUFFIXES
+from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 from kcache.sources.splits import counted
