@@ -9,9 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kcache.config import SourceConfig
-from kcache.errors import SourceError
+from kcache.config import SourceConfig, TrainConfig
+from kcache.errors import ConfigError, SourceError
+from kcache.report.cache import ReportConfig
+from kcache.report.write import write_report
 from kcache.sources import Source, open_source
+from kcache_cli.verify import cache_verify
 
 
 @pytest.mark.parametrize(
@@ -23,9 +26,13 @@ from kcache.sources import Source, open_source
             "--caption-column 'nosuch' was given, but means .* text file",
         ),
         ("pairs", {"image_column": "jpg"}, "--image-column 'jpg' was given, but means nothing"),
-        ("folder", {"image_column": "picture"}, "--image-column .* a folder of images with metadata"),
+        (
+            "folder",
+            {"image_column": "picture"},
+            r"column 'picture' \(--image-column\): metadata\.csv has no column 'picture'; found",
+        ),
         ("folder", {"caption_column": "nosuch"}, "no column 'nosuch'; found file_name, text"),
-        ("rows/x.parquet", {"follow_links": "/"}, "--follow-links '/' was given, but means nothing"),
+        ("{0..1}.tar", {"follow_links": "/"}, "--follow-links '/' was given, but means nothing"),
         ("rows/x.parquet", {"caption_column": "nosuch"}, "no column 'nosuch'; found image, text"),
         ("rows", {"image_column": "nosuch"}, "no column 'nosuch'; found image, text"),
         ("owner/pictures", {"follow_links": "/"}, "--follow-links .* the Hub dataset owner/pictures"),
@@ -45,6 +52,16 @@ def test_a_setting_without_meaning_is_refused(
     pq.write_table(pa.table({"image": [b"A"], "text": ["a"]}), tmp_path / "rows" / "x.parquet")
     with pytest.raises(SourceError, match=said):
         open_source(spec, SourceConfig(**given), need_captions=need_captions)
+
+
+def test_what_says_how_a_source_is_read_is_refused_where_none_is_read(cache: str) -> None:
+    for given in ({"caption_column": "x"}, {"source": "photos"}, {"source": "photos", "split": "test"}):
+        with pytest.raises(ConfigError, match=r"would not be used: .*--against-online N or --repair"):
+            cache_verify(cache, **given)
+    with pytest.raises(ConfigError, match="--split and --follow-links say how a source is read; expected --source"):
+        write_report(ReportConfig(path=cache, reading=SourceConfig(split="test", follow_links=".")))
+    with pytest.raises(ConfigError, match="--image-column say how to read the source of --online"):
+        TrainConfig(stage="prior", output_dir="run", image_column="x")
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> str:
