@@ -72,6 +72,11 @@ def _check(config: ReportConfig, kind: Literal["run", "cache"]) -> None:
     if kind == "run" and (config.source or config.pretrained_decoder_model_name_or_path):
         flag = "--source" if config.source else "--pretrained-decoder-model-name-or-path"
         raise ConfigError(f"{flag} is for the report of a cache; {config.path} is a run directory: leave it out")
+    if config.source is None and config.reading.flags:
+        raise ConfigError(
+            f"{' and '.join(config.reading.flags)} say how a source is read; expected --source SOURCE beside it, which "
+            "shows originals; give it, or leave them out"
+        )
     if kind == "cache" and config.neighbours:
         raise ConfigError(f"--neighbours is for the report of a run; {config.path} is a cache: leave it out")
 

@@ -146,6 +146,12 @@ def _no_captions(path: str, said: Said) -> str:
 
 def _check_columns(listing: FolderListing, request: Request, said: Said, *, captioned: bool) -> None:
     """Raise SourceError for a column that was asked for, or is needed, and that no metadata has."""
+    if request.config.image_column is not None and not said.files:
+        names = metadata_files(listing)
+        found = "; ".join(f"{readable(name)} {said.refused.get(name, 'is of another split')}" for name in names[:3])
+        raise SourceError(
+            f"{listing.root} has no metadata with a column {request.config.image_column!r} (--image-column): {found}"
+        )
     column, asked = request.caption_column, request.config.caption_column is not None
     if said.files and column not in said.columns and (asked or (request.need_captions and not captioned)):
         found = ", ".join(shown(name) for name in sorted(said.columns))

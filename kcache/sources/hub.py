@@ -56,29 +56,30 @@ def open_hub_dataset(name: str, request: Request) -> TableSource:
     """Download a Hub dataset into the user's Hugging Face cache and open one of its splits; raises SourceError."""
     # Imported here, because it takes a second that no other source needs.
     import datasets
-    import huggingface_hub.constants
 
     try:
         dataset = datasets.load_dataset(name, split=request.split, keep_in_memory=False)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise SourceError(_why_not(name, request, " ".join(str(error).split()))) from error
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
-    config, hub = datasets.config, huggingface_hub.constants
-    caches = (
-        config.HF_DATASETS_CACHE,
-        hub.HF_HUB_CACHE,
-        config.DOWNLOADED_DATASETS_PATH,
-        config.EXTRACTED_DATASETS_PATH,
-    )
-    # As they are called and where they are: a path in a row may begin with a link, such as a moved HF_HOME.
-    roots = dict.fromkeys(Path(path).absolute() for path in caches) | dict.fromkeys(
-        Path(path).resolve() for path in caches
-    )
-    source = open_rows("Hub dataset", name, ArrowStream, files, list(roots), request, numbered_through=True)
+    source_roots = _roots(dataset.info.builder_name)
+    source = open_rows("Hub dataset", name, ArrowStream, files, source_roots, request, numbered_through=True)
     splits: Mapping[str, object] = dataset.info.splits or {}
     others = {each: _rows_text(getattr(about, "num_examples", None)) for each, about in splits.items()}
     others.pop(request.split, None)
     return _noted(source, split_note(request.split, others) if others else "")
+
+
+def _roots(builder: str | None) -> list[Path]:
+    """Where a picture may lie that a row only names, as it is called and where it is: HF_HOME may be a link."""
+    import datasets
+    import huggingface_hub.constants
+
+    config, hub = datasets.config, huggingface_hub.constants
+    caches = (config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    roots = [root for cache in caches for root in (Path(cache).absolute(), Path(cache).resolve())]
+    # The paths of an imagefolder are no data: `datasets` wrote them, of the files that it found itself.
+    return [*roots, Path("/")] if builder == "imagefolder" else roots
 
 
 def _why_not(name: str, request: Request, error: str) -> str:
