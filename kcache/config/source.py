@@ -9,7 +9,9 @@ from kcache.settings import setting
 class SourceConfig:
     """Which parts of a source are meant; what a source of its kind has no use for is refused there."""
 
-    image_column: str | None = setting(None, "Column of a dataset that holds the image: `image` when left out.")
+    image_column: str | None = setting(
+        None, "Column that holds the image: `image` when left out; in metadata its path: `file_name`."
+    )
     caption_column: str | None = setting(
         None, "Column that holds the caption, or a list of captions: `text` when left out."
     )
