@@ -1,19 +1,26 @@
 """What to type instead, for a path that is something else than was expected."""
 
 import difflib
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 
+from kcache.places import remote
+
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}
+_TABLE = re.compile(r"(image_embeds|text|latents-\d+(x\d+)?|samples|reserved)-[0-9a-f]{8}")
+_HUB_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
 _LOOKED_AT = 1000
 """Names in a folder that are looked at: an error message must not list a folder of a million files."""
 
 
 def instead_of_cache(path: Path) -> str | None:
     """What `path`, which is no cache, is instead, and what to type; None where nothing is known."""
+    if (problem := remote(path)) is not None:
+        return problem
     for parent in path.absolute().parents:
         if _is_cache(parent):
             return f"it is part of the cache {_shown(parent)}; give that folder"
@@ -41,10 +48,30 @@ def instead_of_source(path: Path) -> str | None:
             f"{path} is a cache: its pictures are encoded already; train from it, or look at it: kcache cache-info "
             f"{shown}; for another form of it: kcache cache-convert {shown} NEW --format webdataset"
         )
-    if path.is_dir() and (kind := _training_folder(_names(path))):
-        return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
+    if path.is_dir():
+        names = _names(path)
+        if kind := _training_folder(names) or own_output(path, names):
+            return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
+        if _HUB_REPOSITORY.fullmatch(path.resolve().name) and (path / "snapshots").is_dir():
+            found = " or ".join(shlex.quote(str(each)) for each in sorted((path / "snapshots").iterdir())[:3])
+            return f"{path} is how the Hub's client keeps all revisions of a repository; give one of them: {found}"
     near = "" if path.exists() else near_names(path)
     return f"there is no file or folder {str(path)!r}; did you mean {near}?" if near else None
+
+
+def own_output(folder: Path, names: Collection[str]) -> str | None:
+    """What of kcache's own making a folder is that holds these names, finished or not; None for any other folder."""
+    if "manifest.json" in names and any(name.startswith("index-") for name in names):
+        return "a kcache cache"
+    if "plans" in names and any(re.fullmatch("[0-9a-f]{16}", name) for name in _names(folder / "plans")):
+        return "a kcache cache that is being built"
+    if any(_TABLE.fullmatch(name) and any((folder / name).glob("*.rows.npy")) for name in names):
+        return "a kcache cache that was not finished"
+    if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
+        return "a run directory"
+    if folder.name.startswith("checkpoint-") and "state.json" in names:
+        return "a checkpoint"
+    return "a pipeline of networks" if "model_index.json" in names else None
 
 
 def already_in(folder: Path) -> str | None:
@@ -79,6 +106,8 @@ def _has_pictures(names: Sequence[str]) -> bool:
 
 def _names(folder: Path) -> list[str]:
     """Some names in a folder, sorted; those of hidden files left out."""
+    if not folder.is_dir():
+        return []
     names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return sorted(islice(names, _LOOKED_AT))
 

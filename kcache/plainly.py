@@ -6,6 +6,7 @@ Nothing here decides whether a file is read: it only finds words, and what to do
 import html
 import re
 import struct
+import unicodedata
 from pathlib import Path
 
 HEAD_BYTES = 4096
@@ -110,6 +111,7 @@ _MAGIC = (
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _MOVIE_BOXES = {b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
+_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 _BOMS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 
@@ -138,13 +140,23 @@ def plainly_at(path: Path) -> str | None:
 
 
 def shown(text: object, most: int = 60) -> str:
-    """Words of a file, to stand in a message: on one line, printable, cut after `most` characters.
-
-    What cannot be printed is escaped as in Python: a byte NN that is no UTF-8 as \\udcNN.
-    """
+    """Words of a file, to stand in a message: `printable`, and cut after `most` characters."""
     text = text if isinstance(text, str) else ascii(text)
-    cut = text if len(text) <= most else text[: most - 1] + "…"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut)
+    return printable(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def printable(text: str) -> str:
+    """Text on one line that a terminal shows as it is, in valid UTF-8; all else is escaped as in Python.
+
+    Escaped are control characters, line ends, marks that turn the order of letters around, and what is no character: a
+    byte NN of a file's name that is no UTF-8 is \\udcNN.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(char: str) -> str:
+    hidden = unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in _TURNING
+    return ascii(char)[1:-1] if hidden else char
 
 
 def _media_box(head: bytes) -> str | None:
@@ -208,6 +220,9 @@ def _text(head: bytes) -> str | None:
     for bom, encoding in _BOMS:
         if head.startswith(bom):
             return f"{encoding} text, as Windows writes it; convert it: iconv -f {encoding} -t UTF-8"
+    for first, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        if len(head) >= 8 and not head[first:64:2].strip(b"\0") and head[1 - first : 64 : 2].isascii():
+            return f"{encoding} text without a mark that says so; convert it: iconv -f {encoding} -t UTF-8"
     if not head.strip() or _CONTROL.search(head):
         return None
     # A head may end in the middle of a character.
@@ -223,7 +238,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _other_encoding(head: bytes) -> str:
-    if sum(byte > 127 for byte in head) < 0.3 * len(head):
+    if sum(byte > 127 for byte in head) < 0.4 * len(head):
         return "text that is not UTF-8, likely Windows-1252; convert it: iconv -f WINDOWS-1252 -t UTF-8"
     return "text that is not UTF-8; convert it: iconv -f ENCODING -t UTF-8 (such as GB18030, SHIFT_JIS, WINDOWS-1251)"
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kcache.places import check_local
 from kcache_cli.progress import bytes_text, count_text, say
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def doctor(
       kcache doctor --path caches/
       kcache doctor --json | jq '.facts[] | select(.state != "ok")'
     """
+    if path is not None:
+        check_local(path)
     from kcache.report.doctor import examine
 
     facts = examine(path)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from kcache.errors import ConfigError
+from kcache.places import check_local
 from kcache.settings import marks_of
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -59,6 +60,7 @@ def check_folder(flag: str, folder: Path) -> None:
 
     Raises ConfigError.
     """
+    check_local(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(

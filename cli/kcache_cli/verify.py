@@ -58,12 +58,19 @@ def cache_verify(
     if source is None and (repair or against_online):
         flag = "--repair" if repair else "--against-online"
         raise ConfigError(f"{flag} encodes pictures and captions again; say where they are: --source SOURCE")
+    config = SourceConfig(**reading)
+    spare = config.flags if source is None else () if repair or against_online else ("--source", *config.flags)
+    if spare:
+        raise ConfigError(
+            f"{' and '.join(spare)} would not be used: every byte is verified without a source; expected it for "
+            "--against-online N or --repair, with --source SOURCE; give one of those, or leave it out"
+        )
     if device is not None:
         from kcache.machine import check_device
 
         # Reading every byte comes first, and takes long.
         check_device(device)
-    encoding = {"reading": SourceConfig(**reading), "device": device}
+    encoding = {"reading": config, "device": device}
     about: dict[str, Any] = {}
     with Report() as report:
         if repair and source is not None:

@@ -21,6 +21,7 @@ from kcache.durable import remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
+from kcache.places import check_local
 from kcache.processes import is_gone
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.manifest import MANIFEST, Manifest
@@ -128,6 +129,7 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
 
 def _check_target(folder: Path) -> None:
     """Refuse to write into a folder that is something else."""
+    check_local(folder)
     if folder.exists() and not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
     links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []

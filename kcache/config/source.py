@@ -1,6 +1,6 @@
 """How a source of images and captions is read: by a build, by a training run's encoders in the loop, by a check."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kcache.settings import setting
 
@@ -9,7 +9,9 @@ from kcache.settings import setting
 class SourceConfig:
     """Which parts of a source are meant; what a source of its kind has no use for is refused there."""
 
-    image_column: str | None = setting(None, "Column of a dataset that holds the image: `image` when left out.")
+    image_column: str | None = setting(
+        None, "Column that holds the image: `image` when left out; in metadata its path: `file_name`."
+    )
     caption_column: str | None = setting(
         None, "Column that holds the caption, or a list of captions: `text` when left out."
     )
@@ -17,6 +19,12 @@ class SourceConfig:
     follow_links: str | None = setting(
         None, "Follow the links of a source folder that lead into this folder. Others are refused by name."
     )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What was said of the source, as it is typed: --image-column and the like."""
+        names = (each.name for each in fields(SourceConfig) if getattr(self, each.name) is not None)
+        return tuple(f"--{name.replace('_', '-')}" for name in names)
 
 
 AS_FOUND = SourceConfig()

@@ -1,11 +1,12 @@
 """What a training run is told to do."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kcache.config.source import SourceConfig
 from kcache.config.words import LrScheduler, MixedPrecision
 from kcache.errors import ConfigError
+from kcache.places import check_local
 from kcache.settings import check, marked, setting
 
 
@@ -196,6 +197,8 @@ class TrainConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir)):
+            check_local(path)
         self._check_stage()
         self._check_lora()
         if self.compile and self.deterministic:
@@ -203,11 +206,10 @@ class TrainConfig(SourceConfig):
                 "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
                 "need not be repeated bit for bit; expected one of the two; give --no-compile or --no-deterministic"
             )
-        given = [f"--{each.name.replace('_', '-')}" for each in fields(SourceConfig) if getattr(self, each.name)]
-        if self.online is None and given:
+        if self.online is None and self.flags:
             raise ConfigError(
-                f"{' and '.join(given)} say how to read the source of --online; without it the cache decides what is "
-                "trained on; give them when it is built: kcache cache-build SOURCE CACHE"
+                f"{' and '.join(self.flags)} say how to read the source of --online; without it the cache decides what "
+                "is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
             )
         if self.validation_steps is not None and not (self.val_fraction or self.validation_prompts):
             raise ConfigError(

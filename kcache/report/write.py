@@ -7,6 +7,7 @@ from typing import Literal
 from kcache.config import CountReport
 from kcache.errors import ConfigError
 from kcache.machine import check_device
+from kcache.places import check_local
 from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
@@ -31,6 +32,8 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
     directory nor a cache, for settings of the other and for a device that is not there, CacheWriteError when the file
     cannot be written, and the errors of what is read.
     """
+    for path in filter(None, (config.path, config.output)):
+        check_local(path)
     folder = Path(config.path)
     kind = _kind(folder)
     _check(config, kind)
@@ -69,6 +72,11 @@ def _check(config: ReportConfig, kind: Literal["run", "cache"]) -> None:
     if kind == "run" and (config.source or config.pretrained_decoder_model_name_or_path):
         flag = "--source" if config.source else "--pretrained-decoder-model-name-or-path"
         raise ConfigError(f"{flag} is for the report of a cache; {config.path} is a run directory: leave it out")
+    if config.source is None and config.reading.flags:
+        raise ConfigError(
+            f"{' and '.join(config.reading.flags)} say how a source is read; expected --source SOURCE beside it, which "
+            "shows originals; give it, or leave them out"
+        )
     if kind == "cache" and config.neighbours:
         raise ConfigError(f"--neighbours is for the report of a run; {config.path} is a cache: leave it out")
 

@@ -1,20 +1,39 @@
 """Where samples come from: folders of images, datasets of rows, webdataset tars, and the Hugging Face Hub.
 
 - `protocol`: what a source is, and what it is asked for
-- `folder`, `table`, `tars`: the three kinds
-- `arrow_files`, `tar_members`, `reading`: the files they are kept in, read warily
+- `splits`, `listing`: which of its files are meant, and where links in it may lead
+- `folder`, `table`, `hub`, `tars`: the kinds
+- `metadata`, `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from kcache.config import AS_FOUND, SourceConfig
-from kcache.errors import SourceError
+from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
-from kcache.sources.folder import METADATA_NAMES, FolderListing, list_folder, open_imagefolder, open_pairs
-from kcache.sources.protocol import Request, Source
-from kcache.sources.table import SAVED_DATASET_NAMES, open_hub_dataset, open_parquet, open_saved_dataset
-from kcache.sources.tars import expand_braces, is_tar_name, open_tars
+from kcache.places import remote
+from kcache.sources.folder import FolderSource, open_pictures
+from kcache.sources.hub import SAVED_DATASET_NAMES, open_hub_dataset, open_saved_dataset
+from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder
+from kcache.sources.metadata import metadata_files
+from kcache.sources.protocol import Request, Source, refuse_unused
+from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
+from kcache.sources.splits import (
+    Splits,
+    chosen_split,
+    counted,
+    declared_rule,
+    find_splits,
+    no_splits,
+    split_note,
+    splits_of_pictures,
+)
+from kcache.sources.table import TableSource, count_rows, open_parquet
+from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
 from kcache.store.samples import Refusal
 
 __all__ = ["Refusal", "Source", "open_source"]
@@ -25,7 +44,11 @@ _EXPECTED = (
     "x.txt, webdataset tars (a folder of them, or {00000..00099}.tar), parquet files, a folder written by "
     "save_to_disk, or the id of a Hub dataset (owner/name)"
 )
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_COLUMNS = ("image_column", "caption_column")
+_COUNTED_FILES = 100
+"""Parquet files whose rows are counted to say what a split that is left out holds."""
+Listed = TypeVar("Listed", FolderSource, TableSource, TarSource)
 
 
 def open_source(
@@ -43,48 +66,172 @@ def open_source(
     `need_captions`, images without captions are offered with (). Raises SourceError when there is nothing to offer.
     """
     request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
-    path = Path(spec)
+    path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
     try:
-        if not _URL.match(spec) and "{" not in spec and (instead := instead_of_source(path)) is not None:
+        if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
         if path.is_dir():
             if any((path / name).exists() for name in SAVED_DATASET_NAMES):
+                refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
                 return open_saved_dataset(path, request)
-            return _open_folder(list_folder(path), request)
+            return _open_folder(list_folder(path, config), request)
         if path.is_file():
             return _open_file(path, request)
-        if "{" in spec and not _URL.match(spec):
+        if braces:
+            refuse_unused(config, f"{spec}, tars that are named one by one", *_COLUMNS)
             return open_tars(expand_braces(spec), {}, request)
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
-    if _URL.match(spec):
+    if (problem := remote(spec)) is not None:
+        raise SourceError(problem)
+    if _COMMAND.match(spec):
         raise SourceError(
             f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
         )
     if _HUB_ID.fullmatch(spec):
+        refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
         return open_hub_dataset(spec, request)
     raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
 
 
 def _open_file(path: Path, request: Request) -> Source:
-    if is_tar_name(path.name):
-        return open_tars([(path.name, path)], {}, request)
-    if path.suffix != ".parquet":
+    if not is_tar_name(path.name) and path.suffix != ".parquet":
         raise SourceError(f"{path} is a file, but no .parquet file and no .tar; expected {_EXPECTED}; give its folder")
+    if is_tar_name(path.name):
+        refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
+        return open_tars([(path.name, path)], {}, request)
+    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS, "follow_links")
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
 def _open_folder(listing: FolderListing, request: Request) -> Source:
-    if any(path.rpartition("/")[2] in METADATA_NAMES for path in listing.files):
-        return open_imagefolder(listing, request)
+    """Open a folder as what it offers most captioned samples as, of equals as pictures; what else is in it is named."""
+    kinds = _kinds(listing)
+    if not kinds:
+        found = f"no images among its {len(listing.files):,} files{_why(listing)}"
+        raise SourceError(f"{listing.root} holds {found}; expected {_EXPECTED}")
+    kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
+    what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
+    if kind == "pictures" and not metadata_files(listing):
+        what, used = f"{what} with a text file each", used[2:]
+    refuse_unused(request.config, what, *used)
+    return _open_as(kind, kinds, listing, request)
+
+
+def _kinds(listing: FolderListing) -> dict[str, Sequence[str]]:
+    """What a folder may be read as, and the files of each."""
+    metadata = metadata_files(listing)
     tars = sorted(path for path in listing.files if is_tar_name(path))
-    if tars:
-        refused = listing.refused | dict.fromkeys(listing.images, "an image beside tars, which it is not in")
-        return open_tars([(path, listing.root / path) for path in tars], refused, request)
-    parquet = sorted(path for path in listing.files if path.endswith(".parquet"))
-    if parquet:
-        refused = listing.refused | dict.fromkeys(listing.images, "an image beside parquet files, which it is not in")
-        return open_parquet(listing.root, parquet, refused, request)
-    if listing.images or listing.refused:
-        return open_pairs(listing, request)
-    raise SourceError(f"{listing.root} holds no images among its {len(listing.files):,} files; expected {_EXPECTED}")
+    # img2dataset writes 00000.parquet, which holds no pictures, beside 00000.tar.
+    described = {path.rpartition(".")[0] + ".parquet" for path in tars} | set(metadata if listing.images else ())
+    parquet = sorted(path for path in listing.files - described if path.lower().endswith(".parquet"))
+    pictures = [*listing.images, *metadata]
+    kinds = {"pictures": pictures, "tars": tars, "parquet files": parquet}
+    return {kind: files for kind, files in kinds.items() if files}
+
+
+def _most(listing: FolderListing, request: Request, kinds: Mapping[str, Sequence[str]]) -> str:
+    """The kind with most samples; raises the SourceError of one that offers none where none does."""
+    counts, errors = {}, {}
+    for kind in kinds:
+        try:
+            source = _open_as(kind, kinds, listing, replace(request, max_train_samples=None))
+            counts[kind] = sum(bool(source.captions(i)) for i in range(len(source)))
+        except SourceError as error:
+            errors[kind] = error
+    if not counts:
+        has_metadata = bool(metadata_files(listing))
+        raise next(iter(errors.values())) if has_metadata else next(reversed(errors.values()))
+    # Pictures without captions do not make a folder of tars a folder of pictures, even where captions are not needed.
+    return max(counts, key=lambda kind: (counts[kind], kind != "pictures" and not counts[kind]))
+
+
+def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Source:
+    own = kinds[kind]
+    others = {path for files in kinds.values() for path in files} - set(own)
+    if kind != "pictures":
+        stems = {_stem(path) for path in own}
+        others |= {path for path in listing.files if _stem(path) not in stems}
+    refused = listing.refused | leftovers(listing, others, f"the folder is read as {kind}; give it by itself")
+    if kind == "pictures":
+        taken, note = _pictures_of_split(replace(listing, files=listing.files - others, refused=refused), request)
+        return _noted(open_pictures(taken, request), note)
+    paths, spare, note = _files_of_split(listing, own, request)
+    if kind == "tars":
+        return _noted(open_tars([(path, listing.root / path) for path in paths], refused | spare, request), note)
+    return _noted(open_parquet(listing.root, paths, refused | spare, request), note)
+
+
+def _stem(path: str) -> str:
+    """A file's path up to what says its kind: that of 00000.tar and of 00000_stats.json, which goes with it."""
+    return re.sub(r"(_stats)?\.[^/]*$", "", path)
+
+
+def _why(listing: FolderListing) -> str:
+    found = "; ".join(f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3])
+    return f" ({found})" if found else ""
+
+
+def _files_of_split(
+    listing: FolderListing, paths: Sequence[str], request: Request
+) -> tuple[list[str], dict[str, str], str]:
+    """Of data files that hold many samples each: those that are read, those in no split and why, and what to say."""
+    splits = find_splits(paths, declared_rule(str(listing.root), _card(listing)))
+    if splits is None:
+        _check_no_splits(listing, request)
+        return sorted(paths), {}, ""
+    split = chosen_split(str(listing.root), splits.files, request.config.split)
+    spare = dict.fromkeys(splits.spare, f"in no split, beside files that are in {', '.join(splits.files)}")
+    return list(splits.files[split]), spare, _note(listing, splits, split)
+
+
+def _pictures_of_split(listing: FolderListing, request: Request) -> tuple[FolderListing, str]:
+    """What is read of a folder of pictures, and what to say."""
+    asked = request.config.split
+    splits, note = splits_of_pictures(listing.images) if asked is None else (find_splits(listing.images), "")
+    if splits is None:
+        _check_no_splits(listing, request)
+        return listing, note
+    split = chosen_split(str(listing.root), splits.files, asked)
+    others = {path for path in (*listing.files, *listing.refused) if split not in (splits.rule(path) or (split,))}
+    refused = {path: reason for path, reason in listing.refused.items() if path not in others}
+    refused |= dict.fromkeys(splits.spare, f"in no split, beside pictures that are in {', '.join(splits.files)}")
+    stems = {path.rpartition(".")[0] for path in splits.spare}
+    others |= {path for path in listing.files if path.rpartition(".")[0] in stems}
+    left = replace(listing, files=listing.files - others, refused=refused, left_out=frozenset(others))
+    return left, _note(listing, splits, split)
+
+
+def _note(listing: FolderListing, splits: Splits, split: str) -> str:
+    others = {name: paths for name, paths in splits.files.items() if name != split}
+    return split_note(split, {name: _size(listing.root, paths) for name, paths in others.items()})
+
+
+def _size(root: Path, paths: Sequence[str]) -> str:
+    """How much there is in data files, in words: rows, or else files."""
+    if len(paths) <= _COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
+        counts = [count_rows(root / path) for path in paths]
+        if None not in counts:
+            return counted(sum(filter(None, counts)), "row")
+    kinds = {is_tar_name: "tar", is_image_name: "picture"}
+    noun = next((noun for is_one, noun in kinds.items() if all(map(is_one, paths))), "file")
+    return counted(len(paths), noun)
+
+
+def _check_no_splits(listing: FolderListing, request: Request) -> None:
+    if request.config.split is not None:
+        raise no_splits(str(listing.root), request.config.split)
+
+
+def _card(listing: FolderListing) -> str:
+    """The text of a dataset's card; "" where there is none that can be read."""
+    if "README.md" not in listing.files:
+        return ""
+    try:
+        return read_file(listing.root / "README.md", MAX_TEXT_BYTES).decode("utf-8", "replace")
+    except InputRejected:
+        return ""
+
+
+def _noted(source: Listed, note: str) -> Listed:
+    return replace(source, description=f"{source.description}; {note}") if note else source

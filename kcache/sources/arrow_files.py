@@ -1,8 +1,13 @@
-"""Files of rows, parquet and Arrow streams, read in chunks: a parquet row group or an Arrow record batch."""
+"""Files of rows, parquet and Arrow streams, read piece by piece.
+
+A chunk is a parquet row group or an Arrow record batch, and how much it holds was decided by whoever wrote the file; a
+piece is as much of it as is held at once.
+"""
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,8 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_HELD_BYTES = 1 << 30
-"""Image bytes of recently read chunks that are kept in memory, so that nearby rows do not read them again."""
+_PIECE_BYTES = 1 << 24
+"""About what a piece of a column holds, decoded."""
+_PIECE_ROWS = 1 << 16
+"""Most rows of a piece: parquet writes equal values once, so that few bytes may become many."""
+_HELD_BYTES = 1 << 26
+"""Image bytes of recently read pieces that are kept in memory, so that nearby rows do not read them again."""
 
 
 class RowFile(Protocol):
@@ -26,12 +35,12 @@ class RowFile(Protocol):
     starts: Sequence[int]
     """First row of each chunk, and the number of rows at the end."""
 
-    def read_chunk(self, chunk: int, column: str) -> Any:
-        """The rows of one chunk of one column, as a pyarrow.ChunkedArray."""
+    def pieces(self, chunk: int, column: str) -> Iterator[Any]:
+        """The rows of one chunk of one column, in order, as pyarrow arrays of a bounded size each."""
 
 
 class ParquetFile:
-    """A parquet file; a chunk is a row group, which parquet can only decompress as a whole."""
+    """A parquet file; a chunk is a row group, of which the smallest part that can be decompressed is a page."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,9 +50,22 @@ class ParquetFile:
             self._metadata.row_group(k).num_rows for k in range(self._metadata.num_row_groups)
         )
 
-    def read_chunk(self, chunk: int, column: str) -> Any:
-        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
-            return file.read_row_group(chunk, columns=[column]).column(column)
+    def pieces(self, chunk: int, column: str) -> Iterator[Any]:
+        size, rows = self._bytes(chunk, column), self.starts[chunk + 1] - self.starts[chunk]
+        whole = size <= _PIECE_BYTES and rows <= _PIECE_ROWS
+        most = rows if whole else min(rows * _PIECE_BYTES // max(size, 1), _PIECE_ROWS)
+        # With a buffer only pages are read at a time; without one, all of the column at once, which is faster.
+        buffered = {"pre_buffer": whole, "buffer_size": 0 if whole else 1 << 20}
+        with pq.ParquetFile(self.path, metadata=self._metadata, **buffered) as file:
+            for batch in file.iter_batches(max(most, 1), row_groups=[chunk], columns=[column], use_threads=False):
+                yield batch.column(column)
+
+    def _bytes(self, chunk: int, column: str) -> int:
+        """Bytes of one column of a chunk, decompressed."""
+        group = self._metadata.row_group(chunk)
+        parts = (group.column(k) for k in range(group.num_columns))
+        own = (part for part in parts if part.path_in_schema == column or part.path_in_schema.startswith(column + "."))
+        return sum(int(part.total_uncompressed_size) for part in own)
 
 
 class ArrowStream:
@@ -56,8 +78,10 @@ class ArrowStream:
             self._batches = [batch for batch in reader if batch.num_rows]
         self.starts: Sequence[int] = _starts(batch.num_rows for batch in self._batches)
 
-    def read_chunk(self, chunk: int, column: str) -> Any:
-        return pa.chunked_array([self._batches[chunk].column(column)])
+    def pieces(self, chunk: int, column: str) -> Iterator[Any]:
+        cells = self._batches[chunk].column(column)
+        for first in range(0, len(cells), _PIECE_ROWS):
+            yield cells.slice(first, _PIECE_ROWS)
 
 
 def _starts(counts: Iterable[int]) -> list[int]:
@@ -66,63 +90,106 @@ def _starts(counts: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The images of one chunk: their bytes, or the paths of files that hold them."""
+    """Some images of one chunk: their bytes, or the paths of files that hold them."""
 
     contents: Any
-    """pyarrow.ChunkedArray of binary."""
+    """pyarrow.Array of binary."""
     paths: Any
-    """pyarrow.ChunkedArray of binary (text not yet checked), or None where the column holds no paths."""
+    """pyarrow.Array of binary (text not yet checked), or None where the column holds no paths."""
 
     def __len__(self) -> int:
         return len(self.contents)
 
     def content(self, row: int) -> bytes | None:
-        """The bytes of the image of a row of the chunk, or None."""
+        """The bytes of the image of a row of these, or None."""
         content: bytes | None = self.contents[row].as_py()
         return content
 
     def path(self, row: int) -> str | None:
-        """The path of the image of a row of the chunk, or None."""
+        """The path of the image of a row of these, or None."""
         path = None if self.paths is None else self.paths[row].as_py()
         return None if path is None else os.fsdecode(path)
 
 
+@dataclass(slots=True)
+class _Reading:
+    """A chunk that has been read up to a row."""
+
+    place: tuple[Path, int]
+    pieces: Iterator[Any]
+    row: int = 0
+
+
 class HeldImages:
-    """Reads the image column by chunks and keeps the last ones; may be called from several threads."""
+    """Reads the image column piece by piece and keeps the last ones; may be called from several threads."""
 
     def __init__(self, column: str) -> None:
         self.column = column
-        self._held: OrderedDict[tuple[Path, int], Images] = OrderedDict()
+        self._held: OrderedDict[tuple[Path, int, int], Images] = OrderedDict()
+        """By file, chunk and first row."""
+        self._starts: dict[tuple[Path, int], list[int]] = {}
+        """Where the pieces of a chunk begin, as far as it has been read."""
+        self._reading: _Reading | None = None
+        """One at most: it may hold a page, which may be as large as its chunk."""
         self._bytes = 0
         self._lock = Lock()
 
-    def read(self, file: RowFile, chunk: int) -> Images:
-        """The images of one chunk; raises pa.ArrowException or OSError when the file is broken."""
-        # Reading under the lock: threads that want rows of the same chunk shall not each read it.
+    def read(self, file: RowFile, chunk: int, row: int) -> tuple[Images, int]:
+        """Images of which one is that of `row` of a chunk, and its number among them.
+
+        Raises pa.ArrowException or OSError when the file is broken.
+        """
+        place = (file.path, chunk)
+        # Reading under the lock: threads that want rows of the same piece shall not each read it.
         with self._lock:
-            images = self._held.pop((file.path, chunk), None)
-            if images is None:
-                images = decode_images(file.read_chunk(chunk, self.column))
-                self._bytes += images.contents.nbytes
-            self._held[file.path, chunk] = images
-            # Two at least: threads at the border of two chunks shall not read both again and again.
-            while len(self._held) > 2 and self._bytes > _HELD_BYTES:
-                self._bytes -= self._held.popitem(last=False)[1].contents.nbytes
-            return images
+            starts = self._starts.setdefault(place, [0])
+            start = starts[bisect_right(starts, row) - 1]
+            images = self._held.get((*place, start))
+            if images is None or row >= start + len(images):
+                start, images = self._read_on(file, chunk, row)
+            self._held.move_to_end((*place, start))
+            return images, row - start
+
+    def _read_on(self, file: RowFile, chunk: int, row: int) -> tuple[int, Images]:
+        place, reading = (file.path, chunk), self._reading
+        self._reading = None  # what fails is not read on
+        if reading is None or reading.place != place or reading.row > row:
+            reading = _Reading(place, file.pieces(chunk, self.column))
+        for piece in reading.pieces:
+            images, start = decode_images(piece), reading.row
+            reading.row += len(images)
+            self._hold((*place, start), images)
+            if row < reading.row:
+                self._reading = reading
+                return start, images
+        raise pa.ArrowInvalid(f"row group {chunk} ends after {reading.row:,} rows, before its row {row:,}")
+
+    def _hold(self, key: tuple[Path, int, int], images: Images) -> None:
+        starts = self._starts[key[:2]]
+        if key[2] > starts[-1]:
+            starts.append(key[2])
+        before = self._held.pop(key, None)
+        self._bytes += images.contents.nbytes - (before.contents.nbytes if before else 0)
+        self._held[key] = images
+        # Two at least: threads at the border of two pieces shall not read both again and again.
+        while len(self._held) > 2 and self._bytes > _HELD_BYTES:
+            self._bytes -= self._held.popitem(last=False)[1].contents.nbytes
 
 
 def decode_images(column: Any) -> Images:
     """The cells of an image column; raises pa.ArrowInvalid when their offsets lead out of the data."""
     column.validate()
-    if not pa.types.is_struct(column.type):
-        column.validate(full=True)
-        return Images(column, None)
-    contents = pc.struct_field(column, "bytes")
+    paths = None
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        if "path" in names:
+            paths = pc.struct_field(column, "path").cast(pa.large_binary())
+            paths.validate(full=True)
+        column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    contents = column.cast(pa.binary()) if pa.types.is_null(column.type) else column
     contents.validate(full=True)
-    if column.type.get_field_index("path") < 0:
-        return Images(contents, None)
-    paths = pc.struct_field(column, "path").cast(pa.large_binary())
-    paths.validate(full=True)
     return Images(contents, paths)
 
 
@@ -132,7 +199,9 @@ def decode_captions(column: Any) -> list[str | list[str | None] | None]:
     Raises pa.ArrowInvalid when their offsets lead out of the data.
     """
     column.validate()
-    several = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    several = _item_type(column.type) is not None
     cells = column.cast(pa.large_list(pa.large_binary()) if several else pa.large_binary())
     cells.validate(full=True)
     if several:
@@ -145,17 +214,34 @@ def _text(cell: bytes | None) -> str | None:
 
 
 def is_image_type(kind: Any) -> bool:
-    """Whether a pyarrow type holds images: `datasets`' struct of bytes and path, or the bytes alone."""
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
-    return _is_binary(kind)
+    """Whether a pyarrow type may hold images: the bytes, or `datasets`' struct of bytes and path, or one of the two."""
+    if not pa.types.is_struct(kind):
+        return _is_binary(kind.value_type if pa.types.is_dictionary(kind) else kind)
+    types = {field.name: field.type for field in kind}
+    bytes_fit = _is_binary(types["bytes"]) or pa.types.is_null(types["bytes"]) if "bytes" in types else True
+    return bytes_fit and (_is_text(types["path"]) if "path" in types else "bytes" in types)
 
 
 def is_caption_type(kind: Any) -> bool:
-    """Whether a pyarrow type holds captions: strings, also in pandas' categorical form, or lists of strings."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    """Whether a pyarrow type may hold captions: strings, also in pandas' categorical form, or lists of strings.
+
+    Type null, which a writer infers where there are no values, holds none, whatever the column is elsewhere.
+    """
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return _is_text(_item_type(kind) or kind)
+
+
+def _item_type(kind: Any) -> Any:
+    """The type of a list's items; None of no list."""
+    types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return kind.value_type if any(is_one(kind) for is_one in lists) else None
+
+
+def _is_text(kind: Any) -> bool:
+    types = pa.types
+    return any(is_one(kind) for is_one in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
 
 
 def _is_binary(kind: Any) -> bool:

@@ -1,48 +1,25 @@
 """Folders of image files, with captions in metadata files (imagefolder) or in a text file beside each image."""
 
-import csv
-import io
-import json
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from kcache.errors import InputRejected, SourceError
+from kcache.plainly import plainly_at, shown
+from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
+from kcache.sources.metadata import Said, metadata_files, read_metadata
 from kcache.sources.protocol import Request, refusals
-from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, caption_tuple, locate, read_file, readable
+from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_TEXT_SUFFIXES = (".txt", ".caption")
+"""Suffixes of files with the captions of one image, in small letters; the first that is there counts."""
 _EXPECTED = (
     'images with a row each in metadata.jsonl, e.g. {"file_name": "a.jpg", "text": "a cat"}, or with a text file each, '
     "a.txt beside a.jpg"
 )
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    "apng", "avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl", "pbm", "pgm", "png",
-    "pnm", "ppm", "tga", "tif", "tiff", "webp",
-})
-# fmt: on
-"""What a file must be called to be taken for an image when no metadata names it; the decoder has the last word."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FolderListing:
-    """What a folder holds, hidden names (starting with a dot) left out; paths are relative to `root`, with slashes."""
-
-    root: Path
-    """The folder's real, absolute path."""
-    files: set[str] = field(default_factory=set)
-    """Regular files, and links to regular files inside the root."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Everything else, by path, and why it is not read."""
-
-    @property
-    def images(self) -> list[str]:
-        """Files that are called like images, sorted."""
-        return sorted(path for path in self.files if _is_image_name(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,174 +53,147 @@ class FolderSource:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
 
-def _is_image_name(path: str) -> bool:
-    return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Texts:
+    """The text files of a folder."""
+
+    files: Mapping[str, Sequence[str]]
+    """By what is before .txt or .caption, in one Unicode form: the one that counts comes first."""
+    forms: Mapping[str, int]
+    """How many Unicode forms of such a name images have: where several, each means its own."""
+
+    def of(self, image: str) -> list[str]:
+        """The text files of an image, the one that counts first."""
+        found = []
+        for base in (_stem(image), image):
+            texts = self.files.get(one_form(base), ())
+            found += [text for text in texts if self.forms.get(one_form(base), 0) < 2 or text.startswith(base)]
+        return found
 
 
-def list_folder(folder: Path) -> FolderListing:
-    """List a folder and all folders in it, without opening any file; raises SourceError when it cannot be listed."""
-    listing = FolderListing(root=folder.resolve())
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        try:
-            with os.scandir(listing.root / prefix) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        _list_entry(entry, prefix + entry.name, listing, waiting)
-        except OSError as error:
-            if not prefix:
-                raise SourceError(f"{folder} cannot be listed: {error.strerror}; expected a readable folder") from error
-            listing.refused[prefix.rstrip("/")] = f"folder cannot be listed: {error.strerror}"
-    return listing
+def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
+    """Join the images of a folder with their captions; raises SourceError when no sample is left.
 
-
-def _list_entry(entry: os.DirEntry[str], path: str, listing: FolderListing, waiting: list[str]) -> None:
-    if entry.is_symlink():
-        try:
-            locate(path, listing.root, [listing.root])
-            listing.files.add(path)
-        except InputRejected as rejection:
-            listing.refused[path] = rejection.reason
-    elif entry.is_file():
-        listing.files.add(path)
-    elif entry.is_dir():
-        waiting.append(path + "/")
-        if _is_image_name(path):
-            listing.refused[path] = "a folder, not a file"
-    else:
-        listing.refused[path] = "not a regular file"
-
-
-def open_imagefolder(listing: FolderListing, request: Request) -> FolderSource:
-    """Join the images of a folder with the rows of its metadata files; raises SourceError when no sample is left."""
-    metadata = sorted(path for path in listing.files if path.rpartition("/")[2] in METADATA_NAMES)
+    An image has the captions of all rows of metadata that name it, in the order of the rows; where no row has any, it
+    has those of its text file, one per line.
+    """
+    said, texts = read_metadata(listing, request), _find_texts(listing)
     samples: dict[str, tuple[str, ...]] = {}
-    refused = dict(listing.refused)
-    columns: set[str] = set()
-    named: set[str] = set()
-    caption_column, need_captions = request.caption_column, request.need_captions
-    for metadata_path in metadata:
-        folder = metadata_path[: metadata_path.rfind("/") + 1]
-        for line, value in _read_rows(listing.root / metadata_path):
-            name = f"{metadata_path} line {line}"
-            try:
-                row = _row(value)
-                columns.update(row)
-                path = _image_path(row, folder, listing)
-                if path in named:
-                    raise InputRejected(
-                        "source", f"a second row for {path!a}; put all its captions into one row, as a list"
-                    )
-                named.add(path)
-                name = path
-                samples[path] = caption_tuple(row.get(caption_column), needed=need_captions)
-            except InputRejected as rejection:
-                refused[name] = rejection.reason
-    if need_captions and columns and caption_column not in columns:
-        found = readable(", ".join(sorted(columns)))
-        raise SourceError(
-            f"{listing.root}: the metadata has no column {caption_column!r}; found {found}; "
-            "name the one that holds the captions with --caption-column"
-        )
-    for path in listing.images:
-        if path not in named and need_captions:
-            refused[path] = "no row of the metadata names it"
-        elif path not in named:
-            samples[path] = ()
-    where = readable(metadata[0]) if len(metadata) == 1 else f"{len(metadata)} metadata files"
-    origin = f"captions from {where} column {caption_column!r}"
-    return _folder_source("imagefolder", origin, listing.root, samples, refused, request)
-
-
-def open_pairs(listing: FolderListing, request: Request) -> FolderSource:
-    """Join each image x.jpg with its captions in x.txt; raises SourceError when no sample is left."""
-    samples: dict[str, tuple[str, ...]] = {}
-    refused = dict(listing.refused)
-    orphans = {path for path in listing.files if path.endswith(".txt")}
-    for path in listing.images:
-        text = path.rpartition(".")[0] + ".txt"
-        orphans.discard(text)
+    reasons = dict(said.refused)
+    taken: set[str] = set()
+    spare: set[str] = set()
+    for path in sorted({*listing.images, *said.captions} - listing.left_out):
+        found = texts.of(path)
+        spare.update(found)
+        wrong = said.wrong.get(path, {})
         try:
-            if text in listing.files:
-                samples[path] = caption_file(listing.root / text)
+            if captions := said.captions.get(path):
+                samples[path] = tuple(captions)
+                reasons |= wrong
+            elif wrong:
+                raise InputRejected("source", next(iter(wrong.values())))
+            elif found:
+                taken.add(found[0])
+                samples[path] = caption_file(listing.root / found[0])
             elif request.need_captions:
-                raise InputRejected("source", f"no captions: there is no {PurePosixPath(text).name!a} beside it")
+                raise InputRejected("source", _no_captions(path, said))
             else:
                 samples[path] = ()
         except InputRejected as rejection:
-            refused[path] = rejection.reason
-    refused |= dict.fromkeys(orphans, "a caption file without an image of its name")
-    origin = "captions from .txt files" if any(samples.values()) else "no captions"
-    return _folder_source("folder", origin, listing.root, samples, refused, request)
-
-
-def _folder_source(
-    kind: str,
-    origin: str,
-    root: Path,
-    samples: dict[str, tuple[str, ...]],
-    reasons: dict[str, str],
-    request: Request,
-) -> FolderSource:
-    refused = refusals(str(root), samples, dict(sorted(reasons.items())), expected=_EXPECTED)
+            reasons[path] = rejection.reason
+    _check_columns(listing, request, said, captioned=any(samples.values()))
+    reasons |= listing.refused
+    spare -= taken
+    companions, unread = _others(listing, samples, spare | taken | reasons.keys())
+    reasons |= unread
+    if samples:
+        reasons = dict(sorted(reasons.items()))
+    refused = refusals(str(listing.root), samples, reasons, expected=_EXPECTED)
     chosen = sorted(samples.items())[: request.max_train_samples]
-    description = f"{kind}: {len(chosen):,} image{'s' if len(chosen) != 1 else ''}, {origin}"
-    return FolderSource(description=description, refused=refused, root=root, samples=chosen)
+    described = _description(chosen, _origin(said, request, taken), companions | spare)
+    kind = "imagefolder" if said.files else "folder"
+    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.root, samples=chosen)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    # surrogateescape: a byte that is not UTF-8 costs the caption it stands in, not the whole file.
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}; expected a readable metadata file") from error
-    return _csv_rows(path, text) if path.suffix == ".csv" else _jsonl_rows(text)
+def _find_texts(listing: FolderListing) -> _Texts:
+    texts: dict[str, list[str]] = {}
+    for text in sorted(filter(_is_text, listing.files - listing.left_out), key=_rank):
+        texts.setdefault(one_form(_stem(text)), []).append(text)
+    return _Texts(files=texts, forms=Counter(map(one_form, {_stem(image) for image in listing.images})))
 
 
-def _jsonl_rows(text: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, None
+def _rank(text: str) -> tuple[bool, str]:
+    """What a text file is sorted by among those of an image: .txt goes before .caption."""
+    return not text.lower().endswith(_TEXT_SUFFIXES[0]), text
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        columns = reader.fieldnames or []
-        if "file_name" not in columns:
-            found = readable(", ".join(columns)) or "nothing"
-            raise SourceError(f"{path} has no column 'file_name'; found {found}; add it")
-        for row in reader:
-            # DictReader's marks for a row with too many and with too few cells.
-            whole = None not in row and None not in row.values()
-            yield reader.line_num, row if whole else None
-    except csv.Error as error:
+def _is_text(path: str) -> bool:
+    return path.lower().endswith(_TEXT_SUFFIXES)
+
+
+def _stem(path: str) -> str:
+    """A path without the suffix of its file."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+def _no_captions(path: str, said: Said) -> str:
+    text = f"there is no {_stem(path).rpartition('/')[2] + '.txt'!a} beside it"
+    if path in said.captions:
+        return f"no caption in its row of the metadata, and {text}"
+    return f"no row of the metadata names it, and {text}" if said.files else f"no captions: {text}"
+
+
+def _check_columns(listing: FolderListing, request: Request, said: Said, *, captioned: bool) -> None:
+    """Raise SourceError for a column that was asked for, or is needed, and that no metadata has."""
+    if request.config.image_column is not None and not said.files:
+        names = metadata_files(listing)
+        found = "; ".join(f"{readable(name)} {said.refused.get(name, 'is of another split')}" for name in names[:3])
         raise SourceError(
-            f"{path} line {reader.line_num} is not CSV: {error}; correct it, or use JSON lines"
-        ) from error
-
-
-def _row(value: object) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise InputRejected(
-            "source", "not a row: expected a JSON object on one line, or as many CSV cells as columns (quote commas)"
+            f"{listing.root} has no metadata with a column {request.config.image_column!r} (--image-column): {found}"
         )
-    return value
+    column, asked = request.caption_column, request.config.caption_column is not None
+    if said.files and column not in said.columns and (asked or (request.need_captions and not captioned)):
+        found = ", ".join(shown(name) for name in sorted(said.columns))
+        raise SourceError(
+            f"{listing.root}: the metadata has no column {column!r}; found {found}; "
+            "name the one that holds the captions with --caption-column"
+        )
 
 
-def _image_path(row: dict[str, object], folder: str, listing: FolderListing) -> str:
-    name = row.get("file_name")
-    if not isinstance(name, str):
-        raise InputRejected("source", f"file_name is {ascii(name)[:60]}; expected a path relative to the metadata file")
-    # Listed paths hold no "..", so a hit is inside the root; a look at the disk is only for the rest.
-    if folder + name in listing.files:
-        return folder + name
-    try:
-        located = locate(name, listing.root / folder, [listing.root])
-    except InputRejected as rejection:
-        raise InputRejected("source", f"file_name {name!a}: {rejection.reason}") from None
-    return located.relative_to(listing.root).as_posix()
+def _others(
+    listing: FolderListing, samples: Mapping[str, object], known: Collection[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Of the files that are neither samples nor `known`: those beside a sample, and why the others are not read."""
+    rest = listing.files - samples.keys() - set(known) - listing.left_out - set(metadata_files(listing))
+    stems = set(map(_stem, samples))
+    orphans = sorted(filter(_is_text, rest))
+    companions = {path for path in rest if _stem(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
+    odd = {_stem(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
+    reasons = {}
+    for text in orphans:
+        reasons[text] = "a caption file without an image of its name"
+        if (near := odd.get(_stem(text))) is not None:
+            found = plainly_at(listing.root / near)
+            reasons[text] += f"; beside it is {near!a}, which is {found or 'not called like a picture'}"
+    return companions, reasons | leftovers(listing, rest - companions - set(orphans), unlike_pictures)
+
+
+def _description(samples: Sequence[tuple[str, Sequence[str]]], origin: str, beside: Collection[str]) -> str:
+    images, captions = len(samples), sum(len(each) for _, each in samples)
+    counted = f"{captions:,} captions" if captions > images else "captions"
+    told = f"{counted} from {origin}" if captions else "no captions"
+    kinds = sorted(Counter(map(kind_of, beside)).items(), key=lambda kind: (-kind[1], kind[0]))[:5]
+    unread = ", ".join(f"{count:,} {kind or 'without a suffix'}" for kind, count in kinds)
+    return f"{images:,} image{'s' if images != 1 else ''}, {told}{f'; not read beside them: {unread}' * bool(beside)}"
+
+
+def _origin(said: Said, request: Request, texts: Iterable[str]) -> str:
+    """Where captions come from."""
+    origins = []
+    if any(said.captions.values()):
+        where = readable(said.files[0]) if len(said.files) == 1 else f"{len(said.files)} metadata files"
+        origins.append(f"{where} column {request.caption_column!r}")
+    if kinds := sorted(map(kind_of, texts), reverse=True):
+        origins.append(f"{' and '.join(dict.fromkeys(kinds))} files, one per line")
+    return " and from ".join(origins)

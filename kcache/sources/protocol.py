@@ -5,7 +5,7 @@ notes why anything else is refused, and ends in `refusals`; `open_source` calls 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from kcache.config import SourceConfig
@@ -67,6 +67,18 @@ class Source(Protocol):
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
+
+
+def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
+    """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
+    for each in fields(SourceConfig):
+        value = getattr(config, each.name)
+        if value is not None and each.name not in used:
+            flag = f"--{each.name.replace('_', '-')}"
+            has = " and ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
+            raise SourceError(
+                f"{flag} {value!a} was given, but means nothing for {what}; expected {has}; leave {flag} out"
+            )
 
 
 def refusals(

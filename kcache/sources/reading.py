@@ -1,11 +1,23 @@
 """Captions, names and files found inside a source, read warily: they may be anything."""
 
+import codecs
 import os
+import re
+import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from kcache.errors import InputRejected
+from kcache.plainly import plainly, printable
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_HUB_BLOB = re.compile(r"/(datasets|models|spaces)--[^/]+/blobs(/|$)")
 
 
 def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
@@ -38,13 +50,31 @@ def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
     Raises InputRejected.
     """
     try:
-        text = content.decode("utf-8-sig")
+        text = decode_text(content)
     except UnicodeDecodeError as error:
-        raise InputRejected("source", f"caption file {name!a} is not UTF-8 text: {error}") from error
+        found = plainly(content)
+        reason = f"it is {found}" if found else str(error)
+        raise InputRejected("source", f"caption file {name!a} is not UTF-8 text: {reason}") from error
+    if "\0" in text and (found := plainly(content)):
+        raise InputRejected("source", f"caption file {name!a} is {found}")
     # Not str.splitlines: it also cuts at characters that stand inside captions, such as U+2028.
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    captions = [line.strip() for line in lines if line.strip()]
+    captions = [line.strip() for line in re.split(LINE_ENDS, text) if line.strip()]
     return caption_tuple(captions or "", needed=True)
+
+
+LINE_ENDS = "\r\n|\r|\n"
+"""What ends a line, as a regular expression."""
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Text in the encoding that its byte order mark says, else UTF-8, for which `errors` is as in bytes.decode.
+
+    Raises UnicodeDecodeError.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content.decode(encoding)
+    return content.decode("utf-8-sig", errors)
 
 
 def _check_caption(caption: object) -> None:
@@ -60,7 +90,7 @@ def _check_caption(caption: object) -> None:
         raise InputRejected(
             "source",
             f"caption {_short(caption)} is not valid Unicode text (a lone surrogate or a byte that is "
-            f"not UTF-8, at character {error.start}); correct its encoding",
+            f"not UTF-8, at character {error.start}); correct its encoding, e.g. iconv -f WINDOWS-1252 -t UTF-8",
         ) from None
 
 
@@ -76,11 +106,12 @@ MAX_TEXT_BYTES = 1 << 20
 """Largest file of captions of one image; text encoders read a few hundred bytes of it."""
 
 
-def locate(name: str, folder: Path, roots: Sequence[Path]) -> Path:
+def locate(name: str, folder: Path, roots: Sequence[Path], links: Sequence[Path] = ()) -> Path:
     """The regular file that `name`, found in the data, means in `folder`; it must lie in one of the `roots`.
 
-    The roots are real, absolute paths. Raises InputRejected for whatever is not a regular file there; a name is data,
-    so neither an absolute one, nor "..", nor a link may lead out of the roots.
+    The roots are real, absolute paths, and so are `links`: where a link in the roots may lead, besides. Raises
+    InputRejected for whatever is not a regular file there; a name is data, so neither an absolute one, nor "..", nor a
+    link may lead out of them.
     """
     try:
         encoded = os.fsencode(name)
@@ -88,24 +119,61 @@ def locate(name: str, folder: Path, roots: Sequence[Path]) -> Path:
         encoded = b""
     if not encoded or b"\0" in encoded:
         raise InputRejected("source", f"{name!a} is not a file name")
-    path = folder / name
-    if ".." in path.parts or not any(path.is_relative_to(root) for root in roots):
+    path = Path(os.path.normpath(folder / name))
+    if not any(path.is_relative_to(root) for root in roots):
         raise InputRejected("source", f"path {name!a} leads out of the source; use a path relative to {folder}")
+    real = follow(path, [*roots, *links])
     try:
-        real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except OSError as error:
         raise InputRejected("source", f"there is no readable file {name!a}: {error.strerror}") from None
-    except RuntimeError:
-        # How Path.resolve reports a loop before Python 3.13.
-        raise InputRejected("source", f"the link {name!a} leads back to itself") from None
-    if not any(real.is_relative_to(root) for root in roots):
-        raise InputRejected("source", f"link to {os.fspath(real)!a}, outside the source; put a copy of the file there")
     if stat.S_ISDIR(mode):
         raise InputRejected("source", "a folder, not a file")
     if not stat.S_ISREG(mode):
         raise InputRejected("source", "not a regular file")
     return path
+
+
+def follow(path: Path, roots: Sequence[Path]) -> Path:
+    """Where `path` really lies, all links followed; raises InputRejected unless something is there and in the roots."""
+    try:
+        real = path.resolve(strict=True)
+    except OSError as error:
+        if path.is_symlink() and (target := _end_of(path)) is not None:
+            raise InputRejected("source", _dangling(os.fspath(path.readlink()), target)) from None
+        raise InputRejected("source", f"there is no readable file {path.name!a}: {error.strerror}") from None
+    except RuntimeError:
+        # How Path.resolve reports a loop before Python 3.13.
+        raise InputRejected("source", f"the link {path.name!a} leads back to itself") from None
+    if not any(real.is_relative_to(root) for root in roots):
+        raise InputRejected("source", _outside(real))
+    return real
+
+
+def _end_of(link: Path) -> Path | None:
+    """The path at the end of a chain of links, where nothing is; None for a loop."""
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):
+        return None
+    return None if target.is_symlink() or os.path.lexists(target) else target
+
+
+def _dangling(written: str, target: Path) -> str:
+    place, found = os.fspath(target), f"a dangling link: {written!a} is not there"
+    if "/annex/objects/" in place:
+        return f"{found}, as it has not been fetched; run: git annex get"
+    if "/.dvc/cache/" in place:
+        return f"{found}, as it has not been fetched; run: dvc pull"
+    if _HUB_BLOB.search(place):
+        return f"{found}; fetch the files anew: hf download … --local-dir FOLDER"
+    return f"{found}; restore that, or remove the link"
+
+
+def _outside(real: Path) -> str:
+    place = printable(shlex.quote(os.fspath(real if real.is_dir() else real.parent)))
+    other = "; or fetch files without links: hf download … --local-dir FOLDER" if _HUB_BLOB.search(f"{real}") else ""
+    return f"link to {os.fspath(real)!a}, outside the source; to follow it: --follow-links {place}{other}"
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -121,5 +189,5 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def readable(path: str) -> str:
-    """A path as valid UTF-8 text: a byte NN that is not UTF-8 is written \\udcNN."""
-    return path.encode("utf-8", "backslashreplace").decode()
+    """A path as text that is safe to store and to show: `printable`; most paths stay as they are."""
+    return printable(path)

@@ -1,24 +1,27 @@
-"""Datasets of rows: parquet files, folders written by `save_to_disk`, and datasets of the Hugging Face Hub."""
+"""Datasets of rows: parquet files, and what `hub` finds that the library `datasets` keeps."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
+from kcache.plainly import plainly_at
+from kcache.sources.archives import ZipMembers, is_chained
 from kcache.sources.arrow_files import (
-    ArrowStream,
     HeldImages,
     Images,
     ParquetFile,
     RowFile,
     decode_captions,
+    decode_images,
     is_caption_type,
     is_image_type,
 )
+from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
@@ -26,9 +29,6 @@ from kcache.store.samples import Refusal
 
 _NO_BYTES = bytes(KEY_BYTES)
 """Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
-
-SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
-"""Files that only `save_to_disk` writes: the first for several splits, the second for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,9 @@ class TableSource:
     images: HeldImages
     roots: tuple[Path, ...]
     """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
+    links: tuple[Path, ...] = ()
+    """Such folders into which links in the roots may lead."""
+    zips: ZipMembers = field(default_factory=ZipMembers)
     keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
 
@@ -68,9 +71,9 @@ class TableSource:
 
     def image(self, i: int) -> bytes:
         part, chunk, row = self._place(i)
-        images = self._images(part, chunk)
-        content = images.content(row)
-        return read_file(self._image_path(images, row), MAX_IMAGE_BYTES) if content is None else content
+        images, at = self._images(part, chunk, row)
+        content = images.content(at)
+        return self._named(images.path(at)) if content is None else content
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         part, chunk, row = self._place(i)
@@ -78,8 +81,14 @@ class TableSource:
             key = self._chunk_keys(part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
             if key != _NO_BYTES:
                 return key
-            path = self._image_path(self._images(part, chunk), row)
-            return memo.digest(path, "content_key", lambda: content_key(self.image(i)), rehash)
+            images, at = self._images(part, chunk, row)
+            path, name = images.path(at), "content_key"
+            if path is not None and is_chained(path):
+                file, member = self.zips.locate(path, self.roots[0], self.roots)
+                name = f"content_key of member {member!a}"
+            else:
+                file = self._located(path)
+            return memo.digest(file, name, lambda: content_key(self._named(path)), rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
@@ -89,9 +98,15 @@ class TableSource:
         if keys is None:
             file = self.parts[part].file
             name = f"content_key of each row of column {self.images.column!a}, chunk {chunk}"
-            keys = memo.digest(file.path, name, lambda: _digest(self._images(part, chunk)), rehash)
+            keys = memo.digest(file.path, name, lambda: self._digest(part, chunk), rehash)
             self.keys[part, chunk, rehash] = keys
         return keys
+
+    def _digest(self, part: int, chunk: int) -> bytes:
+        with self._reading(part):
+            pieces = map(decode_images, self.parts[part].file.pieces(chunk, self.images.column))
+            contents = (images.content(row) for images in pieces for row in range(len(images)))
+            return b"".join(_NO_BYTES if content is None else content_key(content) for content in contents)
 
     def _place(self, i: int) -> tuple[int, int, int]:
         """Part and chunk of sample `i`, and its row in the chunk."""
@@ -100,68 +115,45 @@ class TableSource:
         chunk = bisect_right(starts, row) - 1
         return part, chunk, row - starts[chunk]
 
-    def _images(self, part: int, chunk: int) -> Images:
-        try:
-            return self.images.read(self.parts[part].file, chunk)
-        except (pa.ArrowException, OSError) as error:
-            raise InputRejected("source", f"{self.parts[part].label} cannot be read: {error}") from error
+    def _images(self, part: int, chunk: int, row: int) -> tuple[Images, int]:
+        with self._reading(part):
+            return self.images.read(self.parts[part].file, chunk, row)
 
-    def _image_path(self, images: Images, row: int) -> Path:
-        path = images.path(row)
+    @contextmanager
+    def _reading(self, part: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            reason = f"{self.parts[part].label} cannot be read: {_one_line(error)}"
+            raise InputRejected("source", reason) from error
+
+    def _located(self, path: str | None) -> Path:
         if path is None:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
-        return locate(path, self.roots[0], self.roots)
+        return locate(path, self.roots[0], self.roots, self.links)
+
+    def _named(self, path: str | None) -> bytes:
+        """The bytes of what a row only names."""
+        if path is not None and is_chained(path):
+            return self.zips.read(*self.zips.locate(path, self.roots[0], self.roots, self.links))
+        return read_file(self._located(path), MAX_IMAGE_BYTES)
 
 
 def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
     """Open parquet files given relative to a folder; raises SourceError when they offer no sample."""
     files = [(readable(path), root / path) for path in paths]
-    return _open_rows("parquet", str(root), ParquetFile, files, [root], request, reasons=refused)
+    return open_rows("parquet", str(root), ParquetFile, files, [root], request, reasons=refused)
 
 
-def open_saved_dataset(folder: Path, request: Request) -> TableSource:
-    """Open what `save_to_disk` wrote, of several splits the one called train; raises SourceError."""
-    root = folder.resolve()
-    label = "dataset"
-    if (root / "dataset_dict.json").exists():
-        splits = _read_json(root / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or "train" not in splits:
-            raise SourceError(
-                f"{folder} holds the splits {splits!a}; expected one called train; give one split's folder"
-            )
-        root, label = root / "train", "train"
-    files = []
-    for entry in _data_files(root / "state.json"):
-        try:
-            files.append((label, locate(entry, root, [root])))
-        except InputRejected as rejection:
-            raise SourceError(
-                f"{root}: data file {entry!a} of state.json is missing or unsafe: {rejection.reason}; "
-                "expected a folder as save_to_disk writes it; write it again"
-            ) from rejection
-    return _open_rows("saved dataset", str(root), ArrowStream, files, [root], request, numbered_through=True)
-
-
-def open_hub_dataset(name: str, request: Request) -> TableSource:
-    """Download the train split of a Hub dataset into the user's Hugging Face cache and open it; raises SourceError."""
-    # Imported here, because it takes a second that no other source needs.
-    import datasets
-    import huggingface_hub.constants
-
+def count_rows(path: Path) -> int | None:
+    """The rows of a parquet file, as its footer says; None where it cannot be read."""
     try:
-        dataset = datasets.load_dataset(name, split="train", keep_in_memory=False)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise SourceError(
-            f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded: {error}; "
-            "expected a path that exists or the id of a dataset with a train split; correct it, or go online"
-        ) from error
-    files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
-    caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
-    roots = [Path(cache).resolve() for cache in caches]
-    return _open_rows("Hub dataset", name, ArrowStream, files, roots, request, numbered_through=True)
+        return ParquetFile(path).starts[-1]
+    except (pa.ArrowException, OSError):
+        return None
 
 
-def _open_rows(
+def open_rows(
     kind: str,
     place: str,
     reader: Callable[[Path], RowFile],
@@ -172,95 +164,111 @@ def _open_rows(
     numbered_through: bool = False,
     reasons: Mapping[str, str] | None = None,
 ) -> TableSource:
+    """The rows of files given as (what to call it, file); raises SourceError when they offer no sample.
+
+    A file that does not fit, or is broken, costs itself, unless none fits or the rows are `numbered_through` all files:
+    then names would shift. Images that rows only name must lie in one of `roots`.
+    """
     parts: list[_Part] = []
     samples: list[tuple[int, int, tuple[str, ...]]] = []
-    reasons = dict(reasons or {})
+    reasons, problems = dict(reasons or {}), dict[Path, str]()
     first_row = 0
     for label, path in files:
         if len(samples) == request.max_train_samples:
             break
         try:
-            part = _Part(file=reader(path), label=label, first_row=first_row)
-            _check_columns(part.file, request)
+            part = _Part(file=reader(path), label=label, first_row=first_row if numbered_through else 0)
+            first_row += part.file.starts[-1]
+            if (problem := _misfit(part.file, request)) is not None:
+                problems[path] = reasons[label] = problem
+                continue
             parts.append(part)
-            for row, cell in _caption_cells(part.file, request):
+            for row, captions in _captioned_rows(part, request, reasons):
+                samples.append((len(parts) - 1, row, captions))
                 if len(samples) == request.max_train_samples:
                     break
-                try:
-                    samples.append((len(parts) - 1, row, caption_tuple(cell, needed=request.need_captions)))
-                except InputRejected as rejection:
-                    reasons[_row_name(part, row)] = rejection.reason
         except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{path} cannot be read: {error}; expected a whole file; write it again") from error
-        if numbered_through:
-            first_row += part.file.starts[-1]
+            begun = bool(samples) and samples[-1][0] == len(parts) - 1
+            problems[path] = reasons[label] = _broken(path, error, begun)
+    if problems and (numbered_through or not parts):
+        path, problem = next(iter(problems.items()))
+        raise SourceError(f"{path} {problem}")
     expected = "rows with an image and a caption; correct the data"
     refused = refusals(f"{kind} {place}", samples, reasons, expected=expected)
     captioned = any(captions for _, _, captions in samples)
     origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
     plural = "s" if len(samples) != 1 else ""
+    left_out = f", {len(problems):,} of {len(files):,} files left out" if problems else ""
     return TableSource(
-        description=f"{kind}: {len(samples):,} image{plural} from column {request.image_column!r}, {origin}",
+        description=f"{kind}: {len(samples):,} image{plural} from column {request.image_column!r}, {origin}{left_out}",
         refused=refused,
         parts=parts,
         samples=samples,
         images=HeldImages(request.image_column),
         roots=tuple(roots),
+        links=link_roots(roots[0], request.config),
     )
 
 
-def _check_columns(file: RowFile, request: Request) -> None:
+def _misfit(file: RowFile, request: Request) -> str | None:
+    """Why no sample can come from a file, and what to do: words to follow its name; None where it may give some."""
     wanted = [(request.image_column, is_image_type, "--image-column", "image bytes, or datasets' struct of them")]
-    if request.need_captions or request.caption_column in file.schema.names:
+    if request.need_captions or request.config.caption_column is not None:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
     for column, fits, flag, expected in wanted:
-        index = file.schema.get_field_index(column)
-        if index < 0:
+        if column not in file.schema.names:
             found = readable(", ".join(file.schema.names))
-            raise SourceError(f"{file.path} has no column {column!r}; found {found}; name the right one with {flag}")
-        kind = file.schema.field(index).type
+            return f"has no column {column!r}; found {found}; name the right one with {flag}"
+        kind = file.schema.field(file.schema.names.index(column)).type
         if not fits(kind):
-            raise SourceError(
-                f"{file.path}: column {column!r} holds {kind}; expected {expected}; name the right one with {flag}"
-            )
+            advice = f"name the right one with {flag}{_about(kind, flag)}"
+            return f"has a column {column!r} that holds {str(kind)[:200]}; expected {expected}; {advice}"
+    return None
+
+
+def _about(kind: object, flag: str) -> str:
+    """What to do about a column that is what was meant, but of another kind."""
+    if flag == "--caption-column":
+        return ""
+    if is_caption_type(kind) and not str(kind).endswith("null"):
+        return ", or store the pictures themselves: files and URLs that text names are not fetched"
+    return ", or give each picture a row" if "list" in str(kind) else ""
+
+
+def _captioned_rows(part: _Part, request: Request, reasons: dict[str, str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The rows of a file with their captions; why any other is refused is noted in `reasons`."""
+    for row, cell in _caption_cells(part.file, request):
+        try:
+            captions = caption_tuple(cell, needed=request.need_captions)
+        except InputRejected as rejection:
+            reasons[_row_name(part, row)] = rejection.reason
+        else:
+            yield row, captions
 
 
 def _caption_cells(file: RowFile, request: Request) -> Iterator[tuple[int, object]]:
+    column, names = request.caption_column, file.schema.names
+    fits = column in names and is_caption_type(file.schema.field(names.index(column)).type)
     for chunk, first in enumerate(file.starts[:-1]):
-        rows = file.starts[chunk + 1] - first
-        if request.caption_column in file.schema.names:
-            cells: Sequence[object] = decode_captions(file.read_chunk(chunk, request.caption_column))
-        else:
-            cells = [None] * rows
-        yield from zip(range(first, first + rows), cells, strict=True)
+        row, end = first, file.starts[chunk + 1]
+        for piece in file.pieces(chunk, column) if fits else ():
+            for cell in decode_captions(piece):
+                yield row, cell
+                row += 1
+        if fits and row != end:
+            raise pa.ArrowInvalid(f"row group {chunk} has {row - first:,} rows instead of {end - first:,}")
+        yield from ((k, None) for k in range(row, end))
 
 
-def _digest(images: Images) -> bytes:
-    contents = (images.content(row) for row in range(len(images)))
-    return b"".join(_NO_BYTES if content is None else content_key(content) for content in contents)
+def _broken(path: Path, error: Exception, begun: bool) -> str:
+    if (found := plainly_at(path)) is not None and not found.startswith(("a Parquet file", "an Arrow")):
+        return f"is no file of rows: it is {found}"
+    return f"cannot be read{' to its end' if begun else ''}: {_one_line(error)}; expected a whole file; write it again"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _row_name(part: _Part, row: int) -> str:
     return f"{part.label} row {part.first_row + row}"
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{path} cannot be read: {error}; expected what save_to_disk writes; write it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} holds no JSON object; expected what save_to_disk writes; write it again")
-    return value
-
-
-def _data_files(state: Path) -> list[str]:
-    entries = _read_json(state).get("_data_files")
-    names = []
-    if isinstance(entries, list):
-        names = [entry["filename"] for entry in entries if isinstance(entry, dict) and "filename" in entry]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise SourceError(f"{state} names no data files; expected what save_to_disk writes; write it again")
-    return names

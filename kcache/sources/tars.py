@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.errors import InputRejected, SourceError
-from kcache.sources.folder import IMAGE_SUFFIXES
+from kcache.plainly import plainly_at
+from kcache.sources.archives import Member, list_members
+from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.sources.tar_members import Member, list_members
+from kcache.sources.splits import counted
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_TEXTS = ("txt", "text", "caption")
+"""What a member is called that is a caption, the first of them first."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 _MAX_TARS = 1_000_000
+_SHOWN_COLUMNS = 20
 _EXPECTED = "plain tars with members such as 0001.jpg and 0001.txt side by side; correct the tars"
 
 
@@ -87,9 +92,13 @@ class _Found:
     """What has been found in the tars so far."""
 
     samples: list[_Sample] = field(default_factory=list)
+    groups: int = 0
+    """Keys that were looked at."""
     refused: dict[str, str] = field(default_factory=dict)
     origins: Counter[str] = field(default_factory=Counter)
     """Where captions came from, and how often."""
+    columns: dict[str, None] = field(default_factory=dict)
+    """What .json members hold, as far as it was looked at."""
 
 
 def is_tar_name(name: str) -> bool:
@@ -100,7 +109,9 @@ def is_tar_name(name: str) -> bool:
 def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], request: Request) -> TarSource:
     """Open tars given as (what to call it, file); raises SourceError when they offer no sample.
 
-    The caption of a sample is its .txt member, else what its .json member has in the caption column or in "caption".
+    The caption of a sample is its .txt, .text or .caption member, else what its .json member has in "text" or
+    "caption". A caption column that was given is looked for in the .json member, else as a member's name, and nowhere
+    else; an image column that was given names the member that is the image.
     Where a folder has _stats.json files, as img2dataset writes one when a tar is finished, a tar without is refused.
     """
     found = _Found(refused=dict(refused))
@@ -118,10 +129,17 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
             found.refused[label] = rejection.reason
         except OSError as error:
             found.refused[label] = f"cannot be read: {error.strerror}"
-    place, reasons = f"a webdataset of {len(tars)} tars", dict(sorted(found.refused.items()))
+    place, reasons = f"a webdataset of {counted(len(tars), 'tar')}", dict(sorted(found.refused.items()))
+    column = request.config.caption_column
+    if column is not None and found.groups and not found.origins:
+        held = readable(", ".join(list(found.columns)[:_SHOWN_COLUMNS])) or "nothing"
+        raise SourceError(
+            f"{place} has no caption column {column!r}: .json members hold {held}; name the right one with "
+            "--caption-column, or leave it out to take .txt members"
+        )
     all_refused = refusals(place, found.samples, reasons, expected=_EXPECTED)
-    images, used = len(found.samples), len({sample.tar for sample in found.samples})
-    counts = f"{images:,} image{'s' if images != 1 else ''} in {used:,} tar{'s' if used != 1 else ''}"
+    used = len({sample.tar for sample in found.samples})
+    counts = f"{counted(len(found.samples), 'image')} in {counted(used, 'tar')}"
     origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
     return TarSource(
         description=f"webdataset: {counts}, {origin}",
@@ -188,7 +206,9 @@ def _read_tar(number: int, label: str, path: Path, request: Request, found: _Fou
         raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
     listing = list_members(path)
     if listing.damage is not None and not listing.members:
-        raise InputRejected("source", f"not a plain tar, or damaged from the start: {listing.damage}")
+        what = plainly_at(path)
+        told = f"not a plain tar: it is {what}" if what and not what.startswith("a tar") else "damaged from the start"
+        raise InputRejected("source", f"{told} ({listing.damage})")
     groups = _groups(label, listing.members, found.refused)
     if listing.damage is not None:
         last = next(reversed(groups), None)
@@ -199,8 +219,9 @@ def _read_tar(number: int, label: str, path: Path, request: Request, found: _Fou
         if len(found.samples) == request.max_train_samples:
             break
         try:
-            image = _image(group)
-            captions, origin = _captions(path, group, request)
+            found.groups += 1
+            image = _image(group, request.config.image_column)
+            captions, origin = _captions(path, group, request, found.columns)
         except InputRejected as rejection:
             found.refused[f"{label}/{key}"] = rejection.reason
             continue
@@ -231,14 +252,17 @@ def _hidden(name: str) -> bool:
     return base.startswith(".") or re.match(r"__[^/]*__(/|$)", name) is not None
 
 
-def _image(group: _Group) -> Member:
+def _image(group: _Group, column: str | None) -> Member:
     if group.problem is not None:
         raise InputRejected("source", group.problem)
     images = [suffix for suffix in group.members if suffix in IMAGE_SUFFIXES]
+    if column is not None:
+        images = [suffix for suffix in group.members if suffix == column.lower().removeprefix(".")]
     if len(images) != 1:
-        what = "several images" if images else "no image"
+        what = "several images" if images else "no image" if column is None else f"no .{column}"
+        advice = "name one with --image-column, such as jpg" if images else "a key ends at the first dot"
         suffixes = ascii(", ".join(images or group.members))[1:-1][:60]
-        raise InputRejected("source", f"{what} among its members ({suffixes}); a key ends at the first dot")
+        raise InputRejected("source", f"{what} among its members ({suffixes}); {advice}")
     return _checked(group.members[images[0]], MAX_IMAGE_BYTES)
 
 
@@ -250,20 +274,32 @@ def _checked(member: Member, limit: int) -> Member:
     return member
 
 
-def _captions(path: Path, group: _Group, request: Request) -> tuple[tuple[str, ...], str]:
-    """The captions of a sample, and where they stood."""
-    if (text := group.members.get("txt")) is not None:
-        _checked(text, MAX_TEXT_BYTES)
-        return caption_lines(_content(path, text.offset, text.size), text.name), ".txt members"
-    if (about := group.members.get("json")) is not None:
+def _captions(path: Path, group: _Group, request: Request, columns: dict[str, None]) -> tuple[tuple[str, ...], str]:
+    """The captions of a sample, and where they stood; the columns of its .json member are noted in `columns`."""
+    asked = request.config.caption_column
+    texts: tuple[str, ...] = _TEXTS if asked is None else ()
+    row: dict[str, object] = {}
+    if (about := group.members.get("json")) is not None and not any(name in group.members for name in texts):
         _checked(about, MAX_TEXT_BYTES)
         row = _json_object(about.name, _content(path, about.offset, about.size))
-        column = next((name for name in (request.caption_column, "caption") if name in row), None)
-        if column is not None:
-            return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
+        columns.update(dict.fromkeys(row) if len(columns) < _SHOWN_COLUMNS else {})
+    if asked is not None and asked not in row:
+        texts = (asked.lower().removeprefix("."),)
+    suffix = next((name for name in texts if name in group.members and name != "json"), None)
+    if suffix is not None:
+        text = _checked(group.members[suffix], MAX_TEXT_BYTES)
+        return caption_lines(_content(path, text.offset, text.size), text.name), f".{suffix} members"
+    wanted = ("text", "caption") if asked is None else (asked,)
+    # A column without a value gives way to one that has one.
+    column = max((name for name in wanted if name in row), key=lambda name: row[name] is not None, default=None)
+    if column is not None:
+        return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
     if request.need_captions:
-        columns = " or ".join(sorted({repr(request.caption_column), "'caption'"}))
-        raise InputRejected("source", f"no captions: no .txt member beside it, and no .json member with {columns}")
+        held = f" (its .json member holds {readable(', '.join(list(row)[:10]))})" if row else ""
+        member = ".txt" if asked is None else f".{texts[0]}"
+        either = " or ".join(map(repr, wanted))
+        reason = f"no captions: no {member} member beside it, and no .json member with {either}{held}"
+        raise InputRejected("source", reason)
     return (), ""
 
 

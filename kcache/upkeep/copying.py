@@ -13,6 +13,7 @@ from kcache.build.joined_tars import shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.errors import CacheCorruptError, CacheMismatchError
+from kcache.places import check_local
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
@@ -76,6 +77,7 @@ def read_contents(cache: Path) -> CacheContents:
 
 def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samples_digest: str) -> None:
     """Refuse a folder that holds anything but this very cache, finished or interrupted; raises CacheMismatchError."""
+    check_local(target)
     if target.exists() and not target.is_dir():
         raise CacheMismatchError(f"{target} is a file; expected a path where nothing is, for the new cache")
     if (target / MANIFEST).exists():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kcache.plainly import HEAD_BYTES, plainly, plainly_at, shown
+from kcache.plainly import HEAD_BYTES, plainly, plainly_at, printable, shown
 
 
 def saved(kind: str) -> bytes:
@@ -87,6 +87,7 @@ def boxed(*brands: bytes) -> bytes:
         (b'{"error": "Repository not found"}', "Repository not found"),
         (b'[\n  {"file_name": "a.jpg"}\n]', "JSON text"),
         ("a fox".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("a fox".encode("utf-16-le"), "iconv -f UTF-16LE"),
         (b"Access denied\n", "text that begins 'Access denied'"),
         ("ein Fuchs, größer".encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8"),
         ("лиса в снегу".encode("cp1251"), "not UTF-8; convert"),
@@ -99,7 +100,7 @@ def test_what_a_file_is_and_what_to_do(head: bytes, words: str) -> None:
     found = plainly(head)
     assert found is not None
     assert re.search(words, found), found
-    assert found.isprintable()
+    assert found == printable(found)
 
 
 def test_noise_is_not_given_a_name() -> None:
@@ -109,7 +110,7 @@ def test_noise_is_not_given_a_name() -> None:
 @given(st.binary(max_size=400), st.sampled_from([b"", b"II*\0", b"MM\0*", b"\0\0\0\x20ftyp", b"<", b"{", b"PK\3\4"]))
 def test_any_bytes_give_printable_words_or_none(tail: bytes, start: bytes) -> None:
     words = plainly(start + tail)
-    assert words is None or (words and words.isprintable())
+    assert words is None or (words and words == printable(words))
 
 
 def test_a_file_is_looked_into_no_further_than_its_head(tmp_path: Path) -> None:
@@ -120,5 +121,9 @@ def test_a_file_is_looked_into_no_further_than_its_head(tmp_path: Path) -> None:
 
 def test_what_is_quoted_of_a_file_is_safe_to_print() -> None:
     assert shown("a\0b\x1b[2J\n\udcff\u202e 図") == r"a\x00b\x1b[2J\n\udcff\u202e 図"
+    assert (
+        printable("family \U0001f469\u200d\U0001f467 \u3000 العربية")
+        == "family \U0001f469\u200d\U0001f467 \u3000 العربية"
+    )
     assert shown("x" * 100, 10) == "x" * 9 + "…"
     assert shown(["a\0"]) == r"['a\x00']"

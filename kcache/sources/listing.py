@@ -1,0 +1,240 @@
+"""What a folder holds: its files, links as far as they may be followed, and what is left out of it, by name."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kcache.config import AS_FOUND, SourceConfig
+from kcache.errors import InputRejected, SourceError
+from kcache.hints import own_output
+from kcache.plainly import plainly_at
+from kcache.sources.reading import follow, locate
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    "apng", "avif", "avifs", "bmp", "dib", "gif", "heic", "heif", "j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg",
+    "jpeg_large", "jpf", "jpg", "jpg_large", "jpg_orig", "jpx", "jxl", "mpo", "pbm", "pgm", "png", "png_large", "pnm",
+    "ppm", "tga", "tif", "tiff", "webp",
+})
+_NO_DATA = frozenset({
+    "dataset_info.json", "dataset_infos.json", "desktop.ini", "icon\r", "license", "licence", "makefile", "notice",
+    "readme", "thumbs.db",
+})
+# fmt: on
+"""Files, by name without .md or .txt in small letters, that are about a folder or made by a system."""
+_UNFINISHED = frozenset({".aria2", ".crdownload", ".download", ".part", ".partial", ".tmp"})
+_MOST_KINDS = 20
+"""Kinds of files that are named; what is of none of them comes in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderListing:
+    """What a folder holds, hidden names (starting with a dot) left out; paths are relative to `root`, with slashes."""
+
+    root: Path
+    """The folder's real, absolute path."""
+    links: Sequence[Path] = ()
+    """Real, absolute folders in which what a link in the root leads to may lie, besides."""
+    files: set[str] = field(default_factory=set)
+    """Regular files, and links to regular files in the root or in `links`."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Everything else, by path, and why it is not read."""
+    left_out: frozenset[str] = frozenset()
+    """Files of another split than the one that is read: not refused, but not read either."""
+    alike: dict[str, list[str]] = field(default_factory=dict)
+    """Files by names that people would call the same, filled when it is first asked for."""
+
+    @property
+    def images(self) -> list[str]:
+        """Files that are called like images, sorted."""
+        return sorted(path for path in self.files if is_image_name(path))
+
+    def find(self, name: str, folder: str) -> str:
+        """The path of the file that `name` means, which stands in data in `folder` ("", or ending in a slash).
+
+        A name as another system writes it means the file whose name differs in \\ for / or in the Unicode form of its
+        accents, if there is only one. Raises InputRejected as `reading.locate` does.
+        """
+        # Listed paths hold no "..", so a hit is inside the root; a look at the disk is only for the rest.
+        if folder + name in self.files:
+            return folder + name
+        try:
+            return self._locate(name, folder)
+        except InputRejected as rejection:
+            slashed = name.replace("\\", "/")
+            near = self._alike(folder + slashed)
+            same = [path for path in near if one_form(path) == one_form(folder + slashed)]
+            if len(same) == 1:
+                return same[0]
+            if slashed != name and not same:
+                return self.find(slashed, folder)
+            if re.match(r"[A-Za-z]:/", name):
+                reason = f"{name!a} is a path on another machine; use one relative to the metadata file"
+                raise InputRejected("source", reason) from None
+            inside = [path.removeprefix(folder) for path in near if path.startswith(folder)]
+            hint = f"; did you mean {inside[0]!a}?" if inside else ""
+            raise InputRejected("source", rejection.reason + hint) from None
+
+    def _locate(self, name: str, folder: str) -> str:
+        return locate(name, self.root / folder, [self.root], self.links).relative_to(self.root).as_posix()
+
+    def _alike(self, path: str) -> list[str]:
+        if not self.alike:
+            for file in sorted(self.files | self.left_out):
+                self.alike.setdefault(_loosely(file), []).append(file)
+        return self.alike.get(_loosely(path), [])
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is called like an image."""
+    return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def one_form(name: str) -> str:
+    """A name in one Unicode form: macOS writes é as two characters, other systems as one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _loosely(path: str) -> str:
+    return one_form(path).casefold()
+
+
+def list_folder(folder: Path, config: SourceConfig = AS_FOUND) -> FolderListing:
+    """List a folder and all folders in it, without opening any file; raises SourceError when it cannot be listed.
+
+    Folders that links lead to come after all others, and none is read twice; what kcache itself made is left out.
+    """
+    root = folder.resolve()
+    listing = FolderListing(root=root, links=link_roots(root, config))
+    waiting, linked = [("", root)], list[tuple[str, Path]]()
+    seen: dict[Path, str] = {}
+    while waiting or linked:
+        prefix, real = waiting.pop() if waiting else linked.pop(linked.index(min(linked)))
+        path = prefix.rstrip("/")
+        # By real paths, not by inodes: some network file systems give the same one to all.
+        if (first := seen.setdefault(real, prefix)) != prefix:
+            listing.refused[path] = _again(path, first)
+            continue
+        try:
+            with os.scandir(root / prefix) as scanned:
+                entries = [entry for entry in scanned if not entry.name.startswith(".")]
+            if prefix and (own := own_output(root / prefix, {entry.name for entry in entries})):
+                listing.refused[path] = f"{own}, left out: its files are no source"
+                continue
+            for entry in entries:
+                _list_entry(entry, prefix + entry.name, real / entry.name, listing, waiting, linked)
+        except OSError as error:
+            if not prefix:
+                raise SourceError(f"{folder} cannot be listed: {error.strerror}; expected a readable folder") from error
+            listing.refused[path] = f"folder cannot be listed: {error.strerror}"
+    return listing
+
+
+def link_roots(root: Path, config: SourceConfig) -> tuple[Path, ...]:
+    """Where links in the real folder `root` may lead besides: what `config` names, and the store of its own repository.
+
+    Such a store is where the Hub's client, git-annex and DVC keep the content of files that they link to. Raises
+    SourceError where `config` names no folder.
+    """
+    found = []
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and re.fullmatch("(datasets|models|spaces)--.+", folder.parents[1].name):
+            found.append(folder.parents[1] / "blobs")
+        found += [folder / ".git/annex/objects", folder / ".dvc/cache"]
+    if config.follow_links is not None:
+        place = Path(config.follow_links)
+        if not place.is_dir():
+            found_there = "that is a file" if place.exists() else "nothing is there"
+            raise SourceError(
+                f"--follow-links {config.follow_links!a}: {found_there}; expected the folder into which links of the "
+                "source may lead"
+            )
+        found.append(place)
+    return tuple(folder.resolve() for folder in found if folder.is_dir())
+
+
+def _again(path: str, first: str) -> str:
+    if f"{path}/".startswith(first):
+        return f"a link to a folder that it lies in, {first.rstrip('/') or 'the source itself'!a}: a loop"
+    return f"a link to a folder that is read already, as {first.rstrip('/')!a}"
+
+
+def _list_entry(
+    entry: os.DirEntry[str],
+    path: str,
+    real: Path,
+    listing: FolderListing,
+    waiting: list[tuple[str, Path]],
+    linked: list[tuple[str, Path]],
+) -> None:
+    if entry.is_symlink():
+        try:
+            _list_link(path, follow(listing.root / path, [listing.root, *listing.links]), listing, linked)
+        except InputRejected as rejection:
+            listing.refused[path] = rejection.reason
+    elif entry.is_file():
+        listing.files.add(path)
+    elif entry.is_dir():
+        waiting.append((path + "/", real))
+        if is_image_name(path):
+            listing.refused[path] = "a folder, not a file"
+    else:
+        listing.refused[path] = "not a regular file"
+
+
+def _list_link(path: str, real: Path, listing: FolderListing, linked: list[tuple[str, Path]]) -> None:
+    if real.is_file():
+        listing.files.add(path)
+    elif not real.is_dir():
+        listing.refused[path] = "not a regular file"
+    elif real.is_relative_to(listing.root) and not any(real.is_relative_to(place) for place in listing.links):
+        inside = real.relative_to(listing.root).as_posix()
+        listing.refused[path] = f"a link to the folder {inside!a} of the source, which is read where it is"
+    else:
+        linked.append((path + "/", real))
+
+
+def leftovers(
+    listing: FolderListing, paths: Iterable[str], why: Callable[[str], str] | str, *, every: bool = False
+) -> dict[str, str]:
+    """Why files are not read: a line for each kind, or for its only file, by their names.
+
+    Files about the folder (README.md and the like) need no line, unless `every` one is to have it.
+    """
+    kinds: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        if every or not _is_no_data(path):
+            kind = kind_of(path)
+            kinds.setdefault(kind if kind in kinds or len(kinds) < _MOST_KINDS else "…", []).append(path)
+    reasons = {}
+    for kind, found in kinds.items():
+        reason = why if isinstance(why, str) else why(kind)
+        if words := plainly_at(listing.root / found[0]):
+            reason += f"; {'it' if len(found) == 1 else 'the first'} is {words}"
+        if len(found) == 1:
+            reasons[found[0]] = reason
+        else:
+            name = {"": "files without a suffix", "…": "files of further kinds"}.get(kind, f"*{kind}")
+            reasons[name] = f"{len(found):,} files such as {found[0]!a}: {reason}"
+    return reasons
+
+
+def unlike_pictures(kind: str) -> str:
+    """Why files of a kind, which is their suffix, are not taken for pictures."""
+    if kind in _UNFINISHED:
+        return "an unfinished download by its name; fetch it again, or rename it if it is whole"
+    return "not called like a picture, and no metadata names it; rename it if it is one, e.g. to .jpg"
+
+
+def _is_no_data(path: str) -> bool:
+    name = path.rpartition("/")[2].lower()
+    return name in _NO_DATA or name.endswith(".md") or name.removesuffix(".txt") in _NO_DATA
+
+
+def kind_of(path: str) -> str:
+    """The suffix of a file in small letters, with its dot; "" for none."""
+    stem, dot, suffix = path.rpartition("/")[2].lower().rpartition(".")
+    return dot + suffix if stem and re.fullmatch(r"(?=.*[a-z])[a-z0-9_-]{1,12}", suffix) else ""

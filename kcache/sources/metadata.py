@@ -1,0 +1,258 @@
+"""Metadata files of a folder: which picture a row is about, and what it says; JSON lines, JSON, CSV and parquet."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kcache.errors import InputRejected, SourceError
+from kcache.plainly import plainly_at, shown
+from kcache.sources.listing import FolderListing
+from kcache.sources.protocol import Request
+from kcache.sources.reading import LINE_ENDS, caption_tuple, decode_text
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
+"""Names of metadata files, in small letters."""
+FILE_COLUMN = "file_name"
+_DELIMITERS = (",", ";", "\t", "|")
+_MOST_LINES = 1000
+"""Lines of one CSV row: a quote that is not closed within so many is a stray one."""
+_NO_ROW = "not a row: expected a JSON object on one line, or as many CSV cells as columns (quote commas)"
+
+
+@dataclass(slots=True, kw_only=True)
+class Said:
+    """What the metadata files of a folder say."""
+
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    """Of each picture that a row names, by path: in the order of the rows, each once; [] where none has any."""
+    wrong: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By picture, its rows whose caption cannot be one, and why."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Rows and files that say nothing, and why."""
+    files: list[str] = field(default_factory=list)
+    """The metadata files that were read."""
+    columns: set[str] = field(default_factory=set)
+    """Names of all their columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    columns: Sequence[str] | None
+    """None where each row has its own."""
+    rows: Iterator[tuple[str, object]]
+    """Where each row stands, and what it is: by column, or anything else where it is no row."""
+
+
+def metadata_files(listing: FolderListing) -> list[str]:
+    """The files of a folder that are called like metadata, sorted."""
+    return sorted(path for path in listing.files if path.rpartition("/")[2].lower() in METADATA_NAMES)
+
+
+def read_metadata(listing: FolderListing, request: Request) -> Said:
+    """Read all metadata files of a folder; a file or a row that cannot be used costs itself only, and is named."""
+    said = Said()
+    for path in metadata_files(listing):
+        if path not in listing.left_out:
+            try:
+                _read_file(path, listing, request, said)
+            except InputRejected as rejection:
+                said.refused[path] = rejection.reason
+    for path, captions in said.captions.items():
+        said.captions[path] = list(dict.fromkeys(captions))
+    return said
+
+
+def _read_file(path: str, listing: FolderListing, request: Request, said: Said) -> None:
+    """Add what one file says; raises InputRejected for one that is no metadata."""
+    column = request.config.image_column or FILE_COLUMN
+    table = _open(listing.root / path, column, request.caption_column)
+    columns = set(table.columns or ())
+    rows = 0
+    reasons: dict[str, str] = {}
+    for place, value in table.rows:
+        rows += 1
+        name = f"{path} {place}"
+        try:
+            if not isinstance(value, dict):
+                raise InputRejected("source", _NO_ROW)
+            columns.update(value)
+            _read_row(value, column, path[: path.rfind("/") + 1], name, listing, request, said)
+        except InputRejected as rejection:
+            reasons[name] = rejection.reason
+    if not rows:
+        raise InputRejected("source", f"holds no rows{_unlike_text(listing.root / path)}")
+    if column not in columns:
+        if not columns:
+            raise InputRejected("source", f"{_NO_ROW}; none of its {rows:,} lines is{_plain(listing.root / path)}")
+        raise InputRejected("source", _without(column, sorted(columns)))
+    said.refused |= reasons
+    said.columns |= columns
+    said.files.append(path)
+
+
+def _read_row(
+    row: dict[str, object],
+    column: str,
+    folder: str,
+    name: str,
+    listing: FolderListing,
+    request: Request,
+    said: Said,
+) -> None:
+    file = row.get(column)
+    if not isinstance(file, str):
+        raise InputRejected("source", f"{column} is {shown(file)}; expected a path relative to the metadata file")
+    try:
+        path = listing.find(file, folder)
+    except InputRejected as rejection:
+        raise InputRejected("source", f"{column} {file!a}: {rejection.reason}") from None
+    if path in listing.left_out:
+        return
+    captions = said.captions.setdefault(path, [])
+    try:
+        captions.extend(caption_tuple(row.get(request.caption_column), needed=False))
+    except InputRejected as rejection:
+        said.wrong.setdefault(path, {})[name] = rejection.reason
+
+
+def _open(path: Path, column: str, caption_column: str) -> _Table:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return _parquet(path, column, caption_column)
+        # surrogateescape: a byte that is not UTF-8 costs the caption it stands in, not the whole file.
+        text = decode_text(path.read_bytes(), "surrogateescape")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}; expected a readable metadata file") from error
+    except UnicodeDecodeError as error:
+        raise InputRejected("source", f"cannot be read as text: {error}{_plain(path)}") from error
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, text, column)
+    return _Table(columns=None, rows=_json(text, whole=suffix == ".json"))
+
+
+def _plain(path: Path) -> str:
+    found = plainly_at(path)
+    return f"; it is {found}" if found else ""
+
+
+def _without(column: str, found: Sequence[str]) -> str:
+    names = ", ".join(shown(name) for name in found[:20]) or "nothing"
+    return f"has no column {column!r}; found {names}; add it, or name the one that holds the paths with --image-column"
+
+
+def _json(text: str, *, whole: bool) -> Iterator[tuple[str, object]]:
+    """The rows of JSON lines; else of one list, or of objects over several lines, such as tools print for people."""
+    rows = [
+        (f"line {number}", _parsed(line))
+        for number, line in enumerate(re.split(LINE_ENDS, text), start=1)
+        if line.strip()
+    ]
+    first = rows[0][1] if rows else None
+    if whole or first is None or (isinstance(first, list) and len(rows) == 1):
+        objects = _objects(text)
+        if len(objects) == 1 and isinstance(objects[0], list):
+            return iter([(f"row {number}", value) for number, value in enumerate(objects[0])])
+        if objects:
+            return iter([(f"row {number}", value) for number, value in enumerate(objects)])
+    return iter(rows)
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _objects(text: str) -> list[object]:
+    """All JSON values that follow each other in a text; [] if it holds anything else."""
+    decoder, at, found = json.JSONDecoder(), 0, list[object]()
+    while match := re.compile(r"[\s,]*(?=\S)").match(text, at):
+        try:
+            value, at = decoder.raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            return []
+        found.append(value)
+    return found
+
+
+def _csv(path: Path, text: str, column: str) -> _Table:
+    lines = re.findall(rf"(?:[^\r\n]+(?:{LINE_ENDS})?|{LINE_ENDS})", text)
+    first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    if first < len(lines) and re.fullmatch(r"sep=.\s*", lines[first]):  # as Excel marks its own files
+        first += 1
+    own = "\t" if path.suffix.lower() == ".tsv" else ","
+    heads = {each: _cells(lines, first, each, spaced=True)[0] or [] for each in _DELIMITERS}
+    fitting = [each for each in _DELIMITERS if column in map(str.strip, heads[each])]
+    delimiter = own if own in fitting or not fitting else fitting[0]
+    if not fitting or (delimiter != own and len(fitting) > 1):
+        likely = max(_DELIMITERS, key=lambda each: (len(heads[each]), each == own))
+        raise InputRejected("source", _without(column, [name.strip() for name in heads[likely]]) + _unlike_text(path))
+    columns = [name.strip() for name in heads[delimiter]]
+    spaced = re.search(rf"{re.escape(delimiter)} ", lines[first]) is not None
+    return _Table(columns=columns, rows=_csv_rows(lines, first, delimiter, columns, spaced=spaced))
+
+
+def _unlike_text(path: Path) -> str:
+    """What a file plainly is, unless that is text."""
+    found = _plain(path)
+    return "" if found.startswith("; it is text that begins") else found
+
+
+def _csv_rows(
+    lines: Sequence[str], head: int, delimiter: str, columns: Sequence[str], *, spaced: bool
+) -> Iterator[tuple[str, object]]:
+    at = head + _cells(lines, head, delimiter, spaced=spaced)[1]
+    while at < len(lines):
+        cells, used = _cells(lines, at, delimiter, spaced=spaced)
+        whole = cells is not None and len(cells) == len(columns)
+        if cells is None or any(cell.strip() for cell in cells):
+            yield f"line {at + 1}", dict(zip(columns, cells, strict=True)) if cells is not None and whole else None
+        # A row with a stray quote may have swallowed those behind it: it costs its own line only.
+        at += used if whole or not cells else 1
+
+
+def _cells(lines: Sequence[str], at: int, delimiter: str, *, spaced: bool) -> tuple[list[str] | None, int]:
+    """The cells of the CSV row that begins at a line, and how many lines it has; None where they are no row."""
+    following = (lines[i] for i in range(at, min(at + _MOST_LINES, len(lines))))
+    reader = csv.reader(following, delimiter=delimiter, skipinitialspace=spaced, strict=True)
+    try:
+        return next(reader), reader.line_num
+    except (csv.Error, StopIteration):
+        return None, 1
+
+
+def _parquet(path: Path, column: str, caption_column: str) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from kcache.sources.arrow_files import decode_captions, is_caption_type
+
+    def rows() -> Iterator[tuple[str, object]]:
+        number = 0
+        try:
+            for batch in file.iter_batches(1 << 12, columns=wanted, use_threads=False):
+                cells = [decode_captions(batch.column(name)) for name in wanted]
+                for values in zip(*cells, strict=True):
+                    yield f"row {number}", dict(zip(wanted, values, strict=True))
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            yield f"row {number}", f"it and what follows cannot be read: {shown(str(error), 200)}"
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputRejected("source", f"cannot be read as parquet: {shown(str(error), 200)}{_plain(path)}") from error
+    names = file.schema_arrow.names
+    if column not in names:
+        raise InputRejected("source", _without(column, names))
+    wanted = [name for name in dict.fromkeys((column, caption_column)) if name in names]
+    for name in wanted:
+        kind = file.schema_arrow.field(name).type
+        if not is_caption_type(kind):
+            raise InputRejected("source", f"column {name!r} holds {kind}; expected strings or lists of strings")
+    return _Table(columns=names, rows=rows())
