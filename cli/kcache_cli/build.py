@@ -44,6 +44,9 @@ def cache_build(
     committed is kept. Several processes may build one cache together, on one machine or many. Inputs that cannot be
     encoded are named in CACHE/rejected.jsonl, with the reason, and cost nothing else.
 
+    Captions of a picture are in metadata.jsonl (file_name, text) or in a .txt beside it, one per line; several rows for
+    a picture are several captions. docs/your-data.md has all that is read, and how.
+
     \b
     Examples:
       kcache cache-build photos/ caches/photos-768

@@ -83,7 +83,7 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
         except InputRejected as rejection:
             reasons[name] = rejection.reason
     if not rows:
-        raise InputRejected("source", f"holds no rows{_plain(listing.root / path)}")
+        raise InputRejected("source", f"holds no rows{_unlike_text(listing.root / path)}")
     if column not in columns:
         if not columns:
             raise InputRejected("source", f"{_NO_ROW}; none of its {rows:,} lines is{_plain(listing.root / path)}")

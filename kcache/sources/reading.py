@@ -140,7 +140,7 @@ def follow(path: Path, roots: Sequence[Path]) -> Path:
         real = path.resolve(strict=True)
     except OSError as error:
         if path.is_symlink() and (target := _end_of(path)) is not None:
-            raise InputRejected("source", _dangling(target)) from None
+            raise InputRejected("source", _dangling(os.fspath(path.readlink()), target)) from None
         raise InputRejected("source", f"there is no readable file {path.name!a}: {error.strerror}") from None
     except RuntimeError:
         # How Path.resolve reports a loop before Python 3.13.
@@ -159,15 +159,15 @@ def _end_of(link: Path) -> Path | None:
     return None if target.is_symlink() or os.path.lexists(target) else target
 
 
-def _dangling(target: Path) -> str:
-    shown = os.fspath(target)
-    if "/annex/objects/" in shown:
-        return f"a dangling link: {shown!a} has not been fetched; run: git annex get"
-    if "/.dvc/cache/" in shown:
-        return f"a dangling link: {shown!a} has not been fetched; run: dvc pull"
-    if _HUB_BLOB.search(shown):
-        return f"a dangling link: {shown!a} is not there; fetch the files anew: hf download … --local-dir FOLDER"
-    return f"a dangling link: {shown!a} is not there; restore that, or remove the link"
+def _dangling(written: str, target: Path) -> str:
+    place, found = os.fspath(target), f"a dangling link: {written!a} is not there"
+    if "/annex/objects/" in place:
+        return f"{found}, as it has not been fetched; run: git annex get"
+    if "/.dvc/cache/" in place:
+        return f"{found}, as it has not been fetched; run: dvc pull"
+    if _HUB_BLOB.search(place):
+        return f"{found}; fetch the files anew: hf download … --local-dir FOLDER"
+    return f"{found}; restore that, or remove the link"
 
 
 def _outside(real: Path) -> str:

@@ -136,7 +136,7 @@ def test_links_inside_and_links_to_nothing_are_called_that(tmp_path: Path) -> No
     source = open_source(str(folder))
     assert offered(source) == {"real/a.jpg": ("a",)}
     assert reasons(source) == {
-        "gone.jpg": f"a dangling link: '{folder}/real/none.jpg' is not there; restore that, or remove the link",
+        "gone.jpg": "a dangling link: 'real/none.jpg' is not there; restore that, or remove the link",
         "linked": "a link to the folder 'real' of the source, which is read where it is",
         "loop.jpg": "the link 'loop.jpg' leads back to itself",
     }
