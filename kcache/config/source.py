@@ -11,7 +11,7 @@ class SourceConfig:
 
     image_column: str | None = setting(
         None,
-        "Column that holds the image: `image` when left out; in metadata its path, `file_name`; in tars a member, such as jpg.",
+        "Column that holds the image: `image` when left out; in metadata `file_name`, its path; in tars a member, jpg.",
     )
     caption_column: str | None = setting(
         None,
