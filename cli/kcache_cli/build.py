@@ -74,7 +74,7 @@ def cache_build(
 
 def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> None:
     if as_json:
-        say(json.dumps(dataclasses.asdict(estimate), indent=2))
+        say(json.dumps(dataclasses.asdict(estimate) | {"leaving": estimate.leaving.counts}, indent=2))
         return
     for name, table in estimate.tables.items():
         size = f", {bytes_text(table.bytes)}" if table.bytes else ""
@@ -90,7 +90,7 @@ def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> Non
 
 def _print_result(result: "BuildResult", as_json: bool) -> None:
     if as_json:
-        say(json.dumps(dataclasses.asdict(result), indent=2))
+        say(json.dumps(dataclasses.asdict(result) | {"leaving": result.leaving.counts}, indent=2))
         return
     for name, table in result.tables.items():
         say(f"{name}: {table.encoded:,} encoded, {table.present:,} present before, {bytes_text(table.bytes)}")

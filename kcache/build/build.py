@@ -5,27 +5,28 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.committed import Committed
-from kcache.build.finish import finish_build, whole_samples
+from kcache.build.departures import NOBODY, Leaving, earlier_samples, kept_beyond, leaving, united
+from kcache.build.finish import finish_build, no_sample, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.errors import CacheBusyError, CacheMismatchError
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.machine import check_device
 from kcache.processes import is_gone
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.manifest import MANIFEST, Manifest
-from kcache.store.recipe import SAMPLES, SHARD_FOLDER
-from kcache.store.samples import with_ids
+from kcache.store.recipe import SAMPLES, SHARD_FOLDER, TEXT, kind_of
+from kcache.store.samples import Refusal, Sample, read_refused, with_ids
 from kcache.store.shards import record_rejections
 
 
@@ -55,6 +56,8 @@ class BuildResult:
     tables: Mapping[str, TableResult]
     seconds: float
     notes: tuple[str, ...]
+    leaving: Leaving = NOBODY
+    """Which samples the cache had and has not any more."""
 
 
 def build_cache(
@@ -65,9 +68,13 @@ def build_cache(
     An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
     SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
     cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises
-    SourceError, ModelError, ConfigError, CacheBusyError, CacheMismatchError, CacheWriteError or CacheCorruptError.
+    SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError, CacheWriteError,
+    CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that is not asked
+    for.
     """
     job = checked_survey(source, cache, config, say)
+    if not config.replace:
+        job.leaving.check(job.folder)
     for note in job.notes:
         say(note)
     return complete(job, report=report, say=say)
@@ -94,6 +101,13 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                     break
             builder.work_off(plan, found)
         stop_here()
+    who = job.leaving
+    if job.before and builder.seen:  # with other settings, pictures may be rejected that the cache had
+        whole, rejected = whole_samples(job.samples, found.tables)
+        who = leaving(job.before, whole, [*job.refused, *rejected])
+    more = who.notes if len(who) > len(job.leaving) else ()
+    for note in more:
+        say(note)
     tables = {
         name: TableResult(
             encoded=count - before[name],
@@ -109,7 +123,8 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         rejected=manifest.rejected,
         tables=tables,
         seconds=time.perf_counter() - start,
-        notes=(job.source.description, *job.notes),
+        leaving=who,
+        notes=(job.source.description, *job.notes, *more),
     )
 
 
@@ -123,7 +138,56 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
     folder = Path(cache)
     _check_target(folder)
     check_device(config.device)
-    return survey(source, folder, config, say)
+    job = beside_earlier(survey(source, folder, config, say))
+    if not job.samples:
+        raise no_sample(folder, job.refused)
+    return job
+
+
+def beside_earlier(job: Survey) -> Survey:
+    """The job in view of the samples that its cache has: which of them leave, or stay beyond --max-train-samples.
+
+    Raises ConfigError where those that stay lack rows, which are not among the pictures that are looked at, or are not
+    known.
+    """
+    try:
+        earlier = earlier_samples(job.folder)
+    except CacheCorruptError as error:
+        if job.config.max_train_samples is not None:
+            raise ConfigError(
+                f"{error}; which samples stay beyond --max-train-samples is not known: leave it out"
+            ) from error
+        return replace(job, notes=(*job.notes, f"whether samples leave the cache is not known: {error}"))
+    if job.config.max_train_samples is not None:
+        kept = kept_beyond(earlier, job.samples)
+        _check_kept(job, kept)
+        staying = {sample.name for sample in kept}
+        now = [refusal for refusal in job.refused if refusal.name not in staying]
+        judged = {sample.name for sample in job.samples} | staying | {refusal.name for refusal in now}
+        beyond = [refusal for refusal in _earlier_refusals(job.folder) if refusal.name not in judged]
+        job = replace(job, samples=united(earlier, job.samples), refused=[*now, *beyond])
+    who = leaving(earlier, job.samples, job.refused)
+    return replace(job, before=earlier, leaving=who, notes=(*job.notes, *who.notes))
+
+
+def _earlier_refusals(folder: Path) -> list[Refusal]:
+    try:
+        return list(read_refused(folder))
+    except CacheCorruptError:
+        return []  # it is derived, and written anew by this build
+
+
+def _check_kept(job: Survey, kept: Sequence[Sample]) -> None:
+    tables = job.committed().tables if kept else {}
+    lacking = [name for name, state in tables.items() if not state.stored.key_set.issuperset(kind_of(name).keys(kept))]
+    if TEXT.name in tables and not all(sample.captions for sample in kept):
+        lacking.append(f"{TEXT.name} (no captions)")
+    if lacking:
+        raise ConfigError(
+            f"--max-train-samples is {job.config.max_train_samples}, and of the {len(kept):,} samples of {job.folder} "
+            f"beyond these, which stay, rows are missing in {', '.join(lacking)}; expected all of them, as a cache is "
+            "whole or none; build without --max-train-samples, or into another folder"
+        )
 
 
 def _check_target(folder: Path) -> None:
@@ -151,7 +215,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> 
     if found.waiting and not plan.keys:
         whole, _ = whole_samples(job.samples, found.tables)
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
-        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows)
+        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
     if not plan.keys:
         return None
     freeze_plan(job.folder, plan)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kcache.build.build import checked_survey
+from kcache.build.departures import Leaving
 from kcache.build.encode import Meter, encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
@@ -85,6 +86,8 @@ class BuildEstimate:
     seconds: float
     savings: Mapping[str, Saving]
     """By stage, "prior" and "decoder", where all that the stage reads was measured."""
+    leaving: Leaving
+    """Which samples the cache has and would not have any more."""
     notes: tuple[str, ...]
 
 
@@ -94,6 +97,10 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
     """
     job = checked_survey(source, cache, config, say)
+    for note in job.leaving.notes:
+        say(note)
+    if job.leaving.most and not config.replace:
+        say(f"most of the {job.leaving.had:,} samples of {cache} would leave: a build refuses that without --replace")
     found = job.committed()
     plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})
     why = why_missing(job, found.tables, plan)
@@ -119,6 +126,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         bytes=_tar_bytes(job, acceptable(job.samples, found.tables), tokens) if found.waiting else size,
         seconds=seconds,
         savings=_savings(job, tables, seconds),
+        leaving=job.leaving,
         notes=(job.source.description, *job.notes),
     )
 

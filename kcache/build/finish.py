@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,17 @@ import numpy as np
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey
 from kcache.durable import json_bytes, write_bytes
-from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
+from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
 from kcache.store.index import CAPTION_BOUNDS, TableState, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, kind_of
 from kcache.store.samples import Refusal, Sample, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
+
+_REASONS = 3
+"""Reasons that are told where nothing else came of a build."""
+_NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
+"""What differs between reasons that are one to a person."""
 
 
 def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
@@ -54,11 +61,33 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
 
 
 def finish_build(job: Survey, tables: Mapping[str, TableState]) -> Manifest:
-    """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused."""
+    """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused.
+
+    Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
+    """
     whole, incomplete = whole_samples(job.samples, tables)
     samples, unreadable = measured(job, whole, known_sizes(job.folder))
     refused = [*job.refused, *incomplete, *unreadable]
+    if not samples:
+        if _current(job.folder) is None:
+            _write_rejections(job.folder, refused)
+        raise no_sample(job.folder, refused)
     return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format)
+
+
+def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:
+    """The error of a build that comes to nothing, with the most frequent reasons."""
+    kinds = [(refusal.stage, _NAMES_AND_NUMBERS.sub("", refusal.reason)) for refusal in refused]
+    first = dict(zip(reversed(kinds), reversed(refused), strict=True))
+    reasons = Counter(kinds).most_common(_REASONS)
+    told = [f"{n:,} × {first[kind].stage}: {first[kind].reason}, such as {first[kind].name}" for kind, n in reasons]
+    rest = len(refused) - sum(count for _, count in reasons)
+    more = [f"{rest:,} for other reasons"] if rest else []
+    return SourceError(
+        f"no sample for {cache}: all {len({refusal.name for refusal in refused}):,} inputs were rejected "
+        f"({'; '.join([*told, *more])}); expected at least one; correct the source, or try again what was rejected "
+        "before: --retry-rejected"
+    )
 
 
 def finish_cache(
@@ -75,8 +104,7 @@ def finish_cache(
     """
     samples_digest, samples_file_digest = write_samples(cache, samples)
     index_digest = write_index(cache, _index_arrays(samples, tables))
-    rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
-    rejected_digest = _write_rejections(cache, rejections)
+    rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
         tables={name: _table_entry(state) for name, state in tables.items()},
@@ -84,7 +112,7 @@ def finish_cache(
         samples_digest=samples_digest,
         samples_file_digest=samples_file_digest,
         index_digest=index_digest,
-        rejected=len(rejections),
+        rejected=rejected,
         rejected_digest=rejected_digest,
         models=models,
     )
@@ -171,12 +199,13 @@ def _table_entry(state: TableState) -> TableEntry:
     )
 
 
-def _write_rejections(cache: Path, rejections: Sequence[tuple[str, str, str]]) -> str:
-    """Write rejected.jsonl; returns the sha256 (hex) of its bytes."""
+def _write_rejections(cache: Path, refused: Sequence[Refusal]) -> tuple[int, str]:
+    """Write rejected.jsonl; returns its number of lines, and the sha256 (hex) of its bytes."""
+    rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
     _write_changed(cache / "rejected.jsonl", content)
-    return hashlib.sha256(content).hexdigest()
+    return len(rejections), hashlib.sha256(content).hexdigest()
 
 
 def _write_changed(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kcache.build.committed import Committed, read_committed
+from kcache.build.departures import NOBODY, Leaving
 from kcache.build.plan import Plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
@@ -49,7 +50,11 @@ class Survey:
     earlier: Mapping[str, Recipe]
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
-    """Which tables of the cache are of another recipe than the wanted one, in words."""
+    """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
+    before: Sequence[Sample] = ()
+    """The samples that the cache has, as far as they are to be compared with what it will have."""
+    leaving: Leaving = NOBODY
+    """Which of them it will not have."""
 
     def wanted(self, table: str) -> list[bytes]:
         """The keys that `table` should hold, in sample order, the reserved row first."""

@@ -136,6 +136,15 @@ def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
     return table
 
 
+def sample_list(table: "pyarrow.Table") -> list[Sample]:
+    """The samples in an Arrow table, as `stored_samples` gives it."""
+    columns = table.to_pydict()
+    return [
+        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
 def read_some_samples(
     cache: Path, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
 ) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe
 from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Refusal, Sample, read_refused
+from kcache.store.samples import Refusal, Sample, read_refused, sample_list
 from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
@@ -60,15 +60,10 @@ def read_contents(cache: Path) -> CacheContents:
     """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
     opened = Cache.open(cache)
     recipes, form = opened.recipes, opened.manifest.format
-    columns = opened.samples.to_pydict()
-    samples = [
-        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
-        for row in zip(*columns.values(), strict=True)
-    ]
     return CacheContents(
         folder=cache,
         manifest=opened.manifest,
-        samples=samples,
+        samples=sample_list(opened.samples),
         refused=list(read_refused(cache)),
         tables=read_committed(cache, form, recipes),
     )

@@ -67,7 +67,7 @@ def test_shards_that_no_sample_uses_go(copies: tuple[Path, Path], oracle: Path, 
         (source / f"{name}.png").write_bytes(
             (oracle / "data" / name.replace("0", "1", 1)).with_suffix(".png").read_bytes()
         )
-    build(source, cache, oracle, rows_per_shard=2)
+    build(source, cache, oracle, rows_per_shard=2, replace=True)
     before, samples, fingerprint = rows(cache), Cache.open(cache).samples, Cache.open(cache).fingerprint
     planned = collect_garbage(cache, dry_run=True)
     size = disk_bytes(cache)
@@ -132,7 +132,7 @@ def test_what_was_rejected_stays_known(
     for i in (10, 11):
         shutil.copyfile(oracle / "data" / f"img_{i}.png", source / f"img_{i}.png")
         (source / f"img_{i}.txt").write_text("a new picture")
-    build(source, cache, oracle, rows_per_shard=2)
+    build(source, cache, oracle, rows_per_shard=2, replace=True)
     collect_garbage(cache, compact=True)
     monkeypatch.setattr("kcache.encoders.frozen.load_encoder", lambda *_: pytest.fail("an encoder was loaded"))
     assert build(source, cache, oracle, rows_per_shard=2).rejected == 1
