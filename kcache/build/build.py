@@ -6,6 +6,7 @@ Building again is how everything is brought up to date: new and edited inputs ar
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,18 +14,18 @@ from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.committed import Committed
 from kcache.build.departures import NOBODY, Leaving, earlier_samples, kept_beyond, leaving, united
-from kcache.build.finish import finish_build, no_sample, whole_samples
+from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.durable import remove, remove_leftovers, shared, writing
+from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.machine import check_device
 from kcache.processes import is_gone
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.manifest import MANIFEST, Manifest
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import SAMPLES, SHARD_FOLDER, TEXT, kind_of
 from kcache.store.samples import Refusal, Sample, read_refused, with_ids
 from kcache.store.shards import record_rejections
@@ -101,6 +102,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                     break
             builder.work_off(plan, found)
         stop_here()
+    _tidy(folder, manifest)
     who = job.leaving
     if job.before and builder.seen:  # with other settings, pictures may be rejected that the cache had
         whole, rejected = whole_samples(job.samples, found.tables)
@@ -126,6 +128,13 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         leaving=who,
         notes=(job.source.description, *job.notes, *more),
     )
+
+
+def _tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
+    with suppress(CacheBusyError), exclusive(folder):
+        if read_manifest(folder) == manifest:
+            remove_superseded(folder, manifest)
 
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:

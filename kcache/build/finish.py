@@ -98,8 +98,9 @@ def finish_cache(
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
 ) -> Manifest:
-    """Write samples, index, rejections, card and, last, the manifest; remove what only the manifest before it used.
+    """Write samples, index, rejections, card and, last, the manifest.
 
+    What only the manifest before it used stays for those who read it, until `remove_superseded`.
     The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
     """
     samples_digest, samples_file_digest = write_samples(cache, samples)
@@ -118,8 +119,17 @@ def finish_cache(
     )
     write_card(cache, manifest, max((len(sample.captions) for sample in samples), default=1))
     _write_changed(cache / MANIFEST, json_bytes(manifest.to_json()))
-    _remove_superseded(cache, manifest)
     return manifest
+
+
+def remove_superseded(cache: Path, manifest: Manifest) -> None:
+    """Remove the lists of samples and the indexes of earlier manifests; for who holds the cache alone."""
+    for path in cache.glob("samples-*.parquet"):
+        if path.name != manifest.samples_file:
+            path.unlink()
+    for path in cache.glob("index-*"):
+        if path.name != manifest.index_folder:
+            shutil.rmtree(path)
 
 
 def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refusal:
@@ -211,12 +221,3 @@ def _write_rejections(cache: Path, refused: Sequence[Refusal]) -> tuple[int, str
 def _write_changed(path: Path, content: bytes) -> None:
     if not path.exists() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _remove_superseded(cache: Path, manifest: Manifest) -> None:
-    for path in cache.glob("samples-*.parquet"):
-        if path.name != manifest.samples_file:
-            path.unlink()
-    for path in cache.glob("index-*"):
-        if path.name != manifest.index_folder:
-            shutil.rmtree(path)

@@ -13,6 +13,7 @@ from kcache.build.joined_tars import shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.errors import CacheCorruptError, CacheMismatchError
+from kcache.readers import Reading
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
@@ -36,6 +37,8 @@ class CacheContents:
     samples: Sequence[Sample]
     refused: Sequence[Refusal]
     tables: Mapping[str, TableState]
+    reading: Reading
+    """Keeps what is to be copied from being removed."""
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -58,7 +61,7 @@ class CacheContents:
 
 def read_contents(cache: Path) -> CacheContents:
     """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
-    opened = Cache.open(cache)
+    reading, opened = Reading(cache), Cache.open(cache)
     recipes, form = opened.recipes, opened.manifest.format
     return CacheContents(
         folder=cache,
@@ -66,6 +69,7 @@ def read_contents(cache: Path) -> CacheContents:
         samples=sample_list(opened.samples),
         refused=list(read_refused(cache)),
         tables=read_committed(cache, form, recipes),
+        reading=reading,
     )
 
 

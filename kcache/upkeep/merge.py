@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kcache.build.committed import read_committed
-from kcache.build.finish import finish_cache
+from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
@@ -72,6 +72,7 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
         write_shards(merged, target, form, report=report)
         states = read_committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
+        remove_superseded(target, manifest)
         stop_here()
     return manifest
 

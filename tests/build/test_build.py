@@ -204,7 +204,7 @@ def test_a_decoder_cache_needs_no_captions(source: Path, oracle: Path, tmp_path:
 
 def test_only_one_process_writes(copies: tuple[Path, Path], oracle: Path) -> None:
     source, cache = copies
-    with exclusive(cache), pytest.raises(CacheBusyError, match="being written by another process"):
+    with exclusive(cache), pytest.raises(CacheBusyError, match="in use by another process"):
         build(source, cache, oracle)
 
 
