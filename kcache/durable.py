@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
-from kcache.processes import from_label, is_gone, this_process
+from kcache.leases import ran_out
+from kcache.processes import from_label, is_gone, is_knowable, this_process
 from kcache.readers import holders, read_by_its_holder
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -44,10 +45,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what writers left in `folder` that have certainly ended; what a living one is writing stays."""
+    """Remove what writers left in `folder` that have ended; what a living one is writing stays.
+
+    Of a writer of which nothing is known here, that is what has not changed for the time of a lease.
+    """
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
         owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
-        if owner is not None and is_gone(owner):
+        if owner is not None and (is_gone(owner) or (not is_knowable(owner) and ran_out(entry))):
             _delete(entry)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
-from kcache.build.claims import TURN, Patience, holder, turn, worker_place
+from kcache.build.claims import TURN, Patience, holder, is_mine, renewed, turn, worker_place
 from kcache.build.committed import Committed
 from kcache.build.departures import NOBODY, Leaving, earlier_samples, kept_beyond, leaving, united
 from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
@@ -23,7 +23,7 @@ from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.machine import check_device
-from kcache.processes import is_gone
+from kcache.processes import is_gone, is_knowable
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import SAMPLES, SHARD_FOLDER, TEXT, kind_of
@@ -85,22 +85,23 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder, before = time.perf_counter(), job.folder, None
     place = worker_place(job.config.worker, os.environ)
-    patience = Patience(alone=place[1] == 1, say=say)
+    patience = Patience(say=say, take_over=job.config.take_over)
     builder = Builder(job, place, patience, report)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with shared(folder), stopped_when_safe():
+    with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
                 remove_leftovers(folder)
-                plan = _plan_to_join(job, say)
+                plan = _plan_to_join(job, patience)
                 found = job.committed()  # after that: while a plan is open, others commit
                 before = before or _counts(job, found)
                 plan = plan or _new_plan(job, found, builder.seen)
-                if plan is None:
+                if plan is None and is_mine(folder / TURN):
                     manifest = _finish(job, found)
                     break
-            builder.work_off(plan, found)
+            if plan is not None:
+                builder.work_off(plan, found)
         stop_here()
     _tidy(folder, manifest)
     who = job.leaving
@@ -231,7 +232,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> 
     return plan
 
 
-def _plan_to_join(job: Survey, say: Say) -> Plan | None:
+def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
     plan = open_plan(job.folder)
     if plan is None:
@@ -245,24 +246,29 @@ def _plan_to_join(job: Survey, say: Say) -> Plan | None:
         if table.recipe.table in job.recipes
     )
     if not (ours and known):
-        _refuse_beside_others(job.folder, plan, "from another source" if ours else "with other settings")
+        _refuse_beside_others(job.folder, plan, patience, "from another source" if ours else "with other settings")
     if ours and unfinished(job.folder, plan):
         if job.config.rows_per_shard not in (None, *(table.rows_per_shard for table in plan.tables)):
-            say("what an earlier build left to do is finished first, in shards of the size that it was begun with")
+            patience.say(
+                "what an earlier build left to do is finished first, in shards of the size that it was begun with"
+            )
         return plan
     close_plan(job.folder)
     return None
 
 
-def _refuse_beside_others(folder: Path, plan: Plan, how: str) -> None:
-    claims = claims_folder(folder, plan)
+def _refuse_beside_others(folder: Path, plan: Plan, patience: Patience, how: str) -> None:
+    claims, held = claims_folder(folder, plan), {}
     for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
-        other = holder(claim)
-        if other is not None and not is_gone(other):
-            raise CacheBusyError(
-                f"{folder} is being built {how} by {other} (see {claim}); expected builders of one cache to be given "
-                "the same source and settings; wait for that one to end, or stop it: what it has committed is kept"
-            )
+        other = None if claim.name.startswith(".") else holder(claim)
+        if other is not None and not is_gone(other) and (is_knowable(other) or not patience.gives_up(claim, other)):
+            held[claim] = other
+    if held:
+        raise CacheBusyError(
+            f"{folder} is being built {how} by {'; and by '.join(patience.told(held))}; expected builders of one cache "
+            "to be given the same source and settings; wait for that one to end, or stop it: what it has committed is "
+            "kept"
+        )
 
 
 def _finish(job: Survey, found: Committed) -> Manifest:

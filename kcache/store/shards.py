@@ -104,7 +104,12 @@ def commit_shard(
     absent: Sequence[str] = (),
     provenance: Mapping[str, str],
 ) -> Commit:
-    """Write a shard's data and side file, each under a temporary name first, and last its commit record."""
+    """Write a shard's data and side file, each under a temporary name first, and last its commit record.
+
+    A shard that is committed already stays as it is: another builder had the same work, and came first.
+    """
+    if (folder / f"{name}.json").exists():
+        return read_commit(folder / f"{name}.json")
     if not len(block.keys):
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
