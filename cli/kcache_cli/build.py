@@ -98,6 +98,8 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
             say(f"{name}: {_time_text(table.seconds)}")
     if not any(table.encoded for table in result.tables.values()):
         say("0 to do")
+    for sentence in result.losses:
+        say(sentence)
     if result.rejected:
         say(f"{count_text(result.rejected, 'input')} rejected: {result.cache}/rejected.jsonl says which and why")
     say(f"{result.cache}: {count_text(result.samples, 'sample')}, {duration_text(result.seconds)}")

@@ -17,7 +17,7 @@ from kcache.build.departures import NOBODY, Leaving, earlier_samples, kept_beyon
 from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Survey, missing_rows, survey
+from kcache.build.survey import Survey, decoder_facts, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
@@ -25,6 +25,7 @@ from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError,
 from kcache.machine import check_device
 from kcache.processes import is_gone, is_knowable
 from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import SAMPLES, SHARD_FOLDER, TEXT, kind_of
 from kcache.store.samples import Refusal, Sample, read_refused, with_ids
@@ -59,6 +60,8 @@ class BuildResult:
     notes: tuple[str, ...]
     leaving: Leaving = NOBODY
     """Which samples the cache had and has not any more."""
+    losses: tuple[str, ...] = ()
+    """What of the samples is not in the cache as it was given, a sentence each."""
 
 
 def build_cache(
@@ -83,7 +86,9 @@ def build_cache(
 
 def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unheard) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
-    start, folder, before = time.perf_counter(), job.folder, None
+    start, folder = time.perf_counter(), job.folder
+    before: dict[str, int] | None = None
+    verdicts: list[str] = []
     place = worker_place(job.config.worker, os.environ)
     patience = Patience(say=say, take_over=job.config.take_over)
     builder = Builder(job, place, patience, report)
@@ -95,7 +100,10 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                 remove_leftovers(folder)
                 plan = _plan_to_join(job, patience)
                 found = job.committed()  # after that: while a plan is open, others commit
-                before = before or _counts(job, found)
+                if before is None:
+                    before, verdicts = _counts(job, found), _other_verdicts(job, found)
+                    for note in verdicts:
+                        say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None and is_mine(folder / TURN):
                     manifest = _finish(job, found)
@@ -127,8 +135,13 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         tables=tables,
         seconds=time.perf_counter() - start,
         leaving=who,
-        notes=(job.source.description, *job.notes, *more),
+        losses=tuple(tally_of(folder, manifest, open_index(folder, manifest)).sentences),
+        notes=(job.source.description, *job.notes, *verdicts, *more),
     )
+
+
+def _other_verdicts(job: Survey, found: Committed) -> list[str]:
+    return [] if job.config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
 
 
 def _tidy(folder: Path, manifest: Manifest) -> None:
@@ -275,8 +288,8 @@ def _finish(job: Survey, found: Committed) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
     if found.waiting:
         recipe = tar_recipe(SAMPLES, job.recipes)
-        rejected = [rejection for state in found.tables.values() for rejection in state.rejected.values()]
-        record_rejections(job.folder / recipe.directory, recipe, rejected, found.provenance)
+        for provenance, rejected in found.judged_now():
+            record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place)
     for state in found.waiting.values():
         remove(job.folder / state.recipe.directory)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kcache.build.plan import PlannedShard
+from kcache.build.survey import decoder_facts
 from kcache.encoders.frozen import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
 from kcache.store.digests import pack_keys
@@ -292,7 +293,11 @@ def refusal_reasons(
 
 def provenance(encoder: Encoder) -> dict[str, str]:
     """What the rows were made with: recorded in each commit, shown, never compared."""
-    packages = ("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
+    packages = ("torch", "diffusers", "transformers", "numpy")
     device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return {name: version(name) for name in packages} | {"python": platform.python_version(), "device": name}
+    return (
+        decoder_facts()
+        | {name: version(name) for name in packages}
+        | {"python": platform.python_version(), "device": name}
+    )

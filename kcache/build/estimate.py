@@ -21,7 +21,7 @@ from kcache.build.departures import Leaving
 from kcache.build.encode import Meter, encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_missing
+from kcache.build.survey import Survey, acceptable, decoder_facts, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
@@ -102,6 +102,9 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
     if job.leaving.most and not config.replace:
         say(f"most of the {job.leaving.had:,} samples of {cache} would leave: a build refuses that without --replace")
     found = job.committed()
+    verdicts = [] if config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
+    for note in verdicts:
+        say(note)
     plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})
     why = why_missing(job, found.tables, plan)
     tokens = _token_counts(job)
@@ -127,7 +130,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         seconds=seconds,
         savings=_savings(job, tables, seconds),
         leaving=job.leaving,
-        notes=(job.source.description, *job.notes),
+        notes=(job.source.description, *job.notes, *verdicts),
     )
 
 

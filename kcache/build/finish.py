@@ -16,10 +16,10 @@ from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
-from kcache.store.index import CAPTION_BOUNDS, TableState, write_index
+from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, kind_of
-from kcache.store.samples import Refusal, Sample, stored_samples, with_ids, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
 
 _REASONS = 3
@@ -72,7 +72,35 @@ def finish_build(job: Survey, tables: Mapping[str, TableState]) -> Manifest:
         if _current(job.folder) is None:
             _write_rejections(job.folder, refused)
         raise no_sample(job.folder, refused)
-    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format)
+    cut = _tokens_cut(job, samples, tables)
+    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut)
+
+
+def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[bytes, int]:
+    """Tokens that were cut off each caption that fills the text encoder's input, by key; {} where none does."""
+    if TEXT.name not in tables:
+        return {}
+    recipe, stored = tables[TEXT.name].recipe, tables[TEXT.name].stored
+    captions = {key: text for sample in samples for key, text in zip(sample.caption_keys, sample.captions, strict=True)}
+    positions = stored.find(list(captions))
+    tokens = token_counts({TEXT.name: recipe}, {TEXT.name: np.append(stored.entries[positions], stored.entries[:1])})
+    longest = recipe.batch_shape[1]
+    full = {key: text for (key, text), count in zip(captions.items(), tokens, strict=True) if count == longest}
+    manifest = _current(job.folder)
+    try:
+        known = read_cut(job.folder, manifest) if full and manifest is not None else {}
+    except KcacheError:
+        known = {}
+    if same := manifest is not None and manifest.tables.get(TEXT.name):
+        known = known if same.recipe == recipe else {}
+    if full.keys() <= known.keys():
+        return {key: known[key] for key in full}
+    # Not at the top: it loads torch.
+    from kcache.encoders.frozen import load_tokenizer
+
+    tokenizer = load_tokenizer(job.repository(TEXT.name))
+    counts = {key: len(tokenizer(text, verbose=False)["input_ids"]) for key, text in full.items() if key not in known}
+    return {key: known[key] if key in known else max(0, counts[key] - longest) for key in full}
 
 
 def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:
@@ -97,13 +125,14 @@ def finish_cache(
     tables: Mapping[str, TableState],
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
+    cut: Mapping[bytes, int],
 ) -> Manifest:
     """Write samples, index, rejections, card and, last, the manifest.
 
     What only the manifest before it used stays for those who read it, until `remove_superseded`.
     The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
     """
-    samples_digest, samples_file_digest = write_samples(cache, samples)
+    samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     index_digest = write_index(cache, _index_arrays(samples, tables))
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(

@@ -50,7 +50,9 @@ def convert_cache(
         remove_leftovers(target)
         write_shards(contents, target, form, rows_per_shard, report)
         tables = read_committed(target, form, contents.recipes)
-        manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
+        manifest = finish_cache(
+            target, contents.samples, contents.refused, tables, contents.manifest.models, form, contents.cut
+        )
         remove_superseded(target, manifest)
         stop_here()
     return manifest

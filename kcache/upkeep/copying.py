@@ -21,7 +21,7 @@ from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe
 from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Refusal, Sample, read_refused, sample_list
+from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
 from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
@@ -37,6 +37,8 @@ class CacheContents:
     samples: Sequence[Sample]
     refused: Sequence[Refusal]
     tables: Mapping[str, TableState]
+    cut: Mapping[bytes, int]
+    """Tokens of captions that were cut off, by key of the caption."""
     reading: Reading
     """Keeps what is to be copied from being removed."""
 
@@ -69,6 +71,7 @@ def read_contents(cache: Path) -> CacheContents:
         samples=sample_list(opened.samples),
         refused=list(read_refused(cache)),
         tables=read_committed(cache, form, recipes),
+        cut=read_cut(cache, opened.manifest),
         reading=reading,
     )
 

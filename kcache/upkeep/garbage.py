@@ -141,12 +141,15 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
         commits = read_commits(folder / recipe.directory, recipe)
         dropped = [commit for commit in commits if commit.data is not None and commit.name not in kept]
         known = {rejection.key for commit in commits if commit not in dropped for rejection in commit.rejected}
-        lost = [r for commit in dropped for r in commit.rejected if r.key not in known]
-        if lost:
-            name = shard_name(next_shard(commits))
-            record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=contents.provenance)
+        number = next_shard(commits)
+        for commit in dropped:  # each with what it was judged by
+            if lost := [r for r in commit.rejected if r.key not in known]:
+                name, number = shard_name(number), number + 1
+                record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=commit.provenance)
     states = _live_states(contents, live)
-    new = finish_cache(folder, contents.samples, contents.refused, states, manifest.models, manifest.format)
+    new = finish_cache(
+        folder, contents.samples, contents.refused, states, manifest.models, manifest.format, contents.cut
+    )
     for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
         remove(folder / name)
 
