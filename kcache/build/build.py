@@ -5,15 +5,15 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, is_mine, renewed, turn, worker_place
 from kcache.build.committed import Committed
-from kcache.build.departures import NOBODY, Leaving, earlier_samples, kept_beyond, leaving, united
+from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
@@ -21,14 +21,14 @@ from kcache.build.survey import Survey, decoder_facts, missing_rows, other_verdi
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError, ConfigError
+from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
 from kcache.processes import is_gone, is_knowable
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.recipe import SAMPLES, SHARD_FOLDER, TEXT, kind_of
-from kcache.store.samples import Refusal, Sample, read_refused, with_ids
+from kcache.store.recipe import SAMPLES, SHARD_FOLDER
+from kcache.store.samples import with_ids
 from kcache.store.shards import record_rejections
 
 
@@ -165,52 +165,6 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
     if not job.samples:
         raise no_sample(folder, job.refused)
     return job
-
-
-def beside_earlier(job: Survey) -> Survey:
-    """The job in view of the samples that its cache has: which of them leave, or stay beyond --max-train-samples.
-
-    Raises ConfigError where those that stay lack rows, which are not among the pictures that are looked at, or are not
-    known.
-    """
-    try:
-        earlier = earlier_samples(job.folder)
-    except CacheCorruptError as error:
-        if job.config.max_train_samples is not None:
-            raise ConfigError(
-                f"{error}; which samples stay beyond --max-train-samples is not known: leave it out"
-            ) from error
-        return replace(job, notes=(*job.notes, f"whether samples leave the cache is not known: {error}"))
-    if job.config.max_train_samples is not None:
-        kept = kept_beyond(earlier, job.samples)
-        _check_kept(job, kept)
-        staying = {sample.name for sample in kept}
-        now = [refusal for refusal in job.refused if refusal.name not in staying]
-        judged = {sample.name for sample in job.samples} | staying | {refusal.name for refusal in now}
-        beyond = [refusal for refusal in _earlier_refusals(job.folder) if refusal.name not in judged]
-        job = replace(job, samples=united(earlier, job.samples), refused=[*now, *beyond])
-    who = leaving(earlier, job.samples, job.refused)
-    return replace(job, before=earlier, leaving=who, notes=(*job.notes, *who.notes))
-
-
-def _earlier_refusals(folder: Path) -> list[Refusal]:
-    try:
-        return list(read_refused(folder))
-    except CacheCorruptError:
-        return []  # it is derived, and written anew by this build
-
-
-def _check_kept(job: Survey, kept: Sequence[Sample]) -> None:
-    tables = job.committed().tables if kept else {}
-    lacking = [name for name, state in tables.items() if not state.stored.key_set.issuperset(kind_of(name).keys(kept))]
-    if TEXT.name in tables and not all(sample.captions for sample in kept):
-        lacking.append(f"{TEXT.name} (no captions)")
-    if lacking:
-        raise ConfigError(
-            f"--max-train-samples is {job.config.max_train_samples}, and of the {len(kept):,} samples of {job.folder} "
-            f"beyond these, which stay, rows are missing in {', '.join(lacking)}; expected all of them, as a cache is "
-            "whole or none; build without --max-train-samples, or into another folder"
-        )
 
 
 def _check_target(folder: Path) -> None:

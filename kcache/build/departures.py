@@ -6,12 +6,17 @@ copied, not mounted or another one: so whoever leaves is counted and named, and 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kcache.errors import CacheMismatchError, CacheNotFoundError
+from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
 from kcache.store.manifest import read_manifest
-from kcache.store.samples import Refusal, Sample, sample_list, stored_samples
+from kcache.store.recipe import TEXT, kind_of
+from kcache.store.samples import Refusal, Sample, read_refused, sample_list, stored_samples
+
+if TYPE_CHECKING:
+    from kcache.build.survey import Survey
 
 _EXAMPLES = 3
 
@@ -84,6 +89,52 @@ def earlier_samples(cache: Path) -> list[Sample]:
         return sample_list(stored_samples(cache, read_manifest(cache)))
     except CacheNotFoundError:
         return []
+
+
+def beside_earlier(job: "Survey") -> "Survey":
+    """The job in view of the samples that its cache has: which of them leave, or stay beyond --max-train-samples.
+
+    Raises ConfigError where those that stay lack rows, which are not among the pictures that are looked at, or are not
+    known.
+    """
+    try:
+        earlier = earlier_samples(job.folder)
+    except CacheCorruptError as error:
+        if job.config.max_train_samples is not None:
+            raise ConfigError(
+                f"{error}; which samples stay beyond --max-train-samples is not known: leave it out"
+            ) from error
+        return replace(job, notes=(*job.notes, f"whether samples leave the cache is not known: {error}"))
+    if job.config.max_train_samples is not None:
+        kept = kept_beyond(earlier, job.samples)
+        _check_kept(job, kept)
+        staying = {sample.name for sample in kept}
+        now = [refusal for refusal in job.refused if refusal.name not in staying]
+        judged = {sample.name for sample in job.samples} | staying | {refusal.name for refusal in now}
+        beyond = [refusal for refusal in _earlier_refusals(job.folder) if refusal.name not in judged]
+        job = replace(job, samples=united(earlier, job.samples), refused=[*now, *beyond])
+    who = leaving(earlier, job.samples, job.refused)
+    return replace(job, before=earlier, leaving=who, notes=(*job.notes, *who.notes))
+
+
+def _earlier_refusals(folder: Path) -> list[Refusal]:
+    try:
+        return list(read_refused(folder))
+    except CacheCorruptError:
+        return []  # it is derived, and written anew by this build
+
+
+def _check_kept(job: "Survey", kept: Sequence[Sample]) -> None:
+    tables = job.committed().tables if kept else {}
+    lacking = [name for name, state in tables.items() if not state.stored.key_set.issuperset(kind_of(name).keys(kept))]
+    if TEXT.name in tables and not all(sample.captions for sample in kept):
+        lacking.append(f"{TEXT.name} (no captions)")
+    if lacking:
+        raise ConfigError(
+            f"--max-train-samples is {job.config.max_train_samples}, and of the {len(kept):,} samples of {job.folder} "
+            f"beyond these, which stay, rows are missing in {', '.join(lacking)}; expected all of them, as a cache is "
+            "whole or none; build without --max-train-samples, or into another folder"
+        )
 
 
 def leaving(earlier: Sequence[Sample], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
