@@ -109,7 +109,7 @@ def _told(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return str(pid)
-    command = " ".join(filter(None, words))
+    command = " ".join(" ".join(words).split())
     return f"{pid} ({command if len(command) <= 200 else command[:199] + '…'})"
 
 
