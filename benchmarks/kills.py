@@ -180,7 +180,7 @@ class Bench:
             if watch >= 0:
                 Steps(watch or None, write).watch()
             own: dict[str, int] = {}
-            config = self.config(form, worker)
+            config = dataclasses.replace(self.config(form, worker), replace=True)  # other pictures take their place
             build_cache(str(source), str(cache), config, report=lambda now: own.update({now.table: now.done}))
             if worker:
                 os.write(write, b"row\n" * sum(own.values()))

@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
-from kcache.processes import from_label, is_gone, this_process
+from kcache.leases import ran_out
+from kcache.processes import from_label, is_gone, is_knowable, this_process
+from kcache.readers import holders, read_by_its_holder
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -43,10 +45,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what writers left in `folder` that have certainly ended; what a living one is writing stays."""
+    """Remove what writers left in `folder` that have ended; what a living one is writing stays.
+
+    Of a writer of which nothing is known here, that is what has not changed for the time of a lease.
+    """
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
         owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
-        if owner is not None and is_gone(owner):
+        if owner is not None and (is_gone(owner) or (not is_knowable(owner) and ran_out(entry))):
             _delete(entry)
 
 
@@ -184,13 +189,15 @@ def _write_new(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def exclusive(folder: Path) -> AbstractContextManager[None]:
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` alone; the kernel lets go when this process ends, however it ends.
 
     On a network file system this holds among the processes of one machine. Raises CacheBusyError when another process
-    holds the folder, alone or `shared`.
+    holds the folder, alone or `shared`, or reads it.
     """
-    return _held(folder, fcntl.LOCK_EX, "its only user")
+    with _held(folder, fcntl.LOCK_EX, "its only user"), read_by_its_holder(folder):
+        yield
 
 
 def shared(folder: Path) -> AbstractContextManager[None]:
@@ -206,7 +213,7 @@ def _held(folder: Path, kind: int, expected: str) -> Iterator[None]:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheBusyError(
-                f"{folder} is being written by another process; expected {expected}; "
+                f"{folder} is in use by {holders(folder)}; expected {expected}; "
                 "wait for that one to end, or stop it: what it has committed is kept"
             ) from None
         yield

@@ -1,7 +1,8 @@
 """Which process something belongs to, and whether that process is gone: the owners of claims and temporary files.
 
-Nothing is judged by its age. A process is gone when that is certain: on this machine, in this boot, its number is free
-or another process has it now; or the machine was started again since. Of a process elsewhere nothing is known.
+A process is gone when that is certain: on this machine, in this boot, its number is free or another process has it now;
+or the machine was started again since. Of a process elsewhere nothing is known, and what it holds is respected as long
+as its lease runs: see `kcache.leases`.
 """
 
 import os
@@ -54,6 +55,12 @@ def is_here(process: Process) -> bool:
     """Whether it runs, or ran, on this machine."""
     own = this_process()
     return (process.host, process.machine) == (own.host, own.machine)
+
+
+def is_knowable(process: Process) -> bool:
+    """Whether it can be told from here if a process has ended: not of another machine, nor of another container."""
+    own = this_process()
+    return is_here(process) and (process.boot != own.boot or process.namespace == own.namespace)
 
 
 def is_gone(process: Process) -> bool:

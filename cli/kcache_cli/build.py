@@ -77,7 +77,7 @@ def cache_build(
 
 def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> None:
     if as_json:
-        say(json.dumps(dataclasses.asdict(estimate), indent=2))
+        say(json.dumps(dataclasses.asdict(estimate) | {"leaving": estimate.leaving.counts}, indent=2))
         return
     for name, table in estimate.tables.items():
         size = f", {bytes_text(table.bytes)}" if table.bytes else ""
@@ -93,7 +93,7 @@ def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> Non
 
 def _print_result(result: "BuildResult", as_json: bool) -> None:
     if as_json:
-        say(json.dumps(dataclasses.asdict(result), indent=2))
+        say(json.dumps(dataclasses.asdict(result) | {"leaving": result.leaving.counts}, indent=2))
         return
     for name, table in result.tables.items():
         say(f"{name}: {table.encoded:,} encoded, {table.present:,} present before, {bytes_text(table.bytes)}")
@@ -101,6 +101,8 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
             say(f"{name}: {_time_text(table.seconds)}")
     if not any(table.encoded for table in result.tables.values()):
         say("0 to do")
+    for sentence in result.losses:
+        say(sentence)
     if result.rejected:
         say(f"{count_text(result.rejected, 'input')} rejected: {result.cache}/rejected.jsonl says which and why")
     say(f"{result.cache}: {count_text(result.samples, 'sample')}, {duration_text(result.seconds)}")

@@ -20,8 +20,8 @@ def cache_gc(
 ) -> None:
     """Remove what building left behind: rows of edited inputs, tables of other recipes, files of killed builders.
 
-    Samples and rows stay what they are, and building again has nothing to do. Run it while nothing trains from the
-    cache.
+    Samples and rows stay what they are, and building again has nothing to do. It is refused while anything on this
+    machine reads the cache or builds it; on a file system that several machines share, see to the others yourself.
 
     \b
     Examples:

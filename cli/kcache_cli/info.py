@@ -45,6 +45,8 @@ def _print(about: dict[str, Any]) -> None:
         say(f"  captions of a sample: {_statistics_text(about['captions'])}")
     if about["tokens"]:
         say(f"  tokens of a caption: {_statistics_text(about['tokens'])}")
+    for sentence in about["losses"]["sentences"]:
+        say(f"  {sentence}")
     if about["orphaned_bytes"]:
         say(f"  {bytes_text(about['orphaned_bytes'])} that no sample uses: `kcache cache-gc --compact` frees them")
     _print_build(about["build"])

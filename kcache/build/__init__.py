@@ -2,7 +2,7 @@
 
 - `build`: the whole course, round by round, until nothing is missing
 - `survey`: what the source offers, which tables are wanted, what is missing
-- `committed`: what is there
+- `committed`, `departures`: what is there, and which samples would leave
 - `plan`: what is missing, cut into numbered shards
 - `claims`, `builder`: who of several writes which shard; one of them at work
 - `encode`: decode, encode and write at the same time

@@ -6,25 +6,28 @@ Building again is how everything is brought up to date: new and edited inputs ar
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
-from kcache.build.claims import TURN, Patience, holder, turn, worker_place
+from kcache.build.claims import TURN, Patience, holder, is_mine, renewed, turn, worker_place
 from kcache.build.committed import Committed
-from kcache.build.finish import finish_build, whole_samples
+from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
+from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Survey, missing_rows, survey
+from kcache.build.survey import Survey, decoder_facts, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.durable import remove, remove_leftovers, shared, writing
+from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
 from kcache.places import check_local
-from kcache.processes import is_gone
+from kcache.processes import is_gone, is_knowable
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.manifest import MANIFEST, Manifest
+from kcache.store.index import open_index, tally_of
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import SAMPLES, SHARD_FOLDER
 from kcache.store.samples import with_ids
 from kcache.store.shards import record_rejections
@@ -56,6 +59,10 @@ class BuildResult:
     tables: Mapping[str, TableResult]
     seconds: float
     notes: tuple[str, ...]
+    leaving: Leaving = NOBODY
+    """Which samples the cache had and has not any more."""
+    losses: tuple[str, ...] = ()
+    """What of the samples is not in the cache as it was given, a sentence each."""
 
 
 def build_cache(
@@ -66,9 +73,13 @@ def build_cache(
     An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
     SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
     cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises
-    SourceError, ModelError, ConfigError, CacheBusyError, CacheMismatchError, CacheWriteError or CacheCorruptError.
+    SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError, CacheWriteError,
+    CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that is not asked
+    for.
     """
     job = checked_survey(source, cache, config, say)
+    if not config.replace:
+        job.leaving.check(job.folder)
     for note in job.notes:
         say(note)
     return complete(job, report=report, say=say)
@@ -76,25 +87,39 @@ def build_cache(
 
 def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unheard) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
-    start, folder, before = time.perf_counter(), job.folder, None
+    start, folder = time.perf_counter(), job.folder
+    before: dict[str, int] | None = None
+    verdicts: list[str] = []
     place = worker_place(job.config.worker, os.environ)
-    patience = Patience(alone=place[1] == 1, say=say)
+    patience = Patience(say=say, take_over=job.config.take_over)
     builder = Builder(job, place, patience, report)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with shared(folder), stopped_when_safe():
+    with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
                 remove_leftovers(folder)
-                plan = _plan_to_join(job, say)
+                plan = _plan_to_join(job, patience)
                 found = job.committed()  # after that: while a plan is open, others commit
-                before = before or _counts(job, found)
+                if before is None:
+                    before, verdicts = _counts(job, found), _other_verdicts(job, found)
+                    for note in verdicts:
+                        say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
-                if plan is None:
+                if plan is None and is_mine(folder / TURN):
                     manifest = _finish(job, found)
                     break
-            builder.work_off(plan, found)
+            if plan is not None:
+                builder.work_off(plan, found)
         stop_here()
+    _tidy(folder, manifest)
+    who = job.leaving
+    if job.before and builder.seen:  # with other settings, pictures may be rejected that the cache had
+        whole, rejected = whole_samples(job.samples, found.tables)
+        who = leaving(job.before, whole, [*job.refused, *rejected])
+    more = who.notes if len(who) > len(job.leaving) else ()
+    for note in more:
+        say(note)
     tables = {
         name: TableResult(
             encoded=count - before[name],
@@ -110,8 +135,21 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         rejected=manifest.rejected,
         tables=tables,
         seconds=time.perf_counter() - start,
-        notes=(job.source.description, *job.notes),
+        leaving=who,
+        losses=tuple(tally_of(folder, manifest, open_index(folder, manifest)).sentences),
+        notes=(job.source.description, *job.notes, *verdicts, *more),
     )
+
+
+def _other_verdicts(job: Survey, found: Committed) -> list[str]:
+    return [] if job.config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
+
+
+def _tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
+    with suppress(CacheBusyError), exclusive(folder):
+        if read_manifest(folder) == manifest:
+            remove_superseded(folder, manifest)
 
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
@@ -124,7 +162,10 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
     folder = Path(cache)
     _check_target(folder)
     check_device(config.device)
-    return survey(source, folder, config, say)
+    job = beside_earlier(survey(source, folder, config, say))
+    if not job.samples:
+        raise no_sample(folder, job.refused)
+    return job
 
 
 def _check_target(folder: Path) -> None:
@@ -153,14 +194,14 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> 
     if found.waiting and not plan.keys:
         whole, _ = whole_samples(job.samples, found.tables)
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
-        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows)
+        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
     if not plan.keys:
         return None
     freeze_plan(job.folder, plan)
     return plan
 
 
-def _plan_to_join(job: Survey, say: Say) -> Plan | None:
+def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
     plan = open_plan(job.folder)
     if plan is None:
@@ -174,32 +215,37 @@ def _plan_to_join(job: Survey, say: Say) -> Plan | None:
         if table.recipe.table in job.recipes
     )
     if not (ours and known):
-        _refuse_beside_others(job.folder, plan, "from another source" if ours else "with other settings")
+        _refuse_beside_others(job.folder, plan, patience, "from another source" if ours else "with other settings")
     if ours and unfinished(job.folder, plan):
         if job.config.rows_per_shard not in (None, *(table.rows_per_shard for table in plan.tables)):
-            say("what an earlier build left to do is finished first, in shards of the size that it was begun with")
+            patience.say(
+                "what an earlier build left to do is finished first, in shards of the size that it was begun with"
+            )
         return plan
     close_plan(job.folder)
     return None
 
 
-def _refuse_beside_others(folder: Path, plan: Plan, how: str) -> None:
-    claims = claims_folder(folder, plan)
+def _refuse_beside_others(folder: Path, plan: Plan, patience: Patience, how: str) -> None:
+    claims, held = claims_folder(folder, plan), {}
     for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
-        other = holder(claim)
-        if other is not None and not is_gone(other):
-            raise CacheBusyError(
-                f"{folder} is being built {how} by {other} (see {claim}); expected builders of one cache to be given "
-                "the same source and settings; wait for that one to end, or stop it: what it has committed is kept"
-            )
+        other = None if claim.name.startswith(".") else holder(claim)
+        if other is not None and not is_gone(other) and (is_knowable(other) or not patience.gives_up(claim, other)):
+            held[claim] = other
+    if held:
+        raise CacheBusyError(
+            f"{folder} is being built {how} by {'; and by '.join(patience.told(held))}; expected builders of one cache "
+            "to be given the same source and settings; wait for that one to end, or stop it: what it has committed is "
+            "kept"
+        )
 
 
 def _finish(job: Survey, found: Committed) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
     if found.waiting:
         recipe = tar_recipe(SAMPLES, job.recipes)
-        rejected = [rejection for state in found.tables.values() for rejection in state.rejected.values()]
-        record_rejections(job.folder / recipe.directory, recipe, rejected, found.provenance)
+        for provenance, rejected in found.judged_now():
+            record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place)
     for state in found.waiting.values():
         remove(job.folder / state.recipe.directory)

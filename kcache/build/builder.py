@@ -2,18 +2,19 @@
 
 Every builder claims a shard before it writes it, begins with the shards that are its own by number, goes on with those
 that nobody has claimed, and then waits for the rest. No builder needs another one: what one that died had claimed is
-taken over, if it ran on this machine.
+taken over, at once if it ran on this machine, else when its lease has run out.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcache.build.claims import Patience, holder, let_go, take
+from kcache.build.claims import Patience, holder, is_mine, let_go, take
 from kcache.build.committed import Committed
 from kcache.build.finish import known_sizes, measured, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
@@ -78,7 +79,7 @@ class Builder:
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan))
+        claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan), self.patience)
         try:
             while left := unfinished(self.job.folder, plan):
                 for table, shards in left:
@@ -103,11 +104,11 @@ class Builder:
         return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
 
     def _wait(self, plan: Plan, claims: "_Claims") -> None:
-        """Wait a moment for the builder that holds the first shard left; a dead one's is claimed next."""
-        for table, shards in unfinished(self.job.folder, plan)[:1]:
-            claim = claims.path(table, shards[0])
-            if (other := holder(claim)) is not None:
-                self.patience.wait(claim, other)
+        """Wait a moment for the builders that hold the shards left; a dead one's are claimed next."""
+        left = [claims.path(table, shard) for table, shards in unfinished(self.job.folder, plan) for shard in shards]
+        held = {claim: other for claim in left if (other := holder(claim)) is not None}
+        if held:
+            self.patience.wait(held)
 
     def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims", found: Committed) -> None:
         progress = _Progress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
@@ -119,11 +120,18 @@ class Builder:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         if table.recipe.of_tars:
-            self._write_tars(table.recipe.table, chain([first], mine), progress, found)
+            self._write_tars(table, chain([first], mine), progress, found, claims)
         else:
-            self._encode(table, chain([first], mine), progress)
+            self._encode(table, chain([first], mine), progress, claims)
 
-    def _write_tars(self, name: str, shards: Iterator[PlannedShard], progress: "_Progress", found: Committed) -> None:
+    def _write_tars(
+        self,
+        table: TablePlan,
+        shards: Iterator[PlannedShard],
+        progress: "_Progress",
+        found: Committed,
+        claims: "_Claims",
+    ) -> None:
         job, known = self.job, known_sizes(self.job.folder)
         whole, _ = whole_samples(job.samples, found.tables)
         named = with_ids(whole)
@@ -135,9 +143,11 @@ class Builder:
             return dict(zip(tar_keys(readable), readable, strict=True))
 
         writer = TarWriter(job.folder, found.tables, found.provenance)
-        writer.write(name, progress.counted(shards), planned)
+        writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))
 
-    def _encode(self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress") -> None:
+    def _encode(
+        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress", claims: "_Claims"
+    ) -> None:
         import torch
 
         from kcache.build.encode import Meter, encode_shards
@@ -152,15 +162,17 @@ class Builder:
         encode_shards(
             encoder, job.folder / recipe.directory, shards, fetch,
             workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
+            kept=partial(claims.kept, table),
         )  # fmt: skip
 
 
 class _Claims:
     """This builder's claims on the shards of one plan."""
 
-    def __init__(self, cache: Path, folder: Path) -> None:
+    def __init__(self, cache: Path, folder: Path, patience: Patience) -> None:
         self._cache = cache
         self._folder = folder
+        self._patience = patience
         self._held: list[Path] = []
 
     def path(self, table: TablePlan, shard: PlannedShard) -> Path:
@@ -182,7 +194,7 @@ class _Claims:
 
     def _take(self, claim: Path) -> bool:
         try:
-            other = take(claim)
+            other = take(claim, self._patience.gives_up)
         except CacheWriteError:
             if self.open():
                 raise
@@ -190,6 +202,14 @@ class _Claims:
         if other is None:
             self._held.append(claim)
         return other is None
+
+    def kept(self, table: TablePlan, shard: PlannedShard) -> bool:
+        """Whether a shard that was claimed is still this builder's to commit; says so where it is not."""
+        claim = self.path(table, shard)
+        if kept := is_mine(claim):
+            return kept
+        self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
+        return False
 
     def release(self) -> None:
         """Let go of everything: what is committed needs no claim, and what is not is free for others."""

@@ -1,21 +1,26 @@
 """Claims: which of several builders writes what.
 
 A claim is a file that only one process can create and that names it. A claim of a process that is certainly gone is
-taken over; any other is respected, however old it is: above all one of another machine.
+taken over, one of a process that runs here never. Of a process on another machine or in another container nothing is
+known: its claim is respected until its lease runs out, which its holder renews while it works. A holder that was only
+suspended finds its claim gone when it comes back, and drops what it made: claims save work, and nothing's correctness
+hangs on them.
 """
 
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kcache.durable import create_bytes, json_bytes
-from kcache.errors import CacheBusyError, CacheCorruptError
-from kcache.processes import Process, is_gone, is_here, this_process
+from kcache.durable import create_bytes, json_bytes, writing
+from kcache.errors import CacheCorruptError
+from kcache.leases import LEASE_SECONDS, RENEW_SECONDS, ran_out, renew, seconds_left
+from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
 
 TURN = ".turn"
@@ -28,6 +33,8 @@ POLL_SECONDS = 0.1
 QUIET_SECONDS = 1.0
 """Shorter waits are not worth a message."""
 REMIND_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+"""How often it is looked how long a lease still runs."""
 
 _PLACES = (
     ("RANK", "WORLD_SIZE"),
@@ -64,10 +71,11 @@ def holder(claim: Path) -> Process | None:
         ) from error
 
 
-def take(claim: Path) -> Process | None:
+def take(claim: Path, gives_up: Callable[[Path, Process], bool] = lambda claim, _: ran_out(claim)) -> Process | None:
     """Claim something for this process; returns None, or the process that holds it already and may be alive.
 
-    Raises CacheWriteError, also when the claim's folder is not there.
+    `gives_up` is asked whether a claim of a process of which nothing is known here is to be taken over. Raises
+    CacheWriteError, also when the claim's folder is not there.
     """
     while True:
         found = holder(claim)
@@ -75,24 +83,59 @@ def take(claim: Path) -> Process | None:
             if create_bytes(claim, json_bytes(asdict(this_process()))):
                 _held.add(claim.absolute())
                 return None
-        elif is_gone(found) or (found == this_process() and claim.absolute() not in _held):
-            _remove_dead(claim, found)
+        elif (
+            is_gone(found)
+            or (found == this_process() and claim.absolute() not in _held)
+            or (not is_knowable(found) and gives_up(claim, found))
+        ):
+            _remove(claim, found)
         else:
             return found
 
 
+def is_mine(claim: Path) -> bool:
+    """Whether this process still holds a claim that it took: when it was suspended, another may have taken it over."""
+    try:
+        return claim.absolute() in _held and holder(claim) == this_process()
+    except (OSError, CacheCorruptError):
+        return False
+
+
 def let_go(claim: Path) -> None:
     """Give up a claim. If its file cannot be removed, this process ignores it; others do once this one ended."""
+    mine = is_mine(claim)
     _held.discard(claim.absolute())
-    with suppress(OSError):
-        claim.unlink()
+    if mine:
+        with suppress(OSError):
+            claim.unlink()
 
 
-def _remove_dead(claim: Path, found: Process) -> None:
-    """Remove the claim of a process that is gone, unless another builder has done so and claimed it anew."""
+@contextmanager
+def renewed() -> Iterator[None]:
+    """In the block, the leases of all that this process holds are renewed, whatever it is waiting for."""
+    end = threading.Event()
+
+    def renew_held() -> None:
+        while not end.wait(RENEW_SECONDS):
+            for claim in list(_held):
+                if is_mine(claim):
+                    renew(claim)
+
+    thread = threading.Thread(target=renew_held, name="kcache-leases", daemon=True)
+    thread.start()
     try:
-        with claim.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        end.set()
+        thread.join(1.0)  # a file server that hangs is not waited for
+
+
+def _remove(claim: Path, found: Process) -> None:
+    """Remove the claim of `found`, unless another builder has done so and claimed it anew."""
+    try:
+        with claim.open("rb") as file:
+            with suppress(OSError):  # where there are no locks, two may take over at once, and both do the work
+                fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), claim.stat()) and holder(claim) == found:
                 claim.unlink()
     except FileNotFoundError:
@@ -101,41 +144,73 @@ def _remove_dead(claim: Path, found: Process) -> None:
 
 @dataclass
 class Patience:
-    """Waits for other builders, and says for whom."""
+    """Waits for other builders, and says for whom and how long."""
 
-    alone: bool
-    """Whether no other builder is expected: then nobody is waited for of whom nothing is known."""
     say: Callable[[str], None]
-    _claim: Path | None = None
+    take_over: bool = False
+    """Whether nobody is waited for of whom nothing is known."""
+    _left: dict[Path, tuple[float, float]] = field(default_factory=dict)
+    """Of claims, when their leases are to be looked at again, and how many seconds they had left."""
+    _for: frozenset[Process] = frozenset()
     _next_message: float = field(default=0.0)
+    _given_up: set[Process] = field(default_factory=set)
 
-    def wait(self, claim: Path, other: Process) -> None:
-        """Wait a moment for `other` to let go of `claim`.
-
-        Raises CacheBusyError where that builder is on another machine and no other builder is expected.
-        """
+    def lease(self, claim: Path) -> float:
+        """Seconds that the lease of a claim has left, looked at now and then; raises CacheWriteError."""
         now = time.monotonic()
-        if self.alone and not is_here(other):
-            raise CacheBusyError(
-                f"{claim} is held by {other}, another machine, of which nothing is known here; expected no other "
-                "builder: wait until that one has ended and build again, or remove that file if it has ended already; "
-                "everything else is done"
-            )
-        if claim != self._claim:
-            self._claim, self._next_message = claim, now + QUIET_SECONDS
+        if claim not in self._left or now >= self._left[claim][0]:
+            with writing(claim):
+                try:
+                    self._left[claim] = (now + LOOK_SECONDS, seconds_left(claim))
+                except FileNotFoundError:
+                    return LEASE_SECONDS  # given up meanwhile
+        return self._left[claim][1]
+
+    def gives_up(self, claim: Path, other: Process) -> bool:
+        """Whether `claim` of a process of which nothing is known is to be taken over; says so once of each."""
+        if not self.take_over and self.lease(claim) > 0:
+            return False
+        self._left.pop(claim, None)
+        if other not in self._given_up:
+            self._given_up.add(other)
+            why = "as --take-over says" if self.take_over else "whose lease has run out"
+            self.say(f"taking over what {other} left unfinished, {why}")
+        return True
+
+    def wait(self, held: Mapping[Path, Process]) -> None:
+        """Wait a moment for others to let go of the claims `held`."""
+        now, processes = time.monotonic(), frozenset(held.values())
+        if processes != self._for:
+            self._for, self._next_message = processes, now + QUIET_SECONDS
         elif now >= self._next_message:
             self._next_message = now + REMIND_SECONDS
-            self.say(f"waiting for {other}, which holds {claim}")
+            self.say("waiting for " + "; and for ".join(self.told(held)))
         time.sleep(POLL_SECONDS)
         stop_here()
+
+    def told(self, held: Mapping[Path, Process]) -> list[str]:
+        """For each process that holds something, what it holds and how long that can last."""
+        lines = []
+        for other in sorted(set(held.values()), key=str):
+            claims = [claim for claim in held if held[claim] == other]
+            names = ", ".join([claim.name for claim in claims[:3]] + ["…"] * (len(claims) > 3))
+            line = f"{other}, which holds {names} in {claims[0].parent}"
+            if not is_knowable(other):
+                left = max(0.0, *(self.lease(claim) for claim in claims)) if len(claims) > 1 else self.lease(claims[0])
+                line += (
+                    f"; nothing is known of it here, so its lease has to run out, in {max(0.0, left) / 60:.0f} min "
+                    "unless it renews it; if it has ended, --take-over takes over at once"
+                )
+            lines.append(line)
+        return lines
 
 
 @contextmanager
 def turn(cache: Path, patience: Patience) -> Iterator[None]:
     """Have `cache` for planning or assembling, one builder after the other."""
     claim = cache / TURN
-    while (other := take(claim)) is not None:
-        patience.wait(claim, other)
+    while (other := take(claim, patience.gives_up)) is not None:
+        patience.wait({claim: other})
     try:
         yield
     finally:

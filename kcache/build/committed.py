@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kcache.build.joined_tars import shard_recipes
-from kcache.store.index import StoredRows, TableState, merged_rows, provenance_of, stored_rows, table_state
+from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.recipe import Recipe
 from kcache.store.shards import Rejection, read_commits
 
@@ -30,6 +30,7 @@ class Committed:
                 table,
                 stored=merged_rows(table.recipe, [self.in_place[name].stored, table.stored]),
                 rejections=self.in_place[name].rejections + table.rejections,
+                judged_by={**self.in_place[name].judged_by, **table.judged_by},
             )
             for name, table in self.waiting.items()
         }
@@ -38,6 +39,15 @@ class Committed:
     def provenance(self) -> dict[str, str]:
         """What the rows that wait for a tar were made with."""
         return {name: value for table in self.waiting.values() for name, value in table.provenance.items()}
+
+    def judged_now(self) -> list[tuple[Mapping[str, str], list[Rejection]]]:
+        """The rejections that wait to be recorded beside the tars, by what they were made with."""
+        groups: dict[tuple[tuple[str, str], ...], list[Rejection]] = {}
+        for table in self.waiting.values():
+            for rejection in table.rejected.values():
+                made_with = tuple(sorted(table.judged_by[rejection.key].items()))
+                groups.setdefault(made_with, []).append(rejection)
+        return [(dict(made_with), rejected) for made_with, rejected in sorted(groups.items())]
 
 
 def read_committed(
@@ -53,6 +63,7 @@ def read_committed(
     parts: dict[str, list[StoredRows]] = {name: [] for name in recipes}
     rejections: list[Rejection] = []
     provenance: dict[str, str] = {}
+    judged_by: dict[str, Mapping[str, str]] = {}
     for tables in [earlier, recipes] if earlier and dict(earlier) != dict(recipes) else [recipes]:
         same = [name for name in tables if name in recipes and tables[name] == recipes[name]]
         for recipe in shard_recipes(form, tables):
@@ -62,6 +73,7 @@ def read_committed(
                 parts[name].append(stored_rows(folder, commits, tables[name], name))
             if len(same) == len(tables):
                 rejections += [rejection for commit in commits for rejection in commit.rejected]
+                judged_by |= judges(commits)
             if tables is recipes:
                 provenance |= provenance_of(commits)
     return {
@@ -70,6 +82,7 @@ def read_committed(
             stored=merged_rows(recipe, parts[name]),
             rejections=tuple(rejections),
             provenance=provenance,
+            judged_by=judged_by,
         )
         for name, recipe in recipes.items()
     }

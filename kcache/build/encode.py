@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kcache.build.plan import PlannedShard
+from kcache.build.survey import decoder_facts
 from kcache.encoders.frozen import Encoder, full_batches
 from kcache.errors import ConfigError, InputRejected
 from kcache.store.digests import pack_keys
@@ -123,10 +124,11 @@ def encode_shards(
     workers: int,
     meter: Meter,
     done: Callable[[int], None],
+    kept: Callable[[PlannedShard], bool] = lambda _: True,
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
-    `done` is called with the number of inputs dealt with since the last call.
+    `done` is called with the number of inputs dealt with since the last call. What `kept` denies is not committed.
     """
     recipe = encoder.recipe
     made_by = provenance(encoder)
@@ -142,14 +144,25 @@ def encode_shards(
                 _encode_shard(encoder, prepared, rows, meter, done, committing)
                 if committing is not None:
                     meter.timed("write", committing.result)
-                committing = writer.submit(
-                    commit_shard, folder, shard.name, recipe, rows.block(recipe),
-                    rejected=rows.rejected, absent=rows.absent, provenance=made_by,
-                )  # fmt: skip
+                committing = writer.submit(_commit, folder, rows, recipe, made_by, kept)
             if committing is not None:
                 meter.timed("write", committing.result)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _commit(
+    folder: Path,
+    rows: _OpenShard,
+    recipe: Recipe,
+    made_by: Mapping[str, str],
+    kept: Callable[[PlannedShard], bool],
+) -> None:
+    block = rows.block(recipe)
+    if kept(rows.planned):  # asked last: this process may have been suspended for long
+        commit_shard(
+            folder, rows.planned.name, recipe, block, rejected=rows.rejected, absent=rows.absent, provenance=made_by
+        )
 
 
 _Planned = tuple[PlannedShard, Future[_Input]]
@@ -280,7 +293,11 @@ def refusal_reasons(
 
 def provenance(encoder: Encoder) -> dict[str, str]:
     """What the rows were made with: recorded in each commit, shown, never compared."""
-    packages = ("kcache", "torch", "diffusers", "transformers", "pillow", "numpy")
+    packages = ("torch", "diffusers", "transformers", "numpy")
     device = encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return {name: version(name) for name in packages} | {"python": platform.python_version(), "device": name}
+    return (
+        decoder_facts()
+        | {name: version(name) for name in packages}
+        | {"python": platform.python_version(), "device": name}
+    )

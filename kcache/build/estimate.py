@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from kcache.build.build import checked_survey
+from kcache.build.departures import Leaving
 from kcache.build.encode import Meter, encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_missing
+from kcache.build.survey import Survey, acceptable, decoder_facts, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
@@ -85,6 +86,8 @@ class BuildEstimate:
     seconds: float
     savings: Mapping[str, Saving]
     """By stage, "prior" and "decoder", where all that the stage reads was measured."""
+    leaving: Leaving
+    """Which samples the cache has and would not have any more."""
     notes: tuple[str, ...]
 
 
@@ -94,7 +97,14 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
     """
     job = checked_survey(source, cache, config, say)
+    for note in job.leaving.notes:
+        say(note)
+    if job.leaving.most and not config.replace:
+        say(f"most of the {job.leaving.had:,} samples of {cache} would leave: a build refuses that without --replace")
     found = job.committed()
+    verdicts = [] if config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
+    for note in verdicts:
+        say(note)
     plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})
     why = why_missing(job, found.tables, plan)
     tokens = _token_counts(job)
@@ -119,7 +129,8 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         bytes=_tar_bytes(job, acceptable(job.samples, found.tables), tokens) if found.waiting else size,
         seconds=seconds,
         savings=_savings(job, tables, seconds),
-        notes=(job.source.description, *job.notes),
+        leaving=job.leaving,
+        notes=(job.source.description, *job.notes, *verdicts),
     )
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,17 @@ import numpy as np
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey
 from kcache.durable import json_bytes, write_bytes
-from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
-from kcache.store.index import CAPTION_BOUNDS, TableState, write_index
+from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
+from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, kind_of
-from kcache.store.samples import Refusal, Sample, stored_samples, with_ids, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
+
+_REASONS = 3
+"""Reasons that are told where nothing else came of a build."""
+_NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
+"""What differs between reasons that are one to a person."""
 
 
 def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
@@ -54,11 +61,61 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
 
 
 def finish_build(job: Survey, tables: Mapping[str, TableState]) -> Manifest:
-    """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused."""
+    """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused.
+
+    Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
+    """
     whole, incomplete = whole_samples(job.samples, tables)
     samples, unreadable = measured(job, whole, known_sizes(job.folder))
     refused = [*job.refused, *incomplete, *unreadable]
-    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format)
+    if not samples:
+        if _current(job.folder) is None:
+            _write_rejections(job.folder, refused)
+        raise no_sample(job.folder, refused)
+    cut = _tokens_cut(job, samples, tables)
+    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut)
+
+
+def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[bytes, int]:
+    """Tokens that were cut off each caption that fills the text encoder's input, by key; {} where none does."""
+    if TEXT.name not in tables:
+        return {}
+    recipe, stored = tables[TEXT.name].recipe, tables[TEXT.name].stored
+    captions = {key: text for sample in samples for key, text in zip(sample.caption_keys, sample.captions, strict=True)}
+    positions = stored.find(list(captions))
+    tokens = token_counts({TEXT.name: recipe}, {TEXT.name: np.append(stored.entries[positions], stored.entries[:1])})
+    longest = recipe.batch_shape[1]
+    full = {key: text for (key, text), count in zip(captions.items(), tokens, strict=True) if count == longest}
+    manifest = _current(job.folder)
+    try:
+        known = read_cut(job.folder, manifest) if full and manifest is not None else {}
+    except KcacheError:
+        known = {}
+    if same := manifest is not None and manifest.tables.get(TEXT.name):
+        known = known if same.recipe == recipe else {}
+    if full.keys() <= known.keys():
+        return {key: known[key] for key in full}
+    # Not at the top: it loads torch.
+    from kcache.encoders.frozen import load_tokenizer
+
+    tokenizer = load_tokenizer(job.repository(TEXT.name))
+    counts = {key: len(tokenizer(text, verbose=False)["input_ids"]) for key, text in full.items() if key not in known}
+    return {key: known[key] if key in known else max(0, counts[key] - longest) for key in full}
+
+
+def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:
+    """The error of a build that comes to nothing, with the most frequent reasons."""
+    kinds = [(refusal.stage, _NAMES_AND_NUMBERS.sub("", refusal.reason)) for refusal in refused]
+    first = dict(zip(reversed(kinds), reversed(refused), strict=True))
+    reasons = Counter(kinds).most_common(_REASONS)
+    told = [f"{n:,} × {first[kind].stage}: {first[kind].reason}, such as {first[kind].name}" for kind, n in reasons]
+    rest = len(refused) - sum(count for _, count in reasons)
+    more = [f"{rest:,} for other reasons"] if rest else []
+    return SourceError(
+        f"no sample for {cache}: all {len({refusal.name for refusal in refused}):,} inputs were rejected "
+        f"({'; '.join([*told, *more])}); expected at least one; correct the source, or try again what was rejected "
+        "before: --retry-rejected"
+    )
 
 
 def finish_cache(
@@ -68,15 +125,16 @@ def finish_cache(
     tables: Mapping[str, TableState],
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
+    cut: Mapping[bytes, int],
 ) -> Manifest:
-    """Write samples, index, rejections, card and, last, the manifest; remove what only the manifest before it used.
+    """Write samples, index, rejections, card and, last, the manifest.
 
+    What only the manifest before it used stays for those who read it, until `remove_superseded`.
     The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
     """
-    samples_digest, samples_file_digest = write_samples(cache, samples)
+    samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     index_digest = write_index(cache, _index_arrays(samples, tables))
-    rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
-    rejected_digest = _write_rejections(cache, rejections)
+    rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
         tables={name: _table_entry(state) for name, state in tables.items()},
@@ -84,14 +142,23 @@ def finish_cache(
         samples_digest=samples_digest,
         samples_file_digest=samples_file_digest,
         index_digest=index_digest,
-        rejected=len(rejections),
+        rejected=rejected,
         rejected_digest=rejected_digest,
         models=models,
     )
     write_card(cache, manifest, max((len(sample.captions) for sample in samples), default=1))
     _write_changed(cache / MANIFEST, json_bytes(manifest.to_json()))
-    _remove_superseded(cache, manifest)
     return manifest
+
+
+def remove_superseded(cache: Path, manifest: Manifest) -> None:
+    """Remove the lists of samples and the indexes of earlier manifests; for who holds the cache alone."""
+    for path in cache.glob("samples-*.parquet"):
+        if path.name != manifest.samples_file:
+            path.unlink()
+    for path in cache.glob("index-*"):
+        if path.name != manifest.index_folder:
+            shutil.rmtree(path)
 
 
 def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refusal:
@@ -171,23 +238,15 @@ def _table_entry(state: TableState) -> TableEntry:
     )
 
 
-def _write_rejections(cache: Path, rejections: Sequence[tuple[str, str, str]]) -> str:
-    """Write rejected.jsonl; returns the sha256 (hex) of its bytes."""
+def _write_rejections(cache: Path, refused: Sequence[Refusal]) -> tuple[int, str]:
+    """Write rejected.jsonl; returns its number of lines, and the sha256 (hex) of its bytes."""
+    rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
     _write_changed(cache / "rejected.jsonl", content)
-    return hashlib.sha256(content).hexdigest()
+    return len(rejections), hashlib.sha256(content).hexdigest()
 
 
 def _write_changed(path: Path, content: bytes) -> None:
     if not path.exists() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _remove_superseded(cache: Path, manifest: Manifest) -> None:
-    for path in cache.glob("samples-*.parquet"):
-        if path.name != manifest.samples_file:
-            path.unlink()
-    for path in cache.glob("index-*"):
-        if path.name != manifest.index_folder:
-            shutil.rmtree(path)

@@ -109,18 +109,26 @@ class TarWriter:
         }
 
     def write(
-        self, name: str, shards: Iterable[PlannedShard], samples: Callable[[Sequence[bytes]], Mapping[bytes, Sample]]
+        self,
+        name: str,
+        shards: Iterable[PlannedShard],
+        samples: Callable[[Sequence[bytes]], Mapping[bytes, Sample]],
+        kept: Callable[[PlannedShard], bool] = lambda _: True,
     ) -> None:
         """Write and commit the tars called `name` of planned shards.
 
         `samples` gives, of the keys of a shard, those that are samples still, with ids and sizes; the other keys are
-        recorded as absent. Raises CacheIncompleteError where a row is stored nowhere.
+        recorded as absent. What `kept` denies in the end is not written. Raises CacheIncompleteError where a row is
+        stored nowhere.
         """
         for shard in shards:
+            there = {} if name == RESERVED else samples(shard.keys)
+            if not kept(shard):
+                continue
             if name == RESERVED:
                 self._write_reserved(shard.name)
             else:
-                self._write_samples(shard, samples(shard.keys))
+                self._write_samples(shard, there)
 
     def _write_samples(self, shard: PlannedShard, samples: Mapping[bytes, Sample]) -> None:
         present = [key for key in shard.keys if key in samples]
@@ -174,6 +182,8 @@ class TarWriter:
     ) -> None:
         folder = self._cache / recipe.directory
         folder.mkdir(exist_ok=True)
+        if (folder / f"{name}.json").exists():  # by another builder that had the same work, and came first
+            return
         if not samples:
             record_commit(folder, name, recipe, absent=absent, provenance=self._provenance)
             return

@@ -1,11 +1,14 @@
 """What a build has to do: what the source offers, which tables are wanted, and what of them is committed."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from kcache.build.committed import Committed, read_committed
+from kcache.build.departures import NOBODY, Leaving
 from kcache.build.plan import Plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
@@ -27,6 +30,8 @@ from kcache.store.recipe import (
 )
 from kcache.store.samples import Refusal, Sample, read_samples
 
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of pictures, by Pillow's names: what is decoded where Pillow can."""
 _REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through: for the first time, each of them is read."""
 
@@ -49,7 +54,11 @@ class Survey:
     earlier: Mapping[str, Recipe]
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
-    """Which tables of the cache are of another recipe than the wanted one, in words."""
+    """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
+    before: Sequence[Sample] = ()
+    """The samples that the cache has, as far as they are to be compared with what it will have."""
+    leaving: Leaving = NOBODY
+    """Which of them it will not have."""
 
     def wanted(self, table: str) -> list[bytes]:
         """The keys that `table` should hold, in sample order, the reserved row first."""
@@ -181,6 +190,43 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> l
         for s in samples
         if s.image_key not in images and not (s.caption_keys and all(key in captions for key in s.caption_keys))
     ]
+
+
+def decoder_facts() -> dict[str, str]:
+    """What decides which pictures can be decoded, as commit records have it in their provenance."""
+    from PIL import Image
+
+    Image.init()
+    formats = ",".join(name for name in _FORMATS if name in Image.OPEN)
+    return {"kcache": version("kcache"), "pillow": version("pillow"), "formats": formats}
+
+
+def other_verdicts(samples: Sequence[Sample], tables: Mapping[str, TableState], now: Mapping[str, str]) -> list[str]:
+    """In words, which of `samples` were rejected by another decoder than the one of `now`: it may judge otherwise."""
+    then: dict[bytes, tuple[str, ...]] = {}
+    for state in tables.values():
+        for key, rejection in state.rejected.items():
+            made_with = state.judged_by.get(rejection.key, {})
+            if differing := tuple(
+                _difference(name, made_with[name], now[name])
+                for name in now
+                if made_with.get(name, now[name]) != now[name]
+            ):
+                then[key] = differing
+    counts = Counter(then[s.image_key] for s in samples if s.image_key in then)
+    return [
+        f"{_counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
+        f"({'; '.join(differing)}): --retry-rejected tries {'it' if count == 1 else 'them'} again"
+        for differing, count in sorted(counts.items())
+    ]
+
+
+def _difference(name: str, then: str, now: str) -> str:
+    if name != "formats":
+        return f"{name} {then}, this is {now}"
+    old, new = set(then.split(",")), set(now.split(","))
+    parts = [("read no", new - old), ("read", old - new)]
+    return "; ".join(f"which {verb} {', '.join(sorted(names))}" for verb, names in parts if names)
 
 
 def missing_rows(

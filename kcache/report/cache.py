@@ -17,7 +17,7 @@ from kcache.report.figures import histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
-from kcache.store.index import statistics, token_counts
+from kcache.store.index import statistics, tally_of, token_counts
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import kind_of, side_of, sides_of
 from kcache.store.samples import read_refused, read_some_samples
@@ -64,7 +64,7 @@ def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:
     folder = Path(config.path)
     cache = Cache.open(folder)
     return [
-        Section(title="Overview", blocks=[_overview(folder, cache.manifest)]),
+        Section(title="Overview", blocks=[_overview(folder, cache.manifest), *_losses(cache)]),
         Section(title="Samples", blocks=_samples(cache, config, report)),
         Section(title="Captions", blocks=_captions(cache)),
         Section(title="Values", blocks=_norms(cache, report)),
@@ -96,6 +96,11 @@ def _overview(folder: Path, manifest: Manifest) -> Table:
         ["Fingerprint", manifest.fingerprint[:16]],
     ]
     return Table(head=["What", "Value"], rows=rows)
+
+
+def _losses(cache: Cache) -> list[Block]:
+    """A sentence for each way in which inputs are not there as they were given."""
+    return [Text(text=f"{said}.") for said in tally_of(cache.path, cache.manifest, cache.index).sentences]
 
 
 def _samples(cache: Cache, config: ReportConfig, report: CountReport) -> list[Block]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.readers import Reading
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Cache:
     """A finished cache, opened for reading; `len(cache)` is its number of samples.
 
-    Nothing of it is loaded: files are mapped when first read, and any number of threads may read at once.
+    Nothing of it is loaded: files are mapped when first read, and any number of threads may read at once. As long as
+    it, or a selection of it, is there, nothing is removed from the cache's folder; building goes on beside it.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Cache:
         index: Mapping[str, np.ndarray],
         resolution: int | None,
         selected: np.ndarray | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
+        self._reading = reading
         self.path = path
         self.manifest = manifest
         self.resolution = resolution
@@ -52,10 +56,11 @@ class Cache:
     def open(cls, path: str | Path, resolution: int | None = None) -> "Cache":
         """Open the cache at `path`; `resolution` (pixels) picks the latents when it holds several.
 
-        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError or CacheCorruptError, each saying what is
-        there, what was expected and what to do.
+        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
+        saying what is there, what was expected and what to do.
         """
         folder = Path(path)
+        reading = Reading(folder)  # before anything is read: what is read next is not removed any more
         manifest = read_manifest(folder)
         if resolution is not None and resolution not in sides_of(manifest.tables):
             raise CacheIncompleteError(
@@ -70,7 +75,7 @@ class Cache:
                     f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} "
                     f"({', '.join(missing[:3])}); build the cache again with its source to encode them anew"
                 )
-        return cls(folder, manifest, index, resolution)
+        return cls(folder, manifest, index, resolution, reading=reading)
 
     def __len__(self) -> int:
         return len(self.caption_bounds) - 1
@@ -138,7 +143,7 @@ class Cache:
             entries = self.index[table]
             index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
         selected = numbers if self._selected is None else self._selected[numbers]
-        return Cache(self.path, self.manifest, index, self.resolution, selected)
+        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading)
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""

@@ -6,6 +6,7 @@ empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions
 made of `TableState`s: what is committed of each table, read from the side files of its shards.
 """
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,11 @@ from kcache.durable import publish, read_npy, remove, temporary_folder, write_np
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of
+from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
+from kcache.store.samples import read_cut, short_sides
 from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+from kcache.tally import Tally
 
 CAPTION_BOUNDS = "captions"
 
@@ -193,6 +196,8 @@ class TableState:
     """Number that the table's next shard gets."""
     provenance: Mapping[str, str]
     """What its rows were made with."""
+    judged_by: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """By the key (hex) of each rejection, what it was made with."""
 
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
@@ -212,7 +217,13 @@ def table_state(cache: Path, recipe: Recipe) -> TableState:
         rejections=tuple(rejection for commit in commits for rejection in commit.rejected),
         next_shard=next_shard(commits),
         provenance=provenance_of(commits),
+        judged_by=judges(commits),
     )
+
+
+def judges(commits: Sequence[Commit]) -> dict[str, Mapping[str, str]]:
+    """By the key (hex) of each rejection, what it was made with; of a key that was rejected twice, the last time."""
+    return {rejection.key: commit.provenance for commit in commits for rejection in commit.rejected}
 
 
 def provenance_of(commits: Sequence[Commit]) -> dict[str, str]:
@@ -227,6 +238,30 @@ def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray])
     if recipe is None or not ragged:
         return np.empty(0, np.int64)
     return index[TEXT.name][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
+
+
+def tally_of(cache: Path, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
+    """Counts of what trains otherwise than one may think, of a whole finished cache; raises CacheCorruptError."""
+    recipes = {name: entry.recipe for name, entry in manifest.tables.items()}
+    tokens, cut = token_counts(recipes, index), read_cut(cache, manifest)
+    longest = recipes[TEXT.name].batch_shape[1] if len(tokens) else 0
+    rows, full = index[TEXT.name][:-1] if len(tokens) else tokens, tokens == longest
+    # What the reserved row, of the empty caption, has: a begin and an end.
+    wordless = token_counts(recipes, {TEXT.name: index[TEXT.name][[-1, -1]]}) if len(tokens) else tokens
+    first = np.unique(rows, return_index=True)[1]
+    short = short_sides(cache, manifest)
+    images = next((index[name][: manifest.samples] for name in recipes if kind_of(name).per == "image"), short)
+    return Tally(
+        captions=len(tokens),
+        captions_empty=int((tokens == wordless).sum()),
+        captions_cut=sum(tokens > 0 for tokens in cut.values()),
+        tokens_cut=sum(cut.values()),
+        captions_full=max(0, int(full[first].sum()) - len(cut)),
+        longest=longest,
+        samples=manifest.samples,
+        samples_alike=manifest.samples - len(np.unique(images)) if manifest.samples else 0,
+        pictures_small={side: int((short < side).sum()) for side in sides_of(recipes)},
+    )
 
 
 def statistics(values: np.ndarray) -> dict[str, float] | None:

@@ -6,7 +6,7 @@ the same image, so an id says which picture it is and stays when others come or 
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 import json
 
+_CUT = "kcache_tokens_cut"
+"""Key in the metadata of the parquet file: {key of a caption: its tokens that were cut off}, where one was too long."""
 SAMPLES_PER_PART = 1 << 14
 """Samples that `read_some_samples` holds at a time."""
 
@@ -97,14 +99,20 @@ def _schema() -> "pyarrow.Schema":
     )
 
 
-def write_samples(cache: Path, samples: Sequence[Sample]) -> tuple[str, str]:
-    """Write the samples under the name that their bytes give; returns the samples' digest and the file's."""
+def write_samples(cache: Path, samples: Sequence[Sample], cut: Mapping[bytes, int] | None = None) -> tuple[str, str]:
+    """Write the samples under the name that their bytes give; returns the samples' digest and the file's.
+
+    `cut` are the tokens of captions that were cut off, by key of the caption, as far as they were counted.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in _schema()]
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_schema()), buffer, compression="zstd")
+    used = {key.hex() for sample in samples for key in sample.caption_keys}
+    counted = {key.hex(): tokens for key, tokens in (cut or {}).items() if key.hex() in used}
+    schema = _schema().with_metadata({_CUT: canonical_json(counted)} if counted else None)
+    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     content = buffer.getvalue()
     file_digest = hashlib.sha256(content).hexdigest()
     path = cache / f"samples-{file_digest[:16]}.parquet"
@@ -134,6 +142,37 @@ def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
         _check_schema(table.schema)
         _check_values(table)
     return table
+
+
+def read_cut(cache: Path, manifest: Manifest) -> dict[bytes, int]:
+    """Tokens of captions that were cut off, by key of the caption, as far as counted; raises CacheCorruptError."""
+    import pyarrow.parquet as pq
+
+    path = cache / manifest.samples_file
+    with _reading(path):
+        told = json.loads((pq.read_schema(path).metadata or {}).get(_CUT.encode(), b"{}"))
+        if not all(type(tokens) is int and tokens >= 0 for tokens in told.values()):
+            raise ValueError("its metadata does not say how many tokens were cut off")
+        return {bytes.fromhex(key): tokens for key, tokens in told.items()}
+
+
+def short_sides(cache: Path, manifest: Manifest) -> np.ndarray:
+    """(N,) the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
+    import pyarrow.parquet as pq
+
+    path = cache / manifest.samples_file
+    with _reading(path):
+        table = pq.read_table(path, columns=["width", "height"], use_threads=False, pre_buffer=False)
+        return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
+
+
+def sample_list(table: "pyarrow.Table") -> list[Sample]:
+    """The samples in an Arrow table, as `stored_samples` gives it."""
+    columns = table.to_pydict()
+    return [
+        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
+        for row in zip(*columns.values(), strict=True)
+    ]
 
 
 def read_some_samples(

@@ -28,6 +28,9 @@ OFFSETS = "text_offsets"
 LOCATOR = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4")])
 """Where one row of one field stands in its file: offset and payload length in bytes, crc32c of the payload."""
 
+DECODER = ("kcache", "pillow", "formats")
+"""What of the provenance decides which inputs can be decoded."""
+
 _HEX_KEY = re.compile(r"[0-9a-f]{32}")
 _FILE_PATH = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
@@ -104,7 +107,12 @@ def commit_shard(
     absent: Sequence[str] = (),
     provenance: Mapping[str, str],
 ) -> Commit:
-    """Write a shard's data and side file, each under a temporary name first, and last its commit record."""
+    """Write a shard's data and side file, each under a temporary name first, and last its commit record.
+
+    A shard that is committed already stays as it is: another builder had the same work, and came first.
+    """
+    if (folder / f"{name}.json").exists():
+        return read_commit(folder / f"{name}.json")
     if not len(block.keys):
         return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     discard_uncommitted(folder, name)
@@ -165,9 +173,10 @@ def record_json(commit: Commit) -> dict[str, Any]:
 def record_rejections(
     folder: Path, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
 ) -> None:
-    """Commit, as a shard without rows, the rejections that no commit record in `folder` names yet."""
+    """Commit, as a shard without rows, the rejections by this decoder that no commit record in `folder` names yet."""
     commits = read_commits(folder, recipe)
-    known = {rejection.key for commit in commits for rejection in commit.rejected}
+    alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
+    known = {rejection.key for commit in alike for rejection in commit.rejected}
     new = {rejection.key: rejection for rejection in rejected if rejection.key not in known}
     if new:
         folder.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kcache.build.committed import read_committed
-from kcache.build.finish import finish_cache
+from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import TarWriter, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
 from kcache.config import CountReport
@@ -50,7 +50,10 @@ def convert_cache(
         remove_leftovers(target)
         write_shards(contents, target, form, rows_per_shard, report)
         tables = read_committed(target, form, contents.recipes)
-        manifest = finish_cache(target, contents.samples, contents.refused, tables, contents.manifest.models, form)
+        manifest = finish_cache(
+            target, contents.samples, contents.refused, tables, contents.manifest.models, form, contents.cut
+        )
+        remove_superseded(target, manifest)
         stop_here()
     return manifest
 

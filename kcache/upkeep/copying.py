@@ -14,6 +14,7 @@ from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.places import check_local
+from kcache.readers import Reading
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
@@ -21,7 +22,7 @@ from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe
 from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Refusal, Sample, read_refused
+from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
 from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
@@ -37,6 +38,10 @@ class CacheContents:
     samples: Sequence[Sample]
     refused: Sequence[Refusal]
     tables: Mapping[str, TableState]
+    cut: Mapping[bytes, int]
+    """Tokens of captions that were cut off, by key of the caption."""
+    reading: Reading
+    """Keeps what is to be copied from being removed."""
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -59,19 +64,16 @@ class CacheContents:
 
 def read_contents(cache: Path) -> CacheContents:
     """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
-    opened = Cache.open(cache)
+    reading, opened = Reading(cache), Cache.open(cache)
     recipes, form = opened.recipes, opened.manifest.format
-    columns = opened.samples.to_pydict()
-    samples = [
-        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
-        for row in zip(*columns.values(), strict=True)
-    ]
     return CacheContents(
         folder=cache,
         manifest=opened.manifest,
-        samples=samples,
+        samples=sample_list(opened.samples),
         refused=list(read_refused(cache)),
         tables=read_committed(cache, form, recipes),
+        cut=read_cut(cache, opened.manifest),
+        reading=reading,
     )
 
 

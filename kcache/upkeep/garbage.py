@@ -19,6 +19,7 @@ from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import TableState, merged_rows, stored_rows
+from kcache.store.manifest import read_manifest
 from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import Commit, next_shard, read_commits, record_commit
 from kcache.upkeep.copying import CacheContents, RowCopier, find_all, read_contents, with_progress
@@ -56,35 +57,41 @@ def collect_garbage(
 ) -> Garbage:
     """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
 
-    Samples, fingerprint and rows stay what they are, and building again has nothing to do. A process that has the cache
-    open may lose files that it has not opened yet. `report` is called with the table that `compact` writes again, or
-    "removed", how many rows or paths are done, and their number. Raises CacheIncompleteError while a build is
-    unfinished, CacheBusyError while one runs, and the errors of `Cache.open`.
+    Samples, fingerprint and rows stay what they are, and building again has nothing to do. `report` is
+    called with the table that `compact` writes again, or "removed", how many rows or paths are done, and their number.
+    Raises CacheIncompleteError while a build is unfinished, CacheBusyError while one runs or anyone reads the cache,
+    and the errors of `Cache.open`.
     """
     folder = Path(cache)
-    contents = read_contents(folder)
+    read_manifest(folder)  # says what is there instead of a cache
+    if dry_run:
+        contents = _finished(folder)
+        return find_garbage(contents, live_shards(contents))
     with exclusive(folder), stopped_when_safe():
-        if open_plan(folder) is not None:
-            raise CacheIncompleteError(
-                f"{folder} has an unfinished build, whose rows would be taken for garbage; expected none; "
-                f"finish it with `kcache cache-build SOURCE {folder}`"
-            )
-        if compact and not dry_run:
+        contents = _finished(folder)
+        if compact:
             _rewrite_mixed(contents, report)
             contents = read_contents(folder)
         live = live_shards(contents)
-        if not dry_run:
-            _forget(contents, live)
-            contents = read_contents(folder)
+        _forget(contents, live)
+        contents = read_contents(folder)
         garbage = find_garbage(contents, live)
-        if not dry_run:
-            for done, path in enumerate(garbage.paths, start=1):
-                stop_here()
-                remove(folder / path)
-                if report is not None:
-                    report("removed", done, len(garbage.paths))
+        for done, path in enumerate(garbage.paths, start=1):
+            stop_here()
+            remove(folder / path)
+            if report is not None:
+                report("removed", done, len(garbage.paths))
         stop_here()
     return garbage
+
+
+def _finished(folder: Path) -> CacheContents:
+    if open_plan(folder) is not None:
+        raise CacheIncompleteError(
+            f"{folder} has an unfinished build, whose rows would be taken for garbage; expected none; "
+            f"finish it with `kcache cache-build SOURCE {folder}`"
+        )
+    return read_contents(folder)
 
 
 def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
@@ -134,12 +141,17 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
         commits = read_commits(folder / recipe.directory, recipe)
         dropped = [commit for commit in commits if commit.data is not None and commit.name not in kept]
         known = {rejection.key for commit in commits if commit not in dropped for rejection in commit.rejected}
-        lost = [r for commit in dropped for r in commit.rejected if r.key not in known]
-        if lost:
-            name = shard_name(next_shard(commits))
-            record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=contents.provenance)
+        number = next_shard(commits)
+        for commit in dropped:  # each with what it was judged by
+            if lost := [r for r in commit.rejected if r.key not in known]:
+                name, number = shard_name(number), number + 1
+                record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=commit.provenance)
     states = _live_states(contents, live)
-    finish_cache(folder, contents.samples, contents.refused, states, manifest.models, manifest.format)
+    new = finish_cache(
+        folder, contents.samples, contents.refused, states, manifest.models, manifest.format, contents.cut
+    )
+    for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
+        remove(folder / name)
 
 
 def _live_states(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:

@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kcache.build.plan import Plan, open_plan
-from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, token_counts
+from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
 from kcache.store.manifest import MANIFEST
 from kcache.store.recipe import sides_of
 from kcache.store.shards import read_commits
+from kcache.tally import Tally
 from kcache.upkeep.copying import CacheContents, read_contents
 from kcache.upkeep.garbage import LiveShard, find_garbage, live_shards
 
@@ -42,6 +44,7 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
         "resolutions": sides_of(manifest.tables),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(contents.recipes, index)),
+        "losses": _losses(tally_of(folder, manifest, index)),
         "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in contents.refused],
         "rejected_by": _by_reason(contents),
     }
@@ -49,7 +52,7 @@ def describe_cache(cache: str | Path) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "captions", "tokens", "rejected", "rejected_by",
+    "captions", "tokens", "losses", "rejected", "rejected_by",
 )  # fmt: skip
 
 
@@ -76,6 +79,11 @@ def _tables(contents: CacheContents) -> dict[str, Any]:
         }
         for name, entry in sorted(contents.manifest.tables.items())
     }
+
+
+def _losses(tally: Tally) -> dict[str, Any]:
+    small = {str(side): count for side, count in tally.pictures_small.items()}
+    return asdict(tally) | {"pictures_small": small, "sentences": tally.sentences}
 
 
 def _orphaned(contents: CacheContents, live: Mapping[str, list[LiveShard]], plan: Plan | None) -> int:

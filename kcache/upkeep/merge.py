@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kcache.build.committed import read_committed
-from kcache.build.finish import finish_cache
+from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
@@ -68,10 +68,12 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
             samples=samples,
             refused=[refusal for part in parts for refusal in part.refused],
             tables=_states(parts, target),
+            cut={key: tokens for part in parts for key, tokens in part.cut.items()},
         )
         write_shards(merged, target, form, report=report)
         states = read_committed(target, form, recipes)
-        manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form)
+        manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form, merged.cut)
+        remove_superseded(target, manifest)
         stop_here()
     return manifest
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kcache.readers import Reading
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.rows import unit_bytes
@@ -85,9 +86,10 @@ def verify_cache(cache: str | Path, report: Callable[[VerifyProgress], None] | N
     that this version reads.
     """
     start = time.perf_counter()
-    records = read_records(Path(cache))
-    targets = _targets(records)
-    scans = _scan_all(records.folder, targets, report)
+    with Reading(Path(cache)):
+        records = read_records(Path(cache))
+        targets = _targets(records)
+        scans = _scan_all(records.folder, targets, report)
     files, rows = list(records.broken), list[BrokenRow]()
     for target, scan in zip(targets, scans, strict=True):
         if reason := _difference(target.committed, scan):

@@ -5,18 +5,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from small_builds import build, copy_pictures, digests, encoded, small_config
+from small_builds import build, copy_pictures, digests, small_config
 
+import kcache.build.builder
+import kcache.build.claims
 import kcache.build.encode
+from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.build.claims import TURN
-from kcache.build.plan import claims_folder, freeze_plan
+from kcache.build.plan import claims_folder, freeze_plan, open_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.durable import write_json
 from kcache.errors import CacheBusyError
+from kcache.leases import LEASE_SECONDS
 from kcache.processes import this_process
-from kcache.store.shards import Commit
+from kcache.store.shards import Commit, RowBlock, commit_shard, read_commits
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +40,89 @@ def planned(source: Path, oracle: Path, tmp_path: Path) -> tuple[Path, Path]:
     return cache, claims_folder(cache, plan)
 
 
-def test_what_another_machine_has_claimed_is_left_to_it(source: Path, oracle: Path, planned: tuple[Path, Path]) -> None:
-    cache, claims = planned
-    write_json(claims / "text-00001", asdict(replace(this_process(), host="elsewhere")))
-    with pytest.raises(CacheBusyError, match=r"text-00001 is held by process \d+ on elsewhere"):
-        build(source, cache, oracle, rows_per_shard=4)
-    assert not list(cache.glob("text-*/00001*"))
-    assert len(list(cache.glob("*/0*.json"))) == 5  # everything else is done
-    assert [claim.name for claim in claims.iterdir()] == ["text-00001"]
-    (claims / "text-00001").unlink()
-    assert encoded(build(source, cache, oracle, rows_per_shard=4)) == {"text": 3}
+def claimed_elsewhere(claims: Path, *names: str, age: float = 0.0) -> None:
+    """Claims of a builder in a container that nobody here can see, last renewed `age` seconds ago."""
+    for name in names:
+        write_json(claims / name, asdict(replace(this_process(), host="pod-a", namespace="1")))
+        then = (claims / name).stat().st_mtime - age
+        os.utime(claims / name, (then, then))
 
 
-def test_one_of_several_waits_for_another_machine_and_names_it(
-    source: Path, oracle: Path, planned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("worker", [None, "0/2"])
+def test_who_builds_elsewhere_is_waited_for_and_named_with_all_that_it_holds(
+    source: Path, oracle: Path, planned: tuple[Path, Path], worker: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, claims = planned
-    write_json(claims / "text-00001", asdict(replace(this_process(), host="elsewhere")))
+    held = ("latents-64-00000", "text-00001")
+    claimed_elsewhere(claims, *held)
     monkeypatch.setattr("kcache.build.claims.QUIET_SECONDS", 0.0)
     said: list[str] = []
 
     def listen(message: str) -> None:
         if message.startswith("waiting"):
             said.append(message)
-            (claims / "text-00001").unlink()
+            assert len(list(cache.glob("*/0*.json"))) == 4  # everything else is done
+            for name in held:
+                (claims / name).unlink()
 
-    config = small_config(oracle, rows_per_shard=4, worker="0/2")
+    config = small_config(oracle, rows_per_shard=4, worker=worker)
     assert build_cache(str(source), str(cache), config, say=listen).samples == 6
-    assert said == [f"waiting for process {os.getpid()} on elsewhere, which holds {claims / 'text-00001'}"]
+    [message] = said
+    assert f"process {os.getpid()} on pod-a, which holds text-00001, latents-64-00000 in {claims}; nothing" in message
+
+
+@pytest.mark.parametrize(("age", "take_over"), [(LEASE_SECONDS + 1, False), (0.0, True)])
+def test_what_a_killed_container_held_is_taken_over(
+    source: Path, oracle: Path, planned: tuple[Path, Path], tmp_path: Path, age: float, take_over: bool
+) -> None:
+    cache, claims = planned
+    claimed_elsewhere(claims, "text-00000", "image_embeds-00001", age=age)
+    claimed_elsewhere(cache, TURN, age=age)
+    said: list[str] = []
+    config = small_config(oracle, rows_per_shard=4, take_over=take_over)
+    build_cache(str(source), str(cache), config, say=said.append)
+    assert len([message for message in said if message.startswith("taking over what process")]) == 1
+    build(source, tmp_path / "alone", oracle, rows_per_shard=4)
+    assert digests(cache) == digests(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_one_that_was_suspended_and_comes_back_harms_nothing(
+    source: Path, oracle: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A builder stops just before its first commit; another takes its claims, does the work, and finishes the cache."""
+    cache, said, before = tmp_path / "cache", list[str](), dict[str, str]()
+    kept = kcache.build.builder._Claims.kept
+
+    def suspended(claims: Any, table: Any, shard: Any) -> bool:
+        monkeypatch.setattr(kcache.build.builder._Claims, "kept", kept)
+        if (plan := open_plan(cache)) is None:
+            return bool(kept(claims, table, shard))
+        for claim in claims_folder(cache, plan).iterdir():
+            claim.unlink()
+        held = kcache.build.claims._held.copy()
+        kcache.build.claims._held.clear()  # as in the other process
+        build(source, cache, oracle, format=form, rows_per_shard=4)
+        kcache.build.claims._held.update(held)
+        before.update(digests(cache))
+        return bool(kept(claims, table, shard))
+
+    monkeypatch.setattr(kcache.build.builder._Claims, "kept", suspended)
+    config = small_config(oracle, format=form, rows_per_shard=4)
+    result = build_cache(str(source), str(cache), config, say=said.append)
+    assert (result.samples, digests(cache)) == (6, before)
+    assert any("was taken over by another builder" in message for message in said)
+
+
+def test_a_shard_that_another_committed_first_stays(source: Path, oracle: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    build(source, cache, oracle, rows_per_shard=4)
+    before = digests(cache)
+    for recipe in Cache.open(cache).recipes.values():
+        first = read_commits(cache / recipe.directory, recipe)[0]
+        block = RowBlock(keys=np.zeros((1, 16), np.uint8), arrays={})
+        assert commit_shard(cache / recipe.directory, first.name, recipe, block, provenance={}) == first
+    assert digests(cache) == before
 
 
 @pytest.mark.parametrize(("rows", "told"), [(4, 0), (None, 0), (3, 1)])
@@ -105,9 +165,10 @@ def test_a_build_of_something_else_beside_a_running_one_is_refused(
     source: Path, oracle: Path, planned: tuple[Path, Path], tmp_path: Path
 ) -> None:
     cache, claims = planned
-    write_json(claims / "text-00000", asdict(replace(this_process(), host="elsewhere")))
-    with pytest.raises(CacheBusyError, match="being built with other settings by process"):
+    claimed_elsewhere(claims, "text-00000")
+    with pytest.raises(CacheBusyError, match=r"being built with other settings by process .*, in 15 min .*--take-over"):
         build(source, cache, oracle, dtype="float16")
     fewer = copy_pictures(oracle, tmp_path / "fewer", 2)
     with pytest.raises(CacheBusyError, match="being built from another source by process"):
         build(fewer, cache, oracle)
+    assert build(fewer, cache, oracle, take_over=True).samples == 2

@@ -1,5 +1,6 @@
 """Claims: one process each, taken over from the dead alone."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from kcache.build.claims import Patience, holder, take, turn, worker_place
+from kcache.build.claims import Patience, holder, is_mine, let_go, renewed, take, turn, worker_place
 from kcache.config import BuildConfig
-from kcache.durable import write_json
-from kcache.errors import CacheBusyError, CacheCorruptError, ConfigError
+from kcache.durable import remove_leftovers, write_json
+from kcache.errors import CacheCorruptError, ConfigError
+from kcache.leases import LEASE_SECONDS, seconds_left
 from kcache.processes import Process, is_gone, this_process
 
 
@@ -59,23 +61,109 @@ def test_the_claim_of_the_dead_is_taken_over(tmp_path: Path, dead: dict[str, obj
     assert holder(tmp_path / "claim") == this_process()
 
 
-def test_the_claim_of_another_machine_is_respected_however_old(tmp_path: Path) -> None:
-    other = replace(this_process(), host="elsewhere", boot="before")
-    write_json(tmp_path / "claim", asdict(other))
-    os.utime(tmp_path / "claim", (0, 0))
-    assert take(tmp_path / "claim") == other
-    with pytest.raises(CacheBusyError, match=rf"claim is held by process {os.getpid()} on elsewhere"):
-        Patience(alone=True, say=print).wait(tmp_path / "claim", other)
+ELSEWHERE = [{"host": "elsewhere", "boot": "before"}, {"namespace": "1"}, {"machine": "namesake"}]
+"""Processes of which nothing is known here: of another machine, of a container, of a host of the same name."""
 
 
-def test_a_long_wait_names_whom_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def backdate(path: Path, seconds: float) -> None:
+    """As if the file had last been renewed so many seconds ago."""
+    (path.parent / "now").touch()
+    then = (path.parent / "now").stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_the_claim_of_another_machine_is_respected_until_its_lease_runs_out(
+    tmp_path: Path, elsewhere: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, other = tmp_path / "claim", replace(this_process(), **elsewhere)
+    write_json(claim, asdict(other))
+    monkeypatch.setattr("time.time", lambda: 0.0)  # this machine's clock says nothing
+    assert take(claim) == other
+    backdate(claim, LEASE_SECONDS - 30)
+    assert take(claim) == other
+    backdate(claim, LEASE_SECONDS + 30)
+    assert take(claim) is None
+    assert holder(claim) == this_process()
+
+
+def test_a_process_that_runs_here_keeps_its_claim_however_old(tmp_path: Path) -> None:
+    assert take(tmp_path / "claim") is None
+    backdate(tmp_path / "claim", 10 * LEASE_SECONDS)
+    assert take(tmp_path / "claim", lambda *_: True) == this_process()
+
+
+def test_leases_are_renewed_while_a_builder_works_and_only_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, lost = tmp_path / "mine", tmp_path / "lost"
+    assert take(mine) is take(lost) is None
+    write_json(lost, asdict(replace(this_process(), host="elsewhere")))
+    for claim in (mine, lost):
+        backdate(claim, 500)
+    monkeypatch.setattr("kcache.build.claims.RENEW_SECONDS", 0.001)
+    with renewed():
+        while seconds_left(mine) < LEASE_SECONDS - 400:
+            pass
+    assert seconds_left(lost) < LEASE_SECONDS - 400
+    assert (is_mine(mine), is_mine(lost)) == (True, False)
+    let_go(mine)
+    let_go(lost)
+    assert (mine.exists(), lost.exists()) == (False, True)
+
+
+def test_take_over_does_not_wait_and_says_so_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    other = replace(this_process(), host="pod-a")
+    for name in ("text-00000", "text-00001"):
+        write_json(tmp_path / name, asdict(other))
+        assert take(tmp_path / name, Patience(say=said.append).gives_up) == other
+    patience = Patience(say=said.append, take_over=True)
+    assert [take(tmp_path / name, patience.gives_up) for name in ("text-00000", "text-00001")] == [None, None]
+    assert said == [f"taking over what process {os.getpid()} on pod-a left unfinished, as --take-over says"]
+
+
+def test_a_long_wait_names_all_whom_it_is_for_and_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("kcache.build.claims.POLL_SECONDS", 0.0)
     monkeypatch.setattr("kcache.build.claims.QUIET_SECONDS", 0.0)
-    patience, other = Patience(alone=False, say=said.append), replace(this_process(), host="elsewhere")
+    far, near = replace(this_process(), host="elsewhere"), replace(this_process(), pid=7)
+    held = {tmp_path / "a": far, tmp_path / "b": near, tmp_path / "c": far}
+    for claim, process in held.items():
+        write_json(claim, asdict(process))
+    backdate(tmp_path / "c", 300)
+    patience = Patience(say=said.append)
     for _ in range(3):
-        patience.wait(tmp_path / "claim", other)
-    assert said == [f"waiting for process {os.getpid()} on elsewhere, which holds {tmp_path / 'claim'}"]
+        patience.wait(held)
+    [message] = said
+    assert f"process {os.getpid()} on elsewhere, which holds a, c in {tmp_path}; nothing is known of it here" in message
+    assert "its lease has to run out, in 15 min unless it renews it; if it has ended, --take-over takes" in message
+    assert f"process 7 on {near.host}, which holds b in {tmp_path}" in message
+
+
+def test_where_there_are_no_locks_claims_are_taken_over_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write_json(tmp_path / "claim", asdict(replace(this_process(), started="1")))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert take(tmp_path / "claim") is None
+
+
+def test_what_a_writer_elsewhere_left_goes_when_its_lease_has_run_out(tmp_path: Path) -> None:
+    label = replace(this_process(), host="pod-a").label
+    old, new = tmp_path / f".tmp-01-{label}", tmp_path / f".tmp-02-{label}"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "part").write_bytes(b"half a shard")
+    backdate(old / "part", 2 * LEASE_SECONDS)
+    (old / "now").unlink(missing_ok=True)
+    for folder in (old, new):
+        backdate(folder, 2 * LEASE_SECONDS)
+    remove_leftovers(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_damaged_claim_is_named(tmp_path: Path) -> None:
@@ -107,7 +195,7 @@ def test_of_many_who_take_over_one_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_turn_ends_with_its_claim(tmp_path: Path) -> None:
-    with turn(tmp_path, Patience(alone=True, say=print)):
+    with turn(tmp_path, Patience(say=print)):
         assert [entry.name for entry in tmp_path.iterdir()] == [".turn"]
     assert list(tmp_path.iterdir()) == []
 

@@ -87,6 +87,7 @@ def test_caches(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setattr(kcache.build.estimate, "MEASURED_SECONDS", 0.01)
     source, cache = copy_pictures(oracle, tmp_path / "pictures", 4), tmp_path / "cache"
     (source / "img_03.png").write_bytes(b"no picture")
+    (source / "img_02.txt").write_text("")
     models = [f"--pretrained-{half}-model-name-or-path={oracle / half}" for half in ("prior", "decoder")]
     build = ["cache-build", str(source), str(cache), *models, "--resolution=64", "--batch-size=4", "--json"]
     planned = printed(*build, "--dry-run")

@@ -128,7 +128,7 @@ def test_a_dead_holder_holds_nothing(tmp_path: Path) -> None:
     holder = context.Process(target=_hold, args=(tmp_path, held))
     holder.start()
     assert held.wait(60)
-    with pytest.raises(CacheBusyError, match="being written by another process"), exclusive(tmp_path):
+    with pytest.raises(CacheBusyError, match="in use by another process"), exclusive(tmp_path):
         pass
     holder.kill()
     holder.join()

@@ -67,7 +67,7 @@ def test_shards_that_no_sample_uses_go(copies: tuple[Path, Path], oracle: Path, 
         (source / f"{name}.png").write_bytes(
             (oracle / "data" / name.replace("0", "1", 1)).with_suffix(".png").read_bytes()
         )
-    build(source, cache, oracle, rows_per_shard=2)
+    build(source, cache, oracle, rows_per_shard=2, replace=True)
     before, samples, fingerprint = rows(cache), Cache.open(cache).samples, Cache.open(cache).fingerprint
     planned = collect_garbage(cache, dry_run=True)
     size = disk_bytes(cache)
@@ -132,7 +132,7 @@ def test_what_was_rejected_stays_known(
     for i in (10, 11):
         shutil.copyfile(oracle / "data" / f"img_{i}.png", source / f"img_{i}.png")
         (source / f"img_{i}.txt").write_text("a new picture")
-    build(source, cache, oracle, rows_per_shard=2)
+    build(source, cache, oracle, rows_per_shard=2, replace=True)
     collect_garbage(cache, compact=True)
     monkeypatch.setattr("kcache.encoders.frozen.load_encoder", lambda *_: pytest.fail("an encoder was loaded"))
     assert build(source, cache, oracle, rows_per_shard=2).rejected == 1
@@ -151,6 +151,26 @@ def test_it_waits_for_builds(copies: tuple[Path, Path]) -> None:
     freeze_plan(copies[1], Plan(tables=()))
     with pytest.raises(CacheIncompleteError, match="unfinished build"):
         collect_garbage(copies[1])
+
+
+def test_nothing_is_removed_under_a_reader(copies: tuple[Path, Path], oracle: Path) -> None:
+    source, cache = copies
+    reader = Cache.open(cache).select([1, 0])
+    expected = Cache.open(cache).read([1, 0], FIELDS)
+    for name in ("img_02", "img_03"):
+        (source / f"{name}.txt").write_text(f"another caption for {name}")
+        (source / f"{name}.png").write_bytes((source / "img_00.png").read_bytes() + name.encode())
+    build(source, cache, oracle, rows_per_shard=2)  # goes on beside it
+    before = digests(cache)
+    with pytest.raises(CacheBusyError, match="in use by process"):
+        collect_garbage(cache, compact=True)
+    assert digests(cache) == before
+    assert len(collect_garbage(cache, dry_run=True).paths) >= 2  # the old list of samples and the old index among them
+    assert all(np.array_equal(rows, expected[name]) for name, rows in reader.read([0, 1], FIELDS).items())
+    assert reader.samples["name"].to_pylist() == ["img_01.png", "img_00.png"]
+    del reader
+    assert collect_garbage(cache, compact=True).bytes > 0
+    assert len([*cache.glob("index-*"), *cache.glob("samples-*.parquet")]) == 2
 
 
 def test_interrupted_it_goes_on(copies: tuple[Path, Path], oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("form")
 
 KEYS = {
     "cache", "build", "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables",
-    "resolutions", "captions", "tokens", "rejected", "rejected_by",
+    "resolutions", "captions", "tokens", "losses", "rejected", "rejected_by",
 }  # fmt: skip
 
 
