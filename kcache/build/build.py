@@ -12,7 +12,7 @@ from pathlib import Path
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, turn, worker_place
 from kcache.build.committed import Committed
-from kcache.build.finish import finish_build, whole_samples
+from kcache.build.finish import PictureSizes, finish_build, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, survey
@@ -78,7 +78,8 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
     start, folder, before = time.perf_counter(), job.folder, None
     place = worker_place(job.config.worker, os.environ)
     patience = Patience(alone=place[1] == 1, say=say)
-    builder = Builder(job, place, patience, report)
+    sizes = PictureSizes(job, say)
+    builder = Builder(job, place, patience, report, sizes)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with shared(folder), stopped_when_safe():
@@ -90,7 +91,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                 before = before or _counts(job, found)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None:
-                    manifest = _finish(job, found)
+                    manifest = _finish(job, found, sizes)
                     break
             builder.work_off(plan, found)
         stop_here()
@@ -192,13 +193,13 @@ def _refuse_beside_others(folder: Path, plan: Plan, how: str) -> None:
             )
 
 
-def _finish(job: Survey, found: Committed) -> Manifest:
+def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
     if found.waiting:
         recipe = tar_recipe(SAMPLES, job.recipes)
         rejected = [rejection for state in found.tables.values() for rejection in state.rejected.values()]
         record_rejections(job.folder / recipe.directory, recipe, rejected, found.provenance)
-    manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place)
+    manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
     for state in found.waiting.values():
         remove(job.folder / state.recipe.directory)
     return manifest

@@ -30,7 +30,7 @@ from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
-from kcache.store.shards import side_dtype
+from kcache.store.shards import SIZES, side_dtype
 
 Item = TypeVar("Item")
 
@@ -159,7 +159,7 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
     device = torch.device(job.config.device or default_device())
-    encoder = load_encoder(recipe, job.repository(recipe.table), device)
+    encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
     loading = time.perf_counter() - start
     workers = job.config.num_workers or os.cpu_count() or 1
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
@@ -236,9 +236,10 @@ def zarr_bytes(plan: TablePlan, mean_tokens: float) -> int:
     """
     dtype, fields = np.dtype(plan.recipe.stored_dtype), plan.recipe.fields
     size = 0
+    beside = side_dtype(fields).itemsize + SIZES.itemsize * (kind_of(plan.recipe.table).per == "image")
     for shard in plan.shards:
         rows = len(shard.keys)
-        size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * side_dtype(fields).itemsize
+        size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * beside
         for field in fields:
             size += _array_bytes(round(rows * mean_tokens) if field.ragged else rows, unit_bytes(field, dtype))
     return size

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kcache.build.committed import Committed, read_committed
+from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
-from kcache.encoders.recipes import default_rows_per_shard, table_recipe
+from kcache.encoders.color import check_color_management
+from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.sources import Source, open_source
@@ -27,8 +29,8 @@ from kcache.store.recipe import (
 )
 from kcache.store.samples import Refusal, Sample, read_samples
 
-_REPORT_SECONDS = 10.0
-"""How often it is said how many images were looked through: for the first time, each of them is read."""
+REPORT_SECONDS = 10.0
+"""How often it is said how many images were looked through, which for the first time means reading each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,10 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
             name: table_recipe(name, config, repositories[kind_of(name).role], memo, config.rehash, say)
             for name in tables
         }
+        if config.color is None and _is_in_srgb(folder, earlier, recipes):
+            recipes = {name: in_srgb(recipe) for name, recipe in recipes.items()}
+        if any(recipe.preprocess.get("color") == "srgb" for recipe in recipes.values()):
+            check_color_management()
         samples, positions, unreadable = _offered(opened, memo, config.rehash, say)
     return Survey(
         folder=folder,
@@ -128,6 +134,25 @@ def _recipes_so_far(folder: Path, config: BuildConfig) -> dict[str, Recipe]:
     return {name: entry.recipe for name, entry in manifest.tables.items()}
 
 
+def _is_in_srgb(folder: Path, earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> bool:
+    """Whether colours were converted in what a cache has, finished or not; True where there is nothing of it yet.
+
+    `recipes` are those of numbers as they are: their folders show what was begun so.
+    """
+    if known := _of_images(earlier):
+        return known[0].preprocess.get("color") == "srgb"
+    converted = {name: in_srgb(recipe) for name, recipe in recipes.items()}
+    begun, converting = (
+        any((folder / made.directory).is_dir() for made in (*shard_recipes("webdataset", of), *_of_images(of)))
+        for of in (recipes, converted)
+    )
+    return converting or not begun
+
+
+def _of_images(recipes: Mapping[str, Recipe]) -> list[Recipe]:
+    return [recipe for name, recipe in recipes.items() if kind_of(name).per == "image"]
+
+
 def _find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
     given = {role: getattr(config, setting) for role, setting in MODEL_SETTINGS.items()}
     wanted = {role: components(role, stage) for role in given}
@@ -150,7 +175,7 @@ def _offered(
     samples, positions, refused = [], {}, []
     begun = reported = time.monotonic()
     for i in range(len(source)):
-        if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
+        if (now := time.monotonic()) - reported >= REPORT_SECONDS:
             reported, rate = now, max(i, 1) / (now - begun)
             say(
                 f"looked through {i:,} of {len(source):,} images, {rate:,.0f}/s, {(len(source) - i) / rate:,.0f} s left"
