@@ -14,7 +14,7 @@ import numpy as np
 
 from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
-from kcache.build.survey import REPORT_SECONDS, Survey, fetcher
+from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError
@@ -24,6 +24,9 @@ from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, kind_of
 from kcache.store.samples import Refusal, Sample, sizes_by_key, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
+
+_REPORT_SECONDS = 10.0
+"""How often it is said how many pictures were decoded for their sizes alone."""
 
 _CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
@@ -152,7 +155,7 @@ class PictureSizes:
             try:
                 for number, (key, found) in enumerate(zip(keys, pool.map(size, keys), strict=True)):
                     stop_here()
-                    if (now := time.monotonic()) - reported >= REPORT_SECONDS:
+                    if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
                         reported = now
                         self._say(f"found the sizes of {number:,} of {len(keys):,} pictures")
                     if isinstance(found, InputRejected):

@@ -29,7 +29,7 @@ from kcache.store.recipe import (
 )
 from kcache.store.samples import Refusal, Sample, read_samples
 
-REPORT_SECONDS = 10.0
+_REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through, which for the first time means reading each of them."""
 
 
@@ -175,7 +175,7 @@ def _offered(
     samples, positions, refused = [], {}, []
     begun = reported = time.monotonic()
     for i in range(len(source)):
-        if (now := time.monotonic()) - reported >= REPORT_SECONDS:
+        if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
             reported, rate = now, max(i, 1) / (now - begun)
             say(
                 f"looked through {i:,} of {len(source):,} images, {rate:,.0f}/s, {(len(source) - i) / rate:,.0f} s left"

@@ -57,7 +57,7 @@ def originals(
     told = read_some_samples(cache.path, cache.manifest, samples, ["name", "image_key"])
     wanted = {row["name"] for row in told}
     places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}
-    how = Decoding.of(cache.recipes[cache.table_of("latents")])
+    how = Decoding.of(cache.recipes[cache.table_of("image_embeds")])
     pictures = []
     for number, row in enumerate(told, 1):
         pictures.append(_original(opened, places.get(row["name"]), row, how, side))
