@@ -9,7 +9,7 @@ import io
 import logging
 import threading
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,7 @@ def _hush_libtiff() -> None:
 _hush_libtiff()
 
 _ONE_LARGE = threading.Lock()
-"""Held while a picture of more than MAX_PIXELS is decoded: one at a time, however many threads there are."""
+"""Held while a picture of more than MAX_PIXELS is worked on: one at a time, however many threads there are."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -118,7 +118,7 @@ def _decoded(content: bytes, how: Decoding, profile: bytes | None = None) -> Ima
         raise InputRejected("decode", f"{width}×{height} is {_too_large(how.max_pixels)}")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise InputRejected("decode", f"{width}×{height} is longer than {MAX_ASPECT_RATIO} times its short side")
-    with _ONE_LARGE if width * height > MAX_PIXELS else nullcontext():
+    with one_if_large(image):
         # verify() passes most files that were cut short: only decoding all of it shows that a file is whole.
         image.load()
         profile = image.info.get("icc_profile") or profile
@@ -126,6 +126,11 @@ def _decoded(content: bytes, how: Decoding, profile: bytes | None = None) -> Ima
             profile = ADOBE_RGB
         turn = _turn(image)
         return _to_rgb(image if turn is None else image.transpose(turn), how, profile)
+
+
+def one_if_large(image: Image.Image) -> AbstractContextManager[Any]:
+    """Where work on pictures of this one's size is done that takes several times its memory: one at a time if large."""
+    return _ONE_LARGE if image.width * image.height > MAX_PIXELS else nullcontext()
 
 
 def _raise_pillows_limit(max_pixels: int | None) -> None:

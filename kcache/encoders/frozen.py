@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from kcache.encoders.decoding import Decoding, decode_image
+from kcache.encoders.decoding import Decoding, decode_image, one_if_large
 from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
@@ -86,7 +86,8 @@ class PictureEncoder:
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
         """Pixels (3, S, S) float32 of an RGB picture."""
-        return self._pixels(picture)
+        with one_if_large(picture):
+            return self._pixels(picture)
 
     def reserved(self) -> np.ndarray | None:
         """The all-zero pixel tensor, which stands for "no image" in guidance; None for latents."""
