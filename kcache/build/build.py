@@ -14,12 +14,13 @@ from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, holder, is_mine, renewed, turn, worker_place
 from kcache.build.committed import Committed
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
-from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
+from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
-from kcache.build.survey import Survey, decoder_facts, missing_rows, other_verdicts, survey
+from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
+from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.machine import check_device
@@ -92,7 +93,8 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
     verdicts: list[str] = []
     place = worker_place(job.config.worker, os.environ)
     patience = Patience(say=say, take_over=job.config.take_over)
-    builder = Builder(job, place, patience, report)
+    sizes = PictureSizes(job, say)
+    builder = Builder(job, place, patience, report, sizes)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with shared(folder), renewed(), stopped_when_safe():
@@ -107,7 +109,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                         say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None and is_mine(folder / TURN):
-                    manifest = _finish(job, found)
+                    manifest = _finish(job, found, sizes)
                     break
             if plan is not None:
                 builder.work_off(plan, found)
@@ -240,13 +242,13 @@ def _refuse_beside_others(folder: Path, plan: Plan, patience: Patience, how: str
         )
 
 
-def _finish(job: Survey, found: Committed) -> Manifest:
+def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
     if found.waiting:
         recipe = tar_recipe(SAMPLES, job.recipes)
         for provenance, rejected in found.judged_now():
             record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
-    manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place)
+    manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
     for state in found.waiting.values():
         remove(job.folder / state.recipe.directory)
     return manifest

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, take
 from kcache.build.committed import Committed
-from kcache.build.finish import known_sizes, measured, whole_samples
+from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.build.survey import Survey, fetcher
@@ -69,6 +69,7 @@ class Builder:
     """This is builder I of N."""
     patience: Patience
     report: BuildReport | None
+    sizes: PictureSizes
     seen: dict[str, set[bytes]] = field(default_factory=dict)
     """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
     meters: dict[str, "Meter"] = field(default_factory=dict)
@@ -132,14 +133,14 @@ class Builder:
         found: Committed,
         claims: "_Claims",
     ) -> None:
-        job, known = self.job, known_sizes(self.job.folder)
+        job = self.job
         whole, _ = whole_samples(job.samples, found.tables)
         named = with_ids(whole)
         by_key = dict(zip(tar_keys(named), named, strict=True))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
             """Those that are samples still and whose image can be read."""
-            readable, _ = measured(job, [by_key[key] for key in keys if key in by_key], known)
+            readable, _ = self.sizes.measured([by_key[key] for key in keys if key in by_key])
             return dict(zip(tar_keys(readable), readable, strict=True))
 
         writer = TarWriter(job.folder, found.tables, found.provenance)
@@ -156,7 +157,7 @@ class Builder:
         job, recipe = self.job, table.recipe
         self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
-        encoder = load_encoder(recipe, job.repository(recipe.table), device)
+        encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
         workers = job.config.num_workers or os.cpu_count() or 1
         fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
         encode_shards(

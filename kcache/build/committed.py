@@ -6,9 +6,12 @@ from functools import cached_property
 from pathlib import Path
 
 from kcache.build.joined_tars import shard_recipes
+from kcache.durable import read_npy
+from kcache.store.checksums import crc32c
+from kcache.store.digests import unpack_keys
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
-from kcache.store.recipe import Recipe
-from kcache.store.shards import Rejection, read_commits
+from kcache.store.recipe import Recipe, kind_of
+from kcache.store.shards import SIZES, Commit, Rejection, read_commits, sizes_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +89,35 @@ def read_committed(
         )
         for name, recipe in recipes.items()
     }
+
+
+def recorded_sizes(cache: Path, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
+    """Width and height, by image key, of the pictures that were encoded into tables of `recipes`, as decoded."""
+    sizes: dict[bytes, tuple[int, int]] = {}
+    for recipe in recipes.values():
+        if kind_of(recipe.table).per == "image":
+            folder = cache / recipe.directory
+            for commit in read_commits(folder, recipe):
+                sizes |= _read_sizes(folder, commit)
+    return sizes
+
+
+def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
+    """Width and height of the pictures behind a shard's rows, by key; {} where they are not recorded, or not any more.
+
+    They can be found again from the pictures, so what is damaged of them is passed over here, as it is by nothing that
+    verifies a cache.
+    """
+    record = next((file for file in commit.files if file.path == sizes_name(commit.name)), None)
+    if record is None:
+        return {}
+    path = folder / record.path
+    try:
+        content, rows = path.read_bytes(), read_npy(path)
+    except (OSError, ValueError):
+        return {}
+    if crc32c(content) != record.crc32c or rows.dtype != SIZES or rows.ndim != 1:
+        return {}
+    rows = rows[(rows["width"] > 0) & (rows["height"] > 0)]
+    sizes = zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)
+    return dict(zip(unpack_keys(rows["key"]), sizes, strict=True))

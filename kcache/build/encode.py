@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from kcache.build.plan import PlannedShard
-from kcache.build.survey import decoder_facts
-from kcache.encoders.frozen import Encoder, full_batches
+from kcache.encoders.color import littlecms_version
+from kcache.encoders.decoding import decoder_facts
+from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.errors import ConfigError, InputRejected
 from kcache.store.digests import pack_keys
 from kcache.store.recipe import Recipe, kind_of
-from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
+from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard, size_rows
 
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
@@ -76,6 +77,8 @@ class _Input:
 
     key: bytes
     prepared: Any = None
+    size: tuple[int, int] | None = None
+    """Of a picture: width and height as decoded."""
     rejection: Rejection | None = None
     absent: bool = False
     ready: float = 0.0
@@ -91,22 +94,29 @@ class _OpenShard:
     """Where in the plan of the shard each row stands."""
     parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
     lengths: list[np.ndarray] = field(default_factory=list)
+    sizes: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    """Of each picture, by its key: width and height as decoded."""
     rejected: list[Rejection] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
     def block(self, recipe: Recipe) -> RowBlock:
         """The rows, in plan order."""
         order = np.argsort(self.numbers)
-        keys = pack_keys([self.planned.keys[i] for i in sorted(self.numbers)])
-        if not self.numbers:
-            return RowBlock(keys=keys, arrays={})
+        keys = [self.planned.keys[i] for i in sorted(self.numbers)]
+        if not keys:
+            return RowBlock(keys=pack_keys(keys), arrays={})
         arrays = {f.name: np.concatenate(self.parts[f.name]) for f in recipe.fields}
         lengths = np.concatenate(self.lengths) if self.lengths else np.ones(len(order), np.int64)
         if (np.diff(order) < 0).any():
             tokens = _runs(lengths, order)
             arrays = {f.name: arrays[f.name][tokens if f.ragged else order] for f in recipe.fields}
         offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
-        return RowBlock(keys=keys, arrays=arrays, offsets=offsets if self.lengths else None)
+        return RowBlock(
+            keys=pack_keys(keys),
+            arrays=arrays,
+            offsets=offsets if self.lengths else None,
+            sizes=size_rows(keys, self.sizes) if self.sizes else None,
+        )
 
 
 def _runs(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -186,17 +196,20 @@ def _started(
 
 
 def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: bytes) -> _Input:
-    prepared, rejection, absent = None, None, False
+    prepared, size, rejection, absent = None, None, None, False
     try:
         if key == kind_of(encoder.recipe.table).reserved:
             prepared = encoder.reserved()
         elif (content := fetch(key)) is None:
             absent = True
+        elif isinstance(encoder, PictureEncoder) and isinstance(content, bytes):
+            picture = encoder.picture(content)
+            prepared, size = encoder.pixels(picture), picture.size
         else:
             prepared = encoder.prepare(content)
     except InputRejected as error:
         rejection = Rejection(key=key.hex(), stage=error.stage, reason=error.reason)
-    return _Input(key, prepared, rejection, absent, ready=clock())
+    return _Input(key, prepared, size, rejection, absent, ready=clock())
 
 
 def _decoded(
@@ -214,6 +227,8 @@ def _decoded(
         item = meter.decoded(future, behind, lacking=batch_size - given % batch_size)
         if item.rejection is None and not item.absent:
             given += 1
+            if item.size is not None:
+                rows.sizes[item.key] = item.size
             yield number, item.prepared
             continue
         if item.rejection is not None:
@@ -299,5 +314,5 @@ def provenance(encoder: Encoder) -> dict[str, str]:
     return (
         decoder_facts()
         | {name: version(name) for name in packages}
-        | {"python": platform.python_version(), "device": name}
+        | {"littlecms": littlecms_version(), "python": platform.python_version(), "device": name}
     )

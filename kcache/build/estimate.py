@@ -21,8 +21,9 @@ from kcache.build.departures import Leaving
 from kcache.build.encode import Meter, encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Survey, acceptable, decoder_facts, fetcher, missing_rows, other_verdicts, why_missing
+from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
+from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device
@@ -31,7 +32,7 @@ from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
-from kcache.store.shards import side_dtype
+from kcache.store.shards import SIZES, side_dtype
 
 Item = TypeVar("Item")
 
@@ -170,7 +171,7 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
     device = torch.device(job.config.device or default_device())
-    encoder = load_encoder(recipe, job.repository(recipe.table), device)
+    encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
     loading = time.perf_counter() - start
     workers = job.config.num_workers or os.cpu_count() or 1
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
@@ -247,9 +248,10 @@ def zarr_bytes(plan: TablePlan, mean_tokens: float) -> int:
     """
     dtype, fields = np.dtype(plan.recipe.stored_dtype), plan.recipe.fields
     size = 0
+    beside = side_dtype(fields).itemsize + SIZES.itemsize * (kind_of(plan.recipe.table).per == "image")
     for shard in plan.shards:
         rows = len(shard.keys)
-        size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * side_dtype(fields).itemsize
+        size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * beside
         for field in fields:
             size += _array_bytes(round(rows * mean_tokens) if field.ragged else rows, unit_bytes(field, dtype))
     return size

@@ -1,31 +1,39 @@
 """From committed shards to a finished cache: whole samples, the index, the rejections, the manifest."""
 
 import hashlib
-import io
 import json
+import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
-from kcache.build.survey import Survey
+from kcache.build.survey import Survey, fetcher
+from kcache.config import Say
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
+from kcache.stopping import stop_here
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, kind_of
-from kcache.store.samples import Refusal, Sample, read_cut, stored_samples, with_ids, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, sizes_by_key, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
 
+_REPORT_SECONDS = 10.0
+"""How often it is said how many pictures were decoded for their sizes alone."""
 _REASONS = 3
 """Reasons that are told where nothing else came of a build."""
 _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
 """What differs between reasons that are one to a person."""
+_CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
 def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
@@ -60,13 +68,13 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
     return whole, refused
 
 
-def finish_build(job: Survey, tables: Mapping[str, TableState]) -> Manifest:
+def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureSizes") -> Manifest:
     """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused.
 
     Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
     """
     whole, incomplete = whole_samples(job.samples, tables)
-    samples, unreadable = measured(job, whole, known_sizes(job.folder))
+    samples, unreadable = sizes.measured(whole)
     refused = [*job.refused, *incomplete, *unreadable]
     if not samples:
         if _current(job.folder) is None:
@@ -164,50 +172,74 @@ def remove_superseded(cache: Path, manifest: Manifest) -> None:
 def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refusal:
     rejection = rejected.get(key)
     if rejection is None:
-        return Refusal(
-            name=name, stage="source", reason="its content changed while the cache was being built; build again"
-        )
+        return Refusal(name=name, stage=_CHANGED.stage, reason=_CHANGED.reason)
     return Refusal(name=name, stage=rejection.stage, reason=rejection.reason)
 
 
-def measured(
-    job: Survey, samples: Sequence[Sample], known: Mapping[bytes, tuple[int, int]]
-) -> tuple[list[Sample], list[Refusal]]:
-    """The samples with the sizes of their images, read from the source where they are not `known`; what has none."""
-    sizes, sized, refused = dict(known), [], []
-    for sample in samples:
-        key = sample.image_key
-        try:
-            if key not in sizes:
-                sizes[key] = _upright_size(job.source.image(job.positions[key]))
-        except InputRejected as error:
-            refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
-        else:
-            sized.append(replace(sample, width=sizes[key][0], height=sizes[key][1]))
-    return sized, refused
+class PictureSizes:
+    """Width and height of a build's pictures, as decoded: found where that is known, and decoded for only where not."""
+
+    def __init__(self, job: Survey, say: Say) -> None:
+        self._job = job
+        self._say = say
+        self._sizes = _known_sizes(job.folder)
+        self._refused: dict[bytes, InputRejected] = {}
+
+    def measured(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Refusal]]:
+        """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
+        keys = dict.fromkeys(sample.image_key for sample in samples)
+        if not keys.keys() <= self._sizes.keys() | self._refused.keys():
+            # Shards of an interrupted build by a kcache before this one have no sizes.
+            self._sizes = recorded_sizes(self._job.folder, self._job.recipes) | self._sizes
+            self._measure([key for key in keys if key not in self._sizes and key not in self._refused])
+        sized, refused = [], []
+        for sample in samples:
+            if (error := self._refused.get(sample.image_key)) is not None:
+                refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
+            else:
+                width, height = self._sizes[sample.image_key]
+                sized.append(replace(sample, width=width, height=height))
+        return sized, refused
+
+    def _measure(self, keys: Sequence[bytes]) -> None:
+        """Decode the pictures of `keys` for their sizes, which nothing recorded."""
+        from kcache.encoders.decoding import Decoding, decode_image
+
+        images = next(name for name in self._job.recipes if kind_of(name).per == "image")
+        fetch, how = fetcher(self._job, images), Decoding()
+
+        def size(key: bytes) -> tuple[int, int] | InputRejected:
+            try:
+                content = fetch(key)
+                return decode_image(content, how).size if isinstance(content, bytes) else _CHANGED
+            except InputRejected as error:
+                return error
+
+        reported = time.monotonic()
+        with ThreadPoolExecutor(self._job.config.num_workers or os.cpu_count() or 1, "kcache-decode") as pool:
+            try:
+                for number, (key, found) in enumerate(zip(keys, pool.map(size, keys), strict=True)):
+                    stop_here()
+                    if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
+                        reported = now
+                        self._say(f"found the sizes of {number:,} of {len(keys):,} pictures")
+                    if isinstance(found, InputRejected):
+                        self._refused[key] = found
+                    else:
+                        self._sizes[key] = found
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-def known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
+def _known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
     """Width and height by image key, from the samples of the manifest before this one."""
     manifest = _current(cache)
     if manifest is None:
         return {}
     try:
-        table = stored_samples(cache, manifest)
+        return sizes_by_key(stored_samples(cache, manifest))
     except KcacheError:
-        return {}  # the samples file is derived: what it lacks is read from the images again
-    keys, widths, heights = (table[name].to_pylist() for name in ("image_key", "width", "height"))
-    return {key: (width, height) for key, width, height in zip(keys, widths, heights, strict=True)}
-
-
-def _upright_size(content: bytes) -> tuple[int, int]:
-    """Width and height in pixels after EXIF orientation, from the header of an image that decoded before."""
-    from PIL import ExifTags, Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (height, width) if turned else (width, height)
+        return {}  # the samples file is derived: what it lacks was recorded, or is found again
 
 
 def _current(cache: Path) -> Manifest | None:

@@ -4,14 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
+from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
-from kcache.encoders.recipes import default_rows_per_shard, table_recipe
+from kcache.encoders.color import check_color_management
+from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.sources import Source, open_source
@@ -30,10 +31,8 @@ from kcache.store.recipe import (
 )
 from kcache.store.samples import Refusal, Sample, read_samples
 
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Of pictures, by Pillow's names: what is decoded where Pillow can."""
 _REPORT_SECONDS = 10.0
-"""How often it is said how many images were looked through: for the first time, each of them is read."""
+"""How often it is said how many images were looked through, which for the first time means reading each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +105,10 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
             name: table_recipe(name, config, repositories[kind_of(name).role], memo, config.rehash, say)
             for name in tables
         }
+        if config.color is None and _is_in_srgb(folder, earlier, recipes):
+            recipes = {name: in_srgb(recipe) for name, recipe in recipes.items()}
+        if any(recipe.preprocess.get("color") == "srgb" for recipe in recipes.values()):
+            check_color_management()
         samples, positions, unreadable = _offered(opened, memo, config.rehash, say)
     return Survey(
         folder=folder,
@@ -135,6 +138,25 @@ def _recipes_so_far(folder: Path, config: BuildConfig) -> dict[str, Recipe]:
             f"{manifest.format}, or run `kcache cache-convert {folder} NEW --format {config.format}`"
         )
     return {name: entry.recipe for name, entry in manifest.tables.items()}
+
+
+def _is_in_srgb(folder: Path, earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> bool:
+    """Whether colours were converted in what a cache has, finished or not; True where there is nothing of it yet.
+
+    `recipes` are those of numbers as they are: their folders show what was begun so.
+    """
+    if known := _of_images(earlier):
+        return known[0].preprocess.get("color") == "srgb"
+    converted = {name: in_srgb(recipe) for name, recipe in recipes.items()}
+    begun, converting = (
+        any((folder / made.directory).is_dir() for made in (*shard_recipes("webdataset", of), *_of_images(of)))
+        for of in (recipes, converted)
+    )
+    return converting or not begun
+
+
+def _of_images(recipes: Mapping[str, Recipe]) -> list[Recipe]:
+    return [recipe for name, recipe in recipes.items() if kind_of(name).per == "image"]
 
 
 def _find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
@@ -190,15 +212,6 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> l
         for s in samples
         if s.image_key not in images and not (s.caption_keys and all(key in captions for key in s.caption_keys))
     ]
-
-
-def decoder_facts() -> dict[str, str]:
-    """What decides which pictures can be decoded, as commit records have it in their provenance."""
-    from PIL import Image
-
-    Image.init()
-    formats = ",".join(name for name in _FORMATS if name in Image.OPEN)
-    return {"kcache": version("kcache"), "pillow": version("pillow"), "formats": formats}
 
 
 def other_verdicts(samples: Sequence[Sample], tables: Mapping[str, TableState], now: Mapping[str, str]) -> list[str]:

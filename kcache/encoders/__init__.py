@@ -2,6 +2,7 @@
 
 - `repositories`: where networks come from, and the digests of their files
 - `recipes`: which tables there are, and what decides their bytes; needs no torch
+- `decoding`, `side_data`, `color`: from the bytes of an image file to an upright RGB picture, whatever else is in them
 - `pixels`, `pretrained`: what the networks see, and how they are loaded
 - `frozen`: one image or caption in, the rows of one table out
 - `online`: the same in the training loop, read like a cache

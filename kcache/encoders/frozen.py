@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from kcache.encoders.pixels import clip_pixels, clip_processor, decode_image, movq_pixels
+from kcache.encoders.decoding import Decoding, decode_image, one_if_large
+from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
@@ -55,15 +56,16 @@ class PictureEncoder:
     """An encoder of images: an image file's bytes → rows of one field.
 
     CLIP's image encoder gives image_embeds (k, D), MoVQ's gives latents (k, 4, R/8, R/8), before quantisation and not
-    scaled. `prepare` is `pixels` of the picture that `decode_image` makes with `alpha`: who encodes an image in several
-    ways decodes it once.
+    scaled. `prepare` is `pixels` of the `picture` in a file: who encodes an image in several ways decodes it once.
     """
 
-    def __init__(self, recipe: Recipe, repository: Repository, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, repository: Repository, device: torch.device, max_pixels: int | None = None
+    ) -> None:
         self.recipe = recipe
         self.device = device
         self.batch_size = recipe.batch_shape[0]
-        self.alpha: Literal["white", "black", "drop"] = recipe.preprocess["alpha"]
+        self.decoding = Decoding.of(recipe, max_pixels)
         if kind_of(recipe.table) == LATENTS:
             side = recipe.batch_shape[-1]
             self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: movq_pixels(picture, side)
@@ -76,11 +78,16 @@ class PictureEncoder:
 
     def prepare(self, content: bytes) -> np.ndarray:
         """Pixels (3, S, S) float32 of an image file."""
-        return self.pixels(decode_image(content, self.alpha))
+        return self.pixels(self.picture(content))
+
+    def picture(self, content: bytes) -> Image.Image:
+        """The RGB picture in an image file, as the recipe says; raises InputRejected."""
+        return decode_image(content, self.decoding)
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
         """Pixels (3, S, S) float32 of an RGB picture."""
-        return self._pixels(picture)
+        with one_if_large(picture):
+            return self._pixels(picture)
 
     def reserved(self) -> np.ndarray | None:
         """The all-zero pixel tensor, which stands for "no image" in guidance; None for latents."""
@@ -181,13 +188,17 @@ def full_batches(encoder: Encoder, inputs: Iterable[tuple[int, Any]]) -> Iterato
     yield from waiting.values()
 
 
-def load_encoder(recipe: Recipe, repository: Repository, device: torch.device) -> Encoder:
+def load_encoder(
+    recipe: Recipe, repository: Repository, device: torch.device, max_pixels: int | None = None
+) -> Encoder:
     """The encoder that makes the rows of `recipe`, its network loaded from `repository` on `device`.
 
-    Raises ModelError when the weights do not fit the network.
+    Pictures of more than `max_pixels` are rejected; None for those that are in a cache already. Raises ModelError when
+    the weights do not fit the network, ConfigError where Pillow cannot convert colours as the recipe says.
     """
-    encoder = TextEncoder if kind_of(recipe.table).per == "caption" else PictureEncoder
-    return encoder(recipe, repository, device)
+    if kind_of(recipe.table).per == "caption":
+        return TextEncoder(recipe, repository, device)
+    return PictureEncoder(recipe, repository, device, max_pixels)
 
 
 class _Frozen:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from kcache.encoders.decoding import Decoding
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
-from kcache.encoders.pixels import decode_image
 from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.sources import Source
@@ -101,7 +101,7 @@ class OnlineEncoders:
     def _prepare(self, sample: int, caption: int, tables: Sequence[str]) -> dict[str, Any]:
         """What the encoders of `tables` take of a sample; its image is read once, and decoded once."""
         prepared: dict[str, Any] = {}
-        pictures: dict[str, Image.Image] = {}
+        pictures: dict[Decoding, Image.Image] = {}
         content: bytes | None = None
         for table in tables:
             encoder = self._encoders[table]
@@ -110,9 +110,9 @@ class OnlineEncoders:
                 continue
             if content is None:
                 content = self._image(sample)
-            if encoder.alpha not in pictures:
-                pictures[encoder.alpha] = decode_image(content, encoder.alpha)
-            prepared[table] = encoder.pixels(pictures[encoder.alpha])
+            if encoder.decoding not in pictures:
+                pictures[encoder.decoding] = encoder.picture(content)
+            prepared[table] = encoder.pixels(pictures[encoder.decoding])
         return prepared
 
     def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -1,16 +1,18 @@
 """The recipe of each table, decided by the networks and the build's settings."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
+from kcache.encoders.color import INTENT
 from kcache.encoders.repositories import COMPONENTS, Configuration, Repository, tokenizer_digest, weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, side_of
 
 MAX_PIXELS = 64_000_000
-"""Images with more pixels are rejected before they are decoded: 64 Mpx of RGB take 192 MB in memory."""
+"""Pictures with more pixels are decoded one at a time, where they are let in: 64 Mpx of RGB take 192 MB in memory."""
 MAX_ASPECT_RATIO = 100
 """Images longer than this many times their width are rejected: resizing the short side to 224 would blow them up."""
 
@@ -30,8 +32,9 @@ def table_recipe(
 ) -> Recipe:
     """The recipe of a table under the settings given, its encoder in `repository`.
 
-    `say` is told of large files that have to be digested. Raises ConfigError for a resolution that the networks cannot
-    take, ModelError for repositories that do not fit.
+    Where no `color` is given it is that of numbers as they are, see `in_srgb`. `say` is told of large files that
+    have to be digested. Raises ConfigError for a resolution that the networks cannot take, ModelError for
+    repositories that do not fit.
     """
     kind, side = kind_of(table), side_of(table)
     network = repository.read(kind.component)
@@ -41,7 +44,7 @@ def table_recipe(
         preprocess, sample_shape, fields = _image_embeds(config, network)
     else:
         preprocess, sample_shape, fields = _text(config, network)
-    return Recipe(
+    recipe = Recipe(
         table=table,
         encoder=str(COMPONENTS[kind.component].class_name),
         weights=weights_digest(repository, kind.component, memo, rehash, say),
@@ -52,6 +55,17 @@ def table_recipe(
         stored_dtype=config.dtype,
         fields=fields,
     )
+    return in_srgb(recipe) if config.color == "srgb" else recipe
+
+
+def in_srgb(recipe: Recipe) -> Recipe:
+    """The recipe of the same table with colours converted to sRGB; of captions the recipe itself.
+
+    That numbers are taken as they are stands in no recipe: those are as old as the format, and conversion is not.
+    """
+    if kind_of(recipe.table).per != "image":
+        return recipe
+    return replace(recipe, preprocess={**recipe.preprocess, "color": "srgb", "color_intent": INTENT})
 
 
 def default_rows_per_shard(recipe: Recipe, mean_tokens: int = 16) -> int:
@@ -125,6 +139,7 @@ def _decoding(config: BuildConfig) -> dict[str, Any]:
         "exif_orientation": "applied",
         "frame": 0,
         "wide_values": "scaled",
+        # Decides no row, and is not what --max-pixels says: recipes have had it since before that could be set.
         "max_pixels": MAX_PIXELS,
         "max_aspect_ratio": MAX_ASPECT_RATIO,
     }

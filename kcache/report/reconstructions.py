@@ -3,14 +3,15 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import VQModel
 
 from kcache.config import CountReport, SourceConfig
-from kcache.encoders.pixels import decode_image, movq_pixels
+from kcache.encoders.decoding import Decoding, decode_image
+from kcache.encoders.pixels import movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import find_repository
 from kcache.errors import InputRejected, SourceError
@@ -56,10 +57,10 @@ def originals(
     told = read_some_samples(cache.path, cache.manifest, samples, ["name", "image_key"])
     wanted = {row["name"] for row in told}
     places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}
-    alpha = cache.recipes[cache.table_of("image_embeds")].preprocess["alpha"]
+    how = Decoding.of(cache.recipes[cache.table_of("image_embeds")])
     pictures = []
     for number, row in enumerate(told, 1):
-        pictures.append(_original(opened, places.get(row["name"]), row, alpha, side))
+        pictures.append(_original(opened, places.get(row["name"]), row, how, side))
         report("reading originals", number, len(told))
     _check_found(pictures, source, cache, told[0]["name"])
     return pictures
@@ -80,16 +81,14 @@ def _check_found(pictures: list[np.ndarray | str], source: str, cache: Cache, na
         )  # fmt: skip
 
 
-def _original(
-    source: Source, place: int | None, row: Mapping[str, Any], alpha: Literal["white", "black", "drop"], side: int
-) -> np.ndarray | str:
+def _original(source: Source, place: int | None, row: Mapping[str, Any], how: Decoding, side: int) -> np.ndarray | str:
     if place is None:
         return ABSENT
     try:
         content = source.image(place)
         if content_key(content) != row["image_key"]:
             return CHANGED
-        return movq_pixels(decode_image(content, alpha), side)
+        return movq_pixels(decode_image(content, how), side)
     except InputRejected as error:
         return f"not to be read from the source: {error}"
 

@@ -198,6 +198,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
         "format": manifest.format,
         "resolution": tuple(sides_of(manifest.tables)) or BuildConfig.resolution,
         "alpha": alphas[0] if alphas else BuildConfig.alpha,
+        "color": "srgb" if any(r.preprocess.get("color") == "srgb" for r in recipes) else "as-is",
         "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
         **{MODEL_SETTINGS[role]: model["name"] for role, model in manifest.models.items()},
     }

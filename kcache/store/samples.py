@@ -175,6 +175,12 @@ def sample_list(table: "pyarrow.Table") -> list[Sample]:
     ]
 
 
+def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:
+    """Width and height of the pictures of samples, by image key."""
+    keys, widths, heights = (table[name].to_pylist() for name in ("image_key", "width", "height"))
+    return dict(zip(keys, zip(widths, heights, strict=True), strict=True))
+
+
 def read_some_samples(
     cache: Path, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
 ) -> list[dict[str, Any]]:

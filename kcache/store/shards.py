@@ -2,7 +2,7 @@
 
 In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr group), `00042.rows.npy` (key, offset,
 length and crc32c of every row and field) and `00042.json` (the commit record, written last). Where whole samples make
-a shard, its data is `00042.tar`, with a side file per table.
+a shard, its data is `00042.tar`, with a side file per table. Tables of pictures have `00042.sizes.npy`, too.
 """
 
 import json
@@ -18,6 +18,7 @@ import numpy as np
 from kcache.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
+from kcache.store.digests import pack_keys
 from kcache.store.formats import zarr
 from kcache.store.manifest import SHARD_NAME, check_count
 from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json, json_digest
@@ -30,6 +31,8 @@ LOCATOR = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4")])
 
 DECODER = ("kcache", "pillow", "formats")
 """What of the provenance decides which inputs can be decoded."""
+SIZES = np.dtype([("key", "u1", (16,)), ("width", "<i4"), ("height", "<i4")])
+"""The key of a row, and the size in pixels of its picture as it was decoded, upright; 0 for the reserved row."""
 
 _HEX_KEY = re.compile(r"[0-9a-f]{32}")
 _FILE_PATH = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -50,6 +53,8 @@ class RowBlock:
     """Per field: (n, …) for fixed rows, (T, …) with all rows' tokens behind each other for ragged ones."""
     offsets: np.ndarray | None = None
     """(n + 1,) int64: row i of a ragged field is tokens offsets[i] to offsets[i + 1]."""
+    sizes: np.ndarray | None = None
+    """(n,) of SIZES, where rows are of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +129,14 @@ def commit_shard(
     with writing(folder / name, sum(array.nbytes for array in arrays.values())), temporary_folder(folder) as temporary:
         zarr.write_group(temporary, arrays, dimensions)
         publish(temporary, folder / name)
-    write_npy(folder / side_name(name), _side_rows(recipe, block))
+    sides = {folder / side_name(name): _side_rows(recipe, block)}
+    if block.sizes is not None:
+        sides[folder / sizes_name(name)] = block.sizes
+    for path, rows in sides.items():
+        write_npy(path, rows)
     paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
     return record_commit(
-        folder, name, recipe, rows=len(block.keys), data=name, paths=[*paths, folder / side_name(name)],
+        folder, name, recipe, rows=len(block.keys), data=name, paths=[*paths, *sides],
         rejected=rejected, absent=absent, provenance=provenance,
     )  # fmt: skip
 
@@ -187,6 +196,19 @@ def record_rejections(
 def side_name(shard: str, part: str = "") -> str:
     """Name of a shard's side file; `part` names the table where shards hold several."""
     return f"{shard}.{part}.rows.npy" if part else f"{shard}.rows.npy"
+
+
+def sizes_name(shard: str) -> str:
+    """Name of the file with the sizes of the pictures behind a shard's rows."""
+    return f"{shard}.sizes.npy"
+
+
+def size_rows(keys: Sequence[bytes], sizes: Mapping[bytes, tuple[int, int]]) -> np.ndarray:
+    """(n,) of SIZES for the rows of `keys`, 0 where `sizes`, width and height by key, have none."""
+    rows = np.zeros(len(keys), SIZES)
+    rows["key"] = pack_keys(keys)
+    rows["width"], rows["height"] = np.array([sizes.get(key, (0, 0)) for key in keys], np.int32).reshape(-1, 2).T
+    return rows
 
 
 def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:

@@ -85,7 +85,8 @@ def _write_tables(
             rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
             first_shard=there.next_shard,
         )
-        copier, folder = RowCopier(contents.folder, state.recipe, state.stored), target / state.recipe.directory
+        folder = target / state.recipe.directory
+        copier = RowCopier(contents.folder, state.recipe, state.stored, contents.sizes)
         for shard in with_progress(plan, name, report):
             copier.write(folder, shard, contents.provenance)
         record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)

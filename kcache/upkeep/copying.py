@@ -20,10 +20,10 @@ from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
 from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.recipe import Recipe
+from kcache.store.recipe import Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
-from kcache.store.shards import RowBlock, commit_shard
+from kcache.store.shards import RowBlock, commit_shard, size_rows
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
 """What a cache holds beside its shards."""
@@ -52,6 +52,11 @@ class CacheContents:
     def recipes(self) -> dict[str, Recipe]:
         """The recipe of each table."""
         return {name: entry.recipe for name, entry in self.manifest.tables.items()}
+
+    @cached_property
+    def sizes(self) -> dict[bytes, tuple[int, int]]:
+        """Width and height of the samples' pictures, by key."""
+        return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
 
     @cached_property
     def _by_tar_key(self) -> dict[bytes, Sample]:
@@ -112,8 +117,10 @@ def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.nd
 class RowCopier:
     """Writes rows that stand somewhere in `cache` into new zarr shards, checking each on the way."""
 
-    def __init__(self, cache: Path, recipe: Recipe, stored: StoredRows) -> None:
+    def __init__(self, cache: Path, recipe: Recipe, stored: StoredRows, sizes: Mapping[bytes, tuple[int, int]]) -> None:
+        """`stored` are the rows of `recipe` in `cache`, `sizes` width and height of pictures by key."""
         self._recipe = recipe
+        self._sizes = sizes if kind_of(recipe.table).per == "image" else {}
         self._stored = stored
         dtype = np.dtype(recipe.stored_dtype)
         self._files: dict[str, FieldFiles] = {
@@ -128,7 +135,8 @@ class RowCopier:
             arrays[field.name], bounds = gather(self._files[field.name], entries, np.empty)
             offsets = offsets if bounds is None else bounds
         folder.mkdir(exist_ok=True)
-        block = RowBlock(keys=pack_keys(shard.keys), arrays=arrays, offsets=offsets)
+        sizes = size_rows(shard.keys, self._sizes) if self._sizes else None
+        block = RowBlock(keys=pack_keys(shard.keys), arrays=arrays, offsets=offsets, sizes=sizes)
         commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)
 
 

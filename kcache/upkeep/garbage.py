@@ -228,6 +228,6 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         if recipe.of_tars:
             TarWriter(contents.folder, contents.tables, contents.provenance).write(SAMPLES, shards, contents.planned)
         else:
-            copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored)
+            copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)
             for shard in shards:
                 copier.write(folder, shard, contents.provenance)

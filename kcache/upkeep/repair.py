@@ -5,6 +5,7 @@ nothing, as long as those behind the broken rows are there.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from kcache.machine import check_device
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
-from kcache.store.samples import Refusal, Sample, samples_digest, with_ids
+from kcache.store.samples import Refusal, Sample, samples_digest, sizes_by_key, with_ids
 from kcache.store.shards import Commit, discard_uncommitted, record_rejections
 from kcache.upkeep.copying import RowCopier
 from kcache.upkeep.records import Records, read_records
@@ -96,6 +97,9 @@ def _survey(source: str, folder: Path, manifest: Manifest, reading: SourceConfig
         pretrained_decoder_model_name_or_path=str(found.get("decoder", found["prior"]).path),
         **{each.name: getattr(reading, each.name) for each in fields(SourceConfig)},
         device=device,
+        # What the cache has, it took, whatever was its limit, and even if it refused it at first.
+        max_pixels=sys.maxsize,
+        retry_rejected=True,
     )
     job = survey(source, folder, config, unheard)
     for name, entry in manifest.tables.items():
@@ -174,6 +178,7 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
     if any(file.path == "plans" for file in before.files):
         remove(folder / "plans")
     rejected: list[tuple[Recipe, Commit]] = []
+    sizes = {} if records.samples is None else sizes_by_key(records.samples)
     for shard in before.shards:
         commit = records.commits.get(shard)
         for table, entry in manifest.tables.items():
@@ -182,7 +187,7 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
                 sound = _sound_entries(records.index[table], entry, shard, before)
                 rows = _rows_by_key(records.index[table], keys, entry)
                 wanted = tuple(dict.fromkeys(keys[i] for i in sound.tolist()))
-                _copy_rows(folder, entry.recipe, rows, wanted, commit.provenance if commit else {})
+                _copy_rows(folder, entry.recipe, rows, wanted, sizes, commit.provenance if commit else {})
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):
                 rejected.append((entry.recipe, commit))
         parent, _, name = shard.partition("/")
@@ -216,7 +221,12 @@ def _entry_keys(samples: "pyarrow.Table", table: str) -> list[bytes]:
 
 
 def _copy_rows(
-    folder: Path, recipe: Recipe, rows: StoredRows, keys: tuple[bytes, ...], provenance: Mapping[str, str]
+    folder: Path,
+    recipe: Recipe,
+    rows: StoredRows,
+    keys: tuple[bytes, ...],
+    sizes: Mapping[bytes, tuple[int, int]],
+    provenance: Mapping[str, str],
 ) -> None:
     """Commit the rows of `keys` as a new shard of their table, behind all that are in its folder."""
     if keys:
@@ -224,4 +234,6 @@ def _copy_rows(
         table.mkdir(exist_ok=True)
         names = {path.name.partition(".")[0] for path in table.iterdir()}
         number = 1 + max((int(name) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
-        RowCopier(folder, recipe, rows).write(table, PlannedShard(name=shard_name(number), keys=keys), provenance)
+        RowCopier(folder, recipe, rows, sizes).write(
+            table, PlannedShard(name=shard_name(number), keys=keys), provenance
+        )

@@ -16,7 +16,7 @@ from PIL import Image
 from small_builds import build, encoded, foretold, missing, small_config
 
 from kcache import Cache
-from kcache.encoders.pixels import decode_image
+from kcache.encoders.decoding import Decoding, decode_image
 from kcache_cli.app import main
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8))
@@ -80,20 +80,20 @@ IMAGES: dict[str, tuple[Callable[[], bytes], Fate]] = {
     "no-last-byte.webp": (lambda: saved(PICTURE, "WEBP")[:-300], ("decode", "cut short")),
     "stream.png": (damaged_stream, ("decode", "damaged")),
     "not-zlib.png": (lambda: png(8, 8, b"not zlib"), ("decode", "damaged")),
-    "header-only.png": (lambda: saved(PICTURE)[:33], ("decode", "not an image")),
+    "header-only.png": (lambda: saved(PICTURE)[:33], ("decode", "a PNG picture by its first bytes, whose header")),
     # Its key is the empty caption's, and the next one's is a caption's, too.
-    "zero.jpg": (lambda: b"", ("decode", "file is empty")),
-    "text.jpg": (lambda: b"one", ("decode", "not an image in a known format")),
+    "zero.jpg": (lambda: b"", ("decode", "an empty file")),
+    "text.jpg": (lambda: b"one", ("decode", "text that begins 'one'")),
     "reserved.jpg": (lambda: b"kcache: all-zero pixels", ("source", "no image")),
-    "page.jpg": (lambda: b"<html><body>404 Not Found</body></html>", ("decode", "not an image")),
+    "page.jpg": (lambda: b"<html><body>404 Not Found</body></html>", ("decode", "it is an HTML page")),
     "archive.jpg": (lambda: b"PK\3\4" + bytes(100), ("decode", "not an image")),
     "vector.png": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", ("decode", "not an image")),
     "script.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ("decode", "not an image")),
-    "bomb-121.png": (lambda: flat_png(11_000), ("decode", "more than 64,000,000 pixels")),
+    "bomb-121.png": (lambda: flat_png(11_000), ("decode", "64,000,000 pixels; --max-pixels raises")),
     "bomb-400.png": (lambda: png(20_000, 20_000, b""), ("decode", "pixels")),
     "bomb-max.png": (lambda: png(2**31 - 1, 2**31 - 1, b""), ("decode", "pixels")),
     "no-pixels.png": (lambda: png(0, 8, b""), ("decode", "")),
-    "phone.heic": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), ("decode", "not an image")),
+    "phone.heic": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), ("decode", "it is a HEIC picture")),
     "long.png": (lambda: saved(Image.new("RGB", (1, 5000))), ("decode", "1×5000 is longer")),
     "nan.tiff": (lambda: grey(np.full((8, 8), np.nan, np.float32), "TIFF"), ("decode", "values reach from nan")),
     "below.tiff": (lambda: grey(np.full((8, 8), -1, np.float32), "TIFF"), ("decode", "values reach from -1")),
@@ -297,7 +297,7 @@ def test_retrying_tries_the_rejected_and_nothing_else(built: Built, oracle: Path
 
 @pytest.mark.parametrize("name", ["sixteen.png", "integer.tiff", "float.tiff", "float-255.tiff"])
 def test_wide_values_keep_their_brightness(name: str) -> None:
-    pixels = np.asarray(decode_image(IMAGES[name][0](), "white"), np.float64)
+    pixels = np.asarray(decode_image(IMAGES[name][0](), Decoding()), np.float64)
     reference = np.repeat(RAMP[..., None] * (127.5 if name == "integer.tiff" else 255), 3, 2)
     assert np.abs(pixels - reference).max() <= 1
 
@@ -308,7 +308,7 @@ def test_transparency_is_composited_as_arithmetic_says() -> None:
         rgba = np.asarray(Image.open(io.BytesIO(content)).convert(mode), np.float64)
         share = rgba[..., 3:] / 255
         for background, value in (("white", 255), ("black", 0)):
-            pixels = np.asarray(decode_image(content, background), np.float64)
+            pixels = np.asarray(decode_image(content, Decoding(alpha=background)), np.float64)
             assert np.abs(pixels - (rgba[..., :3] * share + value * (1 - share))).max() <= 1
 
 

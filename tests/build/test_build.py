@@ -168,10 +168,8 @@ def test_rejected_inputs_are_tried_again_only_when_asked(
     (source / "img_01.png").write_bytes(b"no picture")
     build(source, cache, oracle)
     tried: list[bytes] = []
-    prepare = PictureEncoder.prepare
-    monkeypatch.setattr(
-        PictureEncoder, "prepare", lambda self, content: tried.append(content) or prepare(self, content)
-    )
+    decode = PictureEncoder.picture
+    monkeypatch.setattr(PictureEncoder, "picture", lambda self, content: tried.append(content) or decode(self, content))
     build(source, cache, oracle)
     assert tried == []
     assert build(source, cache, oracle, retry_rejected=True).rejected == 1

@@ -209,7 +209,7 @@ def test_a_source_that_fails_ends_the_build(
         raise OSError(errno.EIO, os.strerror(errno.EIO), "picture.png")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PictureEncoder, "prepare", fail)
+        patch.setattr(PictureEncoder, "picture", fail)
         with pytest.raises(OSError, match=r"Input/output error: 'picture.png'"):
             build(source, tmp_path / "cache", oracle, rows_per_shard=4)
     assert _threads() == []

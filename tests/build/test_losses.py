@@ -109,7 +109,7 @@ def test_verdicts_of_another_decoder_are_told(
 ) -> None:  # fmt: skip
     import re
 
-    from kcache.build.survey import decoder_facts
+    from kcache.encoders.decoding import decoder_facts
 
     source, cache = Path(shutil.copytree(built[0], tmp_path / "s")), Path(shutil.copytree(built[1], tmp_path / "c"))
     (source / "img_04.png").write_bytes(b"of a format that only another Pillow reads")

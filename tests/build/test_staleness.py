@@ -28,6 +28,7 @@ ALL = IMAGE | TEXT | LATENTS
 
 SETTINGS: list[tuple[dict[str, Any], dict[str, int], str]] = [
     ({"alpha": "drop"}, IMAGE | LATENTS, "preprocess.alpha"),
+    ({"color": "as-is"}, IMAGE | LATENTS, "preprocess.color preprocess.color_intent"),
     ({"dtype": "float16"}, ALL, "stored_dtype"),
     ({"mixed_precision": "bf16"}, ALL, "compute_dtype"),
     ({"batch_size": 2}, ALL, "batch_shape"),
@@ -53,7 +54,6 @@ ELSEWHERE = {
     "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "format",
     "revision", "prior_revision", "decoder_revision",
     "image_column", "caption_column", "split", "follow_links",
-    "color",
 }  # fmt: skip
 """Settings with a test of their own."""
 
@@ -168,14 +168,13 @@ def test_a_changed_file_of_a_pipeline_makes_its_table_missing(
     assert_explained(found, tables, differing)
 
 
-@pytest.mark.parametrize("limit", ["MAX_PIXELS", "MAX_ASPECT_RATIO"])
-def test_a_limit_on_pictures_decides_what_is_made_of_them(
-    built: tuple[Path, Path], oracle: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+def test_the_limit_on_the_form_of_pictures_decides_what_is_made_of_them(
+    built: tuple[Path, Path], oracle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"kcache.encoders.recipes.{limit}", 50)
+    monkeypatch.setattr("kcache.encoders.recipes.MAX_ASPECT_RATIO", 50)
     found = foretold(*built, oracle)
     assert missing(found) == IMAGE | LATENTS
-    assert_explained(found, IMAGE | LATENTS, f"preprocess.{limit.lower()}")
+    assert_explained(found, IMAGE | LATENTS, "preprocess.max_aspect_ratio")
 
 
 def test_another_schema_or_form_is_refused_rather_than_taken_for_fresh(

@@ -11,9 +11,9 @@ from small_builds import build
 
 from kcache import Cache
 from kcache.config import TrainConfig
+from kcache.encoders.decoding import decode_image
 from kcache.encoders.frozen import TextEncoder
 from kcache.encoders.online import OnlineEncoders
-from kcache.encoders.pixels import decode_image
 from kcache.errors import CacheMismatchError, ConfigError, RunError, SourceError
 from kcache.loader import CacheLoader
 from kcache.sources import open_source
@@ -123,7 +123,7 @@ def test_reserved_inputs_are_encoded_once(cache: Path, source: Path, monkeypatch
 
 def test_an_image_for_two_encoders_is_decoded_once(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, decoded = online(Cache.open(cache, 64), source), []
-    monkeypatch.setattr("kcache.encoders.online.decode_image", lambda *given: decoded.append(1) or decode_image(*given))
+    monkeypatch.setattr("kcache.encoders.frozen.decode_image", lambda *given: decoded.append(1) or decode_image(*given))
     rows.read([4, 1, 2], FIELDS)
     assert len(decoded) == 3
     rows.read([4, 1, 2], ["image_embeds"], drop_image=np.array([True, False, True]))
