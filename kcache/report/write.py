@@ -11,7 +11,7 @@ from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
-from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
 def _kind(folder: Path) -> Literal["run", "cache"]:
     if (folder / MANIFEST).is_file():
         return "cache"
-    if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file():
+    if is_run(folder):
         return "run"
     if not folder.exists():
         found = "there is nothing at that path"
