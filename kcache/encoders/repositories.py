@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kcache.config import DECODER_REPO, PRIOR_REPO, Say, unheard
 from kcache.errors import ConfigError, ModelError
+from kcache.hints import broken_link
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import json_digest
 from kcache.store.run_directory import instead_of_pipeline
@@ -209,8 +210,8 @@ def check_revision(flag: str, name: str, revision: str | None) -> None:
 def _check_no_path(name: str) -> None:
     """Raise ModelError for a name that is no Hub id: the path of a folder that is not there, or one with a revision."""
     path = Path(name).expanduser()
-    if path.is_symlink():
-        raise ModelError(f"{name} is a link to {path.readlink()}, which is not there any more; give where that is now")
+    if (broken := broken_link(path)) is not None:
+        raise ModelError(f"{name}: {broken}; expected the folder of a pipeline; give where that is now")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
         what = "is a file" if path.exists() else "is neither a local folder nor the name of a Hub repository"
         raise ModelError(f"{name} {what}; expected the folder of a pipeline, or a name such as {PRIOR_REPO}")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kcache.errors import ConfigError, ModelError
+from kcache.hints import broken_link
 
 WEIGHTS_FILE: str = LORA_WEIGHT_NAME_SAFE
 """The adapters' file in a folder: pytorch_lora_weights.safetensors."""
@@ -92,8 +93,8 @@ def add_lora(
     widest = max(min(network.get_submodule(name).weight.shape) for name in adapted)
     if rank > widest:
         raise ConfigError(
-            f"--lora-rank is {rank}; the widest layer that would get adapters has rank {widest} itself; expected "
-            "fewer: 4 to 128 are usual; give less, or train the whole network without --lora-rank"
+            f"--lora-rank is {rank}; the widest layer that would get adapters has rank {widest} itself; expected at "
+            f"most {widest}; give less, or train the whole network without --lora-rank"
         )
     _inject(network, rank, rank if alpha is None else alpha, dropout, targets, seed)
 
@@ -205,6 +206,8 @@ def _find_file(path: Path) -> Path:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
         found = "is no .safetensors file" if file.exists() else "does not exist"
+        if (broken := broken_link(file)) is not None:
+            found = f"does not exist: {broken}"
         raise ModelError(
             f"{file} {found}; expected adapters in safetensors format; give the run directory of a LoRA training, or "
             "its file (kcache unpickles nothing: save a .bin again as safetensors)"

@@ -6,12 +6,13 @@ from typing import Literal
 
 from kcache.config import CountReport
 from kcache.errors import ConfigError
+from kcache.hints import broken_link
 from kcache.machine import check_device
 from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
-from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run, run_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,10 @@ def _kind(folder: Path) -> Literal["run", "cache"]:
         return "cache"
     if is_run(folder):
         return "run"
+    if (run_dir := run_of(folder)) is not None:
+        raise ConfigError(f"{folder} is a part of a run; expected the run's directory: kcache report {run_dir}")
     if not folder.exists():
-        found = "there is nothing at that path"
+        found = broken_link(folder) or "there is nothing at that path"
     elif not folder.is_dir():
         found = "it is a file"
     else:

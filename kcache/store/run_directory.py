@@ -22,6 +22,7 @@ from typing import Any
 from kcache.config import TrainConfig
 from kcache.durable import remove_temporary, write_bytes, write_json
 from kcache.errors import RunError
+from kcache.hints import broken_link
 from kcache.store.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -159,17 +160,14 @@ def base_of(folder: Path) -> tuple[str, str | None] | None:
 def instead_of_pipeline(folder: Path, missing: Sequence[Path]) -> str | None:
     """What `folder`, which lacks the files `missing` of a pipeline, is or has instead, and what to type; else None."""
     for path in missing:
-        broken = next((each for each in (path.parent, path) if each.is_symlink() and not each.exists()), None)
-        if broken is not None:
+        if (broken := broken_link(path)) is not None:
             stage = "decoder" if (folder / "unet").exists() else "prior"
             link_anew = (
                 "put that back where it was, or have the run link to where it is now, by its own command with "
                 f"--resume-from-checkpoint latest --pretrained-{stage}-model-name-or-path FOLDER"
             )
-            return (
-                f"has {broken.relative_to(folder)} as a link to {broken.readlink()}, which is not there any more; "
-                f"expected a whole pipeline; {link_anew if is_run(folder) else 'put that back, or fetch it again'}"
-            )
+            what = link_anew if is_run(folder) else "put that back, or fetch it again"
+            return f"is not whole: {broken}; expected a whole pipeline; {what}"
     half = next((half for name, half in _HALVES.items() if (folder / name).is_dir()), None)
     step = folder.name.removeprefix("checkpoint-")
     if (folder / STATE_FILE).is_file():

@@ -130,7 +130,11 @@ class TrainingRun:
             "config": asdict(self.config),
             "global_batch": self.global_batch,
             "max_steps": self.max_steps,
-            "base": {"name": self.base.name, "revision": self.base.revision},
+            # Of a folder the whole path: a checkpoint may be used from elsewhere.
+            "base": {
+                "name": self.base.name if self.base.revision else str(self.base.path),
+                "revision": self.base.revision,
+            },
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "adapted": self.adapted,

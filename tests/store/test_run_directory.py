@@ -132,12 +132,12 @@ def test_what_is_no_pipeline_is_said(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "movq").symlink_to(tmp_path / "base" / "movq")
     said = instead_of_pipeline(run_dir, [run_dir / "movq" / "config.json"])
     assert said is not None
-    assert f"has movq as a link to {tmp_path / 'base' / 'movq'}, which is not there any more" in said
+    assert f"movq is a link to {tmp_path / 'base' / 'movq'}, which is not there any more" in said
     assert "--resume-from-checkpoint latest --pretrained-decoder-model-name-or-path FOLDER" in said
     snapshot = tmp_path / "snapshot" / "prior"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").symlink_to("../blobs/abc")
     said = instead_of_pipeline(snapshot.parent, [snapshot / "config.json"])
     assert said is not None
-    assert "has prior/config.json as a link to ../blobs/abc, which is not there any more" in said
+    assert "prior/config.json is a link to ../blobs/abc, which is not there any more" in said
     assert instead_of_pipeline(tmp_path, [tmp_path / "movq2" / "config.json"]) is None
