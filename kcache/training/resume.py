@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kcache.config import TrainConfig
 from kcache.durable import shared, writing
-from kcache.encoders.repositories import COMPONENTS
+from kcache.encoders.repositories import COMPONENTS, Repository
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
 from kcache.loader.batches import CacheLoader, RowReader, changed_samples
@@ -251,13 +251,25 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
         )
 
 
-def check_same_base(checkpoint: Checkpoint | None, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
-    """Check that adapters go on with the weights that they were trained on, wherever these lie now.
+def check_same_base(
+    checkpoint: Checkpoint | None, config: TrainConfig, base: Repository, adapted: Mapping[str, str] | None
+) -> None:
+    """Check that adapters go on with the weights, and a decoder with the noise schedule, that they were trained on.
 
-    `adapted` is what `find_adapted` found, None where all weights learn: those are in the checkpoint. A checkpoint from
-    before this was recorded does not say, and is taken. Raises RunError for other weights.
+    Both lie in `base`, wherever it is now. `adapted` is what `find_adapted` found, None where all weights learn: those
+    are in the checkpoint. A checkpoint from before either was recorded does not say, and is taken. Raises RunError for
+    other ones.
     """
-    if checkpoint is None or adapted is None or checkpoint.state.get("adapted") is None:
+    if checkpoint is None:
+        return
+    schedule = checkpoint.state.get("noise_schedule")
+    if config.stage == "decoder" and schedule not in (None, base.read("scheduler").digest):
+        raise RunError(
+            f"{checkpoint.path} was trained with another noise schedule than {base.name} has in "
+            "scheduler/scheduler_config.json; expected the same, in whatever folder; give the pipeline it was begun "
+            "from by --pretrained-decoder-model-name-or-path, or start a new run in another --output-dir"
+        )
+    if adapted is None or checkpoint.state.get("adapted") is None:
         return
     begun = checkpoint.state["adapted"]
     try:

@@ -135,6 +135,7 @@ class TrainingRun:
                 "name": self.base.name if self.base.revision else str(self.base.path),
                 "revision": self.base.revision,
             },
+            "noise_schedule": self.base.read("scheduler").digest,
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "adapted": self.adapted,

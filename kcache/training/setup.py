@@ -55,7 +55,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
-    check_same_base(checkpoint, config, adapted)
+    check_same_base(checkpoint, config, base, adapted)
     new_order = check_same_samples(checkpoint, cache, config)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
