@@ -95,7 +95,8 @@ def check(settings: Any) -> None:
 
 def idle(settings: Any) -> dict[str, str]:
     """The settings that are set and change nothing, as their `beside` are all off or at their defaults; and why."""
-    off = {each.name for each in fields(settings) if getattr(settings, each.name) in (None, False, (), 0, each.default)}
+    values = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
+    off = {name for name, (value, default) in values.items() if not value or value == default}
     found = {}
     for name, marks in marks_of(settings).items():
         if marks.beside and name not in off and off.issuperset(marks.beside):
