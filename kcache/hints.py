@@ -26,7 +26,7 @@ def instead_of_cache(path: Path) -> str | None:
             return f"it is part of the cache {_shown(parent)}; give that folder"
     if not path.exists():
         near = near_names(path)
-        return f"there is nothing at that path; did you mean {near}?" if near else None
+        return broken_link(path) or (f"there is nothing at that path; did you mean {near}?" if near else None)
     if path.is_file():
         return "it is a file; give the folder of a cache"
     names = _names(path)
@@ -79,6 +79,15 @@ def already_in(folder: Path) -> str | None:
     if (folder / "manifest.json").is_file() or (folder / "plans").is_dir():
         return "a cache"
     return "a source of pictures" if _has_pictures(_names(folder)) else None
+
+
+def broken_link(path: Path) -> str | None:
+    """What a path that is not there would lead through: "X is a link to Y, which is not there any more"; else None."""
+    absolute = path.absolute()
+    for part in (absolute, *absolute.parents):
+        if part.is_symlink() and not part.exists():
+            return f"{_shown(part)} is a link to {part.readlink()}, which is not there any more"
+    return None
 
 
 def near_names(path: Path) -> str:

@@ -35,6 +35,10 @@ class Marks:
     it does not change what is learned."""
     swept: bool = True
     """Whether the runs of a sweep may differ in it."""
+    beside: tuple[str, ...] = ()
+    """Settings of which one must be set for this one to mean anything: without them, setting it is refused."""
+    lenient: bool = False
+    """Whether it is only said then: command lines of the diffusers scripts have it without effect, too."""
     flag: bool = True
     """Whether the command line has a flag for it."""
     only: str | None = None
@@ -69,7 +73,10 @@ def marks_of(settings: Any) -> dict[str, Marks]:
 
 
 def check(settings: Any) -> None:
-    """Raise ConfigError for the first setting that is none of its type's choices, or outside its range."""
+    """Raise ConfigError for the first setting that is none of its type's choices, outside its range, or without effect.
+
+    Without effect is one whose `beside` are all off or at their defaults. What is off itself always passes.
+    """
     hints = get_type_hints(type(settings))
     for name, marks in marks_of(settings).items():
         value = getattr(settings, name)
@@ -81,6 +88,21 @@ def check(settings: Any) -> None:
             if expected and not (item in choices if choices else marks.takes(item)):
                 flag = "--" + name.replace("_", "-") if marks.flag else name
                 raise ConfigError(f"{flag} is {item!r}; expected {expected}")
+    for name, reason in idle(settings).items():
+        if not marks_of(settings)[name].lenient:
+            raise ConfigError(f"{reason}; add that, or leave --{name.replace('_', '-')} out")
+
+
+def idle(settings: Any) -> dict[str, str]:
+    """The settings that are set and change nothing, as their `beside` are all off or at their defaults; and why."""
+    values = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
+    off = {name for name, (value, default) in values.items() if not value or value == default}
+    found = {}
+    for name, marks in marks_of(settings).items():
+        if marks.beside and name not in off and off.issuperset(marks.beside):
+            flag, others = "--" + name.replace("_", "-"), ["--" + other.replace("_", "-") for other in marks.beside]
+            found[name] = f"{flag} changes nothing without {' or '.join(others)}; expected that beside it"
+    return found
 
 
 def read_toml(path: Path) -> dict[str, Any]:

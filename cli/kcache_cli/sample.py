@@ -14,13 +14,23 @@ from kcache_cli.progress import say
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture each.")],
     *,
-    prior: Annotated[str, typer.Option(help="Run directory, or a prior pipeline's folder or Hub id.")] = PRIOR_REPO,
+    prior: Annotated[
+        str, typer.Option(help="Run directory, one of its checkpoints, or a prior pipeline's folder or Hub id.")
+    ] = PRIOR_REPO,
     decoder: Annotated[
-        str, typer.Option(help="Run directory, or a decoder pipeline's folder or Hub id.")
+        str, typer.Option(help="Run directory, one of its checkpoints, or a decoder pipeline's folder or Hub id.")
     ] = DECODER_REPO,
+    prior_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the prior's Hub repository.")
+    ] = None,
+    decoder_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the decoder's Hub repository.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="Run directory or file of a LoRA, of either network; may be repeated.", metavar="<str>"),
+        typer.Option(
+            help="Run directory, checkpoint or file of a LoRA, of either network; may be repeated.", metavar="<str>"
+        ),
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the decoder.")] = 50,
@@ -43,6 +53,7 @@ def sample(
     Examples:
       kcache sample "a red fox in the snow" --prior runs/prior --decoder runs/decoder
       kcache sample "a fox" "an owl" --decoder runs/decoder --output-dir pictures --seed 7
+      kcache sample "a fox" --decoder runs/decoder/checkpoint-500
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
     """
     check_folder("--output-dir", output_dir)
@@ -52,6 +63,8 @@ def sample(
         prompts,
         prior=prior,
         decoder=decoder,
+        prior_revision=prior_revision,
+        decoder_revision=decoder_revision,
         lora=lora or (),
         num_inference_steps=num_inference_steps,
         prior_num_inference_steps=prior_num_inference_steps,

@@ -55,11 +55,17 @@ class TrainConfig(SourceConfig):
         "Go on from a checkpoint's weights in a new order, where the cache or the selection of samples has changed.",
         shown="never",
         swept=False,
+        beside=("resume_from_checkpoint",),
     )
     learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.", least=0, kept=True, shown="always")
     lr_scheduler: LrScheduler = setting("constant", "Schedule by its name in diffusers.", kept=True, shown="always")
     lr_warmup_steps: int = setting(
-        500, "Optimizer steps of warm-up, for the schedules that have one.", least=0, kept=True
+        500,
+        "Optimizer steps of warm-up, for the schedules that have one: all but `constant`.",
+        least=0,
+        kept=True,
+        beside=("lr_scheduler",),
+        lenient=True,
     )
     adam_beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", least=0, below=1, kept=True)
     adam_beta2: float = setting(0.999, "Decay of AdamW's mean of squared gradients.", least=0, below=1, kept=True)
@@ -76,7 +82,11 @@ class TrainConfig(SourceConfig):
         kept=True,
     )
     ema_decay: float = setting(
-        0.9999, "Share of itself that the average keeps in a step, once it is warm.", share=True, kept=True
+        0.9999,
+        "Share of itself that the average keeps in a step, once it is warm.",
+        share=True,
+        kept=True,
+        beside=("use_ema",),
     )
     lora_rank: int | None = setting(
         None,
@@ -85,13 +95,25 @@ class TrainConfig(SourceConfig):
         kept=True,
     )
     lora_alpha: float | None = setting(
-        None, "The adapters' output is scaled by alpha / rank. As large as the rank when left out.", above=0, kept=True
+        None,
+        "The adapters' output is scaled by alpha / rank. As large as the rank when left out.",
+        above=0,
+        kept=True,
+        beside=("lora_rank",),
     )
     lora_dropout: float = setting(
-        0.0, "Share of the adapters' inputs that are zeroed in training.", least=0, below=1, kept=True
+        0.0,
+        "Share of the adapters' inputs that are zeroed in training.",
+        least=0,
+        below=1,
+        kept=True,
+        beside=("lora_rank",),
     )
     lora_target_modules: tuple[str, ...] = setting(
-        (), "A layer that gets adapters, such as to_q; repeat it. All of the attention when left out.", kept=True
+        (),
+        "A layer that gets adapters, such as to_q; repeat it. All of the attention when left out.",
+        kept=True,
+        beside=("lora_rank",),
     )
     snr_gamma: float | None = setting(
         None,
@@ -116,7 +138,10 @@ class TrainConfig(SourceConfig):
         5, "Passes over the samples between validations; there is always one at the end.", least=1
     )
     validation_steps: int | None = setting(
-        None, "Optimizer steps between validations; overrides --validation-epochs.", least=1
+        None,
+        "Optimizer steps between validations; overrides --validation-epochs.",
+        least=1,
+        beside=("val_fraction", "validation_prompts"),
     )
     val_fraction: float = setting(
         0.0, "Share of the images held out for validation, the same ones in every run.", share=True, kept=True
@@ -124,7 +149,9 @@ class TrainConfig(SourceConfig):
     validation_prompts: tuple[str, ...] = setting(
         (), "A prompt that is drawn at each validation, always from the same noise; repeat it.", shown="never"
     )
-    num_validation_images: int = setting(1, "Pictures per validation prompt.", least=1)
+    num_validation_images: int = setting(
+        1, "Pictures per validation prompt.", least=1, beside=("validation_prompts",), lenient=True
+    )
     report_to: str = setting(
         "tensorboard",
         "Tracker beside metrics.jsonl: tensorboard (if installed), wandb, comet_ml, …, `all` or `none`.",
@@ -141,6 +168,8 @@ class TrainConfig(SourceConfig):
         None,
         "Repository to upload to, such as me/fox. Yours, named like the run directory, when left out.",
         shown="never",
+        beside=("push_to_hub",),
+        lenient=True,
     )
     residency: Literal["auto", "gpu", "ram", "mmap"] = setting(
         "auto",
@@ -200,7 +229,6 @@ class TrainConfig(SourceConfig):
         for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir)):
             check_local(path)
         self._check_stage()
-        self._check_lora()
         if self.compile and self.deterministic:
             raise ConfigError(
                 "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
@@ -211,10 +239,26 @@ class TrainConfig(SourceConfig):
                 f"{' and '.join(self.flags)} say how to read the source of --online; without it the cache decides what "
                 "is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
             )
-        if self.validation_steps is not None and not (self.val_fraction or self.validation_prompts):
+        if self.online is not None and self.residency != "auto":
             raise ConfigError(
-                "--validation-steps says when, but not what to look at; expected --val-fraction, --validation-prompts "
-                "or both beside it"
+                f"--residency {self.residency} says where the rows of a cache wait; with --online there are none, as "
+                "the encoders make them; expected one of the two; leave --residency out"
+            )
+        self._check_revisions()
+
+    def _check_revisions(self) -> None:
+        own, other = f"{self.stage}_revision", "prior_revision" if self.stage == "decoder" else "decoder_revision"
+        told = getattr(self, own)
+        if None not in (self.revision, told) and self.revision != told:
+            raise ConfigError(
+                f"--revision is {self.revision} and --{self.stage}-revision {told}: both are of the {self.stage} that "
+                "is trained; expected one of the two; leave the other out"
+            )
+        if getattr(self, other) is not None and not self.validation_prompts:
+            raise ConfigError(
+                f"--{other.replace('_', '-')} is {getattr(self, other)}, but this run reads no "
+                f"{other.removesuffix('_revision')}, which only draws --validation-prompts; expected some beside it; "
+                "add a prompt, or leave it out"
             )
 
     def _check_stage(self) -> None:
@@ -227,15 +271,3 @@ class TrainConfig(SourceConfig):
                 "--noise-draws is for the prior, whose draws share the caption's tokens; the decoder has nothing to "
                 "share: give a larger --train-batch-size"
             )
-
-    def _check_lora(self) -> None:
-        if self.lora_rank is not None:
-            return
-        given = {
-            "--lora-alpha": self.lora_alpha is not None,
-            "--lora-dropout": self.lora_dropout > 0,
-            "--lora-target-modules": bool(self.lora_target_modules),
-        }
-        for flag, is_given in given.items():
-            if is_given:
-                raise ConfigError(f"{flag} is for adapters; expected a --lora-rank beside it, e.g. --lora-rank 16")

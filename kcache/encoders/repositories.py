@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcache.config import DECODER_REPO, PRIOR_REPO, Say, unheard
-from kcache.errors import ModelError
+from kcache.errors import ConfigError, ModelError
+from kcache.hints import broken_link
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import json_digest
+from kcache.store.run_directory import instead_of_pipeline
 
 
 class Component(NamedTuple):
@@ -179,10 +181,14 @@ def find_repository(
     if folder.is_dir():
         repository = Repository(name=name_or_path, path=folder.resolve(), revision=None)
     else:
+        _check_no_path(name_or_path)
         snapshot = _download(name_or_path, revision, components, cache_dir)
         repository = Repository(name=name_or_path, path=snapshot, revision=snapshot.name)
     missing = [name for name in components if not _config_path(repository, name).is_file()]
     if missing:
+        instead = instead_of_pipeline(repository.path, [_config_path(repository, name) for name in missing])
+        if instead is not None:
+            raise ModelError(f"{name_or_path} {instead}")
         found = sorted(entry.name for entry in repository.path.iterdir() if entry.is_dir())
         expected = ", ".join(f"{name}/{_config_path(repository, name).name}" for name in missing)
         raise ModelError(
@@ -190,6 +196,31 @@ def find_repository(
             "give a Kandinsky 2.2 pipeline in diffusers layout (prior and decoder are two different ones)"
         )
     return repository
+
+
+def check_revision(flag: str, name: str, revision: str | None) -> None:
+    """Raise ConfigError for a `revision`, given by `flag`, of what is a local folder."""
+    if revision is not None and Path(name).expanduser().is_dir():
+        raise ConfigError(
+            f"{flag} is {revision}, but {name} is a folder on this machine, which has no revisions; expected it for a "
+            "Hub repository only; leave it out, or name the repository"
+        )
+
+
+def _check_no_path(name: str) -> None:
+    """Raise ModelError for a name that is no Hub id: the path of a folder that is not there, or one with a revision."""
+    path = Path(name).expanduser()
+    if (broken := broken_link(path)) is not None:
+        raise ModelError(f"{name}: {broken}; expected the folder of a pipeline; give where that is now")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
+        what = "is a file" if path.exists() else "is neither a local folder nor a Hub repository"
+        raise ModelError(f"{name} {what}; expected the folder of a pipeline, or a name such as {PRIOR_REPO}")
+    repository, at, revision = name.partition("@")
+    if at:
+        raise ModelError(
+            f"{name} names a revision; expected the name of a Hub repository alone; give {repository}, and beside it "
+            f"--prior-revision {revision} or --decoder-revision {revision}, whichever half it is"
+        )
 
 
 def weights_digest(

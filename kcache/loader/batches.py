@@ -20,7 +20,8 @@ from kcache.store.rows import Empty
 
 Batch = dict[str, torch.Tensor]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Of a state whose order began anew; 1 is that of all others."""
 FILL_THREADS = {"gpu": 2, "ram": 2, "mmap": 2, "online": 1}
 """Threads that fill batches, by residency. Copies and checksums of many rows at a time hold no lock of Python's: two
 threads use two cores. Encoders take all there are."""
@@ -50,6 +51,22 @@ class RowReader(Protocol):
         drop_image: np.ndarray,
         empty: Empty,
     ) -> Mapping[str, Any]: ...
+
+
+def changed_samples(state: Mapping[str, Any], rows: RowReader) -> str | None:
+    """How `rows` differ from what a loader's `state` was taken with, as far as it says; None where they are the same.
+
+    Raises KeyError, TypeError or ValueError for what is no such state.
+    """
+    if state["samples_digest"] == rows.samples_digest:
+        return None
+    if "samples" not in state:
+        return f"{len(rows):,} samples now; how many there were is not recorded"
+    counts = {"samples": len(rows), "captions": int(rows.caption_bounds[-1])}
+    told = [
+        f"{int(state[name]):,} {name} before, {now:,} now" for name, now in counts.items() if int(state[name]) != now
+    ]
+    return ", ".join(told) or f"{len(rows):,} samples as before, but other pictures or captions"
 
 
 class CacheLoader:
@@ -109,6 +126,8 @@ class CacheLoader:
         """Samples that the caller was given, of all processes and epochs together."""
         self.waited = 0.0
         """Seconds that whoever takes the batches has waited for one to be filled."""
+        self._first_turn = self._first_epoch = 0
+        """Where the order of these samples begins: later than at 0 in a run that went on with other samples."""
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(cache), shuffle))
         self.residency = choose_residency(residency, cache, self._fields, world_size, self._device)
         self._tables: DeviceTables | None = None
@@ -130,9 +149,9 @@ class CacheLoader:
         The last batch is shorter where the samples do not divide; several processes share it out evenly, and leave it
         out when it has fewer samples than there are processes, so that all of them see equally many batches.
         """
-        epoch, consumed = divmod(self.consumed, len(self._cache))
+        epoch, consumed = self._place(self.consumed)
         yield from self._ahead(self._epoch_spans(epoch, consumed))
-        self.consumed = (epoch + 1) * len(self._cache)
+        self.consumed = self._turn(epoch + 1)
 
     def forever(self) -> Generator[Batch, None, None]:
         """Full batches without end: an epoch's last samples share a batch with the next one's first."""
@@ -140,35 +159,72 @@ class CacheLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain JSON values: after the last batch that the caller was given."""
-        epoch, consumed = divmod(self.consumed, len(self._cache))
-        return {
-            "version": STATE_VERSION,
+        epoch, consumed = self._place(self.consumed)
+        state = {
+            "version": 1,
             "samples_digest": self._cache.samples_digest,
             "shuffle": self._shuffle,
             "seed": self._seed,
             "epoch": epoch,
             "samples_consumed": consumed,
+            "samples": len(self._cache),
+            "captions": int(self._cache.caption_bounds[-1]),
         }
+        if self._first_turn:  # what a kcache that knows of no new order would pass over
+            state |= {"version": STATE_VERSION, "first_turn": self._first_turn, "first_epoch": self._first_epoch}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, with any number of processes.
 
-        Raises CacheMismatchError for another order.
+        Raises CacheMismatchError for another order; `begin_new_order` goes on all the same.
         """
-        own = self.state_dict()
-        for name in ("version", "samples_digest", "shuffle", "seed"):
-            if state.get(name) != own[name]:
+        if state["version"] not in (1, STATE_VERSION):
+            raise CacheMismatchError(
+                f"the loader's state has version {state['version']!r}; this kcache reads 1 and {STATE_VERSION}; go on "
+                "with the kcache that wrote it"
+            )
+        for name, own in (("seed", self._seed), ("shuffle", self._shuffle)):
+            if state[name] != own:
                 raise CacheMismatchError(
-                    f"the loader's state has {name} {state.get(name)!r}, this loader has {own[name]!r}: the order "
-                    "would differ; resume with the same cache, selection of samples, seed and shuffle, or start anew"
+                    f"the loader's state has {name} {state[name]!r}, this loader has {own!r}: the order would differ; "
+                    f"give it the {name} that it was begun with, or start anew"
                 )
-        self.consumed = int(state["epoch"]) * len(self._cache) + int(state["samples_consumed"])
+        if (changed := changed_samples(state, self._cache)) is not None:
+            raise CacheMismatchError(
+                f"the samples are not those that the order was begun with ({changed}); give those, or go on with these "
+                "by begin_new_order"
+            )
+        self._first_turn, self._first_epoch = int(state.get("first_turn", 0)), int(state.get("first_epoch", 0))
+        self.consumed = self._turn(int(state["epoch"])) + int(state["samples_consumed"])
+
+    def begin_new_order(self, state: Mapping[str, Any], consumed: int) -> None:
+        """Go on after `consumed` samples of others, those of `state`, with the start of the next epoch.
+
+        The order is a function of the seed and the epoch's number as ever, and turns count on: no noise is met again.
+        `state_dict` tells of it from then on.
+        """
+        self._first_turn = self.consumed = consumed
+        self._first_epoch = int(state["epoch"]) + (int(state["samples_consumed"]) > 0)
+
+    def turns_until(self, epoch: int) -> int:
+        """Samples that the caller is given until epoch `epoch` begins, those that it was given before included."""
+        return max(self._turn(epoch), self.consumed)
+
+    def _place(self, turn: int) -> tuple[int, int]:
+        """The epoch of a turn, and its place in it."""
+        epochs, place = divmod(turn - self._first_turn, len(self._cache))
+        return self._first_epoch + epochs, place
+
+    def _turn(self, epoch: int) -> int:
+        """The first turn of an epoch."""
+        return self._first_turn + (epoch - self._first_epoch) * len(self._cache)
 
     def _epoch_spans(self, epoch: int, consumed: int = 0) -> Iterator[tuple[int, int, int]]:
         """(first, last + 1) turn of this process's batches until the epoch's end, and the turn that all are done at."""
         together = self._batch_size * self._world_size
-        end = (epoch + 1) * len(self._cache)
-        for start in range(epoch * len(self._cache) + consumed, end, together):
+        end = self._turn(epoch + 1)
+        for start in range(self._turn(epoch) + consumed, end, together):
             share, more = divmod(min(together, end - start), self._world_size)
             if share == 0:
                 return
@@ -223,7 +279,7 @@ class CacheLoader:
         """The samples whose turns are `first` to `last`, of one epoch or of several."""
         parts = []
         while first < last:
-            epoch, number = divmod(first, len(self._cache))
+            epoch, number = self._place(first)
             parts.append(self._order(epoch)[number : number + last - first])
             first += len(parts[-1])
         return np.concatenate(parts)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kcache.errors import ConfigError, ModelError
+from kcache.hints import broken_link
 
 WEIGHTS_FILE: str = LORA_WEIGHT_NAME_SAFE
 """The adapters' file in a folder: pytorch_lora_weights.safetensors."""
@@ -76,7 +77,7 @@ def add_lora(
 
     `target_modules` are names of linear layers, whole or their last parts; empty takes `default_target_modules`.
     `alpha` None takes the rank. A is drawn from N(0, 1/rank²) by `seed` and nothing else, B is zero. Raises ConfigError
-    for a name that no linear layer has.
+    for a name that no linear layer has, and for a rank above the width of every layer that would get adapters.
     """
     targets = tuple(target_modules) or default_target_modules(network)
     layers = _linear_layers(network)
@@ -87,6 +88,13 @@ def add_lora(
         raise ConfigError(
             f"--lora-target-modules names {', '.join(unknown)}, which no linear layer of {type(network).__name__} is "
             f"called; expected some of {', '.join(dict.fromkeys(parts))}, or a layer's whole name such as {layers[0]}"
+        )
+    adapted = [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
+    widest = max(min(network.get_submodule(name).weight.shape) for name in adapted)
+    if rank > widest:
+        raise ConfigError(
+            f"--lora-rank is {rank}; the widest layer that would get adapters has rank {widest} itself; expected at "
+            f"most {widest}; give less, or train the whole network without --lora-rank"
         )
     _inject(network, rank, rank if alpha is None else alpha, dropout, targets, seed)
 
@@ -198,6 +206,8 @@ def _find_file(path: Path) -> Path:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
         found = "is no .safetensors file" if file.exists() else "does not exist"
+        if (broken := broken_link(file)) is not None:
+            found = f"does not exist: {broken}"
         raise ModelError(
             f"{file} {found}; expected adapters in safetensors format; give the run directory of a LoRA training, or "
             "its file (kcache unpickles nothing: save a .bin again as safetensors)"

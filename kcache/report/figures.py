@@ -16,7 +16,7 @@ from PIL import Image
 from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.report import page
-from kcache.report.grid import png_bytes
+from kcache.report.grid import own_font, png_bytes, writable
 from kcache.store.run_directory import CURVES_FILE, read_metrics, read_validation
 
 if TYPE_CHECKING:
@@ -172,7 +172,10 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def _draw_run(figure: "Figure", name: str, metrics: Entries, validation: Entries) -> None:
     panels = run_panels(metrics, validation)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
-    figure.suptitle(f"{name}, step {metrics[-1]['step']:,}", x=0.012, ha="left", fontsize=13, fontweight="bold")
+    title, font = writable(f"{name}, step {metrics[-1]['step']:,}", f"step {metrics[-1]['step']:,}", joined=False)
+    # A name is no formula, whatever dollar signs it has.
+    family: dict[str, Any] = {"fontweight": "bold"} if font == own_font() else {"font": font}
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, parse_math=False, **family)
     below = [title for title in panels if title not in (LOSS, HELD_OUT_BANDS)]
     width = 6 // len(below)
     places = {title: grid[1, i * width : (i + 1) * width] for i, title in enumerate(below)}

@@ -2,12 +2,14 @@
 
 import io
 import math
+import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from PIL.ImageFont import FreeTypeFont
 
 from kcache.durable import write_bytes
@@ -20,6 +22,11 @@ CAPTION_LINES = 3
 GAP = 4
 """Pixels between pictures of a strip."""
 INK, PAPER = "#22262b", "white"
+FONT_FOLDERS = (
+    "~/.local/share/fonts", "~/.fonts", "~/Library/Fonts", "/usr/local/share/fonts", "/usr/share/fonts",
+    "/usr/share/texmf/fonts", "/Library/Fonts", "/System/Library/Fonts",
+)  # fmt: skip
+"""Where systems keep their fonts."""
 
 
 def save_pictures(run_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
@@ -85,15 +92,22 @@ def captioned_grid(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> I
     most = max(count for _, count in groups)
     down = math.ceil(len(groups) / max(1, COLUMNS // most))
     across = math.ceil(len(groups) / down)  # so that the last row is about as full as the others
-    font, gap = _font(max(11, width // 24)), max(4, width // 32)
-    line = sum(font.getmetrics())
-    captions = [_wrapped(prompt, font, most * (width + gap) - gap) for prompt, _ in groups]
+    size, gap = max(11, width // 24), max(4, width // 32)
+    written = [
+        writable(prompt, f"prompt {number}, in letters that no font here has")
+        for number, (prompt, _) in enumerate(groups, 1)
+    ]
+    fonts = [ImageFont.truetype(file, size) for _, file in written]
+    line = max(sum(font.getmetrics()) for font in fonts)
+    captions = [
+        _wrapped(text, font, most * (width + gap) - gap) for (text, _), font in zip(written, fonts, strict=True)
+    ]
 
     block = (most * (width + gap), height + max(map(len, captions)) * line + 2 * gap)
     grid = Image.new("RGB", (across * block[0] + gap, down * block[1] + gap), PAPER)
     draw = ImageDraw.Draw(grid)
     waiting = iter(pictures)
-    for number, ((_, count), caption) in enumerate(zip(groups, captions, strict=True)):
+    for number, ((_, count), caption, font) in enumerate(zip(groups, captions, fonts, strict=True)):
         left, top = gap + number % across * block[0], gap + number // across * block[1]
         for i in range(count):
             grid.paste(next(waiting), (left + i * (width + gap), top))
@@ -141,8 +155,82 @@ def _cut(text: str, font: FreeTypeFont, width: float) -> str:
 
 
 @lru_cache
-def _font(size: int) -> FreeTypeFont:
-    """The font that comes with matplotlib, `size` pixels high: it has Cyrillic and Greek, which Pillow's own lacks."""
+def writable(text: str, instead: str, *, joined: bool | None = None) -> tuple[str, Path]:
+    """`text` in one line as it can be drawn here, and the font file that has all of its letters.
+
+    That is the font which comes with matplotlib, else the first of the system's. Signs that no font has are spelt by
+    their names, as in "a [fox face]"; with letters that no font has, or that what draws cannot join or set from right
+    to left, it is `instead`. `joined` says whether it can; None asks Pillow, which needs raqm for it.
+    """
+    can_join = features.check("raqm") if joined is None else joined
+    plain = " ".join(unicodedata.normalize("NFC", text).split())
+    if not can_join:
+        plain = "".join(character for character in plain if not _is_mark(character))
+        if any(_must_be_joined(character) for character in plain):
+            return instead, own_font()
+    spelt = "".join(_spelt(character) for character in plain)
+    for shown in dict.fromkeys((plain, spelt)):
+        letters = frozenset(character for character in shown if not _is_mark(character))
+        for font in (own_font(), *_system_fonts()):
+            if _has(font, letters):
+                return shown, font
+    return instead, own_font()
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character is none to be seen: one that joins, parts or chooses among those beside it, or a control."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") or "\ufe00" <= character <= "\ufe0f"
+
+
+def _must_be_joined(character: str) -> bool:
+    """Whether a letter is written from right to left, or changes beside others: Arabic, Hebrew, scripts of India, …."""
+    return (
+        unicodedata.bidirectional(character) in ("R", "AL")
+        or unicodedata.category(character) == "Mc"
+        or "\u0900" <= character <= "\u109f"
+        or "\u1780" <= character <= "\u18af"
+    )
+
+
+def _spelt(character: str) -> str:
+    """A sign that the font may lack, such as an emoji, by its name; anything else as it is, and what is no sign not."""
+    if _is_mark(character) or unicodedata.category(character) == "Sk":
+        return ""
+    is_sign = unicodedata.category(character) == "So" and not _has(own_font(), frozenset(character))
+    return f"[{unicodedata.name(character, 'sign').lower()}]" if is_sign else character
+
+
+def _has(file: Path, letters: frozenset[str]) -> bool:
+    """Whether a font file has a shape for each of the letters: another one than for what it has not."""
+    try:
+        font = ImageFont.truetype(file, 16, layout_engine=ImageFont.Layout.BASIC)
+        lacking = _shape(font, "\U0010ffff")
+        shapes = [_shape(font, letter) for letter in letters if unicodedata.category(letter) != "Zs"]
+    # Fonts of one size only, such as pictures of emoji, and broken ones.
+    except (OSError, ValueError):
+        return False
+    return all(shape != lacking and any(shape[1]) for shape in shapes)
+
+
+def _shape(font: FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+@lru_cache
+def own_font() -> Path:
+    """The font that comes with matplotlib: it has Cyrillic and Greek, which Pillow's own lacks."""
     import matplotlib as mpl
 
-    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@lru_cache
+def _system_fonts() -> tuple[Path, ...]:
+    """The fonts in the usual folders, in the order of their paths: upright ones first."""
+    found: list[Path] = []
+    for folder in FONT_FOLDERS:
+        for parent, _, names in os.walk(Path(folder).expanduser()):
+            found += [Path(parent, name) for name in names if name.lower().endswith((".ttf", ".otf", ".ttc"))]
+    slanted = ("bold", "italic", "oblique", "light", "black", "thin", "mono")
+    return tuple(sorted(found, key=lambda path: (any(word in path.name.lower() for word in slanted), path)))

@@ -17,7 +17,14 @@ from kcache.encoders.repositories import COMPONENTS, PIPELINES
 from kcache.report.grid import grids_of
 from kcache.settings import marks_of
 from kcache.store.recipe import sides_of
-from kcache.store.run_directory import LORA_FILE, read_config, read_metrics, read_validation
+from kcache.store.run_directory import (
+    LORA_FILE,
+    new_order_of,
+    read_config,
+    read_metrics,
+    read_starts,
+    read_validation,
+)
 
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
@@ -133,6 +140,9 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
     tables = ", ".join(f"{name} `{fingerprint[:16]}`" for name, fingerprint in sorted(cache["tables"].items()))
     where = Path(cache["path"]).name if published else cache["path"]
     lines = [f"* data: {cache['samples']:,} samples of the cache `{where}`, tables {tables}"]
+    for start in read_starts(run_dir):
+        if (told_of := new_order_of(start)) is not None:
+            lines.append(f"* after step {start['step']:,}: {told_of}")
     if metrics:
         last = [entry["loss"] for entry in metrics[-_LAST_STEPS:]]
         lines.append(f"* steps: {metrics[-1]['step']:,} of {told['global_batch']:,} samples each")

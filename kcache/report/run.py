@@ -16,7 +16,18 @@ from kcache.report import figures
 from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
-from kcache.store.run_directory import LORA_FILE, PIPELINE_FILE, read_config, read_metrics, read_starts, read_validation
+from kcache.store.run_directory import (
+    CONFIG_FILE,
+    LORA_FILE,
+    METRICS_FILE,
+    PIPELINE_FILE,
+    STARTS_FILE,
+    VALIDATION_FILE,
+    logger,
+    new_order_of,
+    read_config,
+    read_log,
+)
 
 NOT_RECORDED = "not recorded"
 LAST_STEPS = 100
@@ -41,36 +52,41 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     validation: Sequence[Mapping[str, Any]]
     starts: Sequence[Mapping[str, Any]]
+    lost: Sequence[str] = ()
+    """What of its logs cannot be read."""
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory, also that of a run that has just begun or has crashed; raises RunError for a broken one."""
+    """Read a run directory, also that of a run that has just begun or has crashed, and what is readable of its logs.
+
+    Raises RunError where config.json does not say what a run's does.
+    """
     told = read_config(folder)
     try:
-        run = Run(
-            folder=folder,
-            told=told,
-            config=dict(told["config"]),
-            metrics=_entries(read_metrics(folder)),
-            validation=_entries(read_validation(folder)),
-            starts=[{**entry, "step": int(entry["step"])} for entry in read_starts(folder)],
-        )
+        config = dict(told["config"])
+        str(config["stage"])
         for part in ("cache", "base", "versions"):
             dict(told[part])
-        str(run.config["stage"])
+        dict(told["cache"].get("tables", {})), int(told["cache"].get("samples", 0)), dict(told.get("machine", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder} is no run directory that this kcache can read ({error!r}); expected config.json, metrics.jsonl "
-            "and validation.jsonl as a training run writes them; use the kcache that wrote it"
+            f"{folder / CONFIG_FILE} does not say what this kcache writes of a run ({error!r}); expected its settings, "
+            "cache, base and versions; use the kcache that wrote it, or have the run write it again: "
+            "--resume-from-checkpoint latest"
         ) from error
-    return run
-
-
-def _entries(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of numbers; raises TypeError, ValueError or KeyError for others."""
-    return [
-        {"step": int(line["step"]), **{name: float(line[name]) for name in line if name != "step"}} for line in lines
-    ]
+    metrics, validation, starts = (read_log(folder, name) for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE))
+    lost = [log.lost for log in (metrics, validation, starts) if log.lost is not None]
+    for what in lost:
+        logger.warning("%s: left out", what)
+    return Run(
+        folder=folder,
+        told=told,
+        config=config,
+        metrics=metrics.entries,
+        validation=validation.entries,
+        starts=starts.entries,
+        lost=lost,
+    )
 
 
 def run_sections(run: Run) -> list[Section]:
@@ -107,6 +123,7 @@ def _overview(run: Run) -> Table:
     rates = finite(run.metrics, "samples_per_second")
     if len(rates):
         rows.append(["Speed", f"{np.median(rates):,.1f} images/s, median over the steps"])
+    rows += [["Left out", lost] for lost in run.lost]
     return Table(head=["What", "Value"], rows=rows)
 
 
@@ -237,10 +254,15 @@ def _starts(run: Run) -> Block:
     if not run.starts:
         return Text(text="When the run was begun or resumed is not recorded.")
     rows = [
-        [str(entry.get("time", NOT_RECORDED)), f"{entry['step']:,}" if entry["step"] else "begun"]
+        [str(entry.get("time", NOT_RECORDED)), (f"{entry['step']:,}" if entry["step"] else "begun") + _order(entry)]
         for entry in run.starts
     ]
     return Table(head=["Started", "Resumed after step"], rows=rows)
+
+
+def _order(start: Mapping[str, Any]) -> str:
+    told = new_order_of(start)
+    return "" if told is None else f", {told}"
 
 
 def _settings(config: Mapping[str, Any]) -> list[Block]:

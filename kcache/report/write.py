@@ -6,13 +6,14 @@ from typing import Literal
 
 from kcache.config import CountReport
 from kcache.errors import ConfigError
+from kcache.hints import broken_link
 from kcache.machine import check_device
 from kcache.places import check_local
 from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
-from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE
+from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run, run_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,12 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
 def _kind(folder: Path) -> Literal["run", "cache"]:
     if (folder / MANIFEST).is_file():
         return "cache"
-    if (folder / CONFIG_FILE).is_file() and (folder / METRICS_FILE).is_file():
+    if is_run(folder):
         return "run"
+    if (run_dir := run_of(folder)) is not None:
+        raise ConfigError(f"{folder} is a part of a run; expected the run's directory: kcache report {run_dir}")
     if not folder.exists():
-        found = "there is nothing at that path"
+        found = broken_link(folder) or "there is nothing at that path"
     elif not folder.is_dir():
         found = "it is a file"
     else:

@@ -1,15 +1,17 @@
 """Whether a run may write into its output directory, and go on from what an earlier start left there."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kcache.config import TrainConfig
 from kcache.durable import shared, writing
-from kcache.encoders.repositories import COMPONENTS
+from kcache.encoders.repositories import COMPONENTS, Repository
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
+from kcache.loader.batches import CacheLoader, RowReader, changed_samples
 from kcache.settings import marks_of
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, RESULT, logger
@@ -29,7 +31,7 @@ def check_output_dir(config: TrainConfig) -> None:
     """
     run_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
     with writing(run_dir):
-        steps, begun = checkpoint_steps(run_dir), (run_dir / METRICS_FILE).exists()
+        steps, begun = checkpoint_steps(run_dir), os.path.lexists(run_dir / METRICS_FILE)
         check_place(run_dir, ours=begun or bool(steps))
         found = [name for name in _RESULT if os.path.lexists(run_dir / name)]
         if not begun and not steps:
@@ -39,7 +41,7 @@ def check_output_dir(config: TrainConfig) -> None:
                     f"{run_dir} holds {', '.join(foreign[:3])}, which a run would replace, and is no run directory; "
                     "expected one of the run's own; give another --output-dir"
                 )
-        elif not _goes_on(run_dir, resume) and (steps or found or (run_dir / METRICS_FILE).stat().st_size):
+        elif not _goes_on(run_dir, resume) and (steps or found or _has_entries(run_dir / METRICS_FILE)):
             with shared(run_dir):  # a run that is still going on is not to be removed
                 raise _not_alone(run_dir, steps, found)
 
@@ -72,6 +74,11 @@ def _goes_on(run_dir: Path, name: str | None) -> bool:
     path = checkpoint_named(run_dir, name)
     # What is not there is refused when it is opened.
     return not path.exists() or path.resolve().parent == run_dir.resolve()
+
+
+def _has_entries(log: Path) -> bool:
+    """Whether there is anything to lose in a log: one that is no file, or cannot be looked at, may hold something."""
+    return not log.is_file() or log.stat().st_size > 0
 
 
 def _not_alone(run_dir: Path, steps: Sequence[int], found: Sequence[str]) -> RunError:
@@ -136,23 +143,103 @@ def _unknown(checkpoint: Checkpoint, error: Exception) -> RunError:
     )
 
 
-def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[str, str]) -> None:
+NewOrder = Mapping[str, int | None]
+"""{"samples", "before"}: how many samples a new order has, and the one before had; None where that is not recorded."""
+
+
+def check_same_samples(checkpoint: Checkpoint | None, rows: RowReader, config: TrainConfig) -> NewOrder | None:
+    """Check that going on from `checkpoint` trains on the same samples, or with --new-order what is new of them.
+
+    Raises CacheMismatchError for others without --new-order, RunError when the checkpoint does not say.
+    """
+    if checkpoint is None:
+        return None
+    try:
+        state = checkpoint.state["loader"]
+        changed, before = changed_samples(state, rows), state.get("samples")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unknown(checkpoint, error) from error
+    if changed is None:
+        if config.new_order:
+            logger.warning("--new-order: the samples are those of %s, and go on in their order", checkpoint.path)
+        return None
+    if not config.new_order:
+        raise CacheMismatchError(
+            f"{checkpoint.path} was trained on other samples than there are now ({changed}): their order would be "
+            "another; expected the same cache and selection; go on from its weights, optimizer and schedule in a new "
+            "order with --new-order, or give what it was begun with (the cache, --where)"
+        )
+    logger.warning(
+        "%s: %s; the run goes on from its weights, in a new order of these samples", checkpoint.path, changed
+    )
+    return {"samples": len(rows), "before": before}
+
+
+def take_place(loader: CacheLoader, checkpoint: Checkpoint, new_order: NewOrder | None) -> None:
+    """Have `loader` go on where it stood in `checkpoint`, or begin a new order there.
+
+    Raises RunError when the checkpoint does not say, CacheMismatchError for another order.
+    """
+    try:
+        state = checkpoint.state["loader"]
+        if new_order is None:
+            loader.load_state_dict(state)
+        else:
+            loader.begin_new_order(state, int(checkpoint.state["samples_seen"]))
+    except CacheMismatchError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unknown(checkpoint, error) from error
+
+
+def last_step(loader: CacheLoader, config: TrainConfig, global_batch: int, checkpoint: Checkpoint | None) -> int:
+    """The optimizer step that the run ends with, those before `checkpoint` counted as they were.
+
+    Where that is another than the run was begun with, a schedule that leads there goes on as that of a run which had
+    always been so long; it is said. Raises RunError when the checkpoint does not say.
+    """
+    step = 0 if checkpoint is None else checkpoint.step
+    left = loader.turns_until(config.num_train_epochs) - loader.consumed
+    last = config.max_train_steps or step + math.ceil(left / global_batch)
+    if checkpoint is None or config.lr_scheduler in ("constant", "constant_with_warmup"):
+        return last
+    state = checkpoint.state
+    begun = state.get("max_steps") or state["config"].get("max_train_steps")
+    if begun != last:
+        logger.warning(
+            "%s is of a run of %s steps, this one has %s: from step %s on, the learning rate is that of a %s schedule "
+            "over %s steps",
+            checkpoint.path,
+            "an unknown number of" if begun is None else f"{begun:,}",
+            f"{last:,}",
+            f"{step + 1:,}",
+            config.lr_scheduler,
+            f"{last:,}",
+        )
+    return last
+
+
+def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[str, str], new_order: bool) -> None:
     """Check that going on from `checkpoint` reads what was read before.
 
-    `tables` maps each table that is read to its fingerprint. `global_batch` is in samples per optimizer step; another
-    number of processes may change it, which is said in a warning. Raises CacheMismatchError for other tables, RunError
-    when the checkpoint does not say.
+    `tables` maps each table that is read to its fingerprint; with `new_order` they may be others, which is said.
+    `global_batch` is in samples per optimizer step; another number of processes may change it, which is said in a
+    warning. Raises CacheMismatchError for other tables, RunError when the checkpoint does not say.
     """
     try:
         begun_batch, begun_tables = int(checkpoint.state["global_batch"]), dict(checkpoint.state["tables"])
         int(checkpoint.state["samples_seen"])
     except (KeyError, TypeError, ValueError) as error:
         raise _unknown(checkpoint, error) from error
-    if begun_tables != tables:
+    if begun_tables != tables and not new_order:
         raise CacheMismatchError(
             f"{checkpoint.path} was trained from tables {_short(begun_tables)}; this cache has "
-            f"{_short(tables)}; resume with the cache it was begun with, or start a new run"
+            f"{_short(tables)}; expected the same; resume with the cache it was begun with, or go on from its weights "
+            "with these rows: --new-order"
         )
+    if begun_tables != tables:
+        was, now = _short(begun_tables), _short(tables)
+        logger.warning("%s was trained from tables %s, and goes on with %s", checkpoint.path, was, now)
     if begun_batch != global_batch:
         logger.warning(
             "%s was made with %d samples per step, this run takes %d: the samples go on in their order, but a step is "
@@ -164,13 +251,25 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
         )
 
 
-def check_same_base(checkpoint: Checkpoint | None, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
-    """Check that adapters go on with the weights that they were trained on, wherever these lie now.
+def check_same_base(
+    checkpoint: Checkpoint | None, config: TrainConfig, base: Repository, adapted: Mapping[str, str] | None
+) -> None:
+    """Check that adapters go on with the weights, and a decoder with the noise schedule, that they were trained on.
 
-    `adapted` is what `find_adapted` found, None where all weights learn: those are in the checkpoint. A checkpoint from
-    before this was recorded does not say, and is taken. Raises RunError for other weights.
+    Both lie in `base`, wherever it is now. `adapted` is what `find_adapted` found, None where all weights learn: those
+    are in the checkpoint. A checkpoint from before either was recorded does not say, and is taken. Raises RunError for
+    other ones.
     """
-    if checkpoint is None or adapted is None or checkpoint.state.get("adapted") is None:
+    if checkpoint is None:
+        return
+    schedule = checkpoint.state.get("noise_schedule")
+    if config.stage == "decoder" and schedule not in (None, base.read("scheduler").digest):
+        raise RunError(
+            f"{checkpoint.path} was trained with another noise schedule than {base.name} has in "
+            "scheduler/scheduler_config.json; expected the same, in whatever folder; give the pipeline it was begun "
+            "from by --pretrained-decoder-model-name-or-path, or start a new run in another --output-dir"
+        )
+    if adapted is None or checkpoint.state.get("adapted") is None:
         return
     begun = checkpoint.state["adapted"]
     try:

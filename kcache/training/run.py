@@ -28,13 +28,18 @@ from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint, save_checkpoint
-from kcache.store.run_directory import start_run
+from kcache.store.run_directory import AVERAGE_FILE, start_run
 from kcache.training.accelerator import machine_facts
 from kcache.training.network import save_network
-from kcache.training.optimizer import optimizer_tensors, restore_average, restore_optimizer, trainable_parameters
+from kcache.training.optimizer import (
+    go_on,
+    optimizer_tensors,
+    restore_average,
+    restore_optimizer,
+    trainable_parameters,
+)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-AVERAGE_FILE = "ema.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -53,7 +58,7 @@ class TrainingRun:
     objective: torch.nn.Module
     """The objective as accelerate prepared it: what the loop calls."""
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     loader: CacheLoader
     global_batch: int
     """Samples per optimizer step, of all processes and accumulated batches."""
@@ -68,6 +73,8 @@ class TrainingRun:
     """The samples that are validated on and never trained on."""
     adapted: Mapping[str, str] | None = None
     """The network that adapters are trained on, by name and weights; None where all weights learn."""
+    new_order: Mapping[str, int | None] | None = None
+    """How many samples the order has that begins with this start, and the one before had; None where it goes on."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
 
@@ -98,7 +105,8 @@ class TrainingRun:
         with writing(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(self.output_dir):
-            start_run(self.config, self._facts(), self.first_step)
+            told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
+            start_run(self.config, self._facts(), self.first_step, told)
             yield
 
     def _facts(self) -> dict[str, Any]:
@@ -121,6 +129,13 @@ class TrainingRun:
         state = {
             "config": asdict(self.config),
             "global_batch": self.global_batch,
+            "max_steps": self.max_steps,
+            # Of a folder the whole path: a checkpoint may be used from elsewhere.
+            "base": {
+                "name": self.base.name if self.base.revision else str(self.base.path),
+                "revision": self.base.revision,
+            },
+            "noise_schedule": self.base.read("scheduler").digest,
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "adapted": self.adapted,
@@ -138,7 +153,7 @@ class TrainingRun:
             save_file(dict(zip(names, self.average.shadow_params, strict=True)), folder / AVERAGE_FILE)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take back from `checkpoint` what `save` put there; the network was loaded from it already.
+        """Take back from `checkpoint` what `save` put there; network and loader have theirs already.
 
         Raises RunError when something of it is missing or does not fit.
         """
@@ -147,10 +162,8 @@ class TrainingRun:
         if self.average is not None:
             restore_average(checkpoint.path / AVERAGE_FILE, self.average, self.network, checkpoint.step)
         try:
-            self.loader.load_state_dict(state["loader"])
             self.lr_scheduler.load_state_dict(dict(state["lr_scheduler"]))
-            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = lr
+            go_on(self.lr_scheduler, self.optimizer, checkpoint.step)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         except KcacheError:

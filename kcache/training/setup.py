@@ -1,28 +1,35 @@
 """A training run set up: its parts found, checked against each other, loaded and put together."""
 
-import math
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import PIPELINES, Repository, find_repository, weights_digest
-from kcache.errors import CacheIncompleteError, CacheMismatchError
+from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository, weights_digest
+from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
 from kcache.loader.batches import CacheLoader, RowReader
 from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
+from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import Checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import KINDS, TEXT, kind_of
+from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
-from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
+from kcache.training.resume import (
+    check_same_base,
+    check_same_run,
+    check_same_samples,
+    checkpoint_to_resume,
+    last_step,
+    take_place,
+)
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
 
@@ -32,29 +39,40 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
 
     Raises the KcacheError of whatever is missing or does not fit together.
     """
+    for reason in idle(config).values():
+        logger.warning("%s", reason)
     check_optimizer(config)
     check_attention(config.attention, OBJECTIVES[config.stage].network_class)
     accelerator = make_accelerator(config)
+    if config.residency == "gpu" and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "--residency gpu was given, but the run computes on the CPU; expected a GPU that can hold the rows; give "
+            "--residency auto, ram or mmap"
+        )
     if config.compile:
         check_compiler(accelerator.device)
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
-    check_same_base(checkpoint, config, adapted)
+    check_same_base(checkpoint, config, base, adapted)
+    new_order = check_same_samples(checkpoint, cache, config)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
-        check_same_run(checkpoint, global_batch, tables)
-    max_steps = config.max_train_steps or _steps_until(config.num_train_epochs * len(cache), global_batch, checkpoint)
+        check_same_run(checkpoint, global_batch, tables, config.new_order)
     objective.to(accelerator.device)
     # Made where the weights lie, and before the objective is wrapped.
     average = make_average(objective.network, config) if config.use_ema else None
     made = make_optimizer(objective.network, config, accelerator.device)
     prepared, optimizer = accelerator.prepare(objective.train(), made)
+    loader = _make_loader(cache, objective, config, accelerator)
+    if checkpoint is not None:
+        take_place(loader, checkpoint, new_order)
+    max_steps = last_step(loader, config, global_batch, checkpoint)
     run = TrainingRun(
         config=config,
         cache=cache,
@@ -65,7 +83,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         objective=prepared,
         optimizer=optimizer,
         lr_scheduler=make_schedule(optimizer, config, max_steps),
-        loader=_make_loader(cache, objective, config, accelerator),
+        loader=loader,
         global_batch=global_batch,
         max_steps=max_steps,
         counterpart_name=counterpart_name,
@@ -73,6 +91,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         average=average,
         held_out=held_out,
         adapted=adapted,
+        new_order=new_order,
     )
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -93,30 +112,39 @@ def _find_base(cache: Cache, config: TrainConfig) -> Repository:
     for kind in KINDS:
         if config.stage in kind.readers:
             cache.table_of(kind.fields[0])
-    name, revision = getattr(config, MODEL_SETTINGS[config.stage]), config.revision
-    if name is None:
-        origin = cache.models[config.stage]
-        name, revision = str(origin["name"]), revision or origin["revision"]
-    return find_repository(name, revision, PIPELINES[config.stage].components, config.cache_dir)
+    return _find_half(cache, config, config.stage, config.revision)[1]
 
 
 def _find_counterpart(cache: Cache, config: TrainConfig) -> tuple[str, Repository | None]:
     """The half that does not learn: the one named, the cache's, or the published one; found if it is to draw."""
     half = PIPELINES[config.stage].other
+    if config.validation_prompts:
+        return _find_half(cache, config, half)
     origin = cache.models.get(half, {})
-    name = getattr(config, MODEL_SETTINGS[half]) or str(origin.get("name") or PIPELINES[half].published)
-    if not config.validation_prompts:
-        return name, None
-    # A --revision is of the repository that is trained, and names nothing in this one.
-    revision = origin.get("revision") if origin.get("name") == name else None
-    return name, find_repository(name, revision, PIPELINES[half].components, config.cache_dir)
+    return getattr(config, MODEL_SETTINGS[half]) or str(origin.get("name") or PIPELINES[half].published), None
 
 
-def _steps_until(samples: int, global_batch: int, checkpoint: Checkpoint | None) -> int:
-    """Optimizer steps until `samples` have been seen, those before the checkpoint counted as they were."""
-    if checkpoint is None:
-        return math.ceil(samples / global_batch)
-    return checkpoint.step + math.ceil(max(0, samples - checkpoint.state["samples_seen"]) / global_batch)
+def _find_half(cache: Cache, config: TrainConfig, half: str, revision: str | None = None) -> tuple[str, Repository]:
+    """Name and repository of a half of Kandinsky 2.2: of the one named, else the cache's, else the published one.
+
+    `revision` is what --revision says of it; the half's own flag says so, too.
+    """
+    flag = f"--{half}-revision"
+    own = getattr(config, f"{half}_revision")
+    flag, revision = (flag, own) if own is not None else ("--revision", revision)
+    given, origin = getattr(config, MODEL_SETTINGS[half]), cache.models.get(half, {})
+    name = given or str(origin.get("name") or PIPELINES[half].published)
+    check_revision(flag, name, revision)
+    if revision is None and name == origin.get("name"):
+        revision = origin.get("revision")
+    try:
+        return name, find_repository(name, revision, PIPELINES[half].components, config.cache_dir)
+    except ModelError as error:
+        if given is not None:
+            raise
+        raise ModelError(
+            f"{error}; {cache.path} was built with it: give its place now by --{MODEL_SETTINGS[half].replace('_', '-')}"
+        ) from error
 
 
 def check_cache_fits(cache: Cache, objective: Objective, repository: Repository) -> None:

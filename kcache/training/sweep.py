@@ -26,7 +26,7 @@ from kcache.errors import ConfigError, KcacheError, RunError
 from kcache.report.figures import png_of, smoothed, thinned
 from kcache.settings import marks_of, read_toml, settings_from
 from kcache.store.cache import Cache
-from kcache.store.run_directory import read_metrics, read_validation
+from kcache.store.run_directory import LORA_FILE, PIPELINE_FILE, logger, read_config, read_metrics, read_validation
 from kcache.training.log import Progress
 from kcache.training.resume import check_place
 from kcache.training.trainer import train
@@ -128,7 +128,8 @@ def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
 
 def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of all entries, each (n,) float64."""
-    return np.array([entry["step"] for entry in entries], np.float64), np.array([entry[name] for entry in entries])
+    steps, values = np.array([(entry["step"], entry[name]) for entry in entries], np.float64).reshape(-1, 2).T
+    return steps, values
 
 
 def _number(value: float | None, form: str) -> str:
@@ -213,7 +214,7 @@ def run_sweep(
     folder = Path(config.output_dir)
     check_place(folder, ours=(folder / SWEEP_FILE).exists())
     opened = Cache.open(cache, config.resolution)
-    records = _read_records(folder / SWEEP_FILE)
+    records = _read_records(folder / SWEEP_FILE, [run.name for run in planned])
     finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint)}
     # By what launchers set, as processes know nothing of each other before the first run.
     first = int(os.environ.get("RANK", "0")) == 0
@@ -258,7 +259,8 @@ def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
     last, validations = read_metrics(run_dir)[-_LAST_STEPS:], read_validation(run_dir)
 
     def mean(value: str) -> float | None:
-        return sum(entry[value] for entry in last) / len(last) if last else None
+        known = [entry[value] for entry in last if value in entry]
+        return sum(known) / len(known) if known else None
 
     return SweptRun(
         name=run.name,
@@ -277,10 +279,10 @@ def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint:
     if record is None or record["run"]["error"] is not None or not run_dir.is_dir():
         return False
     begun, asked = record["config"], json.loads(json.dumps(asdict(run.config)))
-    # A sweep's directory may be moved, and may be older than a setting.
-    compared = [name for name in asked if name in begun and name != "output_dir"]
+    # A sweep's directory may be moved, and may be older than a setting; every run that is begun may go on.
+    compared = [name for name in asked if name in begun and name not in ("output_dir", "resume_from_checkpoint")]
     changed = [f"{name}: {begun[name]} → {asked[name]}" for name in compared if begun[name] != asked[name]]
-    if record["cache"] != fingerprint:
+    if record["cache"] not in (None, fingerprint):
         changed.append(f"cache: {record['cache'][:16]} → {fingerprint[:16]}")
     if changed:
         raise RunError(
@@ -290,17 +292,34 @@ def _is_finished(run: PlannedRun, record: Mapping[str, Any] | None, fingerprint:
     return True
 
 
-def _read_records(path: Path) -> dict[str, Any]:
-    """What sweep.json says of each run by its name, runs included that the sweep no longer has."""
+def _read_records(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What sweep.json says of each run by its name, runs included that the sweep no longer has.
+
+    Where it cannot be read it is written anew, which is said, from what each of the runs `names` says of itself.
+    """
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_bytes())["runs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error!r}); expected what an earlier sweep wrote; remove it: runs then go on "
-            "from their checkpoints"
-        ) from error
+        runs = dict(json.loads(path.read_bytes())["runs"])
+        for run in runs.values():
+            str(run["cache"]), dict(run["config"]), run["run"]["error"]
+        return runs
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        logger.warning("%s cannot be read (%r): it is written anew, from what the runs say of themselves", path, error)
+    return {name: record for name in names if (record := _recorded_in(path.parent / name)) is not None}
+
+
+def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
+    """What a finished run says of itself: all but the whole of its cache; None where it is not finished."""
+    try:
+        told = read_config(run_dir)
+    except RunError:
+        return None
+    metrics = read_metrics(run_dir)
+    ended = bool(metrics) and metrics[-1]["step"] == told.get("max_steps")
+    if not ended or not any((run_dir / name).is_file() for name in (LORA_FILE, PIPELINE_FILE)):
+        return None
+    return {"cache": None, "config": told["config"], "run": {"error": None}}
 
 
 def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> None:

@@ -109,6 +109,7 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
         adam_epsilon=0.0,
         max_grad_norm=1e9,
         caption_dropout=1.0,
+        use_ema=True,
         ema_decay=1.0,
         seed=2**63 - 1,
     )
@@ -117,10 +118,15 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_alpha": 4.0}, "--lora-alpha is for adapters; expected a --lora-rank"),
-        ({"lora_dropout": 0.1}, "--lora-dropout is for adapters"),
-        ({"lora_target_modules": ("to_q",)}, "--lora-target-modules is for adapters"),
-        ({"validation_steps": 5}, "--validation-steps says when, but not what to look at"),
+        ({"lora_alpha": 4.0}, "--lora-alpha changes nothing without --lora-rank; expected that beside it; add that"),
+        ({"lora_dropout": 0.1}, "--lora-dropout changes nothing without --lora-rank"),
+        ({"lora_target_modules": ("to_q",)}, "--lora-target-modules changes nothing without --lora-rank"),
+        ({"validation_steps": 5}, "changes nothing without --val-fraction or --validation-prompts"),
+        ({"ema_decay": 0.9}, "--ema-decay changes nothing without --use-ema"),
+        ({"new_order": True}, "--new-order changes nothing without --resume-from-checkpoint"),
+        ({"online": "photos", "residency": "ram"}, "--residency ram .* with --online there are none"),
+        ({"revision": "a", "prior_revision": "b"}, "--revision is a and --prior-revision b: both are of the prior"),
+        ({"decoder_revision": "b"}, "this run reads no decoder, which only draws --validation-prompts"),
         ({"image_dropout": 0.1}, "--image-dropout is for the decoder"),
         ({"stage": "decoder", "noise_draws": 2}, "--noise-draws is for the prior"),
         ({"noise_draws": 0}, "--noise-draws is 0; expected 1 or more"),

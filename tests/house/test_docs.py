@@ -24,6 +24,7 @@ from upstream_flags import UPSTREAM
 import kcache.training.trainer
 from kcache import Cache
 from kcache.config import TrainConfig
+from kcache.settings import marks_of
 from kcache.store.run_directory import read_metrics
 from kcache_cli import app as cli
 from kcache_cli.upstream_flags import refusal
@@ -85,6 +86,19 @@ def test_the_guide_runs_and_loads_what_was_trained(place: Path, kcache_command: 
     (picture,) = (place / "samples").iterdir()
     with Image.open(picture) as image:
         assert image.size == (64, 64)
+
+
+def test_the_document_on_going_on_runs_and_names_every_setting(
+    place_with_cache: Path, kcache_command: Callable[..., int]
+) -> None:
+    document = ROOT / "docs" / "resuming.md"
+    kept, others = document.read_text().partition("\n## When the data")[0].split("All others may change:")
+    marks = marks_of(TrainConfig)
+    wanted = {name for name in marks if marks[name].kept and marks[name].flag}
+    assert wanted <= set(re.findall(r"`(\w+)`", kept))
+    assert set(re.findall(r"`(\w+)`", others)) - {"constant", "constant_with_warmup"} == set(marks) - wanted - {"stage"}
+    assert kcache_command("train-prior", "caches/photos-64", "--output-dir=runs/prior", "--max-train-steps=1") == 0
+    run_document(document, kcache_command)
 
 
 def test_the_readme_runs(place: Path, kcache_command: Callable[..., int]) -> None:

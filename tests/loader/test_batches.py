@@ -1,5 +1,6 @@
 """Batches: every sample once an epoch, the same whoever reads them, and exactly resumable."""
 
+import json
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -16,7 +17,8 @@ from measuring.synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
-from kcache.loader.chance import draw_noise
+from kcache.loader.batches import changed_samples
+from kcache.loader.chance import draw_noise, epoch_order
 from kcache.upkeep.convert import convert_cache
 
 SAMPLES = 23
@@ -140,11 +142,44 @@ def test_resuming_within_an_epoch_gives_its_rest(cache: Cache) -> None:
     assert resumed.state_dict()["epoch"] == 1
 
 
+@pytest.mark.parametrize(("taken", "epoch"), [(0, 0), (1, 1), (3, 1), (11, 4)])
+def test_a_new_order_begins_with_the_next_epoch_and_is_gone_on_with(cache: Cache, taken: int, epoch: int) -> None:
+    """From 12 samples, 4 at a time, to all 23: one epoch of the new ones is one of a run that always had them."""
+    before = CacheLoader(cache.select(range(12)), ["latents"], 4, seed=3)
+    list(islice(before.forever(), taken))
+    state, consumed = before.state_dict(), before.consumed
+    assert changed_samples(state, cache) == "12 samples before, 23 now, 36 captions before, 69 now"
+    turns: list[int] = []
+
+    def draws(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        turns.extend(numbers.tolist())
+        return {}
+
+    def begun(**settings: Any) -> CacheLoader:
+        loader = CacheLoader(cache, ["latents"], 5, seed=3, **settings)
+        loader.begin_new_order(state, consumed)
+        return loader
+
+    loader = begun(draws=draws)
+    assert loader.turns_until(epoch + 2) - consumed == 2 * 23
+    whole = numbers(cache, islice(loader.forever(), 9))
+    order = epoch_order(3, epoch, 23, "full").tolist() + epoch_order(3, epoch + 1, 23, "full").tolist()
+    assert sum(whole, []) == order[:45]
+    assert sorted(turns)[:45] == list(range(consumed, consumed + 45))
+
+    again = begun()
+    head = numbers(cache, islice(again.forever(), 6))
+    resumed = CacheLoader(cache, ["latents"], 5, seed=3)
+    resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert head + numbers(cache, islice(resumed.forever(), 3)) == whole
+    assert resumed.state_dict() == loader.state_dict()
+
+
 def test_another_order_is_refused(cache: Cache) -> None:
     state = CacheLoader(cache, ["latents"], 4, seed=1).state_dict()
     with pytest.raises(CacheMismatchError, match="has seed 1, this loader has 2"):
         CacheLoader(cache, ["latents"], 4, seed=2).load_state_dict(state)
-    with pytest.raises(CacheMismatchError, match="samples_digest"):
+    with pytest.raises(CacheMismatchError, match="23 samples as before, but other pictures or captions"):
         CacheLoader(cache, ["latents"], 4, seed=1).load_state_dict({**state, "samples_digest": "0"})
 
 

@@ -82,6 +82,14 @@ def test_runs_of_any_length_are_drawn(tmp_path: Path, steps: int, validated: lis
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+@pytest.mark.parametrize("name", ["a $ and $\\frac{", "红狐", "ثعلب", "fox \U0001f98a", "a_b^c"])
+def test_a_run_may_have_any_name(tmp_path: Path, name: str) -> None:
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    write(run_dir, "metrics.jsonl", metrics(3))
+    assert plot_run(run_dir).stat().st_size > 10_000
+
+
 def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
     entries = metrics(3)
     entries[1]["loss"] = float("nan")

@@ -2,27 +2,35 @@
 
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image, ImageFont
 
+import kcache.report.grid
 from kcache.errors import RunError
 from kcache.report.grid import (
     CAPTION_LINES,
-    _font,
     _wrapped,
     captioned_grid,
     grids_of,
     open_picture,
+    own_font,
     pictures_of,
     png_bytes,
     save_pictures,
     step_of,
+    writable,
 )
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200)]
+
+
+FONT = ImageFont.truetype(own_font(), 12)
 
 
 def squares(count: int, side: int = 64) -> list[Image.Image]:
@@ -64,7 +72,7 @@ def test_pictures_of_one_prompt_share_a_row_and_a_caption() -> None:
     "text", ["one two three", "рыжая лиса на снегу", "x" * 200, "a " * 200, "word " * 3 + "y" * 90, "", "  a \n b "]
 )
 def test_captions_fit(text: str) -> None:
-    font = _font(12)
+    font = FONT
     lines = _wrapped(text, font, 100)
     assert len(lines) <= CAPTION_LINES
     assert all(0 < font.getlength(line) <= 100 for line in lines)
@@ -73,7 +81,76 @@ def test_captions_fit(text: str) -> None:
 
 
 def test_lines_break_between_words() -> None:
-    assert _wrapped("one two three four five six", _font(12), 100) == ["one two three", "four five six"]
+    assert _wrapped("one two three four five six", FONT, 100) == ["one two three", "four five six"]
+
+
+def make_font(path: Path, letters: str) -> None:
+    """A font that has a triangle for each of the letters, and a box for all others."""
+    pens = {name: TTGlyphPen(None) for name in (".notdef", *(f"u{ord(letter):05X}" for letter in letters))}
+    for number, pen in enumerate(pens.values()):
+        pen.moveTo((50, 0))
+        pen.lineTo((450, 100 * number))
+        pen.lineTo((450, 800))
+        pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(list(pens))
+    font.setupCharacterMap({ord(letter): f"u{ord(letter):05X}" for letter in letters})
+    font.setupGlyf({name: pen.glyph() for name, pen in pens.items()})
+    font.setupHorizontalMetrics(dict.fromkeys(pens, (500, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Triangles", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    font.save(path)
+
+
+@pytest.fixture
+def fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine's folder of fonts: one for red foxes in Chinese, one broken."""
+    make_font(tmp_path / "fonts" / "cjk" / "Triangles.ttf", "红狐, fox1step")
+    (tmp_path / "fonts" / "Broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(kcache.report.grid, "FONT_FOLDERS", (str(tmp_path / "none"), str(tmp_path / "fonts")))
+    for remembered in (kcache.report.grid._system_fonts, writable):
+        remembered.cache_clear()
+    yield tmp_path / "fonts" / "cjk" / "Triangles.ttf"
+    for remembered in (kcache.report.grid._system_fonts, writable):
+        remembered.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "joined", "shown", "ours"),
+    [
+        ("a red fox", True, "a red fox", True),
+        ("рыжая лиса, αλεπού", False, "рыжая лиса, αλεπού", True),
+        ("cafe\u0301", False, "caf\u00e9", True),
+        ("红狐", True, "红狐", False),
+        ("红狐 fox", False, "红狐 fox", False),
+        ("fox \U0001f98a", True, "fox [fox face]", True),
+        ("fox \U0001f469\u200d\U0001f4bb\ufe0f", False, "fox [woman][personal computer]", True),
+        ("zero\u200bwidth\u2028line", False, "zerowidth line", True),
+        ("שועל אדום", True, "שועל אדום", True),
+        ("ثعلب أحمر", True, "ثعلب أحمر", True),
+        ("שועל אדום", False, "instead", True),
+        ("ثعلب أحمر", False, "instead", True),
+        ("लाल लोमड़ी", False, "instead", True),
+        ("红色的狐狸", True, "instead", True),
+        ("ສີ", True, "ສີ", True),
+        ("\ue000", True, "instead", True),
+    ],
+)
+def test_writing_is_drawn_with_a_font_that_has_it_or_not_at_all(
+    fonts: Path, text: str, joined: bool, shown: str, ours: bool
+) -> None:
+    assert writable(text, "instead", joined=joined) == (shown, own_font() if ours else fonts)
+
+
+def test_a_prompt_that_cannot_be_written_is_numbered(fonts: Path) -> None:
+    prompts = ["a", "红狐", "红色的狐狸"]
+    drawn = captioned_grid(squares(3, 256), prompts)
+    said = captioned_grid(squares(3, 256), ["a", "红狐", "prompt 3, in letters that no font here has"])
+    assert np.array_equal(np.asarray(drawn), np.asarray(said))
+    assert not np.array_equal(np.asarray(drawn), np.asarray(captioned_grid(squares(3, 256), ["a", "狐红", "a"])))
 
 
 def test_a_png_comes_back() -> None:

@@ -179,15 +179,38 @@ def test_a_run_may_have_no_finite_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("config.json", "{}"), ("config.json", '{"config": 3}'), ("metrics.jsonl", "no JSON\n"),
-        ("metrics.jsonl", '{"loss": 1}\n'), ("metrics.jsonl", '{"step": 1, "loss": "a"}\n'),
-        ("validation.jsonl", "[1]\n"), ("starts.jsonl", '{"time": "now"}\n'),
+        ("metrics.jsonl", "no JSON\n"), ("metrics.jsonl", '{"loss": 1}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n'), ("metrics.jsonl", '{"step": 1, "loss": 1, "lr": null}\n'),
+        ("metrics.jsonl", "\0" * 4096), ("metrics.jsonl", b"\xff\xfe{}\n"), ("metrics.jsonl", "[" * 99_999 + "\n"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1' + "0" * 400 + "}\n"), ("metrics.jsonl", '{"step": -1, "loss": 1}\n'),
+        ("validation.jsonl", "[1]\n"), ("validation.jsonl", '{"step": 1}\n'), ("starts.jsonl", '{"time": "now"}\n'),
     ],
 )  # fmt: skip
-def test_a_run_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: str) -> None:
+def test_what_cannot_be_read_of_a_log_is_left_out_and_said(
+    tmp_path: Path, name: str, content: str | bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = written(tmp_path / "run", steps(0.5))
-    (folder / name).write_text(content)
-    with pytest.raises(RunError, match="is no run directory that this kcache can read"):
+    whole = (folder / name).read_bytes() if (folder / name).exists() else b""
+    (folder / name).write_bytes(whole + (content if isinstance(content, bytes) else content.encode()))
+    overview = values(report(folder)["Overview"])
+    count = 2 if whole else 1
+    assert overview["Left out"] == f"{folder / name}: 1 of {count} lines cannot be read"
+    assert [record.getMessage() for record in caplog.records] == [f"{overview['Left out']}: left out"]
+    assert read_run(folder).metrics == steps(0.5)
+
+
+def test_a_log_may_be_no_file(tmp_path: Path) -> None:
+    folder = written(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    assert values(report(folder)["Overview"])["Left out"] == f"{folder / 'metrics.jsonl'} is no file"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}'])
+def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, content: str) -> None:
+    folder = written(tmp_path / "run", steps(0.5))
+    (folder / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config\.json (cannot be read|does not say)"):
         read_run(folder)
 
 

@@ -2,19 +2,22 @@
 
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import PriorTransformer
 from safetensors.torch import save_file
 
-from kcache.config import TrainConfig
+from kcache.config import LrScheduler, TrainConfig
 from kcache.errors import ConfigError, RunError
 from kcache.training.optimizer import (
     averaged,
     check_optimizer,
+    go_on,
     make_average,
     make_optimizer,
+    make_schedule,
     optimizer_tensors,
     restore_average,
     restore_optimizer,
@@ -43,6 +46,32 @@ def take_steps(network: PriorTransformer, optimizer: torch.optim.Optimizer, firs
         for number, parameter in enumerate(trainable_parameters(network).values()):
             parameter.grad = torch.full_like(parameter, 0.1 * (step + 1) * (number + 1))
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", get_args(LrScheduler))
+@pytest.mark.parametrize(("warm_up", "before", "after", "step"), [(0, 10, 20, 10), (3, 20, 10, 7), (4, 8, 16, 2)])
+def test_a_schedule_of_another_length_goes_on_as_if_it_had_always_been_so_long(
+    name: str, warm_up: int, before: int, after: int, step: int
+) -> None:
+    settings = config(lr_scheduler=name, lr_warmup_steps=warm_up)
+
+    def course(steps: int, length: int, begun: int = 0, told: dict[str, Any] | None = None) -> list[float]:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], settings.learning_rate)
+        schedule = make_schedule(optimizer, settings, length)
+        if told is not None:
+            schedule.load_state_dict(told)
+            go_on(schedule, optimizer, begun)
+        rates = []
+        for _ in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        states.append(schedule.state_dict())
+        return rates
+
+    states: list[dict[str, Any]] = []
+    course(step, before)
+    assert course(after - step, after, step, states[-1]) == course(after, after)[step:]
 
 
 def test_an_optimizer_goes_on_from_its_tensors_as_if_it_had_never_stopped(tmp_path: Path) -> None:

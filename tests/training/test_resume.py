@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kcache.encoders.repositories import find_repository, weights_digest
 from kcache.errors import CacheMismatchError, RunError
 from kcache.store.checkpoint import open_checkpoint
 from kcache.store.digests import DigestMemo
+from kcache.store.run_directory import read_starts
 from kcache.training.resume import checkpoint_to_resume
 from kcache.training.trainer import train
 
@@ -135,10 +137,51 @@ def test_another_kind_of_run_is_refused_before_its_network_is_loaded(
             train(cache, config(tmp_path, **settings, resume_from_checkpoint="latest"))
 
 
-def test_another_selection_of_samples_is_refused(cache: str, tmp_path: Path) -> None:
-    train(cache, config(tmp_path, checkpointing_steps=4))
-    with pytest.raises(CacheMismatchError, match="samples_digest"):
-        train(cache, config(tmp_path, where="tokens <= 10", resume_from_checkpoint="latest"))
+def test_another_selection_of_samples_is_refused_and_begins_a_new_order_where_it_is_asked_to(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = config(tmp_path / "run", where="tokens <= 10", checkpointing_steps=2)
+    train(cache, begun)
+    grown = replace(begun, where=None, max_train_steps=8, resume_from_checkpoint="latest")
+    with pytest.raises(CacheMismatchError, match=r"5 samples before, 10 now.*--new-order"):
+        train(cache, grown)
+
+    copies = [shutil.copytree(tmp_path / "run", tmp_path / name) for name in ("whole", "again", "part")]
+    for copy in copies[:2]:
+        train(cache, replace(grown, output_dir=str(copy), new_order=True))
+    part = replace(grown, output_dir=str(copies[2]), new_order=True)
+    train(cache, replace(part, max_train_steps=6))
+    train(cache, replace(part, new_order=False))  # begun before, and gone on with
+    for copy in copies:
+        assert course(copy) == course(copies[0])
+        assert_equal_tensors(copy / WEIGHTS["prior"], copies[0] / WEIGHTS["prior"])
+        told = [start.get("new_order") for start in read_starts(copy)]
+        assert told[:2] == [None, {"samples": 10, "before": 5}]
+        assert "* after step 4: in a new order of 10 samples, where there were 5" in (copy / "README.md").read_text()
+    assert course(copies[0])[:4] == course(tmp_path / "run")
+    caplog.clear()
+    train(cache, replace(part, max_train_steps=9))
+    assert "--new-order: the samples are those of" in caplog.text
+
+
+def test_a_run_of_another_length_says_so(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"max_train_steps": None, "lr_scheduler": "linear", "lr_warmup_steps": 0}
+    train(cache, config(tmp_path / "whole", **settings, num_train_epochs=2))
+    train(cache, config(tmp_path / "part", **settings, num_train_epochs=1, checkpointing_steps=3))
+    go_on: dict[str, Any] = {
+        **settings,
+        "num_train_epochs": 2,
+        "resume_from_checkpoint": "latest",
+        "checkpointing_steps": 5,
+    }
+    caplog.clear()
+    train(cache, config(tmp_path / "part", **go_on))
+    assert [lr for *_, lr in course(tmp_path / "part")][3:] == [lr for *_, lr in course(tmp_path / "whole")][3:]
+    assert "is of a run of 3 steps, this one has 5: from step 4 on, the learning rate is that of" in caplog.text
+    assert "linear" in caplog.text
+    caplog.clear()
+    train(cache, config(tmp_path / "part", **go_on))
+    assert not caplog.records
 
 
 def repainted(oracle: Path, folder: Path) -> Path:

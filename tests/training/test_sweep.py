@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from short_runs import write_run
 from small_builds import build
 
 import kcache.training.sweep
@@ -15,7 +16,7 @@ from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
-from kcache.training.sweep import SweptRun, comparison_table, plan_sweep, plot_runs, run_sweep
+from kcache.training.sweep import SweptRun, _read_records, comparison_table, plan_sweep, plot_runs, run_sweep
 from kcache.training.trainer import train
 
 TWO = '[[run]]\nname = "slow"\nlearning_rate = 1e-5\n[[run]]\nname = "fast"\nlearning-rate = 1e-3\nseed = 7\n'
@@ -184,6 +185,11 @@ def test_a_finished_run_is_not_compared_under_other_settings(cache: Path, tmp_pa
     path.write_text('[[run]]\nname = "slow"\nlearning_rate = 1e-5\n')
     run_sweep(cache, replace(config(tmp_path), output_dir=str(moved)), path)
     assert len(opened) == 1
+    whole = (moved / "sweep.json").read_text()
+    (moved / "sweep.json").write_text(whole[:99])
+    run_sweep(cache, replace(config(tmp_path), output_dir=str(moved)), path)
+    assert (moved / "sweep.json").read_text() == whole
+    assert len(opened) == 1
     records = json.loads((moved / "sweep.json").read_text())
     records["runs"]["slow"]["cache"] = "0" * 64
     (moved / "sweep.json").write_text(json.dumps(records))
@@ -191,11 +197,19 @@ def test_a_finished_run_is_not_compared_under_other_settings(cache: Path, tmp_pa
         run_sweep(cache, replace(config(tmp_path), output_dir=str(moved)), path)
 
 
-def test_records_that_cannot_be_read_are_named(cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "sweep.json").write_text("{")
-    with pytest.raises(RunError, match=r"sweep\.json cannot be read"):
-        run_sweep(cache, config(tmp_path), write(tmp_path, TWO))
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": {"slow": {}}}', '{"runs": {"slow": {"run": 3}}}', "\0" * 99])
+def test_records_that_cannot_be_read_are_what_the_runs_say_of_themselves(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, steps in (("half", 4), ("slow", 3)):
+        run_dir = write_run(tmp_path / name, "a", "b")
+        told = json.loads((run_dir / "config.json").read_text())
+        (run_dir / "config.json").write_text(json.dumps(told | {"max_steps": steps}))
+        (run_dir / "model_index.json").touch()
+    (tmp_path / "sweep.json").write_text(text)
+    records = _read_records(tmp_path / "sweep.json", ["slow", "half", "none"])
+    assert records == {"slow": {"cache": None, "config": told["config"], "run": {"error": None}}}
+    assert f"{tmp_path / 'sweep.json'} cannot be read" in caplog.text
 
 
 def test_a_table_shows_what_differs(tmp_path: Path) -> None:
