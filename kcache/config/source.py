@@ -10,10 +10,12 @@ class SourceConfig:
     """Which parts of a source are meant; what a source of its kind has no use for is refused there."""
 
     image_column: str | None = setting(
-        None, "Column that holds the image: `image` when left out; in metadata its path: `file_name`."
+        None,
+        "Column that holds the image: `image` when left out; in metadata `file_name`, its path; in tars a member, jpg.",
     )
     caption_column: str | None = setting(
-        None, "Column that holds the caption, or a list of captions: `text` when left out."
+        None,
+        "Column that holds the caption, or a list of captions: `text` when left out; in tars of .json, or a member.",
     )
     split: str | None = setting(None, "Split of a dataset that has several: `train` when left out.")
     follow_links: str | None = setting(

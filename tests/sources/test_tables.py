@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kcache import Cache
 from kcache.config import SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.arrow_files import HeldImages, ParquetFile
 from kcache.store.digests import DigestMemo, content_key
+from kcache.upkeep.info import describe_cache
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -309,3 +312,20 @@ def test_why_a_dataset_of_the_hub_is_not_read_is_one_line(
     with pytest.raises(SourceError, match=said) as raised:
         open_source("owner/pictures")
     assert "\n" not in str(raised.value)
+
+
+# ---- several rows of one picture
+
+
+def test_rows_of_one_picture_are_samples_of_their_own_and_it_is_encoded_once(
+    tmp_path: Path, oracle: Path, build: Callable[..., str]
+) -> None:
+    one, other = (path.read_bytes() for path in sorted((oracle / "data").glob("*.png"))[:2])
+    place = write(tmp_path / "rows", x={"image": [one, one, other, one], "text": ["a", "b", "c", "a"]})
+    path = build(Path(place), stage="prior")
+    cache = Cache.open(path)
+    assert len(cache) == 4
+    rows = cache.read([0, 1, 2, 3], ["image_embeds"])["image_embeds"]
+    assert (rows[0] == rows[1]).all()
+    assert (rows[0] != rows[2]).any()
+    assert describe_cache(path)["tables"]["image_embeds"]["rows"] == 3  # with the reserved one
