@@ -44,14 +44,18 @@ class ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metadata = pq.read_metadata(path)
+        try:
+            self._metadata = pq.read_metadata(path)
+        except UnicodeDecodeError as error:  # from the names of columns, and no error of Arrow's
+            raise pa.ArrowInvalid(f"the name of a column is not UTF-8: {error}") from error
         self.schema = self._metadata.schema.to_arrow_schema()
         self.starts: Sequence[int] = _starts(
             self._metadata.row_group(k).num_rows for k in range(self._metadata.num_row_groups)
         )
 
     def pieces(self, chunk: int, column: str) -> Iterator[Any]:
-        size, rows = self._bytes(chunk, column), self.starts[chunk + 1] - self.starts[chunk]
+        # Of all columns: pyarrow aborts the process when it is asked about one column of a damaged file.
+        size, rows = self._metadata.row_group(chunk).total_byte_size, self.starts[chunk + 1] - self.starts[chunk]
         whole = size <= _PIECE_BYTES and rows <= _PIECE_ROWS
         most = rows if whole else min(rows * _PIECE_BYTES // max(size, 1), _PIECE_ROWS)
         # With a buffer only pages are read at a time; without one, all of the column at once, which is faster.
@@ -59,13 +63,6 @@ class ParquetFile:
         with pq.ParquetFile(self.path, metadata=self._metadata, **buffered) as file:
             for batch in file.iter_batches(max(most, 1), row_groups=[chunk], columns=[column], use_threads=False):
                 yield batch.column(column)
-
-    def _bytes(self, chunk: int, column: str) -> int:
-        """Bytes of one column of a chunk, decompressed."""
-        group = self._metadata.row_group(chunk)
-        parts = (group.column(k) for k in range(group.num_columns))
-        own = (part for part in parts if part.path_in_schema == column or part.path_in_schema.startswith(column + "."))
-        return sum(int(part.total_uncompressed_size) for part in own)
 
 
 class ArrowStream:

@@ -83,7 +83,7 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     taken: set[str] = set()
     spare: set[str] = set()
     for path in sorted({*listing.images, *said.captions} - listing.left_out):
-        found = texts.of(path)
+        found = texts.of(path) if texts.files else []
         spare.update(found)
         wrong = said.wrong.get(path, {})
         try:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from kcache.config import AS_FOUND, SourceConfig
@@ -30,7 +31,7 @@ _MOST_KINDS = 20
 """Kinds of files that are named; what is of none of them comes in one line."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FolderListing:
     """What a folder holds, hidden names (starting with a dot) left out; paths are relative to `root`, with slashes."""
 
@@ -44,10 +45,8 @@ class FolderListing:
     """Everything else, by path, and why it is not read."""
     left_out: frozenset[str] = frozenset()
     """Files of another split than the one that is read: not refused, but not read either."""
-    alike: dict[str, list[str]] = field(default_factory=dict)
-    """Files by names that people would call the same, filled when it is first asked for."""
 
-    @property
+    @cached_property
     def images(self) -> list[str]:
         """Files that are called like images, sorted."""
         return sorted(path for path in self.files if is_image_name(path))
@@ -82,10 +81,15 @@ class FolderListing:
         return locate(name, self.root / folder, [self.root], self.links).relative_to(self.root).as_posix()
 
     def _alike(self, path: str) -> list[str]:
-        if not self.alike:
-            for file in sorted(self.files | self.left_out):
-                self.alike.setdefault(_loosely(file), []).append(file)
-        return self.alike.get(_loosely(path), [])
+        return self._by_loose_name.get(_loosely(path), [])
+
+    @cached_property
+    def _by_loose_name(self) -> dict[str, list[str]]:
+        """Files by what people would call the same name."""
+        names: dict[str, list[str]] = {}
+        for file in sorted(self.files | self.left_out):
+            names.setdefault(_loosely(file), []).append(file)
+        return names
 
 
 def is_image_name(path: str) -> bool:

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
+from kcache.sources.arrow_files import ParquetFile, decode_captions, is_caption_type
 from kcache.sources.listing import FolderListing
 from kcache.sources.protocol import Request
 from kcache.sources.reading import LINE_ENDS, caption_tuple, decode_text
@@ -43,12 +46,13 @@ class _Table:
     columns: Sequence[str] | None
     """None where each row has its own."""
     rows: Iterator[tuple[str, object]]
-    """Where each row stands, and what it is: by column, or anything else where it is no row."""
+    """Where each row stands, and what it is: by column, why it cannot be read, or anything else where it is no row."""
 
 
 def metadata_files(listing: FolderListing) -> list[str]:
     """The files of a folder that are called like metadata, sorted."""
-    return sorted(path for path in listing.files if path.rpartition("/")[2].lower() in METADATA_NAMES)
+    likely = (path for path in listing.files if path.lower().endswith(METADATA_NAMES))
+    return sorted(path for path in likely if path.rpartition("/")[2].lower() in METADATA_NAMES)
 
 
 def read_metadata(listing: FolderListing, request: Request) -> Said:
@@ -76,6 +80,8 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
         rows += 1
         name = f"{path} {place}"
         try:
+            if isinstance(value, InputRejected):
+                raise value
             if not isinstance(value, dict):
                 raise InputRejected("source", _NO_ROW)
             columns.update(value)
@@ -227,32 +233,33 @@ def _cells(lines: Sequence[str], at: int, delimiter: str, *, spaced: bool) -> tu
 
 
 def _parquet(path: Path, column: str, caption_column: str) -> _Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from kcache.sources.arrow_files import decode_captions, is_caption_type
-
-    def rows() -> Iterator[tuple[str, object]]:
-        number = 0
-        try:
-            for batch in file.iter_batches(1 << 12, columns=wanted, use_threads=False):
-                cells = [decode_captions(batch.column(name)) for name in wanted]
-                for values in zip(*cells, strict=True):
-                    yield f"row {number}", dict(zip(wanted, values, strict=True))
-                    number += 1
-        except (pa.ArrowException, OSError) as error:
-            yield f"row {number}", f"it and what follows cannot be read: {shown(str(error), 200)}"
-
     try:
-        file = pq.ParquetFile(path)
+        file = ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise InputRejected("source", f"cannot be read as parquet: {shown(str(error), 200)}{_plain(path)}") from error
-    names = file.schema_arrow.names
+    names = file.schema.names
     if column not in names:
         raise InputRejected("source", _without(column, names))
     wanted = [name for name in dict.fromkeys((column, caption_column)) if name in names]
     for name in wanted:
-        kind = file.schema_arrow.field(name).type
+        kind = file.schema.field(name).type
         if not is_caption_type(kind):
             raise InputRejected("source", f"column {name!r} holds {kind}; expected strings or lists of strings")
-    return _Table(columns=names, rows=rows())
+
+    return _Table(columns=names, rows=_parquet_rows(file, wanted))
+
+
+def _parquet_rows(file: ParquetFile, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
+    number = 0
+    try:
+        for values in zip(*(_cells_of(file, name) for name in columns), strict=True):
+            yield f"row {number}", dict(zip(columns, values, strict=True))
+            number += 1
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield f"row {number} and what follows", InputRejected("source", f"cannot be read: {shown(str(error), 200)}")
+
+
+def _cells_of(file: ParquetFile, column: str) -> Iterator[object]:
+    for chunk in range(len(file.starts) - 1):
+        for piece in file.pieces(chunk, column):
+            yield from decode_captions(piece)

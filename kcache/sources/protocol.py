@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kcache.config import SourceConfig
 from kcache.errors import SourceError
+from kcache.plainly import printable
 from kcache.sources.reading import readable
 from kcache.store.digests import DigestMemo
 from kcache.store.samples import Refusal
@@ -88,7 +89,9 @@ def refusals(
 
     `expected` tells what would have been samples, and what to do.
     """
-    refused = tuple(Refusal(name=readable(name), stage="source", reason=reason) for name, reason in reasons.items())
+    refused = tuple(
+        Refusal(name=readable(name), stage="source", reason=printable(reason)) for name, reason in reasons.items()
+    )
     if not samples:
         examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
         why = f"all {len(refused):,} inputs found were refused ({examples})" if refused else "it is empty"

@@ -247,3 +247,17 @@ def test_pictures_of_every_name_that_the_decoder_knows_are_offered(tmp_path: Pat
     names = ["a.mpo", "b.jpg_large", "c.JFIF", "d.j2k", "e.dib", "f.avifs"]
     write(tmp_path, dict.fromkeys(names, b"") | {f"{name[0]}.txt": name for name in names})
     assert list(offered(open_source(str(tmp_path)))) == names
+
+
+@pytest.mark.parametrize("name", ["metadata.parquet", "x.parquet"])
+def test_damaged_parquet_ends_no_process(tmp_path: Path, name: str) -> None:
+    """Each byte of the footer in turn: pyarrow aborts on some of them, if it is asked for what a column holds."""
+    write(tmp_path, {"a.jpg": b"A", "a.txt": "a"})
+    columns = {"file_name": ["a.jpg"], "image": [b"A"], "text": [["of the table", "a fox"]]}
+    pq.write_table(pa.table(columns), tmp_path / name, compression="none")
+    whole = (tmp_path / name).read_bytes()
+    for at in range(len(whole) // 2, len(whole) - 8, 3):
+        (tmp_path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 0x9D]) + whole[at + 1 :])
+        source = open_source(str(tmp_path))
+        assert len(source) == 1
+        assert all(reason.isprintable() for reason in reasons(source).values())
