@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kcache.config import DECODER_REPO, PRIOR_REPO, Say, unheard
 from kcache.errors import ModelError
+from kcache.foreign import told
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import json_digest
 
@@ -239,7 +240,9 @@ def _download(name: str, revision: str | None, components: Sequence[str], cache_
     from huggingface_hub import snapshot_download
 
     patterns = [f"{component}/*.{ending}" for component in components for ending in ("safetensors", "txt")]
-    try:
+    what = f"{name} is neither a local folder nor a Hub repository that can be fetched"
+    do = f"expected e.g. {PRIOR_REPO}; check the name, the revision and the network, or give a folder"
+    with told(ModelError, what, do):
         snapshot = snapshot_download(
             name,
             revision=revision,
@@ -247,13 +250,6 @@ def _download(name: str, revision: str | None, components: Sequence[str], cache_
             allow_patterns=["*.json", *patterns],
             ignore_patterns=["*.fp16.*", "*.non_ema.*"],
         )
-    # The Hub's own errors are all one of these two.
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{name} is neither a local folder nor a Hub repository that can be fetched ({reason}); expected e.g. "
-            "kandinsky-community/kandinsky-2-2-prior; check the name, the revision and the network, or give a folder"
-        ) from error
     return Path(snapshot)
 
 

@@ -13,6 +13,7 @@ from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
 from kcache.encoders.repositories import PIPELINES, Repository, find_repository
 from kcache.errors import ConfigError, ModelError
+from kcache.foreign import told
 from kcache.machine import check_device, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
 from kcache.store.recipe import sides_of
@@ -126,9 +127,13 @@ def draw_pictures(
     return drawn
 
 
-def load_pipeline(kind: type[Any], folder: Path, **given: Any) -> Any:
-    """The stock pipeline of class `kind` in `folder`, on the CPU and silent, with `given` in place of components."""
-    with without_bars():
+def load_pipeline(kind: type[Any], folder: Path, *, purpose: str = "", **given: Any) -> Any:
+    """The stock pipeline of class `kind` in `folder`, on the CPU and silent, with `given` in place of components.
+
+    Raises ModelError, which says what for: its `purpose`.
+    """
+    what = f"{folder} cannot be loaded as {kind.__name__}{purpose}"
+    with told(ModelError, what, "fetch or export it again, or give a repository that works"), without_bars():
         loaded = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     loaded.set_progress_bar_config(disable=True)
     return loaded

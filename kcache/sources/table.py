@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
+from kcache.foreign import told
 from kcache.sources.arrow_files import (
     ArrowStream,
     HeldImages,
@@ -148,13 +149,10 @@ def open_hub_dataset(name: str, request: Request) -> TableSource:
     import datasets
     import huggingface_hub.constants
 
-    try:
+    what = f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded"
+    do = "expected a path that exists or the id of a dataset with a train split; correct it, or go online"
+    with told(SourceError, what, do):
         dataset = datasets.load_dataset(name, split="train", keep_in_memory=False)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise SourceError(
-            f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded: {error}; "
-            "expected a path that exists or the id of a dataset with a train split; correct it, or go online"
-        ) from error
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
     caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
     roots = [Path(cache).resolve() for cache in caches]
