@@ -156,7 +156,7 @@ def advice(error: BaseException) -> str | None:
     """What to do about it; None where only the caller can know."""
     if out_of_memory(error):
         return "free some memory"
-    if (number := _system_number(error)) in _ALSO_OF_READING:
+    if (number := system_number(error)) in _ALSO_OF_READING:
         return SYSTEM_ADVICE[number]
     meaning, _ = _meaning(error)
     return None if meaning is None else meaning.advice
@@ -227,9 +227,14 @@ def _names(error: BaseException) -> list[str]:
     return [kind.__name__ for kind in type(error).__mro__]
 
 
-def _system_number(error: BaseException) -> int:
-    """errno of the system's error behind it; 0 for none."""
-    return next((each.errno for each in _chain(error) if isinstance(each, OSError) and each.errno), 0)
+def system_number(error: BaseException) -> int:
+    """errno of the system's error behind it, also where a library of Rust only writes it; 0 for none."""
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno:
+            return each.errno
+        if found := re.search(r"\(os error (\d+)\)", str(each)):
+            return int(found[1])
+    return 0
 
 
 def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kcache.durable import create_bytes, json_bytes
 from kcache.errors import CacheBusyError, CacheCorruptError
+from kcache.filesystems import lock
 from kcache.processes import Process, is_gone, is_here, this_process
 from kcache.stopping import stop_here
 
@@ -92,7 +93,7 @@ def _remove_dead(claim: Path, found: Process) -> None:
     """Remove the claim of a process that is gone, unless another builder has done so and claimed it anew."""
     try:
         with claim.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file.fileno(), fcntl.LOCK_EX, claim.parent)
             if os.path.samestat(os.fstat(file.fileno()), claim.stat()) and holder(claim) == found:
                 claim.unlink()
     except FileNotFoundError:
