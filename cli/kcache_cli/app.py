@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
 from kcache.foreign import advice, is_fault, reason
+from kcache.machine import keep_to_cores
 from kcache_cli.build import cache_build
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
@@ -82,6 +83,7 @@ def main() -> None:
     of it is shown with KCACHE_DEBUG=1.
     """
     write_any_text()
+    keep_to_cores()
     threading.excepthook = _said_in_a_thread
     came: list[int] = []
 

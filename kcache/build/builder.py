@@ -5,7 +5,6 @@ that nobody has claimed, and then waits for the rest. No builder needs another o
 taken over, if it ran on this machine.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.build.survey import Survey, fetcher
 from kcache.durable import writing
 from kcache.errors import CacheWriteError
-from kcache.machine import default_device
+from kcache.machine import default_device, threads_for
 from kcache.stopping import stop_here
 from kcache.store.samples import Sample, with_ids
 
@@ -147,7 +146,7 @@ class Builder:
         self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
         encoder = load_encoder(recipe, job.repository(recipe.table), device)
-        workers = job.config.num_workers or os.cpu_count() or 1
+        workers = threads_for(job.config.num_workers)
         fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
         encode_shards(
             encoder, job.folder / recipe.directory, shards, fetch,

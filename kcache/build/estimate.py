@@ -4,7 +4,6 @@ Sizes are computed from the rows and from really tokenized captions, up to what 
 measured: a few batches of each table's missing inputs are really decoded and encoded, into a temporary folder.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_m
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.machine import default_device
+from kcache.machine import default_device, threads_for
 from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
@@ -161,7 +160,7 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     device = torch.device(job.config.device or default_device())
     encoder = load_encoder(recipe, job.repository(recipe.table), device)
     loading = time.perf_counter() - start
-    workers = job.config.num_workers or os.cpu_count() or 1
+    workers = threads_for(job.config.num_workers)
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
     # Evenly spaced, as pictures of one folder are often alike; several shards, so that writing is measured, too.
     keys = _spread(table.keys, max(table.rows_per_shard, 64 * encoder.batch_size))
