@@ -1,6 +1,6 @@
 """The frozen networks: their files, the recipes of their tables, and images and captions on their way into rows.
 
-- `repositories`: where networks come from, and the digests of their files
+- `repositories`, `weights`, `tokenizers`: where networks come from, and what their files hold, by content
 - `recipes`: which tables there are, and what decides their bytes; needs no torch
 - `pixels`, `pretrained`: what the networks see, and how they are loaded
 - `frozen`: one image or caption in, the rows of one table out

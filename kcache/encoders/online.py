@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
 from kcache.encoders.pixels import decode_image
-from kcache.encoders.repositories import find_repository, weights_digest
+from kcache.encoders.repositories import find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.machine import threads_for
 from kcache.sources import Source
@@ -178,7 +179,7 @@ def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
     model = cache.models[kind.role]
     repository = find_repository(str(model["name"]), model["revision"], (kind.component, *kind.with_it))
     with DigestMemo() as memo:
-        found = weights_digest(repository, kind.component, memo)
+        found = weights_digest(repository, kind.component, memo, known=recipe.weights)
     if found != recipe.weights:
         raise CacheMismatchError(
             f"{kind.component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "

@@ -7,7 +7,10 @@ from diffusers import DDPMScheduler, ModelMixin
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained
-from kcache.encoders.repositories import PIPELINES, Repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository
+from kcache.encoders.weights import weights_digest
+from kcache.errors import ModelError
+from kcache.foreign import told
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
@@ -44,7 +47,8 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     if config.stage == "prior":
         objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
     else:
-        scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+        with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
+            scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
         objective = DecoderObjective(network, scheduler)
     if config.compile:
         compile_blocks(network, packed=objective.packed)
@@ -56,15 +60,16 @@ def load_network(stage: str, folder: Path) -> ModelMixin:
     return load_pretrained(OBJECTIVES[stage].network_class, folder / PIPELINES[stage].network, torch.float32)
 
 
-def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
+def find_adapted(config: TrainConfig, base: Repository, known: str | None = None) -> dict[str, str] | None:
     """Name of `base` and digest (hex) of the weights in it that adapters are trained on; None where all weights learn.
 
-    Raises ModelError when there are no such weights.
+    The digest on record is `known`, by which these weights may have been named earlier. Raises ModelError when there
+    are no such weights.
     """
     if config.lora_rank is None:
         return None
     with DigestMemo() as memo:
-        return {"name": base.name, "weights": weights_digest(base, PIPELINES[config.stage].network, memo)}
+        return {"name": base.name, "weights": weights_digest(base, PIPELINES[config.stage].network, memo, known=known)}
 
 
 def save_network(stage: str, network: ModelMixin, folder: Path) -> None:

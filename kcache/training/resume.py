@@ -164,6 +164,12 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
         )
 
 
+def adapted_weights(checkpoint: Checkpoint) -> str | None:
+    """Digest (hex) of the weights that a checkpoint's adapters were trained on; None where it does not say."""
+    adapted = checkpoint.state.get("adapted")
+    return str(adapted.get("weights")) if isinstance(adapted, dict) else None
+
+
 def check_same_base(checkpoint: Checkpoint | None, config: TrainConfig, adapted: Mapping[str, str] | None) -> None:
     """Check that adapters go on with the weights that they were trained on, wherever these lie now.
 

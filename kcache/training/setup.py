@@ -7,7 +7,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import PIPELINES, Repository, find_repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository, find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError
 from kcache.loader.batches import CacheLoader, RowReader
 from kcache.loader.chance import draw_turns
@@ -22,7 +23,7 @@ from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network import find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
-from kcache.training.resume import check_same_base, check_same_run, checkpoint_to_resume
+from kcache.training.resume import adapted_weights, check_same_base, check_same_run, checkpoint_to_resume
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
 
@@ -40,7 +41,8 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
-    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
+    checkpoint = checkpoint_to_resume(config)
+    adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, adapted)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
@@ -152,7 +154,8 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
 
 
 def _check_encoder(cache: Cache, table: str, repository: Repository, component: str, memo: DigestMemo) -> None:
-    found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
+    found = cache.recipes[table].weights
+    expected = weights_digest(repository, component, memo, known=found)
     if found != expected:
         origins = ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
         raise CacheMismatchError(
