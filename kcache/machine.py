@@ -101,6 +101,31 @@ def free_memory() -> int:
     return min(free, *left) if left else free
 
 
+def most_memory(device: str = "cpu") -> int | None:
+    """Bytes that this process could have at most on a device, were all others gone, swap included; None if not told."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    lines = {line.split(":")[0]: line.split()[1] for line in _text("/proc/meminfo").splitlines()}
+    total = [int(lines[name]) * 1024 for name in ("MemTotal", "SwapTotal") if name in lines]
+    told = [each for each in (sum(total) or None, memory_limit()) if each is not None]
+    return min(told, default=None)
+
+
+def check_fits(what: str, least: int, do: str, device: str = "cpu") -> None:
+    """Refuse `what`, which takes at the `least` so many bytes, before it is begun, where a device has never so many.
+
+    Raises ConfigError, with what to `do`.
+    """
+    most = most_memory(device)
+    if most is not None and least > most:
+        where = device if device.startswith("cuda") else "this process"
+        raise ConfigError(
+            f"{what}: that takes at least {least / 1e9:,.1f} GB of memory, {where} can have {most / 1e9:,.1f} GB; {do}"
+        )
+
+
 def _group_limits() -> list[tuple[int, int]]:
     """Limit of each control group that this process is in and that has one, and what all in it use, in bytes.
 

@@ -19,8 +19,9 @@ from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.build.survey import Survey, fetcher
 from kcache.durable import writing
+from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
-from kcache.machine import default_device, threads_for
+from kcache.machine import default_device
 from kcache.stopping import stop_here
 from kcache.store.samples import Sample, with_ids
 
@@ -145,13 +146,14 @@ class Builder:
         job, recipe = self.job, table.recipe
         self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
-        encoder = load_encoder(recipe, job.repository(recipe.table), device)
-        workers = threads_for(job.config.num_workers)
-        fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
-        encode_shards(
-            encoder, job.folder / recipe.directory, shards, fetch,
-            workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
-        )  # fmt: skip
+        workers = workers_for(recipe, job.config.num_workers, progress.total)
+        with enough_memory(recipe):
+            encoder = load_encoder(recipe, job.repository(recipe.table), device)
+            fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
+            encode_shards(
+                encoder, job.folder / recipe.directory, shards, fetch,
+                workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
+            )  # fmt: skip
 
 
 class _Claims:

@@ -21,9 +21,10 @@ from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, why_missing
 from kcache.config import BuildConfig, Say, unheard
+from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.machine import default_device, threads_for
+from kcache.machine import default_device
 from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
@@ -158,9 +159,10 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
     device = torch.device(job.config.device or default_device())
-    encoder = load_encoder(recipe, job.repository(recipe.table), device)
+    with enough_memory(recipe):
+        encoder = load_encoder(recipe, job.repository(recipe.table), device)
     loading = time.perf_counter() - start
-    workers = threads_for(job.config.num_workers)
+    workers = workers_for(recipe, job.config.num_workers, len(table.keys))
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
     # Evenly spaced, as pictures of one folder are often alike; several shards, so that writing is measured, too.
     keys = _spread(table.keys, max(table.rows_per_shard, 64 * encoder.batch_size))
@@ -170,7 +172,7 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
         for number, begin in enumerate(range(0, len(keys), rows))
     )
     fetch = fetcher(job, recipe.table)
-    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched):
+    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched), enough_memory(recipe):
         encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=Meter(), done=watch.add)
     return loading, watch.row_seconds()
 

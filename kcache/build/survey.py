@@ -8,9 +8,11 @@ from pathlib import Path
 from kcache.build.committed import Committed, read_committed
 from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
+from kcache.encoders.fit import check_request
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheMismatchError, ConfigError, InputRejected, KcacheError, ModelError
+from kcache.machine import default_device
 from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
@@ -224,7 +226,10 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> l
 def missing_rows(
     job: Survey, tables: Mapping[str, TableState], *, retry: bool, seen: Mapping[str, Collection[bytes]]
 ) -> Plan:
-    """The plan for all that no table has yet; `seen` are keys, by table, that this build has dealt with already."""
+    """The plan for all that no table has yet; `seen` are keys, by table, that this build has dealt with already.
+
+    Raises ConfigError for batches or shards that no memory here can hold.
+    """
     samples = job.samples if retry else acceptable(job.samples, tables)
     plans = []
     for name, state in tables.items():
@@ -239,6 +244,10 @@ def missing_rows(
                 first_shard=state.next_shard,
             )
         )
+    for table in plans:
+        if table.keys:
+            rows, device = min(table.rows_per_shard, len(table.keys)), job.config.device or default_device()
+            check_request(table.recipe, job.repository(table.recipe.table), rows, device)
     return Plan(tables=tuple(plans))
 
 

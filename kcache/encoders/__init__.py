@@ -2,6 +2,7 @@
 
 - `repositories`, `weights`, `tokenizers`: where networks come from, and what their files hold, by content
 - `recipes`: which tables there are, and what decides their bytes; needs no torch
+- `fit`: whether what is asked for can fit into memory
 - `pixels`, `pretrained`: what the networks see, and how they are loaded
 - `frozen`: one image or caption in, the rows of one table out
 - `online`: the same in the training loop, read like a cache

@@ -13,8 +13,8 @@ from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, without_advice, without_bars
 from kcache.encoders.repositories import PIPELINES, Repository, find_repository
 from kcache.errors import ConfigError, ModelError
-from kcache.foreign import told
-from kcache.machine import check_device, default_device
+from kcache.foreign import told, within_memory
+from kcache.machine import check_device, check_fits, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
 from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, read_config
@@ -60,25 +60,28 @@ def sample(
     adapters = _by_network(lora)
     repositories = _find("prior", prior), _find("decoder", decoder)
     height, width = _size(height, width, repositories[1], adapters["unet"])
+    _check_fits(height, width, repositories[1], place)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
     # One half after the other, each let go once it has drawn, so that the device never holds both.
-    embeds = draw_embeds(
-        _load(KandinskyV22PriorPipeline, repositories[0], place, "prior", adapters["prior"]),
-        prompts,
-        generators,
-        num_inference_steps=prior_num_inference_steps,
-        guidance_scale=prior_guidance_scale,
-    )
-    return draw_pictures(
-        _load(KandinskyV22Pipeline, repositories[1], place, "unet", adapters["unet"]),
-        embeds,
-        generators,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-    )
+    drawing = f"drawing {height}×{width} pixels on {place}", "give a smaller --height and --width, or another --device"
+    with within_memory(*drawing):
+        embeds = draw_embeds(
+            _load(KandinskyV22PriorPipeline, repositories[0], place, "prior", adapters["prior"]),
+            prompts,
+            generators,
+            num_inference_steps=prior_num_inference_steps,
+            guidance_scale=prior_guidance_scale,
+        )
+        return draw_pictures(
+            _load(KandinskyV22Pipeline, repositories[1], place, "unet", adapters["unet"]),
+            embeds,
+            generators,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+        )
 
 
 Embeds = tuple[torch.Tensor, torch.Tensor]
@@ -201,6 +204,13 @@ def _size(height: int | None, width: int | None, decoder: Repository, lora: Sequ
         return height, width
     trained = math.ceil(_trained_side(decoder, lora) / unit) * unit
     return height or trained, width or trained
+
+
+def _check_fits(height: int, width: int, decoder: Repository, device: torch.device) -> None:
+    """Refuse a picture that takes more than all memory: its pixels and what MoVQ's last layer makes them of."""
+    channels = decoder.read("movq").values.get("block_out_channels", [64])[0]
+    values = height * width * (3 + channels) * (2 if device.type == "cuda" else 4)
+    check_fits(f"a picture of {height}×{width} pixels", values, "give a smaller --height and --width", str(device))
 
 
 def _trained_side(decoder: Repository, lora: Sequence[Path]) -> int:

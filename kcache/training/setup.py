@@ -21,7 +21,7 @@ from kcache.store.digests import DigestMemo
 from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.training.accelerator import make_accelerator
-from kcache.training.network import find_adapted, load_objective
+from kcache.training.network import check_batch, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import adapted_weights, check_same_base, check_same_run, checkpoint_to_resume
 from kcache.training.run import TrainingRun
@@ -44,6 +44,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config)
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, adapted)
+    check_batch(config, base, cache.field(OBJECTIVES[config.stage].noised_field).shape)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
