@@ -33,7 +33,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], N
     ("settings", "said"),
     [
         ({"resolution": (65536,)}, r"latents-65536 in batches of 4×3×65536×65536: that takes at least 20[0-9]\.\d GB"),
-        ({"batch_size": 100_000}, r"image_embeds in batches of 100000×.* can have 2\.0 GB; give a smaller --batch-size"),
+        ({"batch_size": 100_000}, r"image_embeds in batches of 100000×.* can have 2\.0 GB; give a smaller --batch"),
         ({"batch_size": 1, "resolution": (8192,)}, r"latents-8192 .* or a smaller --resolution$"),
     ],
     ids=str,

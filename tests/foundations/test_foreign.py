@@ -1,6 +1,7 @@
 """Whatever a library raises becomes one line that says what happened and what to do."""
 
 import errno
+import io
 import socket
 import ssl
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import kcache_cli.app
 from kcache.encoders.repositories import find_repository
 from kcache.errors import MemoryShortError, ModelError, SourceError
 from kcache.foreign import advice, is_fault, out_of_memory, reason, told, within_memory
+from kcache_cli.progress import say
 
 
 def caused(*errors: Exception) -> Exception:
@@ -173,3 +175,23 @@ def test_a_download_that_fails_is_one_line(
     assert str(caught.value).startswith("o/decoder is neither a local folder nor a Hub repository")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_encoding_lacks_is_written_as_an_escape(
+    encoding: str, kcache_command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+
+    def show(**_: Any) -> None:
+        say("4 × 图 \udcff…")
+        raise SourceError("图.jpg")
+
+    monkeypatch.setattr(kcache_cli.app, "app", show)
+    assert kcache_command("cache-info", "x") == 1
+    out.flush()
+    err.flush()
+    assert b"\\u56fe \\udcff" in out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert err.buffer.getvalue() == b"kcache: \\u56fe.jpg\n"  # type: ignore[attr-defined]
