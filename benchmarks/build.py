@@ -21,7 +21,6 @@ is what the encoders alone would take for all rows.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -43,7 +42,7 @@ from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey, fetcher, survey
 from kcache.encoders.frozen import Encoder, full_batches, load_encoder
 from kcache.encoders.pretrained import load_pretrained
-from kcache.machine import default_device
+from kcache.machine import default_device, threads_for
 from kcache.store.recipe import kind_of
 
 BATCHES_PER_SHARD = 4
@@ -68,7 +67,7 @@ class Table:
     @property
     def workers(self) -> int:
         """Threads that decode."""
-        return self.job.config.num_workers or os.cpu_count() or 1
+        return threads_for(self.job.config.num_workers)
 
     def decode(self) -> list[Any]:
         """All inputs, prepared, and nothing else done meanwhile."""

@@ -28,7 +28,6 @@ timed: threads that wait for each other spin, and take the cores that encoders i
 
 import argparse
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -50,6 +49,7 @@ from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, op
 
 from kcache.config import TrainConfig
 from kcache.loader.batches import PREFETCH_BATCHES, Batch
+from kcache.machine import usable_cores
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
 
@@ -306,7 +306,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
     parser.add_argument("--lora-rank", type=int, help="train adapters of this rank instead of the network")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads of the online ways")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="decoding threads of the online ways")
     parser.add_argument("--steps", type=int, default=10, help="steps timed per turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--levers", action="store_true", help="measure what may make the cached step faster")

@@ -1,8 +1,9 @@
 """kcache: run Kandinsky 2.2's frozen encoders once, then train the prior and the decoder from their cached outputs.
 
 `store` and `sources`, `encoders` and `build`, `upkeep` make and keep caches; `objectives`, `loader` and `training`
-learn from them; `report` and `demo` show it. All stand on the words (`config`, `errors`, `settings`, `tally`) and on
-the ground (`durable`, `hints`, `leases`, `machine`, `processes`, `readers`, `stopping`).
+learn from them; `report` and `demo` show it. All stand on the words (`config`, `errors`, `places`, `settings`, `tally`)
+and on the ground (`durable`, `filesystems`, `foreign`, `hints`, `leases`, `machine`, `plainly`, `processes`, `readers`,
+`stopping`).
 """
 
 from kcache.store.cache import Cache

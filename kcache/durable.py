@@ -16,14 +16,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
+from kcache.filesystems import UNSUPPORTED, lock, room, sync
+from kcache.foreign import SYSTEM_ADVICE, out_of_memory, reason, system_number
 from kcache.leases import ran_out
 from kcache.processes import from_label, is_gone, is_knowable, this_process
 from kcache.readers import holders, read_by_its_holder
 
 TEMPORARY_PREFIX = ".tmp-"
 
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EACCES)
 """What file systems without hard links answer."""
+_OF_ROOM = (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors for which it matters how much room there is."""
 
 
 def temporary_path(folder: Path) -> Path:
@@ -64,26 +68,39 @@ def remove_leftovers(cache: Path) -> None:
 
 @contextmanager
 def writing(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn a failure of the system into CacheWriteError: `path`, its `size` in bytes, the room there and what to do."""
+    """Turn a failure of the system, by whichever library it comes, into CacheWriteError: `path` and what to do.
+
+    It says the `size` in bytes and the room there, where these may be the cause.
+    """
     try:
         yield
     except KcacheError:
         raise
-    except OSError as error:
-        existing = next(folder for folder in path.absolute().parents if folder.is_dir())
-        free = shutil.disk_usage(existing).free
+    except Exception as error:
+        number = system_number(error)
+        if not (number or isinstance(error, OSError)) or out_of_memory(error):
+            raise
+        what = os.strerror(number) if number else reason(error)
+        free = room(path.parent) if number in _OF_ROOM else None
         takes = f"it takes {size:,} bytes, " if size is not None else ""
+        where = "" if free is None else f": {takes}{free:,} bytes are free in {path.parent}"
+        do = SYSTEM_ADVICE.get(number, "make room or permit writing there")
         raise CacheWriteError(
-            f"{path} could not be written ({error.strerror or error}): {takes}{free:,} bytes are free in {existing}; "
-            "make room or permit writing there and start again: what was finished is kept"
+            f"{path} could not be written ({what}){where}; {do}, and start again: what was finished is kept"
         ) from error
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is on disk only after its folder is."""
+    with _opened(folder) as descriptor:
+        sync(descriptor)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -122,7 +139,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     with path.open("xb") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 @contextmanager
@@ -207,18 +224,15 @@ def shared(folder: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _held(folder: Path, kind: int, expected: str) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(folder) as descriptor:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            lock(descriptor, kind | fcntl.LOCK_NB, folder)
         except BlockingIOError:
             raise CacheBusyError(
                 f"{folder} is in use by {holders(folder)}; expected {expected}; "
                 "wait for that one to end, or stop it: what it has committed is kept"
             ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 # What numpy's parser of headers lets through besides ValueError.
@@ -236,7 +250,11 @@ def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # a header of Python 2, which nothing here ever wrote
             if mapped:
-                return np.lib.format.open_memmap(path, mode="r")
+                try:
+                    return np.lib.format.open_memmap(path, mode="r")
+                except OSError as error:
+                    if error.errno not in UNSUPPORTED:
+                        raise
             with path.open("rb") as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
     except _HEADER_ERRORS as error:

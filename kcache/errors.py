@@ -49,6 +49,10 @@ class CacheWriteError(KcacheError, OSError):
     """Raised when the system refuses a write: no room, no permission, a read-only file system."""
 
 
+class MemoryShortError(KcacheError, MemoryError):
+    """Raised when memory ran out, of the machine or of a device, with the flags that take less."""
+
+
 class RejectedInputsError(KcacheError, ValueError):
     """Raised under `--strict` when the build is done but some inputs were rejected."""
 

@@ -3,8 +3,11 @@
 None or "" stands for what the system does not say.
 """
 
+import math
 import os
 import platform
+import re
+import resource
 from pathlib import Path
 
 from kcache.errors import ConfigError
@@ -13,8 +16,34 @@ _UNLIMITED = 1 << 60
 """Control groups write "max", or a number near 2^63, for no limit."""
 
 
+ROOT = Path("/")
+"""What the paths that the system is asked by begin at."""
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process can keep busy: those it may run on, or fewer where its time is limited to less."""
+    here, quota = _cores_to_run_on(), cpu_quota()
+    return here if quota is None else max(1, min(here, math.ceil(quota)))
+
+
+def threads_for(asked: int | None) -> int:
+    """How many threads to decode with: as many as `asked`, else one per core that is there for this process.
+
+    Processes that a launcher started together share the cores.
+    """
+    return asked or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def keep_to_cores() -> None:
+    """Have libraries start no more threads than there is time for; they ask before they are imported, and only once.
+
+    They know which cores a process may run on, but not that a control group gives it less time than that.
+    """
+    if usable_cores() < _cores_to_run_on():
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+def _cores_to_run_on() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -25,9 +54,9 @@ def machine_memory() -> tuple[int | None, int | None]:
     return total, free
 
 
-def _text(path: str) -> str:
+def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text()
+        return (ROOT / str(path).lstrip("/")).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -48,34 +77,116 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that the control group gives, None for no limit."""
-    quota, _, period = _text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
-    if not period:
-        folder = "/sys/fs/cgroup/cpu"
-        quota, period = (_text(f"{folder}/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+    """Cores' worth of time that the control groups of this process give, None for no limit."""
+    quotas = []
+    for group in _groups("cpu"):
+        quota, _, period = _text(group / "cpu.max").strip().partition(" ")
+        if not period:
+            quota, period = (_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
 
 
 def memory_limit() -> int | None:
-    """Bytes that the control group gives, None for no limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _text(path).strip()
-        if text.isdecimal() and int(text) < _UNLIMITED:
-            return int(text)
-    return None
+    """Bytes that the control groups of this process and its own limits (`ulimit`) give, None for no limit."""
+    limits = [limit for limit, _ in (*_group_limits(), *_own_limits())]
+    return min(limits, default=None)
 
 
 def free_memory() -> int:
-    """Bytes that this process can take, by the machine's memory and the control group's limit; 0 if none is told."""
-    free, limit = machine_memory()[1] or 0, memory_limit()
-    if limit is None:
-        return free
-    used = _text("/sys/fs/cgroup/memory.current") or _text("/sys/fs/cgroup/memory/memory.usage_in_bytes")
-    # Files that nobody uses count as used, and are let go of when memory is wanted.
-    lines = (_text("/sys/fs/cgroup/memory.stat") or _text("/sys/fs/cgroup/memory/memory.stat")).splitlines()
-    idle = ("inactive_file", "total_inactive_file")
-    files = next((line.split()[1] for line in lines if line.split()[0] in idle), "0")
-    return min(free, max(0, limit - int(used or 0) + int(files)))
+    """Bytes that this process can take, by the machine's memory and what it is limited to; 0 if none is told."""
+    free = machine_memory()[1] or 0
+    left = [max(0, limit - used) for limit, used in (*_group_limits(), *_own_limits())]
+    return min(free, *left) if left else free
+
+
+def most_memory(device: str = "cpu") -> int | None:
+    """Bytes that this process could have at most on a device, were all others gone, swap included; None if not told."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    lines = {line.split(":")[0]: line.split()[1] for line in _text("/proc/meminfo").splitlines()}
+    total = [int(lines[name]) * 1024 for name in ("MemTotal", "SwapTotal") if name in lines]
+    told = [each for each in (sum(total) or None, memory_limit()) if each is not None]
+    return min(told, default=None)
+
+
+def check_fits(what: str, least: int, do: str, device: str = "cpu") -> None:
+    """Refuse `what`, which takes at the `least` so many bytes, before it is begun, where a device has never so many.
+
+    Raises ConfigError, with what to `do`.
+    """
+    most = most_memory(device)
+    if most is not None and least > most:
+        where = device if device.startswith("cuda") else "this process"
+        raise ConfigError(
+            f"{what}: that takes at least {least / 1e9:,.1f} GB of memory, {where} can have {most / 1e9:,.1f} GB; {do}"
+        )
+
+
+def _group_limits() -> list[tuple[int, int]]:
+    """Limit of each control group that this process is in and that has one, and what all in it use, in bytes.
+
+    Files that nobody uses count as used there, and are let go of when memory is wanted: they are left out.
+    """
+    found = []
+    for group in _groups("memory"):
+        given = [_text(group / name).strip() for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limits = [int(text) for text in given if text.isdecimal() and int(text) < _UNLIMITED]
+        if not limits:
+            continue
+        used = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
+        lines = map(str.split, _text(group / "memory.stat").splitlines())
+        stat = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
+        idle = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        found.append((min(limits), max(0, int(used.strip() or 0) - idle)))
+    return found
+
+
+def _own_limits() -> list[tuple[int, int]]:
+    """The limits of this process alone, of its addresses and of its data, and what it uses of each, in bytes."""
+    lines = {line.split(":")[0]: line.split()[1] for line in _text("/proc/self/status").splitlines() if "kB" in line}
+    kinds = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
+    limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    return [
+        (limit, int(lines.get(name, 0)) * 1024) for name, limit in limits.items() if 0 <= limit < _UNLIMITED
+    ]  # RLIM_INFINITY is negative, or near 2^64
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of the control groups of this process that have a `controller`, from its own one upwards.
+
+    /proc/self/cgroup says where in a hierarchy it is, /proc/self/mountinfo where that is mounted, and from which group
+    on: containers see a part of it. See cgroups(7) and proc(5).
+    """
+    places = {}
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, place = line.split(":", 2)
+        places.update(dict.fromkeys(controllers.split(","), place))
+    folders: list[Path] = []
+    for line in _text("/proc/self/mountinfo").splitlines():
+        mount, _, kind = (part.split() for part in line.partition(" - "))
+        name = "" if kind[:1] == ["cgroup2"] else controller
+        ours = name == "" or (kind[:1] == ["cgroup"] and name in kind[-1].split(","))
+        if ours and name in places:
+            folders += _upwards(_unescaped(mount[4]), _unescaped(mount[3]), places[name])
+    # Without /proc, as some sandboxes have it.
+    return folders or [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup") / controller]
+
+
+def _upwards(mounted_at: str, from_group: str, place: str) -> list[Path]:
+    """The folders of the group at `place` and of those above it, of a hierarchy mounted from a group on."""
+    top = Path(mounted_at)
+    inner = os.path.relpath(place, from_group) if place.startswith("/") and from_group.startswith("/") else "."
+    parts = [] if inner.startswith("..") else [part for part in inner.split("/") if part not in (".", "..")]
+    return [top.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, which writes blanks as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def check_device(asked: str | None) -> None:

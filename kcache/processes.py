@@ -99,7 +99,7 @@ def _describe(pid: int) -> Process:
 
 def _first_digits(path: str) -> str:
     try:
-        return Path(path).read_text()[:8].strip()
+        return Path(path).read_text(encoding="utf-8", errors="replace")[:8].strip()
     except OSError:
         return ""
 
@@ -107,7 +107,7 @@ def _first_digits(path: str) -> str:
 def _start(pid: int) -> str:
     """Start of a process in ticks since the boot, "ended" for one that only waits to be collected, "" if not told."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     # proc(5): "pid (name) state …", where the name may hold anything; the start is field 22.

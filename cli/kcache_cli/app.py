@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
@@ -12,6 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
+from kcache.foreign import advice, is_fault, reason
+from kcache.machine import keep_to_cores
 from kcache_cli.build import cache_build
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
@@ -19,6 +22,7 @@ from kcache_cli.doctor import doctor
 from kcache_cli.garbage import cache_gc
 from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
+from kcache_cli.progress import note, write_any_text
 from kcache_cli.report import report
 from kcache_cli.sample import sample
 from kcache_cli.train import train_decoder, train_prior
@@ -75,8 +79,12 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up.
+    Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up. Whatever else goes wrong is one line, too; all
+    of it is shown with KCACHE_DEBUG=1.
     """
+    write_any_text()
+    keep_to_cores()
+    threading.excepthook = _said_in_a_thread
     came: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -88,11 +96,31 @@ def main() -> None:
             signal.signal(number, end)
     try:
         app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
-    except (KcacheError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  # nobody is above this, and a traceback is of no use to whoever typed it
         if came:  # what a library makes of being ended in the middle is not what happened
             sys.exit(128 + came[0])
         if os.environ.get("KCACHE_DEBUG") == "1":
             traceback.print_exc()
         else:
-            print(f"kcache: {error}", file=sys.stderr)  # noqa: T201
+            note(f"kcache: {_one_line(error)}")
         sys.exit(error.exit_code if isinstance(error, KcacheError) else 1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, KcacheError):
+        return str(error)
+    if is_fault(error):
+        told = reason(error)
+        name = type(error).__name__
+        told = told if told.startswith(name) else f"{name}: {told}"
+        return f"{told}; this is a fault of kcache or of a library it uses: KCACHE_DEBUG=1 shows where it happened"
+    what = advice(error)
+    return f"{reason(error)}; {what}" if what else reason(error)
+
+
+def _said_in_a_thread(told: threading.ExceptHookArgs) -> None:
+    """What becomes of an error in a thread that nobody waits for."""
+    if os.environ.get("KCACHE_DEBUG") == "1":
+        threading.__excepthook__(told)
+    elif isinstance(told.exc_value, Exception):
+        note(f"kcache: {_one_line(told.exc_value)}")

@@ -3,6 +3,7 @@
 On a terminal, progress is one live bar; elsewhere a plain line now and then, so that a log stays readable.
 """
 
+import io
 import json
 import sys
 import time
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines of progress where there is no terminal."""
+
+
+def write_any_text() -> None:
+    """Have stdout and stderr write what their encoding lacks, an × or a file name of another script, as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # none, or something else, where another program has replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ that nobody has claimed, and then waits for the rest. No builder needs another o
 taken over, at once if it ran on this machine, else when its lease has run out.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.build.survey import Survey, fetcher
 from kcache.durable import writing
+from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device
 from kcache.stopping import stop_here
@@ -157,14 +157,15 @@ class Builder:
         job, recipe = self.job, table.recipe
         self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
-        encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
-        workers = job.config.num_workers or os.cpu_count() or 1
-        fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
-        encode_shards(
-            encoder, job.folder / recipe.directory, shards, fetch,
-            workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
-            kept=partial(claims.kept, table),
-        )  # fmt: skip
+        workers = workers_for(recipe, job.config.num_workers, progress.total)
+        with enough_memory(recipe):
+            encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
+            fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
+            encode_shards(
+                encoder, job.folder / recipe.directory, shards, fetch,
+                workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
+                kept=partial(claims.kept, table),
+            )  # fmt: skip
 
 
 class _Claims:

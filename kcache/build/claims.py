@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kcache.durable import create_bytes, json_bytes, writing
 from kcache.errors import CacheCorruptError
+from kcache.filesystems import lock
 from kcache.leases import LEASE_SECONDS, RENEW_SECONDS, ran_out, renew, seconds_left
 from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
@@ -133,9 +134,9 @@ def renewed() -> Iterator[None]:
 def _remove(claim: Path, found: Process) -> None:
     """Remove the claim of `found`, unless another builder has done so and claimed it anew."""
     try:
-        with claim.open("rb") as file:
-            with suppress(OSError):  # where there are no locks, two may take over at once, and both do the work
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with claim.open("r+b") as file:
+            # Where there are no locks, two may take over at once, and both do the work.
+            lock(file.fileno(), fcntl.LOCK_EX, claim.parent)
             if os.path.samestat(os.fstat(file.fileno()), claim.stat()) and holder(claim) == found:
                 claim.unlink()
     except FileNotFoundError:

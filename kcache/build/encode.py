@@ -25,7 +25,7 @@ from kcache.build.plan import PlannedShard
 from kcache.encoders.color import littlecms_version
 from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
-from kcache.errors import ConfigError, InputRejected
+from kcache.errors import InputRejected
 from kcache.store.digests import pack_keys
 from kcache.store.recipe import Recipe, kind_of
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard, size_rows
@@ -255,13 +255,7 @@ def _encode_shard(
 
 
 def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _OpenShard) -> None:
-    try:
-        encoded = encoder.encode([prepared for _, prepared in batch])
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"{encoder.recipe.encoder} ran out of device memory on batches of {encoder.batch_size} ({error}); "
-            "build with a smaller --batch-size (it is part of the recipe, so the table is encoded anew)"
-        ) from error
+    encoded = encoder.encode([prepared for _, prepared in batch])
     offsets = encoded[OFFSETS].cpu().numpy() if OFFSETS in encoded else None
     values = {f.name: encoded[f.name].float().cpu().numpy() for f in encoder.recipe.fields}
     with np.errstate(over="ignore"):  # what overflows is found as an infinity below, and named

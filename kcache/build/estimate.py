@@ -4,7 +4,6 @@ Sizes are computed from the rows and from really tokenized captions, up to what 
 measured: a few batches of each table's missing inputs are really decoded and encoded, into a temporary folder.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.decoding import decoder_facts
+from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device
@@ -171,9 +171,10 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
     device = torch.device(job.config.device or default_device())
-    encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
+    with enough_memory(recipe):
+        encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
     loading = time.perf_counter() - start
-    workers = job.config.num_workers or os.cpu_count() or 1
+    workers = workers_for(recipe, job.config.num_workers, len(table.keys))
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))
     # Evenly spaced, as pictures of one folder are often alike; several shards, so that writing is measured, too.
     keys = _spread(table.keys, max(table.rows_per_shard, 64 * encoder.batch_size))
@@ -183,7 +184,7 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
         for number, begin in enumerate(range(0, len(keys), rows))
     )
     fetch = fetcher(job, recipe.table)
-    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched):
+    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched), enough_memory(recipe):
         encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=Meter(), done=watch.add)
     return loading, watch.row_seconds()
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
 from kcache.build.joined_tars import shard_recipes
-from kcache.build.plan import Plan, plan_table
+from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say, Stage
 from kcache.encoders.color import check_color_management
+from kcache.encoders.fit import check_request
 from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
-from kcache.errors import CacheMismatchError, InputRejected, KcacheError
+from kcache.errors import CacheMismatchError, ConfigError, InputRejected, KcacheError, ModelError
+from kcache.machine import default_device
 from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
@@ -99,10 +101,13 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
         need_captions=TEXT.name in tables,
     )
     repositories = _find_repositories(config, stage_of(tables))
+    so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
         say(opened.description)
         recipes = {
-            name: table_recipe(name, config, repositories[kind_of(name).role], memo, config.rehash, say)
+            name: table_recipe(
+                name, config, repositories[kind_of(name).role], memo, config.rehash, say, known=so_far.get(name)
+            )
             for name in tables
         }
         if config.color is None and _is_in_srgb(folder, earlier, recipes):
@@ -159,10 +164,45 @@ def _of_images(recipes: Mapping[str, Recipe]) -> list[Recipe]:
     return [recipe for name, recipe in recipes.items() if kind_of(name).per == "image"]
 
 
+def _recipes_begun(folder: Path) -> dict[str, Recipe]:
+    """The recipes of the open plan, if there is one: a first build that was interrupted has no manifest."""
+    plan = open_plan(folder)
+    return {} if plan is None else {table.recipe.table: table.recipe for table in plan.tables}
+
+
 def _find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
     given = {role: getattr(config, setting) for role, setting in MODEL_SETTINGS.items()}
-    wanted = {role: components(role, stage) for role in given}
-    return {role: find_repository(given[role], config.revision, names) for role, names in wanted.items() if names}
+    wanted = {role: names for role in given if (names := components(role, stage))}
+    revisions = {role: getattr(config, f"{role}_revision") for role in given}
+    _check_revisions(config, {role: given[role] for role in wanted}, revisions)
+    found = {}
+    for role, names in wanted.items():
+        try:
+            found[role] = find_repository(given[role], revisions[role] or config.revision, names)
+        except ModelError as error:
+            if config.revision is None or revisions[role] is not None or len(wanted) == 1:
+                raise
+            raise ModelError(
+                f"{error}; --revision {config.revision} is asked of both repositories; where only one has it, give "
+                "--prior-revision or --decoder-revision instead"
+            ) from error
+    return found
+
+
+def _check_revisions(config: BuildConfig, used: Mapping[str, str], revisions: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for a revision of a repository that is not used, or that is a folder, which has none."""
+    for role, revision in revisions.items():
+        flag = f"--{role}-revision"
+        if revision is not None and role not in used:
+            raise ConfigError(f"{flag} is {revision!r}, but nothing of the {role}'s repository is needed; leave it out")
+        if revision is not None and Path(used[role]).expanduser().is_dir():
+            raise ConfigError(
+                f"{flag} is {revision!r}, but {used[role]} is a folder, which has one state; leave it out"
+            )
+    folders = [name for role, name in used.items() if revisions[role] is None and Path(name).expanduser().is_dir()]
+    if config.revision is not None and len(folders) == sum(revisions[role] is None for role in used):
+        where = f"{' and '.join(folders)}, a folder" if folders else "what has its own revision"
+        raise ConfigError(f"--revision is {config.revision!r}, but only {where}, is used; leave --revision out")
 
 
 def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> list[str]:
@@ -245,7 +285,10 @@ def _difference(name: str, then: str, now: str) -> str:
 def missing_rows(
     job: Survey, tables: Mapping[str, TableState], *, retry: bool, seen: Mapping[str, Collection[bytes]]
 ) -> Plan:
-    """The plan for all that no table has yet; `seen` are keys, by table, that this build has dealt with already."""
+    """The plan for all that no table has yet; `seen` are keys, by table, that this build has dealt with already.
+
+    Raises ConfigError for batches or shards that no memory here can hold.
+    """
     samples = job.samples if retry else acceptable(job.samples, tables)
     plans = []
     for name, state in tables.items():
@@ -260,6 +303,10 @@ def missing_rows(
                 first_shard=state.next_shard,
             )
         )
+    for table in plans:
+        if table.keys:
+            rows, device = min(table.rows_per_shard, len(table.keys)), job.config.device or default_device()
+            check_request(table.recipe, job.repository(table.recipe.table), rows, device)
     return Plan(tables=tuple(plans))
 
 

@@ -16,6 +16,7 @@ from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
+from kcache.foreign import told
 from kcache.store.recipe import LATENTS, Recipe, kind_of
 
 Rows = dict[str, Tensor]
@@ -237,10 +238,8 @@ class _Frozen:
 def load_tokenizer(repository: Repository) -> CLIPTokenizer:
     """The tokenizer of a prior repository; raises ModelError."""
     path = repository.path / "tokenizer"
-    try:
+    with told(ModelError, f"{path} cannot be loaded as CLIPTokenizer", "fetch or export the repository again"):
         tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be loaded as CLIPTokenizer: {error}") from error
     if tokenizer.padding_side != "right":
         raise ModelError(f"{path} pads on the {tokenizer.padding_side}; expected the right, as Kandinsky's does")
     return tokenizer

@@ -6,7 +6,6 @@ Rows come out unrounded, in the dtype that the encoders compute in: with float32
 bit for bit on the CPU.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,8 +17,10 @@ from torch.nn import functional
 
 from kcache.encoders.decoding import Decoding
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
-from kcache.encoders.repositories import find_repository, weights_digest
+from kcache.encoders.repositories import find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
+from kcache.machine import threads_for
 from kcache.sources import Source
 from kcache.store.cache import Cache
 from kcache.store.digests import DigestMemo, content_key
@@ -53,7 +54,7 @@ class OnlineEncoders:
         tables = {cache.table_of(name) for name in fields}
         self._encoders = {table: _load(cache, table, device) for table in tables}
         self._reserved: dict[str, dict[str, torch.Tensor]] = {}
-        self._decoders = ThreadPoolExecutor(num_workers or os.cpu_count() or 1, "kcache-decode")
+        self._decoders = ThreadPoolExecutor(threads_for(num_workers), "kcache-decode")
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -178,7 +179,7 @@ def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
     model = cache.models[kind.role]
     repository = find_repository(str(model["name"]), model["revision"], (kind.component, *kind.with_it))
     with DigestMemo() as memo:
-        found = weights_digest(repository, kind.component, memo)
+        found = weights_digest(repository, kind.component, memo, known=recipe.weights)
     if found != recipe.weights:
         raise CacheMismatchError(
             f"{kind.component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "

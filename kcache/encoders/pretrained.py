@@ -10,10 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from kcache.errors import ModelError
+from kcache.foreign import told
+
+_FETCH = "expected what its config.json describes, as save_pretrained writes it; fetch or export the repository again"
 
 
 def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
@@ -23,13 +25,10 @@ def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
     """
     # diffusers and transformers name the argument differently.
     dtype_name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
-    try:
-        with without_bars():
-            network, loading = kind.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
+    with told(ModelError, f"{path} cannot be loaded as {kind.__name__}", _FETCH), without_bars():
+        network, loading = kind.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
+        )
     # Both libraries fill what the file lacks with random numbers.
     lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]]
     if lacking:

@@ -6,7 +6,9 @@ from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.color import INTENT
-from kcache.encoders.repositories import COMPONENTS, Configuration, Repository, tokenizer_digest, weights_digest
+from kcache.encoders.repositories import COMPONENTS, Configuration, Repository
+from kcache.encoders.tokenizers import tokenizer_digest
+from kcache.encoders.weights import weights_digest
 from kcache.errors import ConfigError, ModelError
 from kcache.store.digests import DigestMemo
 from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, side_of
@@ -29,12 +31,15 @@ def table_recipe(
     memo: DigestMemo,
     rehash: bool = False,
     say: Say = unheard,
+    *,
+    known: Recipe | None = None,
 ) -> Recipe:
     """The recipe of a table under the settings given, its encoder in `repository`.
 
-    Where no `color` is given it is that of numbers as they are, see `in_srgb`. `say` is told of large files that
-    have to be digested. Raises ConfigError for a resolution that the networks cannot take, ModelError for
-    repositories that do not fit.
+    Where no `color` is given it is that of numbers as they are, see `in_srgb`. `known` is the recipe that the table has
+    so far: what names there the same content by other digests is kept. `say` is told of large files that have to be
+    digested. Raises ConfigError for a resolution that the networks cannot take, ModelError for repositories that do not
+    fit.
     """
     kind, side = kind_of(table), side_of(table)
     network = repository.read(kind.component)
@@ -43,11 +48,13 @@ def table_recipe(
     elif kind == IMAGE_EMBEDS:
         preprocess, sample_shape, fields = _image_embeds(config, network)
     else:
-        preprocess, sample_shape, fields = _text(config, network)
+        recorded = None if known is None else known.preprocess.get("tokenizer")
+        preprocess, sample_shape, fields = _text(config, network, recorded)
+    weights = None if known is None else known.weights
     recipe = Recipe(
         table=table,
         encoder=str(COMPONENTS[kind.component].class_name),
-        weights=weights_digest(repository, kind.component, memo, rehash, say),
+        weights=weights_digest(repository, kind.component, memo, rehash, say, known=weights),
         config=network.digest,
         preprocess=preprocess,
         compute_dtype=config.compute_dtype,
@@ -93,7 +100,7 @@ def _image_embeds(config: BuildConfig, network: Configuration) -> _Parts:
     return preprocess, (3, side, side), (Field(name="image_embeds", shape=(width,)),)
 
 
-def _text(config: BuildConfig, network: Configuration) -> _Parts:
+def _text(config: BuildConfig, network: Configuration, known: str | None) -> _Parts:
     prior = network.repository
     positions = network.whole_number("max_position_embeddings")
     length = prior.read("tokenizer").whole_number("model_max_length")
@@ -104,7 +111,7 @@ def _text(config: BuildConfig, network: Configuration) -> _Parts:
         # By a caption's own length and not by the longest in its batch: a row must not depend on its companions.
         padding = {"padding": "own length", "pad_to_multiple_of": _TRIMMED_MULTIPLE}
     preprocess = {
-        "tokenizer": tokenizer_digest(prior),
+        "tokenizer": tokenizer_digest(prior, known=known),
         **padding,
         "truncation": True,
         # As in the upstream scripts: the mask only says which states are of the caption.

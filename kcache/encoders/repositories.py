@@ -1,20 +1,19 @@
-"""Where networks come from: how a pipeline is laid out, a repository of one, the digests of its files.
+"""Where networks come from: how a pipeline is laid out, a repository of one, its configurations.
 
-Nothing here loads a network, and only safetensors, JSON and text files are fetched or digested.
+Nothing here loads a network, and only safetensors, JSON and text files are fetched.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.config import DECODER_REPO, PRIOR_REPO, Say, unheard
+from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.errors import ConfigError, ModelError
+from kcache.foreign import reason, told
 from kcache.hints import broken_link
-from kcache.store.digests import DigestMemo
+from kcache.plainly import plainly_at
 from kcache.store.recipe import json_digest
 from kcache.store.run_directory import instead_of_pipeline
 
@@ -75,11 +74,7 @@ PIPELINES = {
 }
 """The two halves, by the stage that trains them."""
 
-_WEIGHTS_STEMS = ("model", "diffusion_pytorch_model")
-"""transformers' and diffusers' names for the weights of a component."""
-_LARGE_BYTES = 1_000_000_000
-"""Files above this take some seconds to digest."""
-_TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "vocab.json")
+FINISH = "its download is unfinished, or it has no such files: fetch it again, online; what was fetched is kept"
 _VOLATILE = {
     "architectures",
     "backend",
@@ -107,6 +102,12 @@ class Repository:
     revision: str | None
     """The commit that a Hub repository was resolved to; None for a folder."""
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether what is not there may still have to be fetched, as a download is made file by file."""
+        of_the_hub = self.revision is not None or self.path.parent.name == "snapshots"
+        return of_the_hub or any((self.path / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+
     def read(self, component: str) -> "Configuration":
         """The configuration of a component, as its JSON file says; raises ModelError when there is none to read."""
         path = _config_path(self, component)
@@ -117,7 +118,9 @@ class Repository:
                 f"{path} cannot be read ({error.strerror}); expected the configuration of {component}"
             ) from error
         except ValueError as error:
-            raise ModelError(f"{path} is not JSON ({error}); fetch or export {self.name} again") from error
+            what = plainly_at(path)
+            found = f"it is {what}" if what else f"fetch or export {self.name} again"
+            raise ModelError(f"{path} is not JSON ({reason(error)}); {found}") from error
         if not isinstance(values, dict):
             raise ModelError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch {self.name} again")
         return Configuration(repository=self, component=component, values=values)
@@ -193,7 +196,7 @@ def find_repository(
         expected = ", ".join(f"{name}/{_config_path(repository, name).name}" for name in missing)
         raise ModelError(
             f"{name_or_path} has no {expected}; found the folders {', '.join(found) or 'none'} in {repository.path}; "
-            "give a Kandinsky 2.2 pipeline in diffusers layout (prior and decoder are two different ones)"
+            f"{_why_missing(repository, missing)}"
         )
     return repository
 
@@ -223,54 +226,27 @@ def _check_no_path(name: str) -> None:
         )
 
 
-def weights_digest(
-    repository: Repository,
-    component: str,
-    memo: DigestMemo,
-    rehash: bool = False,
-    say: Say = unheard,
-) -> str:
-    """sha256 (hex) of the contents of the safetensors files that from_pretrained would load.
-
-    Of several shards, it is the sha256 of their names and digests. `say` is told of large files that are not remembered
-    and have to be read. Raises ModelError when there are no such files.
-    """
-    files = _weights_files(repository, component)
-
-    def compute(path: Path) -> bytes:
-        size = path.stat().st_size
-        if size > _LARGE_BYTES:
-            say(f"digesting the weights of {component}, {size / 1e9:.1f} GB: once, as long as they stay unchanged")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    digests = {path.name: memo.digest(path, "sha256", partial(compute, path), rehash) for path in files}
-    if len(digests) == 1:
-        return next(iter(digests.values())).hex()
-    return json_digest({name: digest.hex() for name, digest in digests.items()})
-
-
-def tokenizer_digest(repository: Repository) -> str:
-    """sha256 (hex) of the vocabulary, merges, special tokens and configuration of the tokenizer.
-
-    Raises ModelError when there is no vocabulary.
-    """
-    folder = repository.path / "tokenizer"
-    present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= set(present):
-        raise ModelError(
-            f"{folder} has no vocabulary (found {_listing(folder)}); "
-            "expected tokenizer.json, or vocab.json and merges.txt; fetch or export the tokenizer again"
-        )
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in present}
-    return json_digest({"files": files, "config": repository.read("tokenizer").lasting})
+def _why_missing(repository: Repository, missing: Sequence[str]) -> str:
+    """What to do about components that are not there, by what the pipeline says that it consists of."""
+    try:
+        listed = json.loads((repository.path / "model_index.json").read_bytes())
+    except (OSError, ValueError):
+        listed = None
+    if listed is None and repository.unfinished:
+        return FINISH
+    if isinstance(listed, dict) and all(name in listed for name in missing):
+        return FINISH if repository.unfinished else "its model_index.json names them: fetch or copy the rest of it"
+    return "give a Kandinsky 2.2 pipeline in diffusers layout (prior and decoder are two different ones)"
 
 
 def _download(name: str, revision: str | None, components: Sequence[str], cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{component}/*.{ending}" for component in components for ending in ("safetensors", "txt")]
-    try:
+    at = f" at revision {revision}" if revision else ""
+    what = f"{name} is neither a local folder nor a Hub repository that can be fetched{at}"
+    do = f"expected e.g. {PRIOR_REPO}; check the name, the revision and the network, or give a folder"
+    with told(ModelError, what, do):
         snapshot = snapshot_download(
             name,
             revision=revision,
@@ -278,51 +254,8 @@ def _download(name: str, revision: str | None, components: Sequence[str], cache_
             allow_patterns=["*.json", *patterns],
             ignore_patterns=["*.fp16.*", "*.non_ema.*"],
         )
-    # The Hub's own errors are all one of these two.
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{name} is neither a local folder nor a Hub repository that can be fetched ({reason}); expected e.g. "
-            "kandinsky-community/kandinsky-2-2-prior; check the name, the revision and the network, or give a folder"
-        ) from error
     return Path(snapshot)
 
 
 def _config_path(repository: Repository, component: str) -> Path:
     return repository.path / component / COMPONENTS[component].config_file
-
-
-def _weights_files(repository: Repository, component: str) -> list[Path]:
-    folder = repository.path / component
-    whole = [folder / f"{stem}.safetensors" for stem in _WEIGHTS_STEMS]
-    indexes = [folder / f"{stem}.safetensors.index.json" for stem in _WEIGHTS_STEMS]
-    found = [path for path in whole + indexes if path.is_file()]
-    if len(found) != 1:
-        raise ModelError(
-            f"{folder} has {len(found)} sets of weights (found {_listing(folder)}); expected exactly one of "
-            f"{', '.join(path.name for path in whole)} or the index of one in shards; "
-            "convert pickled weights (.bin) with save_pretrained: kcache never unpickles"
-        )
-    return _shards(found[0]) if found[0] in indexes else found
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"{index} cannot be read as an index of shards ({error!r}); fetch the weights again"
-        ) from error
-    for name in names:
-        # A name is not a path, and nothing but safetensors is opened.
-        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
-            raise ModelError(
-                f"{index} names the shard {name!r}; expected a safetensors file beside it; fetch the weights again"
-            )
-    return [index.parent / name for name in names]
-
-
-def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"

@@ -144,7 +144,7 @@ def _processor() -> Iterator[Fact]:
     yield _judged("processor", "cores usable", usable, "", usable < cores, "note", advice)
     if quota is not None:
         advice = f"the container gives the time of {quota:g} cores, fewer than it shows: give it more"
-        yield _judged("processor", "cgroup cores", quota, "", quota < usable, "slow", advice)
+        yield _judged("processor", "cgroup cores", quota, "", quota < cores, "slow", advice)
 
 
 def _memory() -> Iterator[Fact]:
@@ -153,8 +153,10 @@ def _memory() -> Iterator[Fact]:
     yield Fact(area="memory", name="available", value=free, unit="bytes")
     if limit is not None:
         short = total is not None and limit < total
-        advice = "the container's limit; more and the kernel ends the run: --residency mmap for larger caches"
-        yield _judged("memory", "cgroup limit", limit, "bytes", short, "note", advice)
+        advice = (
+            "a container, Slurm or `ulimit` gives no more, and ends what takes it: --residency mmap for larger caches"
+        )
+        yield _judged("memory", "limit", limit, "bytes", short, "note", advice)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = f"a mapped cache keeps a file open per shard and field, and fails beyond this: ulimit -Hn {_FEW_FILES}"
     yield _judged("memory", "open files", most, "", 0 <= most < _FEW_FILES, "note", advice)

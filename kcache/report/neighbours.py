@@ -10,7 +10,8 @@ import torch
 
 from kcache.config import CountReport
 from kcache.encoders.frozen import PictureEncoder
-from kcache.encoders.repositories import find_repository, weights_digest
+from kcache.encoders.repositories import find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import KcacheError, ModelError
 from kcache.report.grid import grids_of, open_picture, pictures_of, png_bytes
 from kcache.report.page import Block, Section, Table, Text
@@ -56,7 +57,7 @@ def _embeds(cache: Cache, pictures: list[Path], device: torch.device) -> np.ndar
     recipe, origin = cache.recipes[cache.table_of("image_embeds")], cache.models["prior"]
     prior = find_repository(str(origin["name"]), origin["revision"], ("image_encoder", "image_processor"))
     with DigestMemo() as memo:
-        if weights_digest(prior, "image_encoder", memo) != recipe.weights:
+        if weights_digest(prior, "image_encoder", memo, known=recipe.weights) != recipe.weights:
             raise ModelError(f"the image encoder at {prior.name} is not the one that the cache was built with")
     encoder = PictureEncoder(recipe, prior, device)
     prepared = [encoder.prepare(png_bytes(open_picture(path))) for path in pictures]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
@@ -173,13 +172,7 @@ def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[Non
 
 def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: Any) -> Any:
     """A pipeline on the CPU, with `given` in place of its own components."""
-    try:
-        loaded = load_pipeline(kind, repository.path, **given)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{repository.name} cannot be loaded as {kind.__name__} to draw the validation prompts: {error}; "
-            "name a repository that works, or leave --validation-prompts out"
-        ) from error
+    loaded = load_pipeline(kind, repository.path, purpose=", which is to draw the --validation-prompts", **given)
     cast_pipeline(loaded, dtype)
     return loaded
 

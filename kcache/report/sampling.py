@@ -17,7 +17,8 @@ from kcache.config import DECODER_REPO, PRIOR_REPO
 from kcache.encoders.pretrained import cast_pipeline, load_pretrained, without_advice, without_bars
 from kcache.encoders.repositories import COMPONENTS, PIPELINES, Repository, check_revision, find_repository
 from kcache.errors import ConfigError, ModelError, RunError
-from kcache.machine import check_device, default_device
+from kcache.foreign import told, within_memory
+from kcache.machine import check_device, check_fits, default_device
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
 from kcache.store.checkpoint import STATE_FILE, checkpoint_steps
 from kcache.store.recipe import sides_of
@@ -77,25 +78,28 @@ def sample(
     adapters = _by_network(lora)
     halves = {"prior": _find("prior", prior, prior_revision), "unet": _find("decoder", decoder, decoder_revision)}
     height, width = _size(height, width, halves["unet"], adapters["unet"])
+    _check_fits(height, width, halves["unet"].repository, place)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
     # One half after the other, each let go once it has drawn, so that the device never holds both.
-    embeds = draw_embeds(
-        _load(KandinskyV22PriorPipeline, halves["prior"], place, "prior", adapters["prior"]),
-        prompts,
-        generators,
-        num_inference_steps=prior_num_inference_steps,
-        guidance_scale=prior_guidance_scale,
-    )
-    return draw_pictures(
-        _load(KandinskyV22Pipeline, halves["unet"], place, "unet", adapters["unet"]),
-        embeds,
-        generators,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-    )
+    drawing = f"drawing {height}×{width} pixels on {place}", "give a smaller --height and --width, or another --device"
+    with within_memory(*drawing):
+        embeds = draw_embeds(
+            _load(KandinskyV22PriorPipeline, halves["prior"], place, "prior", adapters["prior"]),
+            prompts,
+            generators,
+            num_inference_steps=prior_num_inference_steps,
+            guidance_scale=prior_guidance_scale,
+        )
+        return draw_pictures(
+            _load(KandinskyV22Pipeline, halves["unet"], place, "unet", adapters["unet"]),
+            embeds,
+            generators,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+        )
 
 
 Embeds = tuple[torch.Tensor, torch.Tensor]
@@ -144,9 +148,13 @@ def draw_pictures(
     return drawn
 
 
-def load_pipeline(kind: type[Any], folder: Path, **given: Any) -> Any:
-    """The stock pipeline of class `kind` in `folder`, on the CPU and silent, with `given` in place of components."""
-    with without_bars():
+def load_pipeline(kind: type[Any], folder: Path, *, purpose: str = "", **given: Any) -> Any:
+    """The stock pipeline of class `kind` in `folder`, on the CPU and silent, with `given` in place of components.
+
+    Raises ModelError, which says what for: its `purpose`.
+    """
+    what = f"{folder} cannot be loaded as {kind.__name__}{purpose}"
+    with told(ModelError, what, "fetch or export it again, or give a repository that works"), without_bars():
         loaded = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -295,6 +303,13 @@ def _size(height: int | None, width: int | None, half: _Half, lora: Sequence[Pat
         return height, width
     trained = math.ceil(_trained_side(half, lora) / unit) * unit
     return height or trained, width or trained
+
+
+def _check_fits(height: int, width: int, decoder: Repository, device: torch.device) -> None:
+    """Refuse a picture that takes more than all memory: its pixels and what MoVQ's last layer makes them of."""
+    channels = decoder.read("movq").values.get("block_out_channels", [64])[0]
+    values = height * width * (3 + channels) * (2 if device.type == "cuda" else 4)
+    check_fits(f"a picture of {height}×{width} pixels", values, "give a smaller --height and --width", str(device))
 
 
 def _trained_side(decoder: _Half, lora: Sequence[Path]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
+from kcache.foreign import told
 from kcache.sources.arrow_files import ArrowStream
 from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request
@@ -57,10 +58,15 @@ def open_hub_dataset(name: str, request: Request) -> TableSource:
     # Imported here, because it takes a second that no other source needs.
     import datasets
 
-    try:
-        dataset = datasets.load_dataset(name, split=request.split, keep_in_memory=False)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise SourceError(_why_not(name, request, " ".join(str(error).split()))) from error
+    what = f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded"
+    do = f"expected a path that exists or the id of a dataset with a split {request.split}; correct it, or go online"
+    with told(SourceError, what, do):
+        try:
+            dataset = datasets.load_dataset(name, split=request.split, keep_in_memory=False)
+        except ValueError as error:
+            if (other := _is_not_in_it(name, request, " ".join(str(error).split()))) is not None:
+                raise SourceError(other) from error
+            raise
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
     source_roots = _roots(dataset.info.builder_name)
     source = open_rows("Hub dataset", name, ArrowStream, files, source_roots, request, numbered_through=True)
@@ -82,8 +88,8 @@ def _roots(builder: str | None) -> list[Path]:
     return [*roots, Path("/")] if builder == "imagefolder" else roots
 
 
-def _why_not(name: str, request: Request, error: str) -> str:
-    """What to say when `datasets` cannot load a dataset, from its error on one line."""
+def _is_not_in_it(name: str, request: Request, error: str) -> str | None:
+    """What to say when a dataset has not the part that was asked for, by the error of `datasets`; None otherwise."""
     if "onfig name is missing" in error or "BuilderConfig" in error:
         return (
             f"the Hub dataset {name!r} has several configurations{_listed(error)}; expected one; save one of "
@@ -94,10 +100,7 @@ def _why_not(name: str, request: Request, error: str) -> str:
             f"the Hub dataset {name!r} has no split {request.split!r}; found{_listed(error).removeprefix(':')}; give "
             "one of those with --split"
         )
-    return (
-        f"{name!r} is no folder or file here, and the Hub dataset of that name cannot be loaded: {error}; "
-        f"expected a path that exists or the id of a dataset with a split {request.split}; correct it, or go online"
-    )
+    return None
 
 
 def _listed(error: str) -> str:

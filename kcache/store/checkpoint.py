@@ -8,7 +8,6 @@ timesteps follow from seed and position.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json
 from kcache.errors import RunError
+from kcache.filesystems import sync
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _sync_files(folder: Path) -> dict[str, dict[str, Any]]:
             sync_folder(path)
             continue
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return files
 

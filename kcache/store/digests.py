@@ -7,11 +7,14 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+
+from kcache.foreign import reason
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ class DigestMemo:
         try:
             self.path = _default_path() if path is None else path
             self._connection = _connect(self.path)
-        except (sqlite3.Error, OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it costs speed only
             self._give_up(error)
 
     def digest(self, path: Path, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
@@ -106,7 +109,7 @@ class DigestMemo:
             try:
                 with self._connection:
                     self._connection.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", self._pending)
-            except sqlite3.Error as error:
+            except Exception as error:  # noqa: BLE001
                 self._give_up(error)
         self._pending.clear()
 
@@ -114,7 +117,8 @@ class DigestMemo:
         """Flush, and let go of the file."""
         self.flush()
         if self._connection is not None:
-            self._connection.close()
+            with suppress(sqlite3.Error):
+                self._connection.close()
             self._connection = None
 
     def __enter__(self) -> Self:
@@ -133,8 +137,8 @@ class DigestMemo:
                 query = "SELECT name, stamp, digest FROM digests WHERE folder = ?"
                 try:
                     rows = self._connection.execute(query, (os.fsencode(folder),)).fetchall()
-                    self._folders[folder] = {os.fsdecode(name): (stamp, digest) for name, stamp, digest in rows}
-                except sqlite3.Error as error:
+                    self._folders[folder] = {os.fsdecode(name): (stamp, bytes(digest)) for name, stamp, digest in rows}
+                except Exception as error:  # noqa: BLE001
                     self._give_up(error)
         return self._folders[folder]
 
@@ -143,10 +147,11 @@ class DigestMemo:
             "the digest memo %s cannot be used (%s); files are digested without it, which is slower but right; "
             "free or delete that file, or set KCACHE_HOME to a folder that can be written",
             self.path,
-            error,
+            reason(error),
         )
         if self._connection is not None:
-            self._connection.close()
+            with suppress(sqlite3.Error):
+                self._connection.close()
             self._connection = None
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from kcache.durable import publish, read_npy, remove, temporary_folder, write_npy
 from kcache.errors import CacheCorruptError
+from kcache.filesystems import mapped
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
@@ -180,7 +181,7 @@ def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:
 def _index_digest(folder: Path, names: Sequence[str]) -> str:
     sums = []
     for name in names:
-        content = np.memmap(folder / f"{name}.npy", np.uint8, mode="r")
+        content = np.frombuffer(mapped(folder / f"{name}.npy"), np.uint8)
         sums.append([name, content.size, crc32c(content)])
     return json_digest(sums)
 

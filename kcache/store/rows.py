@@ -1,8 +1,6 @@
 """Reading rows: straight out of memory-mapped files into the caller's array, each checked as it is copied."""
 
-import errno
 import mmap
-import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kcache.errors import CacheCorruptError
+from kcache.filesystems import mapped
 from kcache.store.checksums import crc32c, joined_crc32c
 from kcache.store.formats import format_of
 from kcache.store.manifest import ShardEntry
@@ -47,16 +46,16 @@ class FieldFiles:
         return self._mapped(shard)[1]
 
     def _mapped(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            mapped = self._maps[shard] = self._open(shard)
-        return mapped
+        opened = self._maps.get(shard)
+        if opened is None:
+            opened = self._maps[shard] = self._open(shard)
+        return opened
 
     def _open(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         path = self.files[shard].path
         try:
-            mapped = _map(path)
-            return mapped, np.frombuffer(mapped, np.uint8)
+            content = mapped(path)
+            return content, np.frombuffer(content, np.uint8)
         except (OSError, ValueError) as error:
             raise CacheCorruptError(
                 f"{path} cannot be read ({error}); expected a committed shard's data there"
@@ -75,9 +74,9 @@ class FieldFiles:
         starts = locators["offset"] // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = locators["offset"] - starts + locators["length"]
         for shard, start, length in zip(entries["shard"].tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            mapped, content = self._mapped(shard)
+            opened, content = self._mapped(shard)
             if start < content.size:
-                mapped.madvise(mmap.MADV_WILLNEED, start, length)
+                opened.madvise(mmap.MADV_WILLNEED, start, length)
 
     def pieces(self, shard: int, offset: int, length: int) -> list[np.ndarray]:
         """The payload of a row as the runs of bytes it is made of, gaps left out."""
@@ -97,20 +96,6 @@ class FieldFiles:
             f"{self.files[shard].path} is corrupt in the row at byte {offset}: {detail}; "
             "`kcache cache-verify CACHE --source SOURCE --repair` encodes such rows again"
         )
-
-
-def _map(path: Path) -> mmap.mmap:
-    """The file, mapped. Python keeps a descriptor per mapping: where a large cache uses them up, more are asked for."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if error.errno != errno.EMFILE or soft == hard:
-            raise
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def field_files(cache: Path, field: Field, dtype: np.dtype[np.generic], shards: Sequence[ShardEntry]) -> FieldFiles:

@@ -269,7 +269,7 @@ def _say(lost: str) -> None:
 
 
 def _append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(_lines(entries))
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
+from kcache.machine import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def machine_facts(accelerator: Accelerator) -> dict[str, str | int | None]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
     }

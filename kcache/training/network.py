@@ -1,17 +1,29 @@
 """The network that learns, as a run's settings want it: with adapters or whole, lean or quick, in which dtype."""
 
+import math
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained
-from kcache.encoders.repositories import PIPELINES, Repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository
+from kcache.encoders.weights import weights_digest
+from kcache.errors import ModelError
+from kcache.foreign import told, within_memory
+from kcache.machine import check_fits, default_device
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
+from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.digests import DigestMemo
+
+_FEWEST_TOKENS = 6
+"""Of a caption without words: its begin and its end; and the four that the prior puts behind them."""
 
 
 def load_objective(config: TrainConfig, base: Repository, saved: Path | None) -> Objective:
@@ -44,7 +56,8 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     if config.stage == "prior":
         objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
     else:
-        scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+        with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
+            scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
         objective = DecoderObjective(network, scheduler)
     if config.compile:
         compile_blocks(network, packed=objective.packed)
@@ -56,15 +69,74 @@ def load_network(stage: str, folder: Path) -> ModelMixin:
     return load_pretrained(OBJECTIVES[stage].network_class, folder / PIPELINES[stage].network, torch.float32)
 
 
-def find_adapted(config: TrainConfig, base: Repository) -> dict[str, str] | None:
+def within_run_memory(config: TrainConfig) -> AbstractContextManager[None]:
+    """Turn lack of memory in the block, which does a run's work, into MemoryShortError: which settings take less."""
+    return within_memory(f"training in batches of {config.train_batch_size}", partial(_what_takes_less, config))
+
+
+def _what_takes_less(config: TrainConfig) -> str:
+    smaller = max(1, config.train_batch_size // 2)
+    turned = {
+        f"--train-batch-size {smaller} with --gradient-accumulation-steps {2 * config.gradient_accumulation_steps}": (
+            config.train_batch_size > 1
+        ),
+        "--gradient-checkpointing": not config.gradient_checkpointing,
+        "--mixed-precision bf16": config.mixed_precision == "no",
+        "--lora-rank 16": config.lora_rank is None,
+        "--use-8bit-adam": not config.use_8bit_adam and config.lora_rank is None,
+        "--residency mmap": config.residency != "mmap",
+        "no --validation-prompts": bool(config.validation_prompts),
+    }
+    flags = ", ".join(flag for flag, is_left in turned.items() if is_left) or "a GPU with more memory"
+    folder, steps = Path(config.output_dir), []
+    with suppress(OSError):
+        steps = checkpoint_steps(folder)
+    kept = (
+        f"{folder / f'checkpoint-{steps[-1]}'} is kept: --resume-from-checkpoint latest goes on from it"
+        if steps
+        else "no checkpoint was saved"
+    )
+    return f"take less by {flags}; {kept}"
+
+
+def check_batch(config: TrainConfig, base: Repository, noised: tuple[int, ...]) -> None:
+    """Refuse a batch that takes more than all memory, before anything is loaded.
+
+    `noised` is the shape of what is noised, (4, h, w) or (D,). What is counted is what must be in memory at once, in
+    two bytes a number: of the decoder what its first layers make of the latents, of the prior what goes into each layer
+    for the fewest tokens that a caption has. Raises ConfigError.
+    """
+    network = base.read(PIPELINES[config.stage].network).values
+    if config.stage == "decoder":
+        channels = network.get("block_out_channels")
+        width = _count(channels[0] if isinstance(channels, list) and channels else 1)
+        values = width * (1 + _count(network.get("layers_per_block"))) * math.prod(noised[1:])
+    else:
+        sizes = ("num_attention_heads", "attention_head_dim", "num_layers")
+        values = math.prod(_count(network.get(name)) for name in sizes) * _FEWEST_TOKENS
+    check_fits(
+        f"--train-batch-size {config.train_batch_size}",
+        config.train_batch_size * values * 2,
+        "give a smaller one, and more --gradient-accumulation-steps",
+        default_device(),
+    )
+
+
+def _count(value: Any) -> int:
+    """A size that a configuration says; 1 where it says none, to count too little rather than too much."""
+    return value if isinstance(value, int) else 1
+
+
+def find_adapted(config: TrainConfig, base: Repository, known: str | None = None) -> dict[str, str] | None:
     """Name of `base` and digest (hex) of the weights in it that adapters are trained on; None where all weights learn.
 
-    Raises ModelError when there are no such weights.
+    The digest on record is `known`, by which these weights may have been named earlier. Raises ModelError when there
+    are no such weights.
     """
     if config.lora_rank is None:
         return None
     with DigestMemo() as memo:
-        return {"name": base.name, "weights": weights_digest(base, PIPELINES[config.stage].network, memo)}
+        return {"name": base.name, "weights": weights_digest(base, PIPELINES[config.stage].network, memo, known=known)}
 
 
 def save_network(stage: str, network: ModelMixin, folder: Path) -> None:

@@ -6,21 +6,18 @@ The token is the Hub's own affair, from HF_TOKEN or `hf auth login`: it is in no
 """
 
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import PIPELINES
 from kcache.errors import ConfigError, RunError
+from kcache.foreign import reason
 from kcache.report.grid import grids_of
 from kcache.report.model_card import model_card
 from kcache.store.run_directory import CARD_FILE, CURVES_FILE, LORA_FILE, PIPELINE_FILE
-
-# Whichever client the Hub's library is built on, its errors of transport are no OSError.
-_TRANSPORT_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
 
 def check_publishing(config: TrainConfig) -> None:
@@ -68,10 +65,9 @@ def publish_run(run_dir: Path, repo_id: str | None = None) -> str:
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
             commit_message="Upload what kcache trained",
         )
-    except (_TRANSPORT_ERROR, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:
         raise RunError(
-            f"{run_dir} is trained and whole, but was not uploaded: {reason or type(error).__name__}; expected a Hub "
+            f"{run_dir} is trained and whole, but was not uploaded: {reason(error)}; expected a Hub "
             'that can be reached and a token that may write; upload it later: python -c "from pathlib import Path; '
             f'from kcache.training.publish import publish_run; publish_run(Path({str(run_dir)!r}), {repo_id!r})"'
         ) from error

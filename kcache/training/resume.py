@@ -251,6 +251,12 @@ def check_same_run(checkpoint: Checkpoint, global_batch: int, tables: Mapping[st
         )
 
 
+def adapted_weights(checkpoint: Checkpoint) -> str | None:
+    """Digest (hex) of the weights that a checkpoint's adapters were trained on; None where it does not say."""
+    adapted = checkpoint.state.get("adapted")
+    return str(adapted.get("weights")) if isinstance(adapted, dict) else None
+
+
 def check_same_base(
     checkpoint: Checkpoint | None, config: TrainConfig, base: Repository, adapted: Mapping[str, str] | None
 ) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository, weights_digest
+from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
 from kcache.loader.batches import CacheLoader, RowReader
 from kcache.loader.chance import draw_turns
@@ -20,9 +21,10 @@ from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator
-from kcache.training.network import find_adapted, load_objective
+from kcache.training.network import check_batch, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import (
+    adapted_weights,
     check_same_base,
     check_same_run,
     check_same_samples,
@@ -54,9 +56,11 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
     counterpart_name, counterpart = _find_counterpart(cache, config)
-    checkpoint, adapted = checkpoint_to_resume(config), find_adapted(config, base)
+    checkpoint = checkpoint_to_resume(config)
+    adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, base, adapted)
     new_order = check_same_samples(checkpoint, cache, config)
+    check_batch(config, base, cache.field(OBJECTIVES[config.stage].noised_field).shape)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
     tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
@@ -180,7 +184,8 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
 
 
 def _check_encoder(cache: Cache, table: str, repository: Repository, component: str, memo: DigestMemo) -> None:
-    found, expected = cache.recipes[table].weights, weights_digest(repository, component, memo)
+    found = cache.recipes[table].weights
+    expected = weights_digest(repository, component, memo, known=found)
     if found != expected:
         origins = ", ".join(f"{half}: {model['name']}" for half, model in cache.models.items())
         raise CacheMismatchError(

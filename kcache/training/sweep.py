@@ -23,6 +23,7 @@ import torch
 from kcache.config import TrainConfig
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
+from kcache.foreign import is_fault, reason
 from kcache.report.figures import png_of, smoothed, thinned
 from kcache.settings import marks_of, read_toml, settings_from
 from kcache.store.cache import Cache
@@ -242,12 +243,14 @@ def _train(
     try:
         train(cache, config, report=None if report is None else partial(report, run.name))
         return _swept(run)
-    except (KcacheError, OSError, RuntimeError) as error:
+    except Exception as error:  # the other runs go on, and this one's line says what happened
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        tell(f"{run.name} failed: {reason}")
-        return _swept(run, error=reason)
+        if is_fault(error) and not isinstance(error, KcacheError | RuntimeError):  # every run would have it
+            raise
+        why = " ".join(str(error).split()) if isinstance(error, KcacheError) else reason(error)
+        tell(f"{run.name} failed: {why}")
+        return _swept(run, error=why)
     finally:
         # Networks and optimizers refer to themselves: without this the next run's would stand beside them in memory.
         gc.collect()

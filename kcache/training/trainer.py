@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from kcache.store.cache import Cache
 from kcache.store.recipe import sides_of
 from kcache.store.run_directory import append_validation
 from kcache.training.log import Progress, RunLog
+from kcache.training.network import within_run_memory
 from kcache.training.optimizer import averaged
 from kcache.training.publish import check_publishing, publish_run
 from kcache.training.result import write_result
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from kcache.report.pictures import PromptPictures
 
 logger = logging.getLogger(__name__)
+
+Train = TypeVar("Train", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,18 @@ class TrainResult:
     """Where the result was uploaded to."""
 
 
+def _telling_of_memory(train: Train) -> Train:
+    """Have lack of memory anywhere in `train` told as MemoryShortError, with the settings that take less."""
+
+    @wraps(train)
+    def told(cache: str | Path | Cache, config: TrainConfig, **named: Any) -> Any:
+        with within_run_memory(config):
+            return train(cache, config, **named)
+
+    return cast("Train", told)
+
+
+@_telling_of_memory
 def train(
     cache: str | Path | Cache, config: TrainConfig, *, report: Callable[[Progress], None] | None = None
 ) -> TrainResult:

@@ -17,6 +17,7 @@ from kcache.build.plan import shard_name
 from kcache.config import CountReport
 from kcache.durable import exclusive, remove_leftovers, sync_folder
 from kcache.errors import CacheMismatchError, ConfigError
+from kcache.filesystems import sync
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import unpack_keys
 from kcache.store.index import TableState
@@ -184,6 +185,6 @@ def _link_or_copy(old: Path, place: Path) -> None:
         shutil.copyfile(old, place)
         descriptor = os.open(place, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)

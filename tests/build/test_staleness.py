@@ -3,6 +3,7 @@
 Nothing is encoded here but the one cache that all cases look at: what a build would encode is what its plan says.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_builds import build, copy_pictures, foretold, missing
 
+import kcache.encoders.tokenizers
+from kcache import Cache
 from kcache.build.estimate import BuildEstimate
 from kcache.config import BuildConfig
 from kcache.errors import CacheMismatchError
@@ -71,8 +74,27 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def append_line(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"zz zz\n")
+
+
 def append_newline(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\n")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def split_weights(file: Path) -> None:
+    """The same tensors in two shards."""
+    tensors, halves = load_file(file), {"a.safetensors": 0, "b.safetensors": 1}
+    parts = {name: dict(list(tensors.items())[half::2]) for name, half in halves.items()}
+    for name, part in parts.items():
+        save_file(part, file.with_name(name), metadata={"format": "pt", "half": name})
+    weight_map = {key: name for name, part in parts.items() for key in part}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    file.unlink()
 
 
 PROCESSOR = "prior/image_processor/preprocessor_config.json"
@@ -93,13 +115,19 @@ NETWORKS: list[tuple[str, Callable[[Path], None], dict[str, int], str]] = [
     (PROCESSOR, edit(do_rescale=False), IMAGE, "preprocess.processor.do_rescale"),
     (PROCESSOR, edit(do_normalize=False), IMAGE, "preprocess.processor.do_normalize"),
     (PROCESSOR, edit(size={"shortest_edge": 256}), IMAGE, "preprocess.processor.size.shortest_edge"),
-    ("prior/tokenizer/vocab.json", append_newline, TEXT, "preprocess.tokenizer"),
-    ("prior/tokenizer/merges.txt", append_newline, TEXT, "preprocess.tokenizer"),
-    ("prior/tokenizer/tokenizer.json", append_newline, TEXT, "preprocess.tokenizer"),
-    ("prior/tokenizer/special_tokens_map.json", append_newline, TEXT, "preprocess.tokenizer"),
+    ("prior/tokenizer/vocab.json", edit(another=1), TEXT, "preprocess.tokenizer"),
+    ("prior/tokenizer/merges.txt", append_line, TEXT, "preprocess.tokenizer"),
+    ("prior/tokenizer/tokenizer.json", edit(normalizer=None), TEXT, "preprocess.tokenizer"),
+    ("prior/tokenizer/special_tokens_map.json", edit(unk_token="!"), TEXT, "preprocess.tokenizer"),  # noqa: S106
     (TOKENIZER, edit(do_lower_case=False), TEXT, "preprocess.tokenizer"),
     (TOKENIZER, edit(model_max_length=64), TEXT, "batch_shape preprocess.tokenizer"),
     # What decides no row.
+    ("prior/image_encoder/model.safetensors", split_weights, {}, ""),
+    ("decoder/movq/diffusion_pytorch_model.safetensors", split_weights, {}, ""),
+    ("prior/tokenizer/tokenizer.json", append_newline, {}, ""),
+    ("prior/tokenizer/tokenizer.json", remove, {}, ""),
+    ("prior/tokenizer/vocab.json", append_newline, {}, ""),
+    ("prior/tokenizer/special_tokens_map.json", remove, {}, ""),
     ("prior/image_encoder/config.json", edit(dtype="float16", transformers_version="4.0"), {}, ""),
     (TOKENIZER, edit(name_or_path="/home/x"), {}, ""),
     ("prior/prior/diffusion_pytorch_model.safetensors", shift_weights, {}, ""),
@@ -166,6 +194,29 @@ def test_a_changed_file_of_a_pipeline_makes_its_table_missing(
     found = foretold(*built, models)
     assert missing(found) == tables
     assert_explained(found, tables, differing)
+
+
+def test_a_cache_whose_recipes_name_files_goes_on(
+    form: str, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As recipes did before they named contents: nothing is encoded again."""
+    source = copy_pictures(oracle, tmp_path / "pictures", 3)
+    shutil.copytree(oracle, tmp_path / "models")
+    movq = tmp_path / "models/decoder/movq/diffusion_pytorch_model.safetensors"
+    save_file(load_file(movq), movq, metadata={"format": "pt", "saved by": "something else"})
+    of_file, tokens = hashlib.sha256(movq.read_bytes()).hexdigest(), "0" * 64
+    with monkeypatch.context() as patch:
+        patch.setattr("kcache.encoders.weights._of_tensors", lambda files, digests: digests[files[0].name])
+        patch.setattr("kcache.encoders.tokenizers._tokenizer", lambda *_: tokens)
+        build(source, tmp_path / "cache", tmp_path / "models")
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.recipes["latents-64"].weights == of_file
+    recorded = cache.recipes["text"].preprocess["tokenizer"]
+    real = kcache.encoders.tokenizers.json_digest
+    monkeypatch.setattr(
+        "kcache.encoders.tokenizers.json_digest", lambda value: recorded if "files" in value else real(value)
+    )
+    assert missing(foretold(source, tmp_path / "cache", tmp_path / "models")) == {}
 
 
 def test_the_limit_on_the_form_of_pictures_decides_what_is_made_of_them(

@@ -144,6 +144,12 @@ def unsafe_parts(code: str) -> list[str]:
     return parts
 
 
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale_says() -> None:
+    unsaid = re.compile(r"\.(read_text|write_text)\((?![^\n]*encoding)|\bopen\(\"[rwax]\+?\"\)|\.open\(\)")
+    files = python_files("kcache", "cli")
+    assert {path.name for path in files if unsaid.search(path.read_text())} <= {"builder.py"}  # its claims are open()
+
+
 def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 

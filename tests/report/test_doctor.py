@@ -68,26 +68,20 @@ def test_what_cannot_be_imported_is_a_fact(monkeypatch: pytest.MonkeyPatch, miss
 
 
 def test_limits_of_a_container_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/sys/fs/cgroup/cpu.max": "50000 100000\n",
-        "/sys/fs/cgroup/memory.max": "1000000\n",
-        "/proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1500 kB\n",
-    }
-    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    for path, text in {
+        "sys/fs/cgroup/cpu.max": "50000 100000\n",
+        "sys/fs/cgroup/memory.max": "1000000\n",
+        "proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1500 kB\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
     facts = examine(tmp_path / "no")
     assert by_name(facts, "processor")["cgroup cores"].state == "slow"
-    assert by_name(facts, "memory")["cgroup limit"].value == 1_000_000
+    assert by_name(facts, "memory")["limit"].value == 1_000_000
     assert by_name(facts, "memory")["available"].value == 1500 * 1024
-    assert by_name(facts, "memory")["cgroup limit"].state == "note"
+    assert by_name(facts, "memory")["limit"].state == "note"
     assert by_name(facts, "disk")["path"].state == "broken"
-
-
-def test_no_limits_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"/sys/fs/cgroup/cpu.max": "max 100000\n", "/sys/fs/cgroup/memory.max": "max\n"}
-    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
-    assert (limits.cpu_quota(), limits.memory_limit()) == (None, None)
-    monkeypatch.setattr(limits, "_text", lambda _: "")
-    assert (limits.cpu_quota(), limits.memory_limit(), limits.machine_memory()) == (None, None, (None, None))
 
 
 def test_a_folder_that_cannot_be_written_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,16 +148,3 @@ def test_the_command_exits_with_one_when_something_is_broken(
     assert said.endswith("1 thing broken\n")
     assert kcache_command("doctor", "--json") == 1
     assert json.loads(capsys.readouterr().out)["broken"] == 1
-
-
-def test_free_memory_is_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal: 4000 kB\nMemAvailable: 3000 kB\n",
-        "/sys/fs/cgroup/memory.max": "1024000\n",
-        "/sys/fs/cgroup/memory.current": "900000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 500000\ninactive_file 300000\n",
-    }
-    monkeypatch.setattr(limits, "_text", lambda path: files.get(path, ""))
-    assert limits.free_memory() == 1_024_000 - 900_000 + 300_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert limits.free_memory() == 3000 * 1024

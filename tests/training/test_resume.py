@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
 
 import kcache.training.run
-from kcache.encoders.repositories import find_repository, weights_digest
+from kcache.encoders.repositories import find_repository
+from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, RunError
 from kcache.store.checkpoint import open_checkpoint
 from kcache.store.digests import DigestMemo

@@ -165,7 +165,7 @@ def test_lack_of_memory_fails_a_run_and_a_mistake_of_the_program_does_not(
     path = write(tmp_path, TWO)
     monkeypatch.setattr(kcache.training.sweep, "train", failing(RuntimeError("CUDA out of memory.\n Tried")))
     result = run_sweep(cache, config(tmp_path), path)
-    assert [run.error for run in result.runs] == ["CUDA out of memory. Tried"] * 2
+    assert [run.error for run in result.runs] == ["memory ran out: CUDA out of memory. Tried"] * 2
     assert "|" in result.table
     monkeypatch.setattr(kcache.training.sweep, "train", failing(KeyError("a mistake")))
     with pytest.raises(KeyError):
