@@ -1,17 +1,16 @@
 """The `kcache` command: its list of commands, and what becomes of an error."""
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
+from kcache.stopping import end_on_signals
 from kcache_cli.build import cache_build
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
@@ -75,17 +74,9 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up.
+    Ctrl-C exits with 130, SIGTERM with 143 and any other of `STOP_SIGNALS` with 128 and its number, after clearing up.
     """
-    came: list[int] = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background of a script, for Ctrl-C
-            signal.signal(number, end)
+    came = end_on_signals()
     try:
         app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
     except (KcacheError, OSError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
+from kcache.decoration import drawing
 from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.store.run_directory import PICTURES_FOLDER
@@ -143,6 +144,4 @@ def _cut(text: str, font: FreeTypeFont, width: float) -> str:
 @lru_cache
 def _font(size: int) -> FreeTypeFont:
     """The font that comes with matplotlib, `size` pixels high: it has Cyrillic and Greek, which Pillow's own lacks."""
-    import matplotlib as mpl
-
-    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.truetype(Path(drawing().get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

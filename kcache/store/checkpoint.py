@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json
+from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json, writing
 from kcache.errors import RunError
 from kcache.store.recipe import canonical_json, json_digest
 
@@ -45,12 +45,14 @@ def save_checkpoint(
     """Write checkpoint-`step` into `run_dir` and only then remove the oldest beyond `total_limit`.
 
     `write` puts the files into the folder that it is given. `state` is what `Checkpoint.state` will return: JSON values
-    only. A checkpoint of the same step is replaced.
+    only. A checkpoint of the same step is replaced. Raises CacheWriteError when it cannot be written.
     """
     final = run_dir / f"checkpoint-{step}"
     with temporary_folder(run_dir) as temporary:
-        write(temporary)
-        body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
+        with writing(final):
+            write(temporary)
+            files = _sync_files(temporary)
+        body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": files}
         body = json.loads(canonical_json(body))
         write_json(temporary / STATE_FILE, {**body, "digest": json_digest(body)})
         remove(final)

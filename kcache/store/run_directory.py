@@ -7,7 +7,9 @@ result: a pipeline's folders or a LoRA, its card, its curves and the pictures th
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,8 +103,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write(_lines(entries))
+    with path.open("ab", buffering=0) as file:
+        before, rest = os.fstat(file.fileno()).st_size, _lines(entries).encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):  # the lines after it are not to go on in the middle of one
+                file.truncate(before)
+            raise
 
 
 def _lines(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,10 @@ import logging
 import os
 import platform
 import warnings
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -77,7 +80,25 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    if torch.distributed.is_initialized():
+        _patient_group(torch.distributed.group.WORLD)  # which all have to make together
     return accelerator
+
+
+def wait_for_all() -> None:
+    """Wait until all processes of a run are here, however long one of them works by itself.
+
+    Collectives have a bound on the time that one process waits for another: where one alone writes, draws or uploads,
+    the others wait here before the next. It ends in RuntimeError as soon as another process has ended.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier(group=_patient_group(torch.distributed.group.WORLD))
+
+
+@lru_cache(maxsize=1)
+def _patient_group(world: Any) -> Any:
+    """A group of all processes beside `world`, which is a new one when the processes have come together anew."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def choose_trackers(report_to: str) -> list[str]:

@@ -73,3 +73,8 @@ def save_network(stage: str, network: ModelMixin, folder: Path) -> None:
         save_lora(network, folder)
     else:
         network.save_pretrained(folder / PIPELINES[stage].network)
+
+
+def network_bytes(network: ModelMixin) -> int:
+    """What a whole network's weights take, in memory and on the disk."""
+    return sum(tensor.nbytes for tensor in network.state_dict().values())

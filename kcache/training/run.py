@@ -6,8 +6,8 @@ prepared loader would repeat samples to fill its last batch, and a prepared sche
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,19 @@ from safetensors.torch import save_file
 
 import kcache
 from kcache.config import TrainConfig
+from kcache.decoration import decoration
 from kcache.durable import exclusive, writing
 from kcache.encoders.repositories import Repository
 from kcache.errors import KcacheError, RunError
 from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
+from kcache.room import Reserve
+from kcache.stopping import shielded
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint, save_checkpoint
 from kcache.store.run_directory import start_run
 from kcache.training.accelerator import machine_facts
-from kcache.training.network import save_network
+from kcache.training.network import network_bytes, save_network
 from kcache.training.optimizer import optimizer_tensors, restore_average, restore_optimizer, trainable_parameters
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -70,6 +73,11 @@ class TrainingRun:
     """The network that adapters are trained on, by name and weights; None where all weights learn."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
+    reserve: Reserve | None = None
+    """Room for the last checkpoint, when it is kept back."""
+    links: bool = True
+    """Whether the run directory takes links to the base's other components."""
+    _said: set[str] = field(default_factory=set)
 
     @property
     def output_dir(self) -> Path:
@@ -101,6 +109,10 @@ class TrainingRun:
             start_run(self.config, self._facts(), self.first_step)
             yield
 
+    def decoration(self, what: str) -> AbstractContextManager[None]:
+        """`kcache.decoration.decoration`; `what` is said once in a run."""
+        return decoration(what, self._said)
+
     def _facts(self) -> dict[str, Any]:
         """What config.json tells of a run beside its settings."""
         cache, base = self.cache, self.base
@@ -115,8 +127,23 @@ class TrainingRun:
             "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint after optimizer step `step`; for the main process."""
+    @property
+    def checkpoint_files(self) -> list[int]:
+        """About how many bytes the large files of a checkpoint have, before the optimizer has made its state."""
+        learning = sum(parameter.nbytes for parameter in self.learning)
+        whole = learning if self.config.lora_rank is not None else network_bytes(self.network)
+        # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
+        small = sum(parameter.nbytes for parameter in self.learning if parameter.numel() < 4096)
+        moments = small + (learning - small) // 4 * 65 // 64 if self.config.use_8bit_adam else learning
+        return [whole, 2 * moments, *([learning] if self.average is not None else [])]
+
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Write a checkpoint after optimizer step `step`; for the main process. No signal interrupts it.
+
+        The `last` one of a start takes the room that was kept back for it. Raises CacheWriteError.
+        """
+        if last and self.reserve is not None:
+            self.reserve.give_back()
         scaler = self.accelerator.scaler
         state = {
             "config": asdict(self.config),
@@ -128,7 +155,8 @@ class TrainingRun:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "grad_scaler": None if scaler is None else scaler.state_dict(),
         }
-        save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
+        with shielded():
+            save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
 
     def _write_tensors(self, folder: Path) -> None:
         save_network(self.config.stage, self.network, folder)
