@@ -2,7 +2,7 @@
 
 `store` and `sources`, `encoders` and `build`, `upkeep` make and keep caches; `objectives`, `loader` and `training`
 learn from them; `report` and `demo` show it. All stand on the words (`config`, `errors`, `settings`) and on the ground
-(`decoration`, `durable`, `hints`, `machine`, `processes`, `room`, `stopping`).
+(`decoration`, `durable`, `hints`, `machine`, `plainly`, `processes`, `room`, `stopping`).
 """
 
 from kcache.store.cache import Cache
