@@ -20,6 +20,7 @@ from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
 from kcache_cli.report import report
 from kcache_cli.sample import sample
+from kcache_cli.streams import telling
 from kcache_cli.train import train_decoder, train_prior
 from kcache_cli.upstream_flags import translated
 from kcache_cli.verify import cache_verify
@@ -76,7 +77,11 @@ def main() -> None:
 
     Ctrl-C exits with 130, SIGTERM with 143 and any other of `STOP_SIGNALS` with 128 and its number, after clearing up.
     """
-    came = end_on_signals()
+    with telling():
+        _run(end_on_signals())
+
+
+def _run(came: Sequence[int]) -> None:
     try:
         app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
     except (KcacheError, OSError) as error:

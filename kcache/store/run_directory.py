@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.config import TrainConfig
-from kcache.durable import remove_temporary, write_bytes, write_json
+from kcache.durable import write_bytes, write_json
 from kcache.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ def start_run(config: TrainConfig, facts: Mapping[str, Any], first_step: int) ->
     if config.resume_from_checkpoint == "latest" and first_step == 0:
         logger.warning("no checkpoint in %s: starting at step 0", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    remove_temporary(run_dir)
     for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE):
         kept = [entry for entry in _read(run_dir / name) if entry["step"] <= first_step]
         write_bytes(run_dir / name, _lines(kept).encode())

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import kcache
 from kcache.config import TrainConfig
 from kcache.decoration import decoration
-from kcache.durable import exclusive, writing
+from kcache.durable import exclusive, remove_temporary, writing
 from kcache.encoders.repositories import Repository
 from kcache.errors import KcacheError, RunError
 from kcache.loader.batches import CacheLoader
@@ -96,7 +96,7 @@ class TrainingRun:
 
     @contextmanager
     def run_directory_held(self) -> Iterator[None]:
-        """Have the run directory, made and ready, for the main process alone while the block runs.
+        """Have the run directory, made where it is not there, for the main process alone while the block runs.
 
         Raises CacheBusyError when another run has it, CacheWriteError when it cannot be made.
         """
@@ -106,8 +106,12 @@ class TrainingRun:
         with writing(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(self.output_dir):
-            start_run(self.config, self._facts(), self.first_step)
+            remove_temporary(self.output_dir)  # also for the room that it takes
             yield
+
+    def begin(self) -> None:
+        """Write down what this run is, and forget what is later than its first step; for the main process."""
+        start_run(self.config, self._facts(), self.first_step)
 
     def decoration(self, what: str) -> AbstractContextManager[None]:
         """`kcache.decoration.decoration`; `what` is said once in a run."""

@@ -81,7 +81,10 @@ def train(
 
 
 def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
-    config, accelerator, log = run.config, run.accelerator, RunLog(run)
+    config, accelerator = run.config, run.accelerator
+    if accelerator.is_main_process:
+        run.begin()
+    log = RunLog(run)
     evaluation = Evaluation(run, log)
     wait_for_all()
     log.restart_clock()
