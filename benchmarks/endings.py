@@ -222,7 +222,8 @@ def examine(cache: str, disk: Path, stage: str, lora: bool, processes: int, few:
         if rank == 0:
             counted.write_text(str(number + 1))
 
-    assert not any(in_processes(processes, lambda rank: trained(cache, config, lambda number, _: count(rank, number))))
+    if any(in_processes(processes, lambda rank: trained(cache, config, lambda number, _: count(rank, number)))):
+        raise RuntimeError("the undisturbed run has failed")
     expected, moments = weights(run_dir), int(counted.read_text())
     subprocess.run(["rm", "-r", str(run_dir)], check=True)
     wrong, number = [], 0

@@ -2,39 +2,101 @@
 
 import ctypes
 import errno
+import io
 import os
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any, BinaryIO, cast
 
-from kcache.durable import temporary_path, writing
+from kcache.durable import new_file, temporary_path, writing
 from kcache.errors import CacheWriteError
 
 _NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EFBIG)
 """What systems answer that cannot set aside room for a file, or none as large in one piece."""
+_FOLDERS = 1 << 18
+"""Bytes for the folders that the files are put into."""
+_NOTHING = io.BytesIO()
 
 
 class Reserve:
-    """Room in `folder` that nothing else can take, until it is given back or this process ends, however that ends.
+    """Room in `folder` that nothing else can take, for files by name, until it is used or this process ends.
 
-    It is a file without a name. Where the system cannot set aside room there is none, and nothing is said. Raises
+    It lies in files that have no name yet, so that nothing of it is ever left, and `write_file` writes into them: there
+    is no moment in which another could take it. Where the system cannot set aside room there is none, and nothing is
+    said; where it cannot name such files later, the room is given back for what is written instead. Raises
     CacheWriteError where there is no such room, or no file can be made.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
-        with writing(folder / "a file", size):
-            self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it is open as long as the room is kept
-            try:
-                _allocate(self._file.fileno(), size)
-            except OSError:
-                self._file.close()
-                raise
+    def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
+        self._files: dict[str, BinaryIO] = {}
+        self._named = _can_name(folder)
+        for name, size in {**files, "": _FOLDERS if files else 0}.items():
+            with writing(folder / (name or "a file"), size):
+                self._files[name] = file = _nameless(folder)
+                try:
+                    _allocate(file.fileno(), size)
+                except OSError:
+                    self.give_back()
+                    raise
+
+    def take(self, name: str) -> BinaryIO | None:
+        """The file that becomes `name`, which is the caller's now; None where there is none to write into."""
+        self._files.pop("", _NOTHING).close()  # folders take room, too
+        file = self._files.pop(name, None)
+        if file is not None and not self._named:
+            file.close()
+            return None
+        return file
 
     def give_back(self) -> None:
-        """Let the room be used; again is fine."""
-        self._file.close()
+        """Let all of it be used; again is fine."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+def write_file(path: Path, parts: Callable[[], Iterable[Any]], reserve: Reserve | None = None) -> None:
+    """Write what `parts` gives into a new file, durably once its folder is, into the room kept for its name, if any."""
+    file = None if reserve is None else reserve.take(path.name)
+    if file is None:
+        with new_file(path) as new:
+            new.writelines(parts())
+        return
+    with file:
+        file.writelines(parts())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        _name(file, path)
+
+
+def _nameless(folder: Path) -> BinaryIO:
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "r+b")
+    except (OSError, AttributeError):  # where the system has no such files, one that has lost its name
+        return cast("BinaryIO", TemporaryFile(dir=folder))
+
+
+def _name(file: BinaryIO, path: Path) -> None:
+    # Through a descriptor of the folder, as Python follows a link there only then.
+    descriptors = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.link(str(file.fileno()), path, src_dir_fd=descriptors, follow_symlinks=True)
+    finally:
+        os.close(descriptors)
+
+
+def _can_name(folder: Path) -> bool:
+    named = temporary_path(folder)
+    try:
+        with _nameless(folder) as file:
+            _name(file, named)
+        named.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _allocate(descriptor: int, size: int) -> None:

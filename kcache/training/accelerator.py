@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 
 from kcache.config import TrainConfig
-from kcache.errors import ConfigError
+from kcache.errors import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,16 @@ def wait_for_all() -> None:
     """Wait until all processes of a run are here, however long one of them works by itself.
 
     Collectives have a bound on the time that one process waits for another: where one alone writes, draws or uploads,
-    the others wait here before the next. It ends in RuntimeError as soon as another process has ended.
+    the others wait here before the next. Raises RunError as soon as another process has ended.
     """
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    try:
         torch.distributed.barrier(group=_patient_group(torch.distributed.group.WORLD))
+    except RuntimeError as error:
+        raise RunError(
+            "another process of this run has ended, upon which this one ends, too; what it said is the reason"
+        ) from error
 
 
 @lru_cache(maxsize=1)

@@ -51,12 +51,12 @@ def room_kept(run: TrainingRun) -> Iterator[None]:
             logger.warning(
                 "%s takes no links: the result gets copies of what %s leaves as it is", folder, run.base.name
             )
-    checkpoint = [size + _SMALL for size in run.checkpoint_files] if run.first_step < run.max_steps else []
+    checkpoint = run.checkpoint_files if run.first_step < run.max_steps else {}
     result = [size + _SMALL for size in _result_files(run)]
     what = "a checkpoint and the result" if checkpoint else "the result"
-    check_room(folder, checkpoint + result, f"{what} of this run")
-    _warn_of_more(run, sum(checkpoint), sum(checkpoint + result))
-    run.reserve = Reserve(folder, sum(checkpoint))
+    check_room(folder, [*checkpoint.values(), *result], f"{what} of this run")
+    _warn_of_more(run, sum(checkpoint.values()), sum(checkpoint.values()) + sum(result))
+    run.reserve = Reserve(folder, checkpoint)
     try:
         yield
     finally:
@@ -83,7 +83,7 @@ def _warn_of_more(run: TrainingRun, checkpoint: int, least: int) -> None:
 def _result_files(run: TrainingRun) -> list[int]:
     """About how many bytes each file of the result has."""
     config = run.config
-    learnt = run.checkpoint_files[0]
+    learnt = next(iter(run.checkpoint_files.values()))
     networks = [learnt, *([learnt] if run.average is not None else [])]
     if config.lora_rank is not None and config.export_pipeline:
         networks.append(network_bytes(run.network))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import kcache
 from kcache.config import TrainConfig
@@ -30,10 +30,10 @@ from kcache.objectives.losses import Objective
 from kcache.room import Reserve
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import Checkpoint, save_checkpoint
-from kcache.store.run_directory import start_run
+from kcache.store.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
+from kcache.store.run_directory import LORA_FILE, start_run
 from kcache.training.accelerator import machine_facts
-from kcache.training.network import network_bytes, save_network
+from kcache.training.network import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import optimizer_tensors, restore_average, restore_optimizer, trainable_parameters
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -132,23 +132,30 @@ class TrainingRun:
         }
 
     @property
-    def checkpoint_files(self) -> list[int]:
-        """About how many bytes the large files of a checkpoint have, before the optimizer has made its state."""
-        learning = sum(parameter.nbytes for parameter in self.learning)
-        whole = learning if self.config.lora_rank is not None else network_bytes(self.network)
+    def checkpoint_files(self) -> dict[str, int]:
+        """The files of a checkpoint and about how many bytes each has, before the optimizer has made its state."""
+        adapts, learning = self.config.lora_rank is not None, sum(parameter.nbytes for parameter in self.learning)
         # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
         small = sum(parameter.nbytes for parameter in self.learning if parameter.numel() < 4096)
         moments = small + (learning - small) // 4 * 65 // 64 if self.config.use_8bit_adam else learning
-        return [whole, 2 * moments, *([learning] if self.average is not None else [])]
+        files = (
+            {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(self.network), CONFIG_NAME: 0}
+        )
+        files |= {
+            OPTIMIZER_FILE: 2 * moments,
+            STATE_FILE: 0,
+            **({AVERAGE_FILE: learning} if self.average is not None else {}),
+        }
+        # Of each there are headers and names, too.
+        names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
+        return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
 
     def save(self, step: int, *, last: bool = False) -> None:
         """Write a checkpoint after optimizer step `step`; for the main process. No signal interrupts it.
 
         The `last` one of a start takes the room that was kept back for it. Raises CacheWriteError.
         """
-        if last and self.reserve is not None:
-            self.reserve.give_back()
-        scaler = self.accelerator.scaler
+        scaler, reserve = self.accelerator.scaler, self.reserve if last else None
         state = {
             "config": asdict(self.config),
             "global_batch": self.global_batch,
@@ -160,14 +167,16 @@ class TrainingRun:
             "grad_scaler": None if scaler is None else scaler.state_dict(),
         }
         with shielded():
-            save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
+            write, limit = partial(self._write_tensors, reserve=reserve), self.config.checkpoints_total_limit
+            save_checkpoint(self.output_dir, step, write, state, limit, reserve)
 
-    def _write_tensors(self, folder: Path) -> None:
-        save_network(self.config.stage, self.network, folder)
-        save_file(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE)
+    def _write_tensors(self, folder: Path, reserve: Reserve | None) -> None:
+        save_network(self.config.stage, self.network, folder, reserve)
+        save_tensors(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE, reserve=reserve)
         if self.average is not None:
             names = trainable_parameters(self.network)
-            save_file(dict(zip(names, self.average.shadow_params, strict=True)), folder / AVERAGE_FILE)
+            averages = dict(zip(names, self.average.shadow_params, strict=True))
+            save_tensors(averages, folder / AVERAGE_FILE, reserve=reserve)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back from `checkpoint` what `save` put there; the network was loaded from it already.
