@@ -24,8 +24,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # Benchmarks on the CPU with scale models, some fifteen minutes on two idle cores. Left out, as they take long or write
-# much: demo_seeds, estimate, growth of ten million rows, integrity, kills, packing and scale; docs/how-we-measure.md has
-# their commands.
+# much: demo_seeds, endings, estimate, growth of ten million rows, integrity, kills, packing and scale;
+# docs/how-we-measure.md has their commands.
 bench: $(STAMP)
 	$(BENCH)/train_step.py --stage prior --batch-size 16 --output $(RESULTS)
 	$(BENCH)/train_step.py --stage prior --batch-size 16 --lora-rank 16 --output $(RESULTS)

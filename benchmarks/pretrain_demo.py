@@ -36,6 +36,7 @@ from torch import Tensor
 
 from kcache.demo.digits import INKS, PAPERS, SIDE, TEMPLATES, Drawing, all_drawings, cover_of, is_held_out, read_scans
 from kcache.demo.tiny import image_encoder, image_processor, movq, text_encoder, tokenizer
+from kcache.durable import share
 
 ATTRIBUTES = ("digit", "ink", "paper")
 MEAN, STD = (torch.tensor(getattr(image_processor(), name)).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
@@ -224,6 +225,7 @@ def examine_movq(network: VQModel) -> dict[str, float]:
 
 def save(network: torch.nn.Module, path: Path) -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, path)
+    share(path)
 
 
 def main() -> None:
@@ -256,6 +258,7 @@ def make_towers(drawings: list[Drawing], output: Path, steps: int, seed: int, st
     save(towers.text, output / "text_encoder.safetensors")
     save(towers.image, output / "image_encoder.safetensors")
     save_file(image_statistics(towers, drawings), output / "prior_statistics.safetensors")
+    share(output)
     entry = {
         "run": run_facts(drawings, steps, seed, begun),
         "nearest_caption_right_percent": examine_towers(towers),

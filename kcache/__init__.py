@@ -2,8 +2,8 @@
 
 `store` and `sources`, `encoders` and `build`, `upkeep` make and keep caches; `objectives`, `loader` and `training`
 learn from them; `report` and `demo` show it. All stand on the words (`config`, `errors`, `places`, `settings`, `tally`)
-and on the ground (`durable`, `filesystems`, `foreign`, `hints`, `leases`, `machine`, `plainly`, `processes`, `readers`,
-`stopping`).
+and on the ground (`decoration`, `durable`, `filesystems`, `foreign`, `hints`, `leases`, `machine`, `plainly`,
+`processes`, `readers`, `room`, `stopping`).
 """
 
 from kcache.store.cache import Cache

@@ -6,10 +6,11 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tokenize
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,13 +107,33 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def publish(temporary: Path, final: Path, size: int | None = None) -> None:
-    """Give what was written under a temporary name its final one, durably.
+    """Give what was written under a temporary name its final one, durably, for all to read who may.
 
     A file takes the place of the one before it in one step; a folder must not stand there yet.
     """
     with writing(final, size):
+        share(temporary)
         temporary.rename(final)
         sync_folder(final.parent)
+
+
+def share(path: Path) -> None:
+    """Give files and folders that a library keeps to its user, at `path` and below, the mode of any new one there.
+
+    That follows from the umask, or from the folder's own rules. Links are left alone.
+    """
+    entries = [path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())]
+    modes = {entry: entry.lstat().st_mode for entry in entries}
+    private = {entry: mode for entry, mode in modes.items() if not mode & 0o077 and not stat.S_ISLNK(mode)}
+    for is_kind, make in ((stat.S_ISREG, Path.touch), (stat.S_ISDIR, Path.mkdir)):
+        if kept := [entry for entry, mode in private.items() if is_kind(mode)]:
+            usual = temporary_path(path.parent)
+            make(usual)
+            mode = stat.S_IMODE(usual.lstat().st_mode)
+            _delete(usual)
+            for entry in kept:
+                with suppress(OSError):  # a file system without modes
+                    entry.chmod(mode | stat.S_IMODE(private[entry]))
 
 
 def remove(path: Path) -> None:

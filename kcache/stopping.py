@@ -1,40 +1,93 @@
 """Stopping on a signal where nothing is half done.
 
 An exception thrown by a signal handler may strike anywhere: between making a folder and noting that it must go again,
-or inside a library that takes it for a failure of its own. Work that writes therefore only takes note of the first
-signal, and ends where it says so itself.
+or inside a library that takes it for a failure of its own. Work that writes therefore only takes note of signals, and
+ends where it says so itself.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, NoReturn
+
+STOP_SIGNALS = (
+    signal.SIGINT,  # Ctrl-C; LSF's bkill
+    signal.SIGTERM,  # kill, Slurm, PBS, HTCondor, systemd, Kubernetes, launchers
+    signal.SIGHUP,  # a terminal or a connection that was closed
+    signal.SIGQUIT,  # Ctrl-\; containers and HTCondor jobs that are set up so
+    signal.SIGUSR1,  # Slurm's --signal by custom; Grid Engine's -notify and soft limits
+    signal.SIGUSR2,  # LSF's run limit, Grid Engine's -notify
+    signal.SIGXCPU,  # a soft limit of processor time
+)
+"""What terminals, launchers and batch systems end a process with that may still clear up."""
+SAME_REQUEST_SECONDS = 5.0
+"""Time within which Ctrl-C again is the same wish: launchers pass on what the whole group has got already."""
 
 _asked: list[int] = []
 """The signals that came; of the process, like the handlers."""
+_since = 0.0
+"""When the first came."""
+_shields = 0
+_at_once = False
+"""Whether someone has lost patience while a shield was up."""
+
+
+def end_on_signals() -> list[int]:
+    """From now on, let each of `STOP_SIGNALS` end this process by an exception; returns a list of those that came.
+
+    SIGINT raises KeyboardInterrupt, any other SystemExit(128 + its number). Ignored ones stay ignored, as they are in
+    the background of a script or under nohup. For the main thread of a command.
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        came.append(number)
+        raise _end_of(number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+            _ours.add(end)
+    return came
+
+
+_ours: set[Callable[..., Any]] = set()
 
 
 @contextmanager
 def stopped_when_safe() -> Iterator[list[int]]:
-    """In the block, the first SIGINT or SIGTERM only goes into the list given; a second of its kind acts as ever.
+    """In the block, `STOP_SIGNALS` only go into the list given, upon which `stop_here` acts.
 
-    `stop_here` acts on it. Ignored signals stay ignored, and outside the main thread, where handlers cannot be set,
-    all stay what they are.
+    Ctrl-C once more, some seconds after the first, acts at once where no shield is up: nothing else does, as machines
+    repeat themselves. Ignored signals stay ignored, signals but SIGINT and SIGTERM for which a program has handlers
+    are left to it, and outside the main thread, where handlers cannot be set, all stay what they are.
     """
+    global _at_once
     if threading.current_thread() is not threading.main_thread():
         yield []
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    previous = {number: handler for number in STOP_SIGNALS if _is_to_take(number, handler := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
+        global _since, _at_once
+        first = not _asked
+        if first:
+            _since = time.monotonic()
         _asked.append(number)
-        signal.signal(number, previous[signal.Signals(number)])  # its own only: launchers answer Ctrl-C with SIGTERM
-        # Not by logging or print: the signal may have come in the middle of either.
-        with suppress(OSError):  # nobody may be listening
-            os.write(2, b"\nstopping as soon as nothing is half done; a second signal stops at once\n")
+        if number == signal.SIGINT and not first and time.monotonic() - _since >= SAME_REQUEST_SECONDS:
+            if not _shields:
+                raise KeyboardInterrupt
+            _at_once = True
+        if first:
+            # Not by logging or print: the signal may have come in the middle of either.
+            with suppress(OSError):  # nobody may be listening
+                os.write(
+                    2, b"\nstopping as soon as nothing is half done; Ctrl-C once more, in a while, stops at once\n"
+                )
 
     for number in previous:
         signal.signal(number, note)
@@ -44,9 +97,39 @@ def stopped_when_safe() -> Iterator[list[int]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _asked.clear()
+        _at_once = False
+
+
+def _is_to_take(number: int, handler: Any) -> bool:
+    if handler is signal.SIG_IGN or handler is None:  # None: set by what is not Python
+        return False
+    return number in (signal.SIGINT, signal.SIGTERM) or handler is signal.SIG_DFL or handler in _ours
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Within `stopped_when_safe`, no signal interrupts the block; one that would have ends the work after it."""
+    global _shields
+    _shields += 1
+    try:
+        yield
+    finally:
+        _shields -= 1
+    if _at_once and not _shields:
+        stop_here()
+
+
+def signal_asked() -> int | None:
+    """The signal that `stop_here` would act on, if any: Ctrl-C's before others, as launchers answer it with SIGTERM."""
+    return None if not _asked else signal.SIGINT if signal.SIGINT in _asked else _asked[0]
 
 
 def stop_here() -> None:
-    """Raise KeyboardInterrupt, or SystemExit(143) for SIGTERM, when a signal came in `stopped_when_safe`."""
-    if _asked:
-        raise KeyboardInterrupt if signal.SIGINT in _asked else SystemExit(128 + signal.SIGTERM)
+    """When a signal came in `stopped_when_safe`, raise KeyboardInterrupt for SIGINT, SystemExit(128 + number) else."""
+    number = signal_asked()
+    if number is not None:
+        raise _end_of(number)
+
+
+def _end_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kcache.demo.tiny import demo_models
+from kcache.durable import share
 from kcache.encoders.pretrained import without_bars
 from kcache.machine import default_device
 
@@ -74,6 +75,8 @@ def write_models(folder: Path, size: str, device: str) -> tuple[Path, Path]:
         repository = decoder if component in ("unet", "movq") else prior
         with without_bars():
             (network.half() if component in HALF else network).save_pretrained(repository / component)
+    share(prior)
+    share(decoder)
     done.touch()
     return prior, decoder
 

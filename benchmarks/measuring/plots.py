@@ -6,14 +6,15 @@ Each is as wide as a repository's page shows it, about 830 pixels, so that ten p
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growth import FLAT, LINEAR, how_it_grows
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import EngFormatter
 
 from kcache.report.figures import LOOK, RED, TEAL, TEXT, png_of
+
+if TYPE_CHECKING:  # it is loaded where it is drawn with
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 Report = Mapping[str, Any]
 WIDTH, DPI = 8.3, 160
@@ -57,7 +58,7 @@ def draw_train_steps(reports: Sequence[Report], path: Path) -> None:
     pairs = [cases[i : i + 2] for i in range(0, len(cases), 2)]
     heights = [max(_bars_height(case, _characters(pair)) for _, case in pair) for pair in pairs]
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: "Figure") -> None:
         grid = figure.add_gridspec(len(pairs), 2, height_ratios=heights)
         for i, pair in enumerate(pairs):
             for j, (report, case) in enumerate(pair):
@@ -78,7 +79,7 @@ def _bars_height(case: Report, characters: int) -> float:
     return (len(case["ways"]) + ("upstream" in case)) * (0.12 + 0.18 * lines) + 1.3
 
 
-def _draw_case(place: SubFigure, report: Report, case: Report, characters: int) -> None:
+def _draw_case(place: "SubFigure", report: Report, case: Report, characters: int) -> None:
     size = f" @{case['resolution']}" if case["resolution"] else ""
     learns = f"LoRA {case['lora_rank']}" if case["lora_rank"] else "whole network"
     ax = _panel(place, f"{case['model_size']} {case['stage']}{size}, batch {case['batch_size']}, {learns}", report)
@@ -99,7 +100,7 @@ def draw_loader(reports: Sequence[Report], path: Path) -> None:
     """Rows per second of every reader, one panel per form of a cache; dots, as a logarithmic axis has no zero."""
     forms = [(report, form, ways) for report in reports for form, ways in report["results"].items()]
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: "Figure") -> None:
         places = figure.subfigures(1, len(forms), squeeze=False)[0]
         for place, (report, form, ways) in zip(places, forms, strict=True):
             ax = _panel(place, form, report)
@@ -110,7 +111,7 @@ def draw_loader(reports: Sequence[Report], path: Path) -> None:
             ax.set_xscale("log")
             ax.set_xlim(min(rates) / 2, max(rates) * (max(rates) / min(rates)) ** 0.4 * 2)  # room for the numbers
             ax.set_xlabel("rows per second, logarithmic")
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_major_formatter(_engineering())
             ax.grid(visible=True)
 
     height = 0.3 * max(len(ways) for _, _, ways in forms) + 1.6
@@ -123,7 +124,7 @@ def draw_growth(reports: Sequence[Report], path: Path) -> None:
     sizes, growth = report["results"]["sizes"], report["results"]["growth"]
     samples = [size["samples"] for size in sizes]
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: "Figure") -> None:
         *axes, last = figure.subplots(2, 3).flatten()
         for ax, (name, (title, scale)) in zip(axes, QUANTITIES.items(), strict=True):
             ax.set_title(title)
@@ -138,7 +139,7 @@ def draw_growth(reports: Sequence[Report], path: Path) -> None:
             ax.set(xscale="log", yscale="log", xlabel="rows")
             low, high = ax.get_ylim()
             ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the words
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_major_formatter(_engineering())
             ax.yaxis.set_major_formatter("{x:,.10g}")
             ax.grid(visible=True)
             ax.legend(loc="upper left", handlelength=1.2, borderaxespad=0.2)
@@ -150,18 +151,18 @@ def draw_growth(reports: Sequence[Report], path: Path) -> None:
     _write(path, draw, 5.6, "What grows with a cache", [report])
 
 
-def _write(path: Path, draw: Callable[[Figure], None], height: float, title: str, reports: Sequence[Report]) -> None:
+def _write(path: Path, draw: Callable[["Figure"], None], height: float, title: str, reports: Sequence[Report]) -> None:
     """Write a figure of that height and title as a PNG."""
     machines = dict.fromkeys(report["machine"].get("gpu") or report["machine"]["cpu"] for report in reports)
 
-    def draw_all(figure: Figure) -> None:
+    def draw_all(figure: "Figure") -> None:
         figure.suptitle(f"{title}: {'; '.join(machines)}", x=0.01, ha="left", fontsize=11, fontweight="bold")
         draw(figure)
 
     path.write_bytes(png_of(draw_all, WIDTH, height, dpi=DPI, look=STYLE))
 
 
-def _panel(place: SubFigure, title: str, report: Report) -> Axes:
+def _panel(place: "SubFigure", title: str, report: Report) -> "Axes":
     """Axes of their own margins, with a title and when and of which commit it was measured."""
     place.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold")
     ax = place.subplots()
@@ -170,7 +171,13 @@ def _panel(place: SubFigure, title: str, report: Report) -> Axes:
     return ax
 
 
-def _names(ax: Axes, names: Mapping[str, Any], characters: int = 28) -> range:
+def _engineering() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _names(ax: "Axes", names: Mapping[str, Any], characters: int = 28) -> range:
     """One row per name, the first on top, in lines of so many characters; returns the places of the rows."""
     places = range(len(names))
     ax.set_yticks(places, [_wrapped(name, characters) for name in names])

@@ -1,12 +1,10 @@
 """The `kcache` command: its list of commands, and what becomes of an error."""
 
 import os
-import signal
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import typer
@@ -15,6 +13,7 @@ from typer.core import TyperGroup
 from kcache.errors import KcacheError
 from kcache.foreign import advice, is_fault, reason
 from kcache.machine import keep_to_cores
+from kcache.stopping import end_on_signals
 from kcache_cli.build import cache_build
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
@@ -25,6 +24,7 @@ from kcache_cli.merge import cache_merge
 from kcache_cli.progress import note, write_any_text
 from kcache_cli.report import report
 from kcache_cli.sample import sample
+from kcache_cli.streams import telling
 from kcache_cli.train import train_decoder, train_prior
 from kcache_cli.upstream_flags import translated
 from kcache_cli.verify import cache_verify
@@ -79,21 +79,17 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line of this process and exit: 0 done, 1 refused, 2 usage, 3 inputs rejected, 4 corrupt.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, both after clearing up. Whatever else goes wrong is one line, too; all
-    of it is shown with KCACHE_DEBUG=1.
+    Ctrl-C exits with 130, SIGTERM with 143 and any other of `STOP_SIGNALS` with 128 and its number, after clearing up.
+    Whatever else goes wrong is one line, too; all of it is shown with KCACHE_DEBUG=1.
     """
     write_any_text()
     keep_to_cores()
     threading.excepthook = _said_in_a_thread
-    came: list[int] = []
+    with telling():
+        _run(end_on_signals())
 
-    def end(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background of a script, for Ctrl-C
-            signal.signal(number, end)
+def _run(came: Sequence[int]) -> None:
     try:
         app(args=translated(dashed(sys.argv[1:])), prog_name="kcache")
     except Exception as error:  # noqa: BLE001  # nobody is above this, and a traceback is of no use to whoever typed it

@@ -45,7 +45,9 @@ class TrainConfig(SourceConfig):
     gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", least=1, shown="always")
     num_train_epochs: int = setting(100, "Passes over the samples.", least=1)
     max_train_steps: int | None = setting(None, "Optimizer steps; overrides --num-train-epochs.", least=1)
-    checkpointing_steps: int = setting(500, "Optimizer steps between checkpoints.", least=1)
+    checkpointing_steps: int = setting(
+        500, "Optimizer steps between checkpoints; there is one of the last step in any case.", least=1
+    )
     checkpoints_total_limit: int | None = setting(
         None, "Keep only the newest so many checkpoints. All are kept when left out.", least=1
     )

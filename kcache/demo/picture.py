@@ -3,16 +3,19 @@
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from kcache.demo.result import DemoResult, StageResult
 from kcache.durable import write_bytes
 from kcache.report import page
 from kcache.report.figures import FAINT, TEAL, TEXT, png_of
+
+if TYPE_CHECKING:  # it is loaded where it is drawn with
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 CACHED, ONLINE = TEAL, "#f2a65a"
 """Colours of the cached and the online runs."""
@@ -25,7 +28,7 @@ SAMPLES = 3
 WIDTH = 12.0
 """Inches, as all sizes here."""
 
-Part = Callable[[SubFigure, DemoResult], None]
+Part = Callable[["SubFigure", DemoResult], None]
 """Draws one part of the page."""
 
 
@@ -54,7 +57,7 @@ def draw_part(part: Part, height: float, result: DemoResult, caption: str) -> pa
 def _draw(parts: Sequence[tuple[Part, float]], result: DemoResult) -> bytes:
     heights = [height for _, height in parts]
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: "Figure") -> None:
         panels = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
         for panel, (part, _) in zip(panels, parts, strict=True):
             part(panel, result)
@@ -62,7 +65,7 @@ def _draw(parts: Sequence[tuple[Part, float]], result: DemoResult) -> bytes:
     return png_of(draw, WIDTH, sum(heights), dpi=150, layout=None)
 
 
-def _headline(panel: SubFigure, result: DemoResult) -> None:
+def _headline(panel: "SubFigure", result: DemoResult) -> None:
     panel.text(0.035, 0.62, "kcache: encode once, train many times", fontsize=17, fontweight="bold", va="center")
     built = (
         f"{result.images:,} pictures and {result.captions:,} captions encoded in {result.build_seconds:.1f} s, "
@@ -71,7 +74,7 @@ def _headline(panel: SubFigure, result: DemoResult) -> None:
     panel.text(0.035, 0.26, built, fontsize=10, color=FAINT, va="center")
 
 
-def show_inputs(panel: SubFigure, result: DemoResult) -> None:
+def show_inputs(panel: "SubFigure", result: DemoResult) -> None:
     """Some of the pictures that went in, with a caption each."""
     _title(panel, 0.93, "What went in")
     axes = panel.subplots(1, len(result.inputs), gridspec_kw={"wspace": 0.25}, squeeze=False)
@@ -81,7 +84,7 @@ def show_inputs(panel: SubFigure, result: DemoResult) -> None:
         ax.set_xlabel(_wrapped(caption), fontsize=8)
 
 
-def _scores(panel: SubFigure, result: DemoResult) -> None:
+def _scores(panel: "SubFigure", result: DemoResult) -> None:
     exam = result.exam
     _title(panel, 0.86, "What came out")
     asked = (
@@ -98,7 +101,7 @@ def _scores(panel: SubFigure, result: DemoResult) -> None:
             panel.text(0.26 + 0.13 * column, height, f"{attribute} {share} %", color=color, va="center")
 
 
-def show_drawn(panel: SubFigure, result: DemoResult, samples: int) -> None:
+def show_drawn(panel: "SubFigure", result: DemoResult, samples: int) -> None:
     """`samples` pictures of each of the first prompts, the prompt below."""
     shown = result.exam.drawn[:COLUMNS]
     axes = panel.subplots(samples, len(shown), gridspec_kw={"wspace": 0.25, "hspace": 0.08}, squeeze=False)
@@ -109,7 +112,7 @@ def show_drawn(panel: SubFigure, result: DemoResult, samples: int) -> None:
         column[-1].set_xlabel(_wrapped(prompt), fontsize=8)
 
 
-def show_learning(panel: SubFigure, result: DemoResult) -> None:
+def show_learning(panel: "SubFigure", result: DemoResult) -> None:
     """The same prompts from the same noise, one row for each look at the decoder while it learned."""
     looks, prompts = result.looks, [prompt for prompt, _ in result.exam.drawn]
     columns = min(len(prompts), len(looks[0][1]))
@@ -123,7 +126,7 @@ def show_learning(panel: SubFigure, result: DemoResult) -> None:
         ax.set_xlabel(_wrapped(prompt), fontsize=8)
 
 
-def show_time(panel: SubFigure, result: DemoResult) -> None:
+def show_time(panel: "SubFigure", result: DemoResult) -> None:
     """Where the time went: one bar, as long as the demo took."""
     ax = panel.subplots()
     panel.subplots_adjust(left=0.035, right=0.965, top=0.62, bottom=0.34)
@@ -137,11 +140,11 @@ def show_time(panel: SubFigure, result: DemoResult) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(-0.005, -0.05), ncols=len(result.seconds))
 
 
-def _title(panel: SubFigure, height: float, text: str) -> None:
+def _title(panel: "SubFigure", height: float, text: str) -> None:
     panel.text(0.035, height, text, fontsize=10, fontweight="bold", va="center")
 
 
-def _show(ax: Axes, path: Path) -> None:
+def _show(ax: "Axes", path: Path) -> None:
     with Image.open(path) as picture:
         ax.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
@@ -152,7 +155,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 17))
 
 
-def show_measurements(panel: SubFigure, result: DemoResult) -> None:
+def show_measurements(panel: "SubFigure", result: DemoResult) -> None:
     """The losses of both stages, and how fast they trained, from the cache and with the encoders in the loop."""
     axes = panel.subplots(1, len(result.stages) + 1, gridspec_kw={"wspace": 0.28})
     panel.subplots_adjust(left=0.065, right=0.965, top=0.84, bottom=0.16)
@@ -161,7 +164,7 @@ def show_measurements(panel: SubFigure, result: DemoResult) -> None:
     _throughput(axes[-1], result)
 
 
-def _loss_curves(ax: Axes, stage: StageResult) -> None:
+def _loss_curves(ax: "Axes", stage: StageResult) -> None:
     ways = [("encoders in the loop", stage.online, ONLINE), ("from the cache", stage.cached, CACHED)]
     # The shorter one lies below, wide enough to be seen.
     for name, measured, color in sorted(ways, key=lambda way: len(way[1].losses)):
@@ -173,7 +176,7 @@ def _loss_curves(ax: Axes, stage: StageResult) -> None:
     ax.legend()
 
 
-def _throughput(ax: Axes, result: DemoResult) -> None:
+def _throughput(ax: "Axes", result: DemoResult) -> None:
     places = np.arange(len(result.stages))
     for shift, color, attribute in ((-0.2, ONLINE, "online"), (0.2, CACHED, "cached")):
         rates = [getattr(stage, attribute).samples_per_second for stage in result.stages]

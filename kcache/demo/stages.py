@@ -16,8 +16,8 @@ Stage = Literal["prior", "decoder"]
 """The network that learns."""
 
 
-class _Enough(Exception):
-    """Raised to end a training run whose first steps are all that is asked for."""
+class _Enough(BaseException):
+    """Ends a training run whose first steps are all that is asked for: an Exception would cost the report alone."""
 
 
 def stage_config(stage: Stage, run_dir: Path, steps: int, batch_size: int, seed: int) -> TrainConfig:

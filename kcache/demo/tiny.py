@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kcache.demo.digits import SIDE, vocabulary
+from kcache.durable import share
 from kcache.encoders.pretrained import without_advice
 
 with without_advice():
@@ -64,6 +65,8 @@ def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tup
         KandinskyV22Pipeline(
             unet=_unet(), scheduler=_decoder_scheduler(), movq=_trained(movq(), encoders / "movq.safetensors")
         ).save_pretrained(decoder)
+    share(prior)
+    share(decoder)
     return prior, decoder
 
 

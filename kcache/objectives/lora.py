@@ -9,7 +9,7 @@ finds nothing in it and only warns.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,18 +99,23 @@ def add_lora(
     _inject(network, rank, rank if alpha is None else alpha, dropout, targets, seed)
 
 
-def save_lora(network: ModelMixin, folder: Path) -> None:
+def save_lora(network: ModelMixin, folder: Path, save: Callable[..., None] = save_file) -> None:
     """Write the adapters of `network` to `folder`/pytorch_lora_weights.safetensors, PEFT's settings as metadata.
 
-    Equal adapters give equal bytes.
+    Equal adapters give equal bytes. `save` is what writes tensors, to a path, with metadata.
     """
     settings = network.peft_config[_ADAPTER].to_dict()
     # diffusers builds adapters from these, and nothing would switch their dropout off, not even in a pipeline.
     settings["lora_dropout"] = 0.0
+    tensors = get_peft_model_state_dict(network, adapter_name=_ADAPTER)
+    if settings["lora_alpha"] == int(settings["lora_alpha"]):
+        settings["lora_alpha"] = int(settings["lora_alpha"])
+    # Not the names that were asked for, which adapters that were loaded do not know any more.
+    settings["target_modules"] = sorted({name.partition(".lora_")[0] for name in tensors})
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # PEFT keeps names in sets
     folder.mkdir(parents=True, exist_ok=True)
     # Not by diffusers' save_lora_adapter, which warns of a cast that it does not make.
-    save_file(get_peft_model_state_dict(network, adapter_name=_ADAPTER), folder / WEIGHTS_FILE, {_METADATA_KEY: text})
+    save(tensors, folder / WEIGHTS_FILE, {_METADATA_KEY: text})
 
 
 def load_lora(network: ModelMixin, path: Path, *, trainable: bool = False, dropout: float = 0.0) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
+from kcache.decoration import drawing
 from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.report import page
@@ -66,10 +67,12 @@ def png_of(
     look: dict[str, Any] = LOOK,
 ) -> bytes:
     """The PNG file of a figure of `width` × `height` inches, each of `dpi` pixels, that `draw` has drawn into."""
-    import matplotlib as mpl
+    mpl = drawing()
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(look):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever a matplotlibrc says
+        mpl.rcParams.update(look)
         figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
         draw(figure)
         png = io.BytesIO()

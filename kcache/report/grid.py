@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL.ImageFont import FreeTypeFont
 
+from kcache.decoration import drawing
 from kcache.durable import write_bytes
 from kcache.errors import RunError
 from kcache.store.run_directory import PICTURES_FOLDER
@@ -220,9 +221,7 @@ def _shape(font: FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
 @lru_cache
 def own_font() -> Path:
     """The font that comes with matplotlib: it has Cyrillic and Greek, which Pillow's own lacks."""
-    import matplotlib as mpl
-
-    return Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return Path(drawing().get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 @lru_cache

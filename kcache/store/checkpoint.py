@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.durable import publish, remove, sync_folder, temporary_folder, write_json
+from kcache.durable import json_bytes, publish, remove, sync_folder, temporary_folder, writing
 from kcache.errors import RunError
 from kcache.filesystems import sync
+from kcache.room import Reserve, write_file
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,25 @@ def save_checkpoint(
     write: Callable[[Path], None],
     state: Mapping[str, Any],
     total_limit: int | None = None,
+    reserve: Reserve | None = None,
 ) -> Path:
     """Write checkpoint-`step` into `run_dir` and only then remove the oldest beyond `total_limit`.
 
     `write` puts the files into the folder that it is given. `state` is what `Checkpoint.state` will return: JSON values
-    only. A checkpoint of the same step is replaced.
+    only. A checkpoint of the same step is replaced. `reserve` may have room for STATE_FILE. Raises CacheWriteError when
+    it cannot be written.
     """
     final = run_dir / f"checkpoint-{step}"
     with temporary_folder(run_dir) as temporary:
-        write(temporary)
-        body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": _sync_files(temporary)}
+        with writing(final):
+            write(temporary)
+            files = _sync_files(temporary)
+        body = {"version": CHECKPOINT_VERSION, "step": step, "state": state, "files": files}
         body = json.loads(canonical_json(body))
-        write_json(temporary / STATE_FILE, {**body, "digest": json_digest(body)})
+        content = json_bytes({**body, "digest": json_digest(body)})
+        with writing(final / STATE_FILE, len(content)):
+            write_file(temporary / STATE_FILE, lambda: [content], reserve)
+            sync_folder(temporary)
         remove(final)
         publish(temporary, final)
     if total_limit is not None:

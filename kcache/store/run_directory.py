@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.config import TrainConfig
-from kcache.durable import remove_temporary, write_bytes, write_json
+from kcache.durable import write_bytes, write_json
 from kcache.errors import RunError
 from kcache.hints import broken_link
 from kcache.store.checkpoint import STATE_FILE
@@ -80,7 +81,6 @@ def start_run(
     if config.resume_from_checkpoint == "latest" and first_step == 0:
         logger.warning("no checkpoint in %s: starting at step 0", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    remove_temporary(run_dir)
     for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE):
         log = read_log(run_dir, name)
         if log.lost is not None:
@@ -269,8 +269,15 @@ def _say(lost: str) -> None:
 
 
 def _append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_lines(entries))
+    with path.open("ab", buffering=0) as file:
+        before, rest = os.fstat(file.fileno()).st_size, _lines(entries).encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):  # the lines after it are not to go on in the middle of one
+                file.truncate(before)
+            raise
 
 
 def _lines(entries: Sequence[Mapping[str, Any]]) -> str:

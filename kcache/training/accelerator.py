@@ -5,7 +5,10 @@ import logging
 import os
 import platform
 import warnings
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 
 from kcache.config import TrainConfig
-from kcache.errors import ConfigError
+from kcache.errors import ConfigError, RunError
 from kcache.machine import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,31 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    if torch.distributed.is_initialized():
+        _patient_group(torch.distributed.group.WORLD)  # which all have to make together
     return accelerator
+
+
+def wait_for_all() -> None:
+    """Wait until all processes of a run are here, however long one of them works by itself.
+
+    Collectives have a bound on the time that one process waits for another: where one alone writes, draws or uploads,
+    the others wait here before the next. Raises RunError as soon as another process has ended.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    try:
+        torch.distributed.barrier(group=_patient_group(torch.distributed.group.WORLD))
+    except RuntimeError as error:
+        raise RunError(
+            "another process of this run has ended, upon which this one ends, too; what it said is the reason"
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _patient_group(world: Any) -> Any:
+    """A group of all processes beside `world`, which is a new one when the processes have come together anew."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def choose_trackers(report_to: str) -> list[str]:

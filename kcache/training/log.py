@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kcache.errors import RunError
-from kcache.store.run_directory import append_metrics
+from kcache.store.run_directory import METRICS_FILE, append_metrics
 from kcache.training.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -53,26 +53,37 @@ class RunLog:
         plain = {
             name: value for name, value in asdict(run.config).items() if isinstance(value, bool | int | float | str)
         }
-        run.accelerator.init_trackers(run.config.tracker_project_name, config=plain)
+        accelerator, begun = run.accelerator, []
+        for name in list(accelerator.log_with):
+            with run.decoration(f"{name} could not be begun"):
+                accelerator.log_with, accelerator.trackers = [name], []
+                accelerator.init_trackers(run.config.tracker_project_name, config=plain)
+                begun += accelerator.trackers
+        accelerator.trackers = begun
 
     def track(self, entry: Mapping[str, Any]) -> None:
         """Tell the trackers; `entry` has the step and the values."""
-        self._run.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
+        values = {name: value for name, value in entry.items() if name != "step"}
+        for tracker in self._run.accelerator.trackers:
+            with self._run.decoration(f"{tracker.name} could not be told"):
+                tracker.log(values, step=entry["step"])
 
     def track_pictures(self, step: int, pictures: "Sequence[Image.Image]") -> None:
         """Show pictures of equal size to those trackers that take some: tensorboard and wandb."""
         for tracker in self._run.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-                tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": list(pictures)}, step=step)
+            with self._run.decoration(f"{tracker.name} could not be shown the pictures"):
+                if tracker.name == "tensorboard":
+                    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+                    tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({"validation": list(pictures)}, step=step)
 
     def close(self) -> None:
         """Let the trackers finish what they have."""
         # Not the accelerator's end_training, which takes the process group from the next run in these processes.
         for tracker in self._run.accelerator.trackers:
-            tracker.finish()
+            with self._run.decoration(f"{tracker.name} could not finish"):
+                tracker.finish()
 
     def add(self, step: int, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Keep a step's values: 0-dimensional tensors, of this process alone."""
@@ -108,7 +119,8 @@ class RunLog:
         for entry in entries:
             _check_finite(entry, scaled=accelerator.scaler is not None)
         if accelerator.is_main_process:
-            append_metrics(self._run.output_dir, entries)
+            with self._run.decoration(f"{self._run.output_dir / METRICS_FILE} could not be written"):
+                append_metrics(self._run.output_dir, entries)
         for entry in entries:
             self.track(entry)
         return Progress(

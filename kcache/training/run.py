@@ -6,9 +6,9 @@ prepared loader would repeat samples to fill its last batch, and a prepared sche
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import kcache
 from kcache.config import TrainConfig
-from kcache.durable import exclusive, writing
+from kcache.decoration import decoration
+from kcache.durable import exclusive, remove_temporary, writing
 from kcache.encoders.repositories import Repository
 from kcache.errors import KcacheError, RunError
 from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
+from kcache.room import Reserve
+from kcache.stopping import shielded
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import Checkpoint, save_checkpoint
-from kcache.store.run_directory import AVERAGE_FILE, start_run
+from kcache.store.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
+from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, start_run
 from kcache.training.accelerator import machine_facts
-from kcache.training.network import save_network
+from kcache.training.network import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import (
     go_on,
     optimizer_tensors,
@@ -77,6 +80,11 @@ class TrainingRun:
     """How many samples the order has that begins with this start, and the one before had; None where it goes on."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
+    reserve: Reserve | None = None
+    """Room for the last checkpoint, when it is kept back."""
+    links: bool = True
+    """Whether the run directory takes links to the base's other components."""
+    _said: set[str] = field(default_factory=set)
 
     @property
     def output_dir(self) -> Path:
@@ -95,7 +103,7 @@ class TrainingRun:
 
     @contextmanager
     def run_directory_held(self) -> Iterator[None]:
-        """Have the run directory, made and ready, for the main process alone while the block runs.
+        """Have the run directory, made where it is not there, for the main process alone while the block runs.
 
         Raises CacheBusyError when another run has it, CacheWriteError when it cannot be made.
         """
@@ -105,9 +113,17 @@ class TrainingRun:
         with writing(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(self.output_dir):
-            told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
-            start_run(self.config, self._facts(), self.first_step, told)
+            remove_temporary(self.output_dir)  # also for the room that it takes
             yield
+
+    def begin(self) -> None:
+        """Write down what this run is, and forget what is later than its first step; for the main process."""
+        told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
+        start_run(self.config, self._facts(), self.first_step, told)
+
+    def decoration(self, what: str) -> AbstractContextManager[None]:
+        """`kcache.decoration.decoration`; `what` is said once in a run."""
+        return decoration(what, self._said)
 
     def _facts(self) -> dict[str, Any]:
         """What config.json tells of a run beside its settings."""
@@ -123,9 +139,31 @@ class TrainingRun:
             "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint after optimizer step `step`; for the main process."""
-        scaler = self.accelerator.scaler
+    @property
+    def checkpoint_files(self) -> dict[str, int]:
+        """The files of a checkpoint and about how many bytes each has, before the optimizer has made its state."""
+        adapts, learning = self.config.lora_rank is not None, sum(parameter.nbytes for parameter in self.learning)
+        # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
+        small = sum(parameter.nbytes for parameter in self.learning if parameter.numel() < 4096)
+        moments = small + (learning - small) // 4 * 65 // 64 if self.config.use_8bit_adam else learning
+        files = (
+            {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(self.network), CONFIG_NAME: 0}
+        )
+        files |= {
+            OPTIMIZER_FILE: 2 * moments,
+            STATE_FILE: 0,
+            **({AVERAGE_FILE: learning} if self.average is not None else {}),
+        }
+        # Of each there are headers and names, too.
+        names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
+        return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
+
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Write a checkpoint after optimizer step `step`; for the main process. No signal interrupts it.
+
+        The `last` one of a start takes the room that was kept back for it. Raises CacheWriteError.
+        """
+        scaler, reserve = self.accelerator.scaler, self.reserve if last else None
         state = {
             "config": asdict(self.config),
             "global_batch": self.global_batch,
@@ -143,14 +181,17 @@ class TrainingRun:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "grad_scaler": None if scaler is None else scaler.state_dict(),
         }
-        save_checkpoint(self.output_dir, step, self._write_tensors, state, self.config.checkpoints_total_limit)
+        with shielded():
+            write, limit = partial(self._write_tensors, reserve=reserve), self.config.checkpoints_total_limit
+            save_checkpoint(self.output_dir, step, write, state, limit, reserve)
 
-    def _write_tensors(self, folder: Path) -> None:
-        save_network(self.config.stage, self.network, folder)
-        save_file(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE)
+    def _write_tensors(self, folder: Path, reserve: Reserve | None) -> None:
+        save_network(self.config.stage, self.network, folder, reserve)
+        save_tensors(optimizer_tensors(self.optimizer, self.network), folder / OPTIMIZER_FILE, reserve=reserve)
         if self.average is not None:
             names = trainable_parameters(self.network)
-            save_file(dict(zip(names, self.average.shadow_params, strict=True)), folder / AVERAGE_FILE)
+            averages = dict(zip(names, self.average.shadow_params, strict=True))
+            save_tensors(averages, folder / AVERAGE_FILE, reserve=reserve)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back from `checkpoint` what `save` put there; network and loader have theirs already.

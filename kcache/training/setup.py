@@ -20,7 +20,7 @@ from kcache.store.digests import DigestMemo
 from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.store.run_directory import logger
-from kcache.training.accelerator import make_accelerator
+from kcache.training.accelerator import make_accelerator, wait_for_all
 from kcache.training.network import check_batch, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import (
@@ -72,6 +72,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     # Made where the weights lie, and before the objective is wrapped.
     average = make_average(objective.network, config) if config.use_ema else None
     made = make_optimizer(objective.network, config, accelerator.device)
+    wait_for_all()  # one may have fetched, read and digested longer than another waits in what follows
     prepared, optimizer = accelerator.prepare(objective.train(), made)
     loader = _make_loader(cache, objective, config, accelerator)
     if checkpoint is not None:

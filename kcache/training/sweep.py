@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kcache.config import TrainConfig
+from kcache.decoration import decoration, drawing
 from kcache.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
 from kcache.foreign import is_fault, reason
@@ -104,12 +105,10 @@ def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
     """Write a PNG to `path`: the smoothed training losses of all runs and, where there are any, those on held-out
     images. `run_dirs` maps the runs' names to their directories.
     """
-    import matplotlib as mpl
-
     training = {name: _curve(read_metrics(run_dir), "loss") for name, run_dir in run_dirs.items()}
     held_out = {name: _curve(read_validation(run_dir), "val_loss") for name, run_dir in run_dirs.items()}
     panels = 2 if any(len(steps) for steps, _ in held_out.values()) else 1
-    colors = mpl.color_sequences["tab10" if len(run_dirs) <= 10 else "tab20"]
+    colors = drawing().color_sequences["tab10" if len(run_dirs) <= 10 else "tab20"]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -329,4 +328,5 @@ def _write(folder: Path, records: Mapping[str, Any], result: SweepResult) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SWEEP_FILE, {"runs": records})
     write_bytes(folder / "sweep.md", (result.table + "\n").encode())
-    plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})
+    with decoration(f"{folder / 'sweep.png'} could not be drawn"):
+        plot_runs(folder / "sweep.png", {run.name: folder / run.name for run in result.runs})

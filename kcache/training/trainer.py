@@ -18,19 +18,22 @@ import torch
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
+from kcache.decoration import drawing
+from kcache.errors import CacheWriteError
 from kcache.loader.batches import Batch
 from kcache.loader.chance import draw_seed
 from kcache.objectives.blocks import uncompiled
 from kcache.report.figures import plot_run
-from kcache.stopping import stop_here, stopped_when_safe
+from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
 from kcache.store.recipe import sides_of
-from kcache.store.run_directory import append_validation
+from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
+from kcache.training.accelerator import wait_for_all
 from kcache.training.log import Progress, RunLog
 from kcache.training.network import within_run_memory
 from kcache.training.optimizer import averaged
 from kcache.training.publish import check_publishing, publish_run
-from kcache.training.result import write_result
+from kcache.training.result import room_kept, write_result
 from kcache.training.resume import check_output_dir
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
@@ -78,22 +81,28 @@ def train(
 ) -> TrainResult:
     """Train the prior or the decoder from `cache`, opened or its path, as `config` says, into `config.output_dir`.
 
-    `report` is called every few optimizer steps, in the main process. On SIGINT or SIGTERM the step is finished and a
-    checkpoint saved, then KeyboardInterrupt or SystemExit(143) raised. torch's global generators are seeded at each
-    step. Raises a KcacheError for what does not fit together, all checked before the first step; RunError when a loss
-    or gradient is no longer finite, and when a result that is whole could not be uploaded; CacheBusyError when another
+    `report` is called every few optimizer steps, in the main process; what it raises is logged. On any of
+    `STOP_SIGNALS` the step is finished and a checkpoint saved, or the result after the last step, then
+    KeyboardInterrupt or SystemExit(128 + its number) raised. A checkpoint of the last step is saved before the result.
+    torch's global generators are seeded at each step. Raises a KcacheError for what does not fit together, all checked
+    before the first step; RunError when a loss or gradient is no longer finite, when the result cannot be written, and
+    when one that is whole could not be uploaded; CacheBusyError when another
     run goes on in that directory.
     """
     check_publishing(config)
     check_output_dir(config)
     run = prepare_run(cache, config)
-    with run.run_directory_held():
+    with run.run_directory_held(), room_kept(run):
         return _train(run, report)
 
 
 def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
-    config, accelerator, log = run.config, run.accelerator, RunLog(run)
+    config, accelerator = run.config, run.accelerator
+    if accelerator.is_main_process:
+        run.begin()
+    log = RunLog(run)
     evaluation = Evaluation(run, log)
+    wait_for_all()
     log.restart_clock()
     step, progress, begun = run.first_step, None, time.perf_counter()
 
@@ -104,33 +113,30 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
             step += 1
             log.add(step, lr, loss, grad_norm)
 
-            save, evaluate, stopping = step % config.checkpointing_steps == 0, evaluation.is_due(step), False
+            last = step == run.max_steps
+            save, evaluate, stopping = last or step % config.checkpointing_steps == 0, evaluation.is_due(step), 0
             if save or evaluate or log.is_due(step) or (caught and accelerator.num_processes == 1):
-                progress = log.fetch()
-                # All of them stop when one is asked to.
-                stopping = bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
+                progress, stopping = log.fetch(), _stop_asked(accelerator)
                 if report is not None and accelerator.is_main_process:
-                    report(progress)
+                    with run.decoration("progress could not be shown"):
+                        report(progress)
             if (save or stopping) and accelerator.is_main_process:
-                run.save(step)
+                _save(run, step, stopping=bool(stopping))
             if evaluate and not stopping:
-                # What is looked at is what would be left as the result.
-                with averaged(run.average, run.network), uncompiled(config.compile):
-                    evaluation.validate(step)
-                    evaluation.draw(step)
-                if accelerator.is_main_process:
-                    plot_run(run.output_dir)
-            if save or evaluate:
+                evaluation.look(step)
+            if save or evaluate or stopping:
+                wait_for_all()
                 log.restart_clock()
             if stopping:
-                _stop(accelerator)
+                _stop(run, stopping)
 
-    seconds = time.perf_counter() - begun
-    address = None
-    if accelerator.is_main_process:
-        write_result(run)
-        address = publish_run(run.output_dir, config.hub_model_id) if config.push_to_hub else None
-    accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - begun
+        if accelerator.is_main_process:
+            write_result(run)
+        wait_for_all()
+        stop_here()
+    address = publish_run(run.output_dir, config.hub_model_id) if _publishes(run) else None
+    wait_for_all()
     return TrainResult(
         output_dir=config.output_dir,
         step=step,
@@ -139,6 +145,22 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
         samples_per_second=(step - run.first_step) * run.global_batch / seconds,
         address=address,
     )
+
+
+def _publishes(run: TrainingRun) -> bool:
+    return run.config.push_to_hub and run.accelerator.is_main_process
+
+
+def _save(run: TrainingRun, step: int, *, stopping: bool) -> None:
+    """Write a checkpoint; where that fails the run goes on, unless it is about to stop: it may still end well."""
+    last = step == run.max_steps
+    try:
+        run.save(step, last=last or stopping)
+    except CacheWriteError as error:
+        if stopping:
+            raise
+        rest = "the result is written all the same" if last else "the run goes on; a crash would cost what is not saved"
+        logger.warning("NO CHECKPOINT after step %d: %s; %s", step, error, rest)
 
 
 def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,13 +186,17 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     return torch.stack(losses).mean(), grad_norm
 
 
-def _stop(accelerator: Accelerator) -> NoReturn:
-    # A launcher that sees one process end sends the others a second signal, which interrupts the saving.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        logger.warning("stopped by a signal; go on with: --resume-from-checkpoint latest")
+def _stop_asked(accelerator: Accelerator) -> int:
+    """The signal that one of the processes was asked to stop by, 0 when none was: all of them stop together."""
+    return int(accelerator.gather(torch.tensor([signal_asked() or 0], device=accelerator.device)).max())
+
+
+def _stop(run: TrainingRun, number: int) -> NoReturn:
+    if run.accelerator.is_main_process:
+        name = signal.Signals(number).name
+        logger.warning("stopped by %s; go on with: --resume-from-checkpoint latest", name)
     stop_here()
-    raise SystemExit(128 + signal.SIGTERM)  # another process was asked
+    raise SystemExit(128 + number)  # another process was asked
 
 
 HELD_OUT_BATCH_SIZE = 8
@@ -199,11 +225,24 @@ class Evaluation:
                 world_size=accelerator.num_processes,
             )
         self._pictures = _make_pictures(run)
+        if accelerator.is_main_process:
+            with run.decoration("no curves can be drawn of this run"):  # said now, not after hours
+                drawing()
 
     def is_due(self, step: int) -> bool:
         """Whether to look after optimizer step `step`; the same in all processes."""
         asked = self._validation is not None or bool(self._run.config.validation_prompts)
         return asked and (step % self._every == 0 or step == self._run.max_steps)
+
+    def look(self, step: int) -> None:
+        """Measure, draw and plot what would be left as the result."""
+        run = self._run
+        with averaged(run.average, run.network), uncompiled(run.config.compile):
+            self.validate(step)
+            self.draw(step)
+        if run.accelerator.is_main_process:
+            with run.decoration(f"{run.output_dir / CURVES_FILE} could not be drawn"):
+                plot_run(run.output_dir)
 
     def validate(self, step: int) -> None:
         """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
@@ -215,7 +254,8 @@ class Evaluation:
         entry = {"step": step, **self._validation.summary(accelerator.reduce(totals, "sum"))}
         self._log.track(entry)
         if accelerator.is_main_process:
-            append_validation(self._run.output_dir, entry)
+            with self._run.decoration(f"{self._run.output_dir / VALIDATION_FILE} could not be written"):
+                append_validation(self._run.output_dir, entry)
 
     def draw(self, step: int) -> None:
         """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers."""
@@ -223,9 +263,10 @@ class Evaluation:
             return
         from kcache.report.grid import save_pictures
 
-        drawn = self._pictures.draw(self._run.network)
-        save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
-        self._log.track_pictures(step, drawn)
+        with self._run.decoration(f"the pictures of step {step} could not be drawn"):
+            drawn = self._pictures.draw(self._run.network)
+            self._log.track_pictures(step, drawn)
+            save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
 
 
 def _make_pictures(run: TrainingRun) -> "PromptPictures | None":

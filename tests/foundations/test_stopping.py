@@ -8,9 +8,10 @@ import threading
 
 import pytest
 
-from kcache.stopping import stop_here, stopped_when_safe
+import kcache.stopping
+from kcache.stopping import STOP_SIGNALS, shielded, stop_here, stopped_when_safe
 
-SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+SIGNALS = [(number, KeyboardInterrupt if number == signal.SIGINT else SystemExit) for number in STOP_SIGNALS]
 
 
 @pytest.mark.parametrize(("number", "error"), SIGNALS)
@@ -22,29 +23,63 @@ def test_a_signal_is_acted_on_where_the_work_says_so(number: signal.Signals, err
         assert asked == [number]
         with pytest.raises(error) as caught:
             stop_here()
-    assert error is KeyboardInterrupt or caught.value.code == 143  # type: ignore[attr-defined]
+    assert error is KeyboardInterrupt or caught.value.code == 128 + number  # type: ignore[attr-defined]
     assert signal.getsignal(number) is before
     stop_here()  # it is forgotten
 
 
-def test_the_second_of_a_kind_acts_at_once_and_another_kind_does_not() -> None:
+def test_what_launchers_repeat_changes_nothing_and_ctrl_c_once_more_in_a_while_acts_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with stopped_when_safe() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # what launchers answer Ctrl-C with
-        assert asked == [signal.SIGINT, signal.SIGTERM]
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGXCPU, signal.SIGXCPU):
+            os.kill(os.getpid(), number)
+        assert len(asked) == 6
+        monkeypatch.setattr(kcache.stopping, "SAME_REQUEST_SECONDS", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ignored_signals_stay_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def test_behind_a_shield_even_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kcache.stopping, "SAME_REQUEST_SECONDS", 0.0)
+    done = []
+
+    def work() -> None:
+        with stopped_when_safe():
+            with shielded():
+                os.kill(os.getpid(), signal.SIGINT)
+                with shielded():
+                    os.kill(os.getpid(), signal.SIGINT)
+                done.append("shielded")
+            done.append("more")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["shielded"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # under nohup
+def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with stopped_when_safe() as asked:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             assert asked == []
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_programs_own_signals_are_left_to_it() -> None:
+    came = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: came.append("its own"))
+    try:
+        with stopped_when_safe() as asked:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert (asked, came) == ([], ["its own"])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_in_another_thread_signals_stay_what_they_are() -> None:
@@ -77,7 +112,7 @@ app.main()
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 138)])
 def test_what_a_library_makes_of_a_signal_is_not_reported(name: str, code: int) -> None:
     run = subprocess.run([sys.executable, "-c", SWALLOWED.format(name=name)], check=False, capture_output=True)
     assert (run.returncode, run.stdout, run.stderr) == (code, b"", b"")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kcache.errors import RunError
+from kcache.errors import CacheWriteError, RunError
 from kcache.store import checkpoint
 from kcache.store.checkpoint import checkpoint_steps, latest_checkpoint, open_checkpoint, save_checkpoint
 
@@ -71,8 +71,8 @@ def test_the_oldest_go_only_when_the_new_one_is_there(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint, "write_file", full_disk)
+        with pytest.raises(CacheWriteError, match="No space"):
             save(tmp_path, 3, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     save(tmp_path, 10, total_limit=2)

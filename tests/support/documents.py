@@ -59,7 +59,10 @@ def commands_of(block: Block) -> list[list[str]]:
     """The commands of a block that call kcache or a launcher, each as its words."""
     if block.language not in ("", "bash"):
         return []
-    lines = [re.sub(r"^([A-Z_]+=\S* )+| &$", "", line) for line in block.text.replace("\\\n", " ").splitlines()]
+    lines = [
+        re.sub(r"^([A-Z_]+=\S* )+|^srun (--\S+ )*| &$", "", line)
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
 
 

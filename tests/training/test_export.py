@@ -9,7 +9,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from kcache.encoders.repositories import PIPELINES, Repository
 from kcache.training.network import load_network
-from kcache.training.result import export_run
+from kcache.training.result import export_components, export_network, make_pipeline
 
 
 def export(run_dir: Path, half: str, oracle: Path, base: Path | None = None, copy: bool = False) -> float:
@@ -19,7 +19,10 @@ def export(run_dir: Path, half: str, oracle: Path, base: Path | None = None, cop
     network = load_network(half, path)
     bias = network.proj_in.bias if half == "prior" else network.conv_out.bias
     bias.data.fill_(0.625)
-    export_run(run_dir, PIPELINES[half], network, Repository(name=str(path), path=path, revision=None), copy=copy)
+    repository = Repository(name=str(path), path=path, revision=None)
+    export_network(run_dir, PIPELINES[half], network)
+    export_components(run_dir, PIPELINES[half], repository, copy=copy)
+    make_pipeline(run_dir, PIPELINES[half], repository)
     return 0.625
 
 

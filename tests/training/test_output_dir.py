@@ -33,20 +33,20 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(
     cache: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kcache.training.trainer, "prepare_run", lambda *_: pytest.fail("loaded"))
-    before, elsewhere = contents(finished), tmp_path / "checkpoint-1"
+    before, elsewhere = contents(finished), tmp_path / "checkpoint-2"
     elsewhere.mkdir()
     for resume in (None, str(elsewhere)):
-        with pytest.raises(RunError, match=r"holds metrics\.jsonl, README\.md, loss\.png of an earlier run") as refused:
+        with pytest.raises(RunError, match=r"holds checkpoint-1 of an earlier run") as refused:
             train(cache, config(finished, resume_from_checkpoint=resume))
-        for answer in ("another --output-dir", "remove this one", "--resume-from-checkpoint latest"):
+        for answer in ("another --output-dir", "--resume-from-checkpoint latest"):
             assert answer in str(refused.value)
     assert contents(finished) == before
     check_output_dir(config(finished, **LATEST))
 
 
 def test_a_run_leaves_only_what_is_known_to_be_a_result(finished: Path) -> None:
-    logs = {"config.json", "metrics.jsonl", "validation.jsonl", "starts.jsonl"}
-    assert {path.name for path in finished.iterdir()} - logs <= set(_RESULT)
+    others = {"config.json", "metrics.jsonl", "validation.jsonl", "starts.jsonl", "checkpoint-1"}
+    assert {path.name for path in finished.iterdir()} - others <= set(_RESULT)
     assert {*RESULT, *COMPONENTS} <= set(_RESULT)
 
 

@@ -1,5 +1,6 @@
 """What a finished run leaves is what stock diffusers loads, bit for bit: whole, averaged, adapted and fused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,19 @@ def test_the_curves_are_drawn_whether_or_not_there_is_a_validation(cache: str, t
     assert (tmp_path / "second" / WEIGHTS["prior"]).is_file()
 
 
+def forget(run_dir: Path) -> None:
+    """Leave a run's result, and nothing to go on from."""
+    shutil.rmtree(run_dir / "checkpoint-4")
+
+
 def test_a_result_takes_the_place_of_an_earlier_one(cache: str, tmp_path: Path) -> None:
     train(cache, config(tmp_path, use_ema=True, lora_rank=2))
     before = (tmp_path / LORA_WEIGHTS).read_bytes()
+    forget(tmp_path)
     train(cache, config(tmp_path, use_ema=True, lora_rank=4, resume_from_checkpoint="latest"))
     assert (tmp_path / LORA_WEIGHTS).read_bytes() != before
     assert load_file(tmp_path / "raw" / LORA_WEIGHTS).keys() == load_file(tmp_path / LORA_WEIGHTS).keys()
+    forget(tmp_path)
     train(cache, config(tmp_path, lora_rank=4, resume_from_checkpoint="latest"))
     assert not (tmp_path / "raw").exists()
     assert not list(tmp_path.glob(".tmp-*"))
