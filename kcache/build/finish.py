@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -20,6 +19,7 @@ from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
 from kcache.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
+from kcache.machine import threads_for
 from kcache.stopping import stop_here
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
@@ -216,7 +216,7 @@ class PictureSizes:
                 return error
 
         reported = time.monotonic()
-        with ThreadPoolExecutor(self._job.config.num_workers or os.cpu_count() or 1, "kcache-decode") as pool:
+        with ThreadPoolExecutor(threads_for(self._job.config.num_workers), "kcache-decode") as pool:
             try:
                 for number, (key, found) in enumerate(zip(keys, pool.map(size, keys), strict=True)):
                     stop_here()

@@ -10,22 +10,21 @@ from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
 from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, open_plan, plan_table
-from kcache.config import BuildConfig, Say, Stage
+from kcache.config import BuildConfig, Say
 from kcache.encoders.color import check_color_management
 from kcache.encoders.fit import check_request
 from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
-from kcache.encoders.repositories import Repository, find_repository
-from kcache.errors import CacheMismatchError, ConfigError, InputRejected, KcacheError, ModelError
+from kcache.encoders.repositories import Repository, find_repositories
+from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
-from kcache.store.manifest import MODEL_SETTINGS, read_manifest
+from kcache.store.manifest import read_manifest
 from kcache.store.recipe import (
     IMAGE_EMBEDS,
     TEXT,
     Recipe,
-    components,
     kind_of,
     recipe_differences,
     stage_of,
@@ -100,7 +99,7 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
         max_train_samples=config.max_train_samples,
         need_captions=TEXT.name in tables,
     )
-    repositories = _find_repositories(config, stage_of(tables))
+    repositories = find_repositories(config, stage_of(tables))
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
         say(opened.description)
@@ -168,41 +167,6 @@ def _recipes_begun(folder: Path) -> dict[str, Recipe]:
     """The recipes of the open plan, if there is one: a first build that was interrupted has no manifest."""
     plan = open_plan(folder)
     return {} if plan is None else {table.recipe.table: table.recipe for table in plan.tables}
-
-
-def _find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
-    given = {role: getattr(config, setting) for role, setting in MODEL_SETTINGS.items()}
-    wanted = {role: names for role in given if (names := components(role, stage))}
-    revisions = {role: getattr(config, f"{role}_revision") for role in given}
-    _check_revisions(config, {role: given[role] for role in wanted}, revisions)
-    found = {}
-    for role, names in wanted.items():
-        try:
-            found[role] = find_repository(given[role], revisions[role] or config.revision, names)
-        except ModelError as error:
-            if config.revision is None or revisions[role] is not None or len(wanted) == 1:
-                raise
-            raise ModelError(
-                f"{error}; --revision {config.revision} is asked of both repositories; where only one has it, give "
-                "--prior-revision or --decoder-revision instead"
-            ) from error
-    return found
-
-
-def _check_revisions(config: BuildConfig, used: Mapping[str, str], revisions: Mapping[str, str | None]) -> None:
-    """Raise ConfigError for a revision of a repository that is not used, or that is a folder, which has none."""
-    for role, revision in revisions.items():
-        flag = f"--{role}-revision"
-        if revision is not None and role not in used:
-            raise ConfigError(f"{flag} is {revision!r}, but nothing of the {role}'s repository is needed; leave it out")
-        if revision is not None and Path(used[role]).expanduser().is_dir():
-            raise ConfigError(
-                f"{flag} is {revision!r}, but {used[role]} is a folder, which has one state; leave it out"
-            )
-    folders = [name for role, name in used.items() if revisions[role] is None and Path(name).expanduser().is_dir()]
-    if config.revision is not None and len(folders) == sum(revisions[role] is None for role in used):
-        where = f"{' and '.join(folders)}, a folder" if folders else "what has its own revision"
-        raise ConfigError(f"--revision is {config.revision!r}, but only {where}, is used; leave --revision out")
 
 
 def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> list[str]:

@@ -4,17 +4,18 @@ Nothing here loads a network, and only safetensors, JSON and text files are fetc
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache.config import DECODER_REPO, PRIOR_REPO, BuildConfig, Stage
 from kcache.errors import ConfigError, ModelError
 from kcache.foreign import reason, told
 from kcache.hints import broken_link
 from kcache.plainly import plainly_at
-from kcache.store.recipe import json_digest
+from kcache.store.manifest import MODEL_SETTINGS
+from kcache.store.recipe import components, json_digest
 from kcache.store.run_directory import instead_of_pipeline
 
 
@@ -199,6 +200,40 @@ def find_repository(
             f"{_why_missing(repository, missing)}"
         )
     return repository
+
+
+def find_repositories(config: BuildConfig, stage: Stage) -> dict[str, Repository]:
+    """Where the encoders for `stage` are, by role; raises ModelError, or ConfigError for a revision without use."""
+    given = {role: getattr(config, setting) for role, setting in MODEL_SETTINGS.items()}
+    wanted = {role: names for role in given if (names := components(role, stage))}
+    revisions = {role: getattr(config, f"{role}_revision") for role in given}
+    _check_revisions(config, {role: given[role] for role in wanted}, revisions)
+    found = {}
+    for role, names in wanted.items():
+        try:
+            found[role] = find_repository(given[role], revisions[role] or config.revision, names)
+        except ModelError as error:
+            if config.revision is None or revisions[role] is not None or len(wanted) == 1:
+                raise
+            raise ModelError(
+                f"{error}; --revision {config.revision} is asked of both repositories; where only one has it, give "
+                "--prior-revision or --decoder-revision instead"
+            ) from error
+    return found
+
+
+def _check_revisions(config: BuildConfig, used: Mapping[str, str], revisions: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for a revision of a repository that is not used, or that is a folder, which has none."""
+    for role, revision in revisions.items():
+        flag = f"--{role}-revision"
+        if revision is not None and role not in used:
+            raise ConfigError(f"{flag} is {revision!r}, but nothing of the {role}'s repository is needed; leave it out")
+        if role in used:
+            check_revision(flag, used[role], revision)
+    folders = [name for role, name in used.items() if revisions[role] is None and Path(name).expanduser().is_dir()]
+    if config.revision is not None and len(folders) == sum(revisions[role] is None for role in used):
+        where = f"{' and '.join(folders)}, a folder" if folders else "what has its own revision"
+        raise ConfigError(f"--revision is {config.revision!r}, but only {where}, is used; leave --revision out")
 
 
 def check_revision(flag: str, name: str, revision: str | None) -> None:
