@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from short_runs import STAGES, WEIGHTS, assert_equal_weights, config, course
 from transformers import PreTrainedModel
 
-import kcache.encoders.repositories
+import kcache.encoders.weights
 import kcache.store.digests
 import kcache.training.run
 from kcache.errors import CacheIncompleteError, CacheMismatchError, CacheWriteError, ConfigError, ModelError, RunError
@@ -87,7 +87,7 @@ def test_a_second_run_loads_no_encoder_and_digests_nothing(
     train(cache, config(tmp_path / "first", stage))
     monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(watched))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
-    monkeypatch.setattr(kcache.encoders.repositories.hashlib, "file_digest", refused)
+    monkeypatch.setattr(kcache.encoders.weights.hashlib, "file_digest", refused)
     train(cache, config(tmp_path / "second", stage))
     assert loaded == ["PriorTransformer" if stage == "prior" else "UNet2DConditionModel"]
 
