@@ -345,7 +345,7 @@ def test_neighbours_say_what_is_missing(trained: Path, tmp_path: Path) -> None:
 
 
 def test_another_image_encoder_is_not_compared_with(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcache.report.neighbours.weights_digest", lambda *_: "0" * 64)
+    monkeypatch.setattr("kcache.report.neighbours.weights_digest", lambda *_, **__: "0" * 64)
     (block,) = neighbours_section(read_run(trained), "cpu", ignore).blocks
     assert isinstance(block, Text)
     assert "is not the one that the cache was built with" in block.text

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from short_runs import STAGES, WEIGHTS, assert_equal_weights, config, course
 from transformers import PreTrainedModel
 
-import kcache.encoders.repositories
+import kcache.encoders.weights
 import kcache.store.digests
 import kcache.training.run
 from kcache.errors import CacheIncompleteError, CacheMismatchError, CacheWriteError, ConfigError, ModelError, RunError

@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from kcache.build.survey import _find_repositories
 from kcache.config import BuildConfig, Stage
+from kcache.encoders.repositories import find_repositories
 from kcache.errors import ConfigError, ModelError
 
 COMMITS = {"o/prior": "a" * 40, "o/decoder": "b" * 40}
@@ -31,7 +31,7 @@ def found(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     def find(stage: Stage = "all", **settings: Any) -> list[str]:
         asked.clear()
         names = {"pretrained_prior_model_name_or_path": "o/prior", "pretrained_decoder_model_name_or_path": "o/decoder"}
-        _find_repositories(BuildConfig(**(names | settings)), stage)
+        find_repositories(BuildConfig(**(names | settings)), stage)
         return asked
 
     return find
@@ -64,7 +64,7 @@ def test_one_revision_of_two_repositories_says_which_lacks_it_and_the_two_flags(
     ("stage", "settings", "local", "said"),
     [
         ("prior", {"decoder_revision": "x"}, "", "--decoder-revision is 'x', but nothing of the decoder's repository"),
-        ("all", {"prior_revision": "x"}, "prior", "--prior-revision is 'x', but .* is a folder"),
+        ("all", {"prior_revision": "x"}, "prior", "--prior-revision is x, but .* is a folder"),
         ("prior", {"revision": "x"}, "prior", "--revision is 'x', but only .*prior, a folder, is used"),
         ("all", {"revision": "x", "decoder_revision": "b" * 40}, "prior", "--revision is 'x', but only .*prior, a"),
     ],
