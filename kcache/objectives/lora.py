@@ -9,7 +9,7 @@ finds nothing in it and only warns.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,8 +83,7 @@ def add_lora(
     layers = _linear_layers(network)
     unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown:
-        # Names without their place: the last part of each, with the numbers that follow it.
-        parts = [re.findall(r"[^.]+(?:\.\d+)*$", layer)[0] for layer in layers]
+        parts = map(_end, layers)
         raise ConfigError(
             f"--lora-target-modules names {', '.join(unknown)}, which no linear layer of {type(network).__name__} is "
             f"called; expected some of {', '.join(dict.fromkeys(parts))}, or a layer's whole name such as {layers[0]}"
@@ -110,8 +109,8 @@ def save_lora(network: ModelMixin, folder: Path, save: Callable[..., None] = sav
     tensors = get_peft_model_state_dict(network, adapter_name=_ADAPTER)
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
-    # Not the names that were asked for, which adapters that were loaded do not know any more.
-    settings["target_modules"] = sorted({name.partition(".lora_")[0] for name in tensors})
+    # Not as they were asked for, which adapters that were loaded do not know any more.
+    settings["target_modules"] = _targets(network, {name.partition(".lora_")[0] for name in tensors})
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # PEFT keeps names in sets
     folder.mkdir(parents=True, exist_ok=True)
     # Not by diffusers' save_lora_adapter, which warns of a cast that it does not make.
@@ -156,6 +155,18 @@ def adapted_network(path: Path) -> Literal["prior", "unet"]:
             "Kandinsky 2.2's prior, or in down_blocks, mid_block and up_blocks, of its decoder; give a LoRA of one"
         )
     return "prior" if in_prior else "unet"
+
+
+def _targets(network: ModelMixin, adapted: Set[str]) -> list[str]:
+    """The layers `adapted` as PEFT is told of them: by the ends of their names, where no other layer ends so."""
+    layers = {name.removesuffix(".base_layer") for name in _linear_layers(network) if ".lora_" not in name}
+    ends = {_end(layer) for layer in adapted}
+    return sorted(ends if {layer for layer in layers if _end(layer) in ends} == adapted else adapted)
+
+
+def _end(layer: str) -> str:
+    """The last part of a layer's name, with the numbers that follow it."""
+    return str(re.findall(r"[^.]+(?:\.\d+)*$", layer)[0])
 
 
 def _linear_layers(network: ModelMixin) -> list[str]:
