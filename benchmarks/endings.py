@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 from kcache.build import build_cache
 from kcache.config import BuildConfig, TrainConfig
-from kcache.durable import TEMPORARY_PREFIX
+from kcache.disk.durable import TEMPORARY_PREFIX
 from kcache.errors import KcacheError
 from kcache.stopping import STOP_SIGNALS
 from kcache.store.checkpoint import latest_checkpoint

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from kcache.demo.digits import INKS, PAPERS, SIDE, TEMPLATES, Drawing, all_drawings, cover_of, is_held_out, read_scans
 from kcache.demo.tiny import image_encoder, image_processor, movq, text_encoder, tokenizer
-from kcache.durable import share
+from kcache.disk.durable import share
 
 ATTRIBUTES = ("digit", "ink", "paper")
 MEAN, STD = (torch.tensor(getattr(image_processor(), name)).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))

@@ -2,8 +2,7 @@
 
 `store` and `sources`, `encoders` and `build`, `upkeep` make and keep caches; `objectives`, `loader` and `training`
 learn from them; `report` and `demo` show it. All stand on the words (`config`, `errors`, `places`, `settings`, `tally`)
-and on the ground (`decoration`, `durable`, `filesystems`, `foreign`, `hints`, `leases`, `machine`, `plainly`,
-`processes`, `readers`, `room`, `stopping`).
+and on the ground (`decoration`, `disk`, `foreign`, `hints`, `machine`, `plainly`, `processes`, `stopping`).
 """
 
 from kcache.store.cache import Cache

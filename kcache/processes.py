@@ -2,7 +2,7 @@
 
 A process is gone when that is certain: on this machine, in this boot, its number is free or another process has it now;
 or the machine was started again since. Of a process elsewhere nothing is known, and what it holds is respected as long
-as its lease runs: see `kcache.leases`.
+as its lease runs: see `kcache.disk.leases`.
 """
 
 import os

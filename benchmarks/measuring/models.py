@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from kcache.demo.tiny import demo_models
-from kcache.durable import share
+from kcache.disk.durable import share
 from kcache.encoders.pretrained import without_bars
 from kcache.machine import default_device
 

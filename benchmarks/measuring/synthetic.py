@@ -60,7 +60,7 @@ def write_synthetic_cache(
             commit_shard(table, shard.name, recipe, block, provenance={"made by": "numpy"})
         states[name] = table_state(folder, recipe)
     models = {"prior": {"name": "synthetic", "revision": None}}
-    return finish_cache(folder, rows, refused, states, models, "zarr")
+    return finish_cache(folder, rows, refused, states, models, "zarr", {})
 
 
 def _sample(i: int, captions: int) -> Sample:

@@ -52,7 +52,7 @@ def telling() -> Iterator[None]:
     """
     _open_standard_streams()
     told = sys.stderr
-    nobody: TextIO = Path(os.devnull).open("w") if told is None else told  # noqa: SIM115 - until the command ends
+    nobody: TextIO = Path(os.devnull).open("w", encoding="utf-8") if told is None else told  # noqa: SIM115 - until the command ends
     sys.stderr = _Unfailing(nobody)
     try:
         yield

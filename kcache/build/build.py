@@ -11,25 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
-from kcache.build.claims import TURN, Patience, holder, is_mine, renewed, turn, worker_place
-from kcache.build.committed import Committed
+from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
+from kcache.build.committed import Committed, check_target
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.durable import exclusive, remove, remove_leftovers, shared, writing
+from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.errors import CacheBusyError, CacheMismatchError
+from kcache.errors import CacheBusyError
 from kcache.machine import check_device
-from kcache.places import check_local
-from kcache.processes import is_gone, is_knowable
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
-from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.recipe import SAMPLES, SHARD_FOLDER
+from kcache.store.manifest import Manifest, read_manifest
+from kcache.store.recipe import SAMPLES
 from kcache.store.samples import with_ids
 from kcache.store.shards import record_rejections
 
@@ -162,32 +160,12 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = Path(cache)
-    _check_target(folder)
+    check_target(folder)
     check_device(config.device)
     job = beside_earlier(survey(source, folder, config, say))
     if not job.samples:
         raise no_sample(folder, job.refused)
     return job
-
-
-def _check_target(folder: Path) -> None:
-    """Refuse to write into a folder that is something else."""
-    check_local(folder)
-    if folder.exists() and not folder.is_dir():
-        raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
-    links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
-    if links:
-        raise CacheMismatchError(
-            f"{folder} holds the link {min(links)}, through which a build would write elsewhere; "
-            "expected a folder that owns its files; put what it leads to in its place"
-        )
-    if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
-        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith((".tmp-", TURN))]
-        if foreign and not any(map(SHARD_FOLDER.fullmatch, foreign)):
-            raise CacheMismatchError(
-                f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
-                "give an empty or new folder for the cache"
-            )
 
 
 def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
@@ -217,7 +195,8 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
         if table.recipe.table in job.recipes
     )
     if not (ours and known):
-        _refuse_beside_others(job.folder, plan, patience, "from another source" if ours else "with other settings")
+        how = "from another source" if ours else "with other settings"
+        refuse_beside_others(claims_folder(job.folder, plan), patience, how)
     if ours and unfinished(job.folder, plan):
         if job.config.rows_per_shard not in (None, *(table.rows_per_shard for table in plan.tables)):
             patience.say(
@@ -226,20 +205,6 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
         return plan
     close_plan(job.folder)
     return None
-
-
-def _refuse_beside_others(folder: Path, plan: Plan, patience: Patience, how: str) -> None:
-    claims, held = claims_folder(folder, plan), {}
-    for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
-        other = None if claim.name.startswith(".") else holder(claim)
-        if other is not None and not is_gone(other) and (is_knowable(other) or not patience.gives_up(claim, other)):
-            held[claim] = other
-    if held:
-        raise CacheBusyError(
-            f"{folder} is being built {how} by {'; and by '.join(patience.told(held))}; expected builders of one cache "
-            "to be given the same source and settings; wait for that one to end, or stop it: what it has committed is "
-            "kept"
-        )
 
 
 def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:

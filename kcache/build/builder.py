@@ -19,7 +19,7 @@ from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
 from kcache.build.survey import Survey, fetcher
-from kcache.durable import writing
+from kcache.disk.durable import writing
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kcache.durable import create_bytes, json_bytes, writing
-from kcache.errors import CacheCorruptError
-from kcache.filesystems import lock
-from kcache.leases import LEASE_SECONDS, RENEW_SECONDS, ran_out, renew, seconds_left
+from kcache.disk.durable import create_bytes, json_bytes, writing
+from kcache.disk.filesystems import lock
+from kcache.disk.leases import LEASE_SECONDS, RENEW_SECONDS, ran_out, renew, seconds_left
+from kcache.errors import CacheBusyError, CacheCorruptError
 from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
 
@@ -216,3 +216,18 @@ def turn(cache: Path, patience: Patience) -> Iterator[None]:
         yield
     finally:
         let_go(claim)
+
+
+def refuse_beside_others(claims: Path, patience: Patience, how: str) -> None:
+    """Raise CacheBusyError where others work on the plan of `claims`, which this builder cannot join."""
+    held = {}
+    for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
+        other = None if claim.name.startswith(".") else holder(claim)
+        if other is not None and not is_gone(other) and (is_knowable(other) or not patience.gives_up(claim, other)):
+            held[claim] = other
+    if held:
+        others = "; and by ".join(patience.told(held))
+        raise CacheBusyError(
+            f"{claims.parents[2]} is being built {how} by {others}; expected builders of one cache to be given the "
+            "same source and settings; wait for that one to end, or stop it: what it has committed is kept"
+        )

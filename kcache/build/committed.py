@@ -6,11 +6,14 @@ from functools import cached_property
 from pathlib import Path
 
 from kcache.build.joined_tars import shard_recipes
-from kcache.durable import read_npy
+from kcache.disk.durable import read_npy
+from kcache.errors import CacheMismatchError
+from kcache.places import check_local
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
-from kcache.store.recipe import Recipe, kind_of
+from kcache.store.manifest import MANIFEST
+from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import SIZES, Commit, Rejection, read_commits, sizes_name
 
 
@@ -121,3 +124,23 @@ def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
     rows = rows[(rows["width"] > 0) & (rows["height"] > 0)]
     sizes = zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)
     return dict(zip(unpack_keys(rows["key"]), sizes, strict=True))
+
+
+def check_target(folder: Path) -> None:
+    """Refuse, by CacheMismatchError, to build a cache in a folder that is something else."""
+    check_local(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
+    links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
+    if links:
+        raise CacheMismatchError(
+            f"{folder} holds the link {min(links)}, through which a build would write elsewhere; "
+            "expected a folder that owns its files; put what it leads to in its place"
+        )
+    if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
+        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        if foreign and not any(map(SHARD_FOLDER.fullmatch, foreign)):
+            raise CacheMismatchError(
+                f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
+                "give an empty or new folder for the cache"
+            )

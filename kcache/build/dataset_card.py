@@ -8,7 +8,7 @@ have different numbers of captions.
 from collections.abc import Sequence
 from pathlib import Path
 
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import Field, kind_of
 

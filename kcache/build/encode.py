@@ -5,31 +5,29 @@ shard before. Batches never cross a shard's border, so a shard's bytes do not de
 before it. Inputs are taken in plan order, and their rows stored in it, whatever batches they were encoded in.
 """
 
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kcache.build.plan import PlannedShard
-from kcache.encoders.color import littlecms_version
-from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
+from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
 from kcache.store.digests import pack_keys
 from kcache.store.recipe import Recipe, kind_of
 from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard, size_rows
 
+_Kept = Callable[[PlannedShard], bool]
+"""Whether a shard is still this builder's to commit."""
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
 
@@ -134,14 +132,14 @@ def encode_shards(
     workers: int,
     meter: Meter,
     done: Callable[[int], None],
-    kept: Callable[[PlannedShard], bool] = lambda _: True,
+    kept: _Kept = lambda _: True,
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
     `done` is called with the number of inputs dealt with since the last call. What `kept` denies is not committed.
     """
     recipe = encoder.recipe
-    made_by = provenance(encoder)
+    made_by = provenance(encoder.device)
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
         ahead: deque[_Planned] = deque()
         prepare = partial(_prepare, encoder, fetch, meter.clock)
@@ -161,13 +159,7 @@ def encode_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _commit(
-    folder: Path,
-    rows: _OpenShard,
-    recipe: Recipe,
-    made_by: Mapping[str, str],
-    kept: Callable[[PlannedShard], bool],
-) -> None:
+def _commit(folder: Path, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept) -> None:
     block = rows.block(recipe)
     if kept(rows.planned):  # asked last: this process may have been suspended for long
         commit_shard(
@@ -298,15 +290,3 @@ def refusal_reasons(
             else:
                 reasons[row] = f"{f.name} came out of {recipe.encoder} as NaN or infinity, in float32 too"
     return reasons
-
-
-def provenance(encoder: Encoder) -> dict[str, str]:
-    """What the rows were made with: recorded in each commit, shown, never compared."""
-    packages = ("torch", "diffusers", "transformers", "numpy")
-    device = encoder.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    return (
-        decoder_facts()
-        | {name: version(name) for name in packages}
-        | {"littlecms": littlecms_version(), "python": platform.python_version(), "device": name}
-    )

@@ -17,7 +17,7 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.durable import json_bytes, write_bytes
+from kcache.disk.durable import json_bytes, write_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
 from kcache.stopping import stop_here

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kcache.build.plan import Plan, PlannedShard, plan_table
-from kcache.durable import publish, read_npy, temporary_path, write_npy, writing
+from kcache.disk.durable import publish, read_npy, temporary_path, write_npy, writing
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.store.checksums import crc32c
 from kcache.store.digests import content_key, pack_keys, unpack_keys

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kcache.durable import (
+from kcache.disk.durable import (
     publish,
     read_npy,
     sync_folder,

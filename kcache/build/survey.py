@@ -93,12 +93,8 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
     earlier = _recipes_so_far(folder, config)
     # The tables that were asked for, and those that the cache holds already: they stay complete.
     tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
-    opened = open_source(
-        source,
-        config,
-        max_train_samples=config.max_train_samples,
-        need_captions=TEXT.name in tables,
-    )
+    needed = TEXT.name in tables
+    opened = open_source(source, config, max_train_samples=config.max_train_samples, need_captions=needed)
     repositories = find_repositories(config, stage_of(tables))
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kcache.demo.result import DemoResult, StageResult
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.report import page
 from kcache.report.figures import FAINT, TEAL, TEXT, png_of
 

@@ -22,7 +22,7 @@ from kcache.demo.report import write_report
 from kcache.demo.result import DemoResult, DemoSize, StageResult
 from kcache.demo.stages import Stage, repeat, stage_config, train
 from kcache.demo.tiny import WEIGHTS, demo_models
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.report.grid import grids_of, pictures_of, step_of
 
 PRIOR_BATCH_SIZE = 64

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from kcache.demo.digits import SIDE, vocabulary
-from kcache.durable import share
+from kcache.disk.durable import share
 from kcache.encoders.pretrained import without_advice
 
 with without_advice():

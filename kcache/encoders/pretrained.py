@@ -1,8 +1,10 @@
 """Networks from files: whole, of safetensors only, and without the libraries' progress bars and advice."""
 
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from kcache.encoders.color import littlecms_version
+from kcache.encoders.decoding import decoder_facts
 from kcache.errors import ModelError
 from kcache.foreign import told
 
@@ -83,3 +87,14 @@ def without_bars() -> Iterator[None]:
             enable()
         if not hub_bars:
             disable_progress_bars()
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """What rows made on `device` are made with: recorded in each commit, shown, never compared."""
+    packages = ("torch", "diffusers", "transformers", "numpy")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return (
+        decoder_facts()
+        | {name: version(name) for name in packages}
+        | {"littlecms": littlecms_version(), "python": platform.python_version(), "device": name}
+    )

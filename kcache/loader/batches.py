@@ -62,10 +62,9 @@ def changed_samples(state: Mapping[str, Any], rows: RowReader) -> str | None:
         return None
     if "samples" not in state:
         return f"{len(rows):,} samples now; how many there were is not recorded"
-    counts = {"samples": len(rows), "captions": int(rows.caption_bounds[-1])}
-    told = [
-        f"{int(state[name]):,} {name} before, {now:,} now" for name, now in counts.items() if int(state[name]) != now
-    ]
+    counts = [("samples", int(state["samples"]), len(rows))]
+    counts.append(("captions", int(state["captions"]), int(rows.caption_bounds[-1])))
+    told = [f"{then:,} {name} before, {now:,} now" for name, then, now in counts if then != now]
     return ", ".join(told) or f"{len(rows):,} samples as before, but other pictures or captions"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from kcache.decoration import drawing
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.errors import RunError
 from kcache.report import page
 from kcache.report.grid import own_font, png_bytes, writable

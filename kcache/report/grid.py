@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from PIL.ImageFont import FreeTypeFont
 
 from kcache.decoration import drawing
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.errors import RunError
 from kcache.store.run_directory import PICTURES_FOLDER
 

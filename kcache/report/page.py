@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

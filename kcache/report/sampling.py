@@ -31,7 +31,7 @@ from kcache.store.run_directory import (
     logger,
     read_config,
     run_of,
-)
+)  # fmt: skip
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
-from kcache.readers import Reading
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of

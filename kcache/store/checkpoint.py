@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.durable import json_bytes, publish, remove, sync_folder, temporary_folder, writing
+from kcache.disk.durable import json_bytes, publish, remove, sync_folder, temporary_folder, writing
+from kcache.disk.filesystems import sync
+from kcache.disk.room import Reserve, write_file
 from kcache.errors import RunError
-from kcache.filesystems import sync
-from kcache.room import Reserve, write_file
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)

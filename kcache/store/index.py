@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.durable import publish, read_npy, remove, temporary_folder, write_npy
+from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
+from kcache.disk.filesystems import mapped
 from kcache.errors import CacheCorruptError
-from kcache.filesystems import mapped
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kcache.disk.filesystems import mapped
 from kcache.errors import CacheCorruptError
-from kcache.filesystems import mapped
 from kcache.store.checksums import crc32c, joined_crc32c
 from kcache.store.formats import format_of
 from kcache.store.manifest import ShardEntry

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.config import TrainConfig
-from kcache.durable import write_bytes, write_json
+from kcache.disk.durable import write_bytes, write_json
 from kcache.errors import RunError
 from kcache.hints import broken_link
 from kcache.store.checkpoint import STATE_FILE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kcache.durable import write_bytes
+from kcache.disk.durable import write_bytes
 from kcache.errors import CacheCorruptError
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kcache.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
+from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
 from kcache.store.checksums import crc32c
 from kcache.store.digests import pack_keys

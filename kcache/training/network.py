@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.disk.room import Reserve, write_file
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import PIPELINES, Repository
 from kcache.encoders.weights import weights_digest
@@ -22,7 +23,6 @@ from kcache.machine import check_fits, default_device
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
-from kcache.room import Reserve, write_file
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.digests import DigestMemo
 

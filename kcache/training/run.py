@@ -22,12 +22,12 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 import kcache
 from kcache.config import TrainConfig
 from kcache.decoration import decoration
-from kcache.durable import exclusive, remove_temporary, writing
+from kcache.disk.durable import exclusive, remove_temporary, writing
+from kcache.disk.room import Reserve
 from kcache.encoders.repositories import Repository
 from kcache.errors import KcacheError, RunError
 from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
-from kcache.room import Reserve
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import STATE_FILE, Checkpoint, save_checkpoint

@@ -22,7 +22,7 @@ import torch
 
 from kcache.config import TrainConfig
 from kcache.decoration import decoration, drawing
-from kcache.durable import write_bytes, write_json
+from kcache.disk.durable import write_bytes, write_json
 from kcache.errors import ConfigError, KcacheError, RunError
 from kcache.foreign import is_fault, reason
 from kcache.report.figures import png_of, smoothed, thinned
@@ -303,8 +303,7 @@ def _read_records(path: Path, names: Sequence[str]) -> dict[str, Any]:
         return {}
     try:
         runs = dict(json.loads(path.read_bytes())["runs"])
-        for run in runs.values():
-            str(run["cache"]), dict(run["config"]), run["run"]["error"]
+        [(str(run["cache"]), dict(run["config"]), run["run"]["error"]) for run in runs.values()]
         return runs
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("%s cannot be read (%r): it is written anew, from what the runs say of themselves", path, error)
@@ -317,8 +316,7 @@ def _recorded_in(run_dir: Path) -> dict[str, Any] | None:
         told = read_config(run_dir)
     except RunError:
         return None
-    metrics = read_metrics(run_dir)
-    ended = bool(metrics) and metrics[-1]["step"] == told.get("max_steps")
+    ended = [entry["step"] for entry in read_metrics(run_dir)[-1:]] == [told.get("max_steps")]
     if not ended or not any((run_dir / name).is_file() for name in (LORA_FILE, PIPELINE_FILE)):
         return None
     return {"cache": None, "config": told["config"], "run": {"error": None}}

@@ -4,47 +4,37 @@ Every so many steps it saves a checkpoint, validates on held-out samples, draws 
 """
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
-from kcache.decoration import drawing
 from kcache.errors import CacheWriteError
 from kcache.loader.batches import Batch
 from kcache.loader.chance import draw_seed
-from kcache.objectives.blocks import uncompiled
-from kcache.report.figures import plot_run
 from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
-from kcache.store.recipe import sides_of
-from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.accelerator import wait_for_all
 from kcache.training.log import Progress, RunLog
 from kcache.training.network import within_run_memory
-from kcache.training.optimizer import averaged
 from kcache.training.publish import check_publishing, publish_run
 from kcache.training.result import room_kept, write_result
 from kcache.training.resume import check_output_dir
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
-from kcache.training.validation import Validation
+from kcache.training.validation import Evaluation
 
 if TYPE_CHECKING:
-    from kcache.report.pictures import PromptPictures
+    pass
 
 logger = logging.getLogger(__name__)
-
-Train = TypeVar("Train", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +54,6 @@ class TrainResult:
     """Where the result was uploaded to."""
 
 
-def _telling_of_memory(train: Train) -> Train:
-    """Have lack of memory anywhere in `train` told as MemoryShortError, with the settings that take less."""
-
-    @wraps(train)
-    def told(cache: str | Path | Cache, config: TrainConfig, **named: Any) -> Any:
-        with within_run_memory(config):
-            return train(cache, config, **named)
-
-    return cast("Train", told)
-
-
-@_telling_of_memory
 def train(
     cache: str | Path | Cache, config: TrainConfig, *, report: Callable[[Progress], None] | None = None
 ) -> TrainResult:
@@ -86,14 +64,15 @@ def train(
     KeyboardInterrupt or SystemExit(128 + its number) raised. A checkpoint of the last step is saved before the result.
     torch's global generators are seeded at each step. Raises a KcacheError for what does not fit together, all checked
     before the first step; RunError when a loss or gradient is no longer finite, when the result cannot be written, and
-    when one that is whole could not be uploaded; CacheBusyError when another
-    run goes on in that directory.
+    when one that is whole could not be uploaded; MemoryShortError, with the settings that take less, when memory runs
+    out; CacheBusyError when another run goes on in that directory.
     """
-    check_publishing(config)
-    check_output_dir(config)
-    run = prepare_run(cache, config)
-    with run.run_directory_held(), room_kept(run):
-        return _train(run, report)
+    with within_run_memory(config):
+        check_publishing(config)
+        check_output_dir(config)
+        run = prepare_run(cache, config)
+        with run.run_directory_held(), room_kept(run):
+            return _train(run, report)
 
 
 def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> TrainResult:
@@ -135,7 +114,8 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
             write_result(run)
         wait_for_all()
         stop_here()
-    address = publish_run(run.output_dir, config.hub_model_id) if _publishes(run) else None
+    publishes = config.push_to_hub and accelerator.is_main_process
+    address = publish_run(run.output_dir, config.hub_model_id) if publishes else None
     wait_for_all()
     return TrainResult(
         output_dir=config.output_dir,
@@ -145,10 +125,6 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
         samples_per_second=(step - run.first_step) * run.global_batch / seconds,
         address=address,
     )
-
-
-def _publishes(run: TrainingRun) -> bool:
-    return run.config.push_to_hub and run.accelerator.is_main_process
 
 
 def _save(run: TrainingRun, step: int, *, stopping: bool) -> None:
@@ -197,86 +173,3 @@ def _stop(run: TrainingRun, number: int) -> NoReturn:
         logger.warning("stopped by %s; go on with: --resume-from-checkpoint latest", name)
     stop_here()
     raise SystemExit(128 + number)  # another process was asked
-
-
-HELD_OUT_BATCH_SIZE = 8
-"""Held-out samples at a time, at least: without gradients they need little memory."""
-RESOLUTION = 512
-"""Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
-
-
-class Evaluation:
-    """What a run is looked at by, every so many steps and at its end; all processes call each method together."""
-
-    def __init__(self, run: TrainingRun, log: RunLog) -> None:
-        """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
-        self._run, self._log = run, log
-        config, accelerator = run.config, run.accelerator
-        self._every = config.validation_steps or math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
-        self._validation = None
-        if run.held_out is not None:
-            self._validation = Validation(
-                run.held_out,
-                run.raw_objective,
-                batch_size=max(config.train_batch_size, HELD_OUT_BATCH_SIZE),
-                seed=config.seed,
-                device=accelerator.device,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-            )
-        self._pictures = _make_pictures(run)
-        if accelerator.is_main_process:
-            with run.decoration("no curves can be drawn of this run"):  # said now, not after hours
-                drawing()
-
-    def is_due(self, step: int) -> bool:
-        """Whether to look after optimizer step `step`; the same in all processes."""
-        asked = self._validation is not None or bool(self._run.config.validation_prompts)
-        return asked and (step % self._every == 0 or step == self._run.max_steps)
-
-    def look(self, step: int) -> None:
-        """Measure, draw and plot what would be left as the result."""
-        run = self._run
-        with averaged(run.average, run.network), uncompiled(run.config.compile):
-            self.validate(step)
-            self.draw(step)
-        if run.accelerator.is_main_process:
-            with run.decoration(f"{run.output_dir / CURVES_FILE} could not be drawn"):
-                plot_run(run.output_dir)
-
-    def validate(self, step: int) -> None:
-        """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
-        if self._validation is None:
-            return
-        accelerator = self._run.accelerator
-        with accelerator.autocast():
-            totals = self._validation.totals()
-        entry = {"step": step, **self._validation.summary(accelerator.reduce(totals, "sum"))}
-        self._log.track(entry)
-        if accelerator.is_main_process:
-            with self._run.decoration(f"{self._run.output_dir / VALIDATION_FILE} could not be written"):
-                append_validation(self._run.output_dir, entry)
-
-    def draw(self, step: int) -> None:
-        """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers."""
-        if self._pictures is None:
-            return
-        from kcache.report.grid import save_pictures
-
-        with self._run.decoration(f"the pictures of step {step} could not be drawn"):
-            drawn = self._pictures.draw(self._run.network)
-            self._log.track_pictures(step, drawn)
-            save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
-
-
-def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
-    if run.counterpart is None or not run.accelerator.is_main_process:
-        return None
-    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
-    from kcache.report.pictures import PromptPictures
-
-    # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
-    side = run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
-    pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
-    pictures.prepare()
-    return pictures

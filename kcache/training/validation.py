@@ -1,20 +1,34 @@
-"""The loss on samples that are never trained on, always at the same noise and timesteps: what changes it is learning.
+"""What a run is looked at by: the loss on samples that are never trained on, pictures of fixed prompts, curves.
+
+Held-out samples are always met at the same noise and timesteps, so that what changes their loss is learning.
 
 Which images those are is decided by each image's key alone, so that every run holds out the same ones.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.chance import draw_turns
-from kcache.objectives.blocks import evaluating
+from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
+from kcache.report.figures import plot_run
 from kcache.store.cache import Cache
+from kcache.store.recipe import sides_of
+from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
+from kcache.training.log import RunLog
+from kcache.training.optimizer import averaged
+from kcache.training.run import TrainingRun
+
+if TYPE_CHECKING:
+    from kcache.report.pictures import PromptPictures
 
 MAX_SAMPLES = 1024
 """Samples looked at, however many are held out: their mean is known to 3 % (1 / √1024) of the spread of one."""
@@ -119,3 +133,86 @@ class Validation:
             drawn = draw_turns(self._seed, self._turns[part], shape, self._width)
             batch = {name: torch.from_numpy(array).to(self._device) for name, array in (rows | drawn).items()}
             yield batch, batch.pop("noise"), batch.pop("timesteps")
+
+
+HELD_OUT_BATCH_SIZE = 8
+"""Held-out samples at a time, at least: without gradients they need little memory."""
+RESOLUTION = 512
+"""Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
+
+
+class Evaluation:
+    """What a run is looked at by, every so many steps and at its end; all processes call each method together."""
+
+    def __init__(self, run: TrainingRun, log: RunLog) -> None:
+        """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
+        self._run, self._log = run, log
+        config, accelerator = run.config, run.accelerator
+        self._every = config.validation_steps or math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
+        self._validation = None
+        if run.held_out is not None:
+            self._validation = Validation(
+                run.held_out,
+                run.raw_objective,
+                batch_size=max(config.train_batch_size, HELD_OUT_BATCH_SIZE),
+                seed=config.seed,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        self._pictures = _make_pictures(run)
+        if accelerator.is_main_process:
+            with run.decoration("no curves can be drawn of this run"):  # said now, not after hours
+                drawing()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after optimizer step `step`; the same in all processes."""
+        asked = self._validation is not None or bool(self._run.config.validation_prompts)
+        return asked and (step % self._every == 0 or step == self._run.max_steps)
+
+    def look(self, step: int) -> None:
+        """Measure, draw and plot what would be left as the result."""
+        run = self._run
+        with averaged(run.average, run.network), uncompiled(run.config.compile):
+            self.validate(step)
+            self.draw(step)
+        if run.accelerator.is_main_process:
+            with run.decoration(f"{run.output_dir / CURVES_FILE} could not be drawn"):
+                plot_run(run.output_dir)
+
+    def validate(self, step: int) -> None:
+        """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
+        if self._validation is None:
+            return
+        accelerator = self._run.accelerator
+        with accelerator.autocast():
+            totals = self._validation.totals()
+        entry = {"step": step, **self._validation.summary(accelerator.reduce(totals, "sum"))}
+        self._log.track(entry)
+        if accelerator.is_main_process:
+            with self._run.decoration(f"{self._run.output_dir / VALIDATION_FILE} could not be written"):
+                append_validation(self._run.output_dir, entry)
+
+    def draw(self, step: int) -> None:
+        """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers."""
+        if self._pictures is None:
+            return
+        from kcache.report.grid import save_pictures
+
+        with self._run.decoration(f"the pictures of step {step} could not be drawn"):
+            drawn = self._pictures.draw(self._run.network)
+            self._log.track_pictures(step, drawn)
+            save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
+
+
+def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
+    if run.counterpart is None or not run.accelerator.is_main_process:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.report.pictures import PromptPictures
+
+    # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
+    side = run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
+    pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
+    pictures.prepare()
+    return pictures

@@ -7,7 +7,7 @@ from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import TarWriter, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
 from kcache.config import CountReport
-from kcache.durable import exclusive, remove_leftovers
+from kcache.disk.durable import exclusive, remove_leftovers
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import ConfigError
 from kcache.stopping import stop_here, stopped_when_safe

@@ -12,9 +12,9 @@ from kcache.build.committed import read_committed
 from kcache.build.joined_tars import shard_recipes, tar_keys
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
+from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.places import check_local
-from kcache.readers import Reading
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys

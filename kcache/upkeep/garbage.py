@@ -14,7 +14,7 @@ from kcache.build.finish import finish_cache
 from kcache.build.joined_tars import TarWriter, committed_tar_keys, shard_recipes, tar_keys
 from kcache.build.plan import TablePlan, open_plan, shard_name
 from kcache.config import CountReport
-from kcache.durable import exclusive, remove
+from kcache.disk.durable import exclusive, remove
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.stopping import stop_here, stopped_when_safe

@@ -15,9 +15,9 @@ from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
-from kcache.durable import exclusive, remove_leftovers, sync_folder
+from kcache.disk.durable import exclusive, remove_leftovers, sync_folder
+from kcache.disk.filesystems import sync
 from kcache.errors import CacheMismatchError, ConfigError
-from kcache.filesystems import sync
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import unpack_keys
 from kcache.store.index import TableState

@@ -11,7 +11,7 @@ import numpy as np
 
 from kcache.build.dataset_card import CARD, card_text, is_derived
 from kcache.build.plan import open_plan
-from kcache.durable import json_bytes
+from kcache.disk.durable import json_bytes
 from kcache.errors import CacheCorruptError, KcacheError
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest

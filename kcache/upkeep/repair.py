@@ -18,7 +18,7 @@ from kcache.build.builder import BuildReport
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
 from kcache.config import AS_FOUND, Say, SourceConfig, unheard
-from kcache.durable import exclusive, remove
+from kcache.disk.durable import exclusive, remove
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device

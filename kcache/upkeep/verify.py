@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kcache.readers import Reading
+from kcache.disk.readers import Reading
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.rows import unit_bytes

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_builds import build, copy_pictures, digests, encoded, foretold, missing
 
 from kcache import Cache
-from kcache.durable import exclusive
+from kcache.disk.durable import exclusive
 from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError, SourceError
 

@@ -17,9 +17,9 @@ from kcache.build.build import build_cache
 from kcache.build.claims import TURN
 from kcache.build.plan import claims_folder, freeze_plan, open_plan
 from kcache.build.survey import missing_rows, survey
-from kcache.durable import write_json
+from kcache.disk.durable import write_json
+from kcache.disk.leases import LEASE_SECONDS
 from kcache.errors import CacheBusyError
-from kcache.leases import LEASE_SECONDS
 from kcache.processes import this_process
 from kcache.store.shards import Commit, RowBlock, commit_shard, read_commits
 

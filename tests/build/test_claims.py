@@ -13,9 +13,9 @@ import pytest
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, renewed, take, turn, worker_place
 from kcache.config import BuildConfig
-from kcache.durable import remove_leftovers, write_json
+from kcache.disk.durable import remove_leftovers, write_json
+from kcache.disk.leases import LEASE_SECONDS, seconds_left
 from kcache.errors import CacheCorruptError, ConfigError
-from kcache.leases import LEASE_SECONDS, seconds_left
 from kcache.processes import Process, is_gone, this_process
 
 

@@ -192,7 +192,7 @@ def test_a_build_without_a_sample_is_refused_with_its_reasons(
     pages = tmp_path / "pages"
     pages.mkdir()
     for number in range(3):
-        (pages / f"{number}.jpg").write_bytes(b"<html>404</html>" + bytes(number))
+        (pages / f"{number}.jpg").write_bytes(b"<html>404</html>" + b" " * number)
         (pages / f"{number}.txt").write_text("a fox")
     cache = copies[1] if earlier else tmp_path / "new"
     before = digests(cache) if earlier else {}

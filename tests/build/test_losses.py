@@ -114,12 +114,12 @@ def test_verdicts_of_another_decoder_are_told(
     source, cache = Path(shutil.copytree(built[0], tmp_path / "s")), Path(shutil.copytree(built[1], tmp_path / "c"))
     (source / "img_04.png").write_bytes(b"of a format that only another Pillow reads")
     facts = decoder_facts()
-    monkeypatch.setattr("kcache.build.encode.decoder_facts", lambda: facts | then)
+    monkeypatch.setattr("kcache.encoders.pretrained.decoder_facts", lambda: facts | then)
     build(source, cache, oracle)
     for notes in (build(source, cache, oracle).notes, foretold(source, cache, oracle).notes):
         told = [note for note in notes if "another decoder" in note]
         assert len(told) == (said is not None)
         assert said is None or re.match(said, told[0])
-    monkeypatch.setattr("kcache.build.encode.decoder_facts", lambda: facts)
+    monkeypatch.setattr("kcache.encoders.pretrained.decoder_facts", lambda: facts)
     build(source, cache, oracle, retry_rejected=True)
     assert not [note for note in build(source, cache, oracle).notes if "another decoder" in note]

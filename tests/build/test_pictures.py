@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from small_builds import build, digests, encoded, foretold, missing
 
 from kcache import Cache
 from kcache.config import BuildConfig
-from kcache.durable import json_bytes
+from kcache.disk.durable import json_bytes
 from kcache.encoders import frozen
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.errors import ConfigError
@@ -72,6 +73,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     def watched(content: bytes, how: Decoding) -> Any:
         seen.append(content)
+        time.sleep(0.01)  # so that whoever waits for a picture is asked to stop before the next
         return decode_image(content, how)
 
     monkeypatch.setattr(frozen, "decode_image", watched)

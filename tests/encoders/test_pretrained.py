@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from kcache.encoders.pretrained import cast_pipeline, load_pretrained, without_advice, without_bars
+from kcache.encoders.pretrained import cast_pipeline, load_pretrained, provenance, without_advice, without_bars
 from kcache.errors import ModelError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,3 +123,7 @@ def test_of_advice_only_that_on_torchvision_is_kept_off_the_screen(
     advice = 0 if silent or is_torchvision_available() else 1
     assert [line for line in said if "torchvision" not in line] == ["something else"]
     assert len(said) == 1 + advice
+
+
+def test_rows_are_said_to_be_made_where_the_network_runs() -> None:
+    assert provenance(torch.device("meta"))["device"].startswith("meta (")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kcache.durable import (
+from kcache.disk.durable import (
     create_bytes,
     exclusive,
     remove,

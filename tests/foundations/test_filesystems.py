@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from small_builds import build, copy_pictures
 
 from kcache import Cache
-from kcache.durable import exclusive, read_npy, shared, sync_folder, write_bytes, writing
+from kcache.disk.durable import exclusive, read_npy, shared, sync_folder, write_bytes, writing
+from kcache.disk.filesystems import mapped, room
 from kcache.errors import CacheWriteError
-from kcache.filesystems import mapped, room
 
 LACKING = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.ENODEV]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kcache.durable import exclusive, shared
+from kcache.disk.durable import exclusive, shared
+from kcache.disk.readers import Reading
 from kcache.errors import CacheBusyError
-from kcache.readers import Reading
 
 
 def test_a_folder_that_is_read_is_nobodys_alone(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_reader_that_is_forgotten_lets_go(tmp_path: Path) -> None:
 
 def test_the_other_process_is_named_by_its_command(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from kcache.readers import Reading; "
+        "import sys, pathlib; from kcache.disk.readers import Reading; "
         "held = Reading(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
@@ -84,9 +84,9 @@ def test_a_folder_that_is_being_changed_is_not_read(tmp_path: Path) -> None:
 
 
 def _read_elsewhere(folder: Path) -> None:
-    import kcache.readers
+    import kcache.disk.readers
 
-    kcache.readers._alone.clear()  # what a process of its own knows
+    kcache.disk.readers._alone.clear()  # what a process of its own knows
     with pytest.raises(CacheBusyError, match="is being changed by another process, "):
         Reading(folder)
     os._exit(7)

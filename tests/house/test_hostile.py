@@ -25,7 +25,7 @@ from small_builds import build, copy_pictures, digests
 
 from kcache import Cache
 from kcache.build.plan import open_plan
-from kcache.durable import read_npy
+from kcache.disk.durable import read_npy
 from kcache.errors import CacheCorruptError, CacheMismatchError, KcacheError, RunError, SourceError
 from kcache.sources import open_source
 from kcache.store.checkpoint import latest_checkpoint, open_checkpoint

@@ -144,7 +144,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kcache.durable.os.fsync", full)
+    monkeypatch.setattr("kcache.disk.durable.os.fsync", full)
     with pytest.raises(CacheWriteError, match=r"report\.html could not be written"):
         write_page(tmp_path / "report.html", "after", [])
     assert [path.read_text() for path in tmp_path.iterdir()] == [before]

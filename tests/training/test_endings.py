@@ -16,8 +16,8 @@ from short_runs import LORA_WEIGHTS, WEIGHTS, config
 
 import kcache.training.result
 import kcache.training.trainer
+from kcache.disk.room import Reserve
 from kcache.errors import CacheWriteError, RunError
-from kcache.room import Reserve
 from kcache.store.checkpoint import latest_checkpoint
 from kcache.store.run_directory import read_metrics
 from kcache.training.trainer import train
@@ -100,10 +100,10 @@ def test_what_only_decorates_costs_itself(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = refusing(ValueError("no such backend"))
-    for target in ("trainer.plot_run", "result.plot_run", "result.model_card", "trainer.append_validation"):
+    for target in ("validation.plot_run", "result.plot_run", "result.model_card", "validation.append_validation"):
         monkeypatch.setattr(f"kcache.training.{target}", broken)
     monkeypatch.setattr("kcache.training.log.append_metrics", broken)
-    monkeypatch.setattr("kcache.training.trainer.drawing", broken)
+    monkeypatch.setattr("kcache.training.validation.drawing", broken)
     monkeypatch.setattr("kcache.report.pictures.PromptPictures.prepare", lambda _: None)
     monkeypatch.setattr("kcache.report.pictures.PromptPictures.draw", broken)
     monkeypatch.setattr(TensorBoardTracker, "log", broken)
@@ -145,12 +145,12 @@ def test_what_the_output_folder_cannot_take_is_refused_before_the_first_step(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "free":
-        usage = kcache.room.shutil.disk_usage(tmp_path)._replace(free=100_000)
-        monkeypatch.setattr("kcache.room.shutil.disk_usage", lambda _: usage)
+        usage = kcache.disk.room.shutil.disk_usage(tmp_path)._replace(free=100_000)
+        monkeypatch.setattr("kcache.disk.room.shutil.disk_usage", lambda _: usage)
     elif what == "limit":
-        monkeypatch.setattr("kcache.room.resource.getrlimit", lambda _: (204_800, 204_800))
+        monkeypatch.setattr("kcache.disk.room.resource.getrlimit", lambda _: (204_800, 204_800))
     else:
-        monkeypatch.setattr("kcache.room._allocate", refusing(OSError(errno.EDQUOT, "Disk quota exceeded")))
+        monkeypatch.setattr("kcache.disk.room._allocate", refusing(OSError(errno.EDQUOT, "Disk quota exceeded")))
     monkeypatch.setattr(kcache.training.trainer, "take_step", refusing(AssertionError("it began")))
     with pytest.raises(CacheWriteError) as refused:
         train(cache, config(tmp_path / "run", "decoder"))

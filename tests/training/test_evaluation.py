@@ -8,14 +8,14 @@ import pytest
 import torch
 from short_runs import STAGES, config, course
 
-import kcache.training.trainer
 from kcache.errors import ModelError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import append_metrics, read_validation
 from kcache.training.log import RunLog
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
-from kcache.training.trainer import Evaluation, train
+from kcache.training.trainer import train
+from kcache.training.validation import Evaluation, _make_pictures
 
 PROMPTS = ("a fox", "an owl")
 
@@ -145,7 +145,7 @@ def test_pictures_are_as_large_as_what_is_trained_on(
         counterpart="other half",
         accelerator=SimpleNamespace(is_main_process=True, device="cpu"),
     )
-    kcache.training.trainer._make_pictures(run)
+    _make_pictures(run)
     assert made == [side]
 
 

@@ -10,7 +10,7 @@ from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.build.plan import Plan, freeze_plan
-from kcache.durable import exclusive
+from kcache.disk.durable import exclusive
 from kcache.errors import CacheBusyError, CacheIncompleteError
 from kcache.upkeep.garbage import collect_garbage
 

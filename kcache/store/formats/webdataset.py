@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kcache.durable import new_file
+from kcache.disk.durable import new_file
 from kcache.store.recipe import Field
 
 _HEADER_BYTES = 512

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kcache.durable import new_file, sync_folder
+from kcache.disk.durable import new_file, sync_folder
 from kcache.store.checksums import crc32c
 from kcache.store.recipe import Field
 

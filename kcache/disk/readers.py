@@ -1,8 +1,8 @@
 """Who reads a folder holds it, so that nobody removes what is being read; and who holds it is found out.
 
-The hold is the kernel's, as that of `kcache.durable.exclusive`, which is refused while anyone reads: it ends with the
-process, however that ends. On a network file system it holds among the processes of one machine; where a file system
-knows no such holds, or nothing may be opened, reading goes on without.
+The hold is the kernel's, as that of `kcache.disk.durable.exclusive`, which is refused while anyone reads: it ends with
+the process, however that ends. On a network file system it holds among the processes of one machine; where a file
+system knows no such holds, or nothing may be opened, reading goes on without.
 """
 
 import fcntl
@@ -80,7 +80,7 @@ def holders(folder: Path) -> str:
 def _holding(folder: Path) -> list[int]:
     """Numbers of the processes that hold `folder`, of those that can be seen from here."""
     try:
-        lines, inode = Path("/proc/locks").read_text().splitlines(), folder.stat().st_ino
+        lines, inode = Path("/proc/locks").read_text(encoding="utf-8").splitlines(), folder.stat().st_ino
     except OSError:
         return []
     # proc(5): "1: FLOCK ADVISORY READ 4711 08:01:131073 0 EOF", and "1: -> FLOCK …" for one that waits.

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
-from kcache.durable import new_file, temporary_path, writing
+from kcache.disk.durable import new_file, temporary_path, writing
 from kcache.errors import CacheWriteError
 
 _NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EFBIG)

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kcache.disk.filesystems import UNSUPPORTED, lock, room, sync
+from kcache.disk.leases import ran_out
+from kcache.disk.readers import holders, read_by_its_holder
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
-from kcache.filesystems import UNSUPPORTED, lock, room, sync
 from kcache.foreign import SYSTEM_ADVICE, out_of_memory, reason, system_number
-from kcache.leases import ran_out
 from kcache.processes import from_label, is_gone, is_knowable, this_process
-from kcache.readers import holders, read_by_its_holder
 
 TEMPORARY_PREFIX = ".tmp-"
 

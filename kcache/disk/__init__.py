@@ -1,0 +1,7 @@
+"""What is done on disks, so that it is whole, durable and known to others, on any file system.
+
+- `filesystems`: what some file systems cannot do, gone without
+- `durable`: files and folders that appear whole or not at all, and holding a folder
+- `leases`, `readers`: what processes elsewhere hold, and who reads
+- `room`: what a folder must be able to take, found out and kept back before it is needed
+"""
