@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,7 +28,8 @@ def write_any_text() -> None:
     """Have stdout and stderr write what their encoding lacks, an × or a file name of another script, as an escape."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # none, or something else, where another program has replaced it
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # what it still had cannot be written: said when it ends
+                stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

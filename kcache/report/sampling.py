@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
@@ -192,14 +191,10 @@ def _take_average(network: torch.nn.Module, checkpoint: Path) -> None:
     file = checkpoint / AVERAGE_FILE
     if not file.is_file():
         return
-    try:
+    what = f"{file} cannot be taken as the average of {type(network).__name__}'s weights"
+    with told(ModelError, what, "expected what a run with --use-ema wrote; give another checkpoint"):
         for name, tensor in load_file(file).items():
             network.get_parameter(name).data.copy_(tensor)
-    except (OSError, SafetensorError, AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"{file} cannot be taken as the average of {type(network).__name__}'s weights ({error}); expected what a "
-            "run with --use-ema wrote; give another checkpoint"
-        ) from error
     logger.warning("%s: drawn with the average of its weights, as its run's result", checkpoint)
 
 

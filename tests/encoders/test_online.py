@@ -15,7 +15,7 @@ from kcache.config import TrainConfig
 from kcache.encoders.decoding import decode_image
 from kcache.encoders.frozen import TextEncoder
 from kcache.encoders.online import OnlineEncoders
-from kcache.errors import ConfigError, RunError, SourceError
+from kcache.errors import CacheMismatchError, ConfigError, RunError, SourceError
 from kcache.loader import CacheLoader
 from kcache.sources import open_source
 from kcache.store.run_directory import read_metrics
@@ -159,7 +159,7 @@ def test_another_selection_or_dropout_does_not_resume(cache: Path, tmp_path: Pat
         )  # fmt: skip
 
     run(2, where="n_captions > 1", caption_dropout=0.25)
-    with pytest.raises(RunError, match="was trained on other samples than there are now .*--new-order"):
+    with pytest.raises(CacheMismatchError, match=r"was trained on other samples than there are now .*--new-order"):
         run(4, where="n_captions == 1", caption_dropout=0.25)
     with pytest.raises(RunError, match=r"caption_dropout: 0\.25 → 0\.5"):
         run(4, where="n_captions > 1", caption_dropout=0.5)

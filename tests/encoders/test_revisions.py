@@ -56,7 +56,7 @@ def test_one_revision_of_two_repositories_says_which_lacks_it_and_the_two_flags(
         found(revision="a" * 40)
     with pytest.raises(ModelError, match=r"^o/prior .* at revision nosuch: (?!.*instead)"):
         found("prior", revision="nosuch")
-    with pytest.raises(ModelError, match="^o/prior@main names a revision; .* give o/prior, .*--prior-revision main"):
+    with pytest.raises(ModelError, match=r"^o/prior@main names a revision; .* give o/prior, .*--prior-revision main"):
         found(pretrained_prior_model_name_or_path="o/prior@main")
 
 

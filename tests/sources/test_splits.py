@@ -62,7 +62,8 @@ def test_splits_are_those_that_datasets_finds(paths: set[str], tmp_path_factory:
             }
             for split, of in patterns.items()
         }
-    except (ValueError, FileNotFoundError):  # a name that can be no split's, or nothing but what is not looked at
+    # A name that can be no split's, or nothing but what is not looked at; on an empty name it stumbles itself.
+    except (ValueError, FileNotFoundError, AssertionError):
         return
     finally:
         shutil.rmtree(folder)

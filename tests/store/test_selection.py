@@ -189,5 +189,5 @@ def test_another_selection_cannot_resume(cache: Cache) -> None:
     state = CacheLoader(cache.where("tokens > 20"), ["latents"], 4).state_dict()
     CacheLoader(cache.where("tokens >= 21"), ["latents"], 4).load_state_dict(state)
     for other in (cache, cache.where("tokens > 21")):
-        with pytest.raises(CacheMismatchError, match=r"samples_digest .* selection of samples"):
+        with pytest.raises(CacheMismatchError, match="not those that the order was begun with"):
             CacheLoader(other, ["latents"], 4).load_state_dict(state)
