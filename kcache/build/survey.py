@@ -217,6 +217,8 @@ def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
             differing = [
                 _difference(n, before[n], is_now) for n, is_now in now.items() if before.get(n, is_now) != is_now
             ]
+            if not now.keys() <= before.keys():
+                differing = ["one of an earlier kcache"]
             if limit := outgrown_limit(rejection.reason, job.config.max_pixels):
                 differing = [f"--max-pixels {limit:,}, this is {job.config.max_pixels:,}"]
             if differing:
