@@ -96,9 +96,9 @@ def start_run(
         _append(run_dir / STARTS_FILE, [{"step": first_step, "time": began, **(told or {})}])
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: Path, word: str = "damaged") -> Path:
     """Rename what is at `path`, whatever it is, to a name beside it that nothing has: metrics.jsonl.damaged."""
-    names = (f"{path.name}.damaged{'' if number == 1 else f'-{number}'}" for number in count(1))
+    names = (f"{path.name}.{word}{'' if number == 1 else f'-{number}'}" for number in count(1))
     free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     path.rename(free)
     return free

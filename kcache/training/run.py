@@ -30,8 +30,8 @@ from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
-from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, start_run
+from kcache.store.checkpoint import STATE_FILE, Checkpoint, checkpoint_steps, save_checkpoint
+from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
 from kcache.training.accelerator import check_others, machine_facts
 from kcache.training.network import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import (
@@ -126,8 +126,19 @@ class TrainingRun:
         """Write down what this run is, and forget what is later than its first step; for the main process."""
         if self.config.resume_from_checkpoint == "latest" and self.step == 0:
             logger.warning("no checkpoint in %s: starting at step 0", self.output_dir)
+        if self.config.resume_from_checkpoint != "latest":
+            self._leave_later_checkpoints()
         told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
         start_run(self.config, self._facts(), self.first_step, told)
+
+    def _leave_later_checkpoints(self) -> None:
+        """Rename what this run does not go on with, or "latest" would take it: the checkpoints after its first step."""
+        for step in checkpoint_steps(self.output_dir):
+            if step > self.first_step:
+                path = self.output_dir / f"checkpoint-{step}"
+                with writing(path):
+                    left = set_aside(path, "left")
+                logger.warning("going on from step %d: %s, which is later, is now %s", self.first_step, path, left.name)
 
     def decoration(self, what: str) -> AbstractContextManager[None]:
         """`kcache.decoration.decoration`; `what` is said once in a run."""
