@@ -52,12 +52,14 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 def remove_temporary(folder: Path) -> None:
     """Remove what writers left in `folder` that have ended; what a living one is writing stays.
 
-    Of a writer of which nothing is known here, that is what has not changed for the time of a lease.
+    Of a writer of which nothing is known here, that is what has not changed for the time of a lease. What cannot be
+    removed is in no one's way, and stays until it can.
     """
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
         owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
         if owner is not None and (is_gone(owner) or (not is_knowable(owner) and ran_out(entry))):
-            _delete(entry)
+            with suppress(OSError):
+                _delete(entry)
 
 
 def remove_leftovers(cache: Path) -> None:
@@ -115,6 +117,13 @@ def publish(temporary: Path, final: Path, size: int | None = None) -> None:
         share(temporary)
         temporary.rename(final)
         sync_folder(final.parent)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """`publish` in the place of whatever is there; what of that cannot be removed is in no one's way any more."""
+    with suppress(CacheWriteError):
+        remove(final)
+    publish(temporary, final)
 
 
 def share(path: Path) -> None:

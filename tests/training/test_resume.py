@@ -16,7 +16,7 @@ import kcache.training.run
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, RunError
-from kcache.store.checkpoint import open_checkpoint
+from kcache.store.checkpoint import latest_checkpoint, open_checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.store.run_directory import read_starts
 from kcache.training.resume import checkpoint_to_resume
@@ -116,6 +116,10 @@ def test_a_run_does_not_go_back(cache: str, tmp_path: Path) -> None:
         train(cache, config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest"))
     again = config(tmp_path, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
     assert train(cache, again).step == len(course(tmp_path)) == 3
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.step == 3  # and not that of what was left
+    assert open_checkpoint(tmp_path / "checkpoint-4.left").step == 4
 
 
 def test_another_kind_of_run_is_refused_before_its_network_is_loaded(
