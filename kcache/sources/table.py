@@ -84,7 +84,7 @@ class TableSource:
             images, at = self._images(part, chunk, row)
             path, name = images.path(at), "content_key"
             if path is not None and is_chained(path):
-                file, member = self.zips.locate(path, self.roots[0], self.roots)
+                file, member = self.zips.locate(path, self.roots[0], self.roots, self.links)
                 name = f"content_key of member {member!a}"
             else:
                 file = self._located(path)
