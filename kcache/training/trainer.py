@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +30,6 @@ from kcache.training.resume import check_output_dir
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
 from kcache.training.validation import Evaluation
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
