@@ -13,11 +13,11 @@ from pathlib import Path
 import diffusers
 from diffusers import ModelMixin
 
-from kcache.decoration import reason
 from kcache.disk.durable import publish, remove, temporary_folder, temporary_path, write_bytes, write_json, writing
 from kcache.disk.room import Reserve, can_link, check_room
 from kcache.encoders.repositories import COMPONENTS, PIPELINES, Pipeline, Repository
 from kcache.errors import RunError
+from kcache.foreign import reason
 from kcache.objectives.lora import fuse_lora, load_lora
 from kcache.report.figures import plot_run
 from kcache.report.model_card import model_card
