@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kcache.disk.filesystems import UNSUPPORTED, lock, room, sync
+from kcache.disk.filesystems import UNSUPPORTED, free_bytes, lock, sync
 from kcache.disk.leases import ran_out
 from kcache.disk.readers import holders, read_by_its_holder
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
@@ -84,7 +84,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         if not (number or isinstance(error, OSError)) or out_of_memory(error):
             raise
         what = os.strerror(number) if number else reason(error)
-        free = room(path.parent) if number in _OF_ROOM else None
+        free = free_bytes(path.parent) if number in _OF_ROOM else None
         takes = f"it takes {size:,} bytes, " if size is not None else ""
         where = "" if free is None else f": {takes}{free:,} bytes are free in {path.parent}"
         do = SYSTEM_ADVICE.get(number, "make room or permit writing there")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.decoration import decoration, reason
+from kcache.decoration import decoration
 from kcache.disk.durable import json_bytes, remove, replace, sync_folder, temporary_folder, writing
 from kcache.disk.filesystems import sync
 from kcache.disk.room import Reserve, write_file

@@ -13,12 +13,12 @@ from pathlib import Path
 import diffusers
 from diffusers import ModelMixin
 
-from kcache.decoration import reason
 from kcache.disk.durable import remove, replace, temporary_folder, temporary_path, write_bytes, write_json, writing
+from kcache.disk.filesystems import free_bytes
 from kcache.disk.room import Reserve, can_link, check_room
 from kcache.encoders.repositories import COMPONENTS, PIPELINES, Configuration, Pipeline, Repository
 from kcache.errors import ModelError, RunError
-from kcache.foreign import told
+from kcache.foreign import reason, told
 from kcache.objectives.lora import fuse_lora, load_lora
 from kcache.report.figures import plot_run
 from kcache.report.model_card import model_card
@@ -69,13 +69,13 @@ def _warn_of_more(run: TrainingRun, checkpoint: int, least: int) -> None:
     every, limit = run.config.checkpointing_steps, run.config.checkpoints_total_limit
     between = max(0, (run.max_steps - 1) // every - run.first_step // every)
     kept = between if limit is None else min(between, limit)
-    usage = shutil.disk_usage(run.output_dir)
-    if kept and usage.total and usage.free < least + kept * checkpoint:
+    free = free_bytes(run.output_dir)
+    if kept and free is not None and free < least + kept * checkpoint:
         logger.warning(
             "%s has %s bytes free; the %d checkpoints of this run take about %s bytes each: those on the way that do "
             "not fit will be left out; make room, or give --checkpoints-total-limit 1",
             run.output_dir,
-            f"{usage.free:,}",
+            f"{free:,}",
             between + 1,
             f"{checkpoint:,}",
         )

@@ -21,11 +21,12 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import kcache
 from kcache.config import TrainConfig
-from kcache.decoration import decoration, reason
+from kcache.decoration import decoration
 from kcache.disk.durable import exclusive, remove_temporary, writing
 from kcache.disk.room import Reserve
 from kcache.encoders.repositories import Configuration, Repository
 from kcache.errors import CacheWriteError, KcacheError, RunError
+from kcache.foreign import reason
 from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
 from kcache.stopping import shielded

@@ -148,8 +148,7 @@ def test_what_the_output_folder_cannot_take_is_refused_before_the_first_step(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "free":
-        usage = kcache.disk.room.shutil.disk_usage(tmp_path)._replace(free=100_000)
-        monkeypatch.setattr("kcache.disk.room.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr("kcache.disk.room.free_bytes", lambda _: 100_000)
     elif what == "limit":
         monkeypatch.setattr("kcache.disk.room.resource.getrlimit", lambda _: (204_800, 204_800))
     else:
