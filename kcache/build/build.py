@@ -20,7 +20,6 @@ from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
-from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device
@@ -102,7 +101,7 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                 plan = _plan_to_join(job, patience)
                 found = job.committed()  # after that: while a plan is open, others commit
                 if before is None:
-                    before, verdicts = _counts(job, found), _other_verdicts(job, found)
+                    before, verdicts = _counts(job, found), other_verdicts(job, found.tables)
                     for note in verdicts:
                         say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
@@ -139,10 +138,6 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
         losses=tuple(tally_of(folder, manifest, open_index(folder, manifest)).sentences),
         notes=(job.source.description, *job.notes, *verdicts, *more),
     )
-
-
-def _other_verdicts(job: Survey, found: Committed) -> list[str]:
-    return [] if job.config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
 
 
 def _tidy(folder: Path, manifest: Manifest) -> None:

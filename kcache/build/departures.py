@@ -83,10 +83,11 @@ class Leaving:
 NOBODY = Leaving()
 
 
-def earlier_samples(cache: Path) -> list[Sample]:
+def earlier_samples(cache: Path, *, captions: bool) -> list[Sample]:
     """The samples of the finished cache in the folder; [] where there is none. Raises CacheCorruptError."""
     try:
-        return sample_list(stored_samples(cache, read_manifest(cache)))
+        table = stored_samples(cache, read_manifest(cache))
+        return sample_list(table if captions else table.drop_columns(["captions", "caption_keys"]))
     except CacheNotFoundError:
         return []
 
@@ -98,7 +99,7 @@ def beside_earlier(job: "Survey") -> "Survey":
     known.
     """
     try:
-        earlier = earlier_samples(job.folder)
+        earlier = earlier_samples(job.folder, captions=job.config.max_train_samples is not None)
     except CacheCorruptError as error:
         if job.config.max_train_samples is not None:
             raise ConfigError(

@@ -22,7 +22,6 @@ from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
-from kcache.encoders.decoding import decoder_facts
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
@@ -103,7 +102,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
     if job.leaving.most and not config.replace:
         say(f"most of the {job.leaving.had:,} samples of {cache} would leave: a build refuses that without --replace")
     found = job.committed()
-    verdicts = [] if config.retry_rejected else other_verdicts(job.samples, found.tables, decoder_facts())
+    verdicts = other_verdicts(job, found.tables)
     for note in verdicts:
         say(note)
     plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})

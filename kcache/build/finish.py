@@ -24,7 +24,7 @@ from kcache.stopping import stop_here
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
-from kcache.store.samples import Refusal, Sample, read_cut, sizes_by_key, stored_samples, with_ids, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
 
 _REPORT_SECONDS = 10.0
@@ -188,7 +188,8 @@ class PictureSizes:
     def __init__(self, job: Survey, say: Say) -> None:
         self._job = job
         self._say = say
-        self._sizes = _known_sizes(job.folder)
+        # Those of the cache before; without them, what was recorded counts, or is found again.
+        self._sizes = {sample.image_key: (sample.width, sample.height) for sample in job.before}
         self._refused: dict[bytes, InputRejected] = {}
 
     def measured(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Refusal]]:
@@ -235,17 +236,6 @@ class PictureSizes:
                         self._sizes[key] = found
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _known_sizes(cache: Path) -> dict[bytes, tuple[int, int]]:
-    """Width and height by image key, from the samples of the manifest before this one."""
-    manifest = _current(cache)
-    if manifest is None:
-        return {}
-    try:
-        return sizes_by_key(stored_samples(cache, manifest))
-    except KcacheError:
-        return {}  # the samples file is derived: what it lacks was recorded, or is found again
 
 
 def _current(cache: Path) -> Manifest | None:

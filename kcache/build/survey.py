@@ -12,6 +12,7 @@ from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say
 from kcache.encoders.color import check_color_management
+from kcache.encoders.decoding import decoder_facts, outgrown_limit
 from kcache.encoders.fit import check_request
 from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repositories
@@ -21,15 +22,7 @@ from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
-from kcache.store.recipe import (
-    IMAGE_EMBEDS,
-    TEXT,
-    Recipe,
-    kind_of,
-    recipe_differences,
-    stage_of,
-    table_names,
-)
+from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
 from kcache.store.samples import Refusal, Sample, read_samples
 from kcache.tally import counted
 
@@ -215,19 +208,23 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> l
     ]
 
 
-def other_verdicts(samples: Sequence[Sample], tables: Mapping[str, TableState], now: Mapping[str, str]) -> list[str]:
-    """In words, which of `samples` were rejected by another decoder than the one of `now`: it may judge otherwise."""
+def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
+    """In words, which samples of `job` that are not tried again would perhaps not be rejected now, as they were."""
+    now = {} if job.config.retry_rejected else decoder_facts()
     then: dict[bytes, tuple[str, ...]] = {}
     for state in tables.values():
-        for key, rejection in state.rejected.items():
-            made_with = state.judged_by.get(rejection.key, {})
-            if differing := tuple(
-                _difference(name, made_with[name], now[name])
-                for name in now
-                if made_with.get(name, now[name]) != now[name]
-            ):
-                then[key] = differing
-    counts = Counter(then[s.image_key] for s in samples if s.image_key in then)
+        for key, rejection in state.rejected.items() if now else ():
+            before = state.judged_by.get(rejection.key, {})
+            differing = [
+                _difference(n, before[n], is_now) for n, is_now in now.items() if before.get(n, is_now) != is_now
+            ]
+            if not now.keys() <= before.keys():
+                differing = ["one of an earlier kcache"]
+            if limit := outgrown_limit(rejection.reason, job.config.max_pixels):
+                differing = [f"--max-pixels {limit:,}, this is {job.config.max_pixels:,}"]
+            if differing:
+                then[key] = tuple(differing)
+    counts = Counter(then[s.image_key] for s in job.samples if s.image_key in then)
     return [
         f"{counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
         f"({'; '.join(differing)}): --retry-rejected tries {'it' if count == 1 else 'them'} again"

@@ -1,5 +1,6 @@
 """Files and folders, seen whole or not at all, also after a crash or a power cut; locks; arrays read back warily."""
 
+import ast
 import errno
 import fcntl
 import json
@@ -8,7 +9,6 @@ import secrets
 import shutil
 import stat
 import tokenize
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -265,9 +265,17 @@ def _held(folder: Path, kind: int, expected: str) -> Iterator[None]:
         yield
 
 
+def _check_header(file: BinaryIO) -> None:
+    """Raise as parsers do for a header of Python 2, which numpy would only warn of: nothing here ever wrote one."""
+    size_bytes = 2 if np.lib.format.read_magic(file) == (1, 0) else 4
+    ast.literal_eval(file.read(min(int.from_bytes(file.read(size_bytes), "little"), _LONGEST_HEADER)).decode("latin-1"))
+    file.seek(0)
+
+
+_LONGEST_HEADER = 10_000
 # What numpy's parser of headers lets through besides ValueError.
 _HEADER_ERRORS = (
-    SyntaxError, tokenize.TokenError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError, UserWarning,
+    SyntaxError, tokenize.TokenError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError,
 )  # fmt: skip
 
 
@@ -277,15 +285,14 @@ def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
     Not `np.load`, which opens archives, too, and tries other formats on what it does not know.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # a header of Python 2, which nothing here ever wrote
+        with path.open("rb") as file:
+            _check_header(file)
             if mapped:
                 try:
                     return np.lib.format.open_memmap(path, mode="r")
                 except OSError as error:
                     if error.errno not in UNSUPPORTED:
                         raise
-            with path.open("rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+            return np.lib.format.read_array(file, allow_pickle=False)
     except _HEADER_ERRORS as error:
         raise ValueError(f"{path.name} has no header of an array: {error}") from error

@@ -23,10 +23,18 @@ def renew(path: Path) -> None:
 
 
 def seconds_left(path: Path) -> float:
-    """Until the lease of a file or folder runs out; 0 or less afterwards. Raises OSError when it is not there."""
+    """Until the lease of a file or folder runs out; 0 or less afterwards. Raises OSError when it is not there.
+
+    What was renewed in the future, by a clock that has been put back since, is as if renewed now.
+    """
     with tempfile.TemporaryFile(dir=path.parent, prefix=".tmp-now-") as fresh:
         now = os.fstat(fresh.fileno()).st_mtime
-    return LEASE_SECONDS - (now - max(_changes(path)))
+    changes = dict(_changes(path))
+    for changed, time in changes.items():
+        if time > now + RENEW_SECONDS:
+            with suppress(OSError):
+                os.utime(changed, (now, now), follow_symlinks=False)
+    return LEASE_SECONDS - (now - min(now, max(changes.values())))
 
 
 def ran_out(path: Path) -> bool:
@@ -37,9 +45,9 @@ def ran_out(path: Path) -> bool:
         return False
 
 
-def _changes(path: Path) -> Iterator[float]:
-    yield path.lstat().st_mtime
+def _changes(path: Path) -> Iterator[tuple[Path, float]]:
+    yield path, path.lstat().st_mtime
     if path.is_dir() and not path.is_symlink():
         for inner in path.rglob("*"):
             with suppress(OSError):  # its writer may be at work, after all
-                yield inner.lstat().st_mtime
+                yield inner, inner.lstat().st_mtime

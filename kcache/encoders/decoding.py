@@ -7,6 +7,7 @@ that cannot be read counts as absent.
 import ctypes
 import io
 import logging
+import re
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -189,6 +190,17 @@ def _scaled_to_bytes(image: Image.Image) -> np.ndarray:
 
 def _too_large(limit: int) -> str:
     return f"more than {limit:,} pixels; --max-pixels raises the limit (with --retry-rejected)"
+
+
+_TOO_LARGE = re.compile(r"(?:(\d+)×(\d+) is )?more than ([\d,]+) pixels")
+
+
+def outgrown_limit(reason: str, max_pixels: int) -> int | None:
+    """The limit for which a picture was rejected, by the reason on record, where `max_pixels` would let it in."""
+    if (found := _TOO_LARGE.match(reason)) is None:
+        return None
+    width, height, limit = (int((part or "0").replace(",", "")) for part in found.groups())
+    return limit if max(limit + 1, width * height) <= max_pixels else None
 
 
 def _rejection(content: bytes, error: Exception, how: Decoding) -> InputRejected:

@@ -129,7 +129,7 @@ def list_folder(folder: Path, config: SourceConfig = AS_FOUND) -> FolderListing:
                 listing.refused[path] = f"{own}, left out: its files are no source"
                 continue
             for entry in entries:
-                _list_entry(entry, prefix + entry.name, real / entry.name, listing, waiting, linked)
+                _list_entry(entry, prefix + entry.name, real, listing, waiting, linked)
         except OSError as error:
             if not prefix:
                 raise SourceError(f"{folder} cannot be listed: {error.strerror}; expected a readable folder") from error
@@ -169,11 +169,12 @@ def _again(path: str, first: str) -> str:
 def _list_entry(
     entry: os.DirEntry[str],
     path: str,
-    real: Path,
+    folder: Path,
     listing: FolderListing,
     waiting: list[tuple[str, Path]],
     linked: list[tuple[str, Path]],
 ) -> None:
+    """Note an entry of the real `folder`, `path` from the root of the listing."""
     if entry.is_symlink():
         try:
             _list_link(path, follow(listing.root / path, [listing.root, *listing.links]), listing, linked)
@@ -182,7 +183,7 @@ def _list_entry(
     elif entry.is_file():
         listing.files.add(path)
     elif entry.is_dir():
-        waiting.append((path + "/", real))
+        waiting.append((path + "/", folder / entry.name))
         if is_image_name(path):
             listing.refused[path] = "a folder, not a file"
     else:

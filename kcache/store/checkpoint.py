@@ -18,6 +18,7 @@ from kcache.disk.durable import json_bytes, remove, replace, sync_folder, tempor
 from kcache.disk.filesystems import sync
 from kcache.disk.room import Reserve, write_file
 from kcache.errors import RunError
+from kcache.foreign import reason
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)

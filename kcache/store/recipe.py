@@ -225,6 +225,9 @@ class Recipe:
         return f"{self.table}-{self.fingerprint[:8]}"
 
 
+_UNSAID = {"preprocess.color": "as-is"}  # what older recipes mean by saying nothing
+
+
 def recipe_differences(found: Recipe, wanted: Recipe) -> list[str]:
     """One line "field: found → wanted" for each field in which two recipes differ, nested fields by path."""
     return _differences(found.to_json(), wanted.to_json(), "")
@@ -235,7 +238,8 @@ def _differences(found: Any, wanted: Any, path: str) -> list[str]:
         lines = []
         for name in sorted(found.keys() | wanted.keys()):
             inner = f"{path}.{name}" if path else name
-            lines += _differences(found.get(name), wanted.get(name), inner)
+            unsaid = _UNSAID.get(inner)
+            lines += _differences(found.get(name, unsaid), wanted.get(name, unsaid), inner)
         return lines
     return [] if found == wanted else [f"{path}: {_short(found)} → {_short(wanted)}"]
 

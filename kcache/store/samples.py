@@ -7,9 +7,10 @@ the same image, so an id says which picture it is and stays when others come or 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,12 +173,11 @@ def short_sides(cache: Path, manifest: Manifest) -> np.ndarray:
 
 
 def sample_list(table: "pyarrow.Table") -> list[Sample]:
-    """The samples in an Arrow table, as `stored_samples` gives it."""
-    columns = table.to_pydict()
-    return [
-        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
-        for row in zip(*columns.values(), strict=True)
-    ]
+    """The samples in an Arrow table, as `stored_samples` gives it, without captions where such columns are left out."""
+    columns: dict[str, Iterable[Any]] = table.to_pydict()
+    for name in ("captions", "caption_keys"):
+        columns[name] = map(tuple, columns[name]) if name in columns else repeat((), len(table))
+    return [Sample(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:

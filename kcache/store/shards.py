@@ -182,11 +182,11 @@ def record_json(commit: Commit) -> dict[str, Any]:
 def record_rejections(
     folder: Path, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
 ) -> None:
-    """Commit, as a shard without rows, the rejections by this decoder that no commit record in `folder` names yet."""
+    """Commit, as a shard without rows, the rejections by this decoder that commit records in `folder` lack."""
     commits = read_commits(folder, recipe)
     alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
-    known = {rejection.key for commit in alike for rejection in commit.rejected}
-    new = {rejection.key: rejection for rejection in rejected if rejection.key not in known}
+    known = {rejection.key: rejection for commit in alike for rejection in commit.rejected}
+    new = {rejection.key: rejection for rejection in rejected if rejection != known.get(rejection.key)}
     if new:
         folder.mkdir(exist_ok=True)
         rejections = [new[key] for key in sorted(new)]

@@ -1,12 +1,15 @@
 """Several caches of equal recipes made one: their shards are linked or copied, nothing is encoded.
 
+Recipes that name the same weights or tokenizer by two digests, of files and of content, are equal where a repository
+that is at hand shows it; the new cache has the first one's.
+
 Samples are united by id. The same image with the same captions counts once, with other captions it gets them all, those
 of the first cache first. The new cache owns its files: removing an old one takes nothing from it.
 """
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +20,15 @@ from kcache.build.plan import shard_name
 from kcache.config import CountReport
 from kcache.disk.durable import exclusive, remove_leftovers, sync_folder
 from kcache.disk.filesystems import sync
-from kcache.errors import CacheMismatchError, ConfigError
+from kcache.encoders.repositories import find_repository
+from kcache.encoders.tokenizers import tokenizer_digest
+from kcache.encoders.weights import weights_digest
+from kcache.errors import CacheMismatchError, ConfigError, ModelError
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import unpack_keys
+from kcache.store.digests import DigestMemo, unpack_keys
 from kcache.store.index import TableState
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import Recipe, recipe_differences
+from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
 from kcache.store.shards import (
     Commit,
@@ -57,10 +63,11 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)
         live = [live_shards(part) for part in parts]
-        for recipe in shard_recipes(form, recipes):
+        for number, recipe in enumerate(shard_recipes(form, recipes)):
+            own = [shard_recipes(form, {name: part.recipes[name] for name in recipes})[number] for part in parts]
             sources = [
-                (part.folder / recipe.directory, shards[recipe.directory])
-                for part, shards in zip(parts, live, strict=True)
+                (part.folder / its.directory, shards[its.directory])
+                for part, its, shards in zip(parts, own, live, strict=True)
             ]
             _link_shards(sources, target / recipe.directory, recipe, report)
         merged = replace(
@@ -87,12 +94,49 @@ def _check_alike(first: CacheContents, other: CacheContents) -> None:
     if found.tables.keys() != expected.tables.keys():
         differences.append(f"tables: {', '.join(sorted(found.tables))} → {', '.join(sorted(expected.tables))}")
     for name in sorted(found.tables.keys() & expected.tables.keys()):
-        lines = recipe_differences(other.recipes[name], first.recipes[name])
-        differences += [f"{name}.{line}" for line in lines]
+        if (lines := recipe_differences(other.recipes[name], first.recipes[name])) and (
+            undecided := _not_the_same(other.recipes[name], first.recipes[name], (first.manifest, found))
+        ) is not None:
+            differences += [*(f"{name}.{line}" for line in lines), *undecided]
     if differences:
         raise CacheMismatchError(
             f"{other.folder} cannot be merged with {first.folder}, which differs in {'; '.join(differences)}; "
             "expected equal tables, recipes and forms; build or convert one of them like the other first"
+        )
+
+
+def _not_the_same(recipe: Recipe, other: Recipe, manifests: Iterable[Manifest]) -> list[str] | None:
+    """None where two recipes differ in names of the same weights and tokenizer only; else what hinders to see it."""
+    tokenizer = {name: digest for name, digest in other.preprocess.items() if name == "tokenizer"}
+    if replace(recipe, weights=other.weights, preprocess={**recipe.preprocess, **tokenizer}) != other:
+        return []
+    hindered = []
+    for name, revision in dict.fromkeys(
+        (str(model["name"]), model["revision"])
+        for manifest in manifests
+        if (model := manifest.models.get(kind_of(recipe.table).role))
+    ):
+        try:
+            if _has_both(name, revision, recipe, other):
+                return None
+        except ModelError as error:
+            hindered.append(f"whether these are two names of the same cannot be seen: {error}")
+    return hindered
+
+
+def _has_both(name: str, revision: str | None, recipe: Recipe, other: Recipe) -> bool:
+    """Whether the digests in which two recipes differ are both of what a repository holds; raises ModelError."""
+    component = kind_of(recipe.table).component
+    of_weights = {recipe.weights, other.weights}
+    of_tokenizer = {each.preprocess.get("tokenizer") for each in (recipe, other)}
+    differing = [component] * (len(of_weights) > 1) + ["tokenizer"] * (len(of_tokenizer) > 1)
+    repository = find_repository(name, revision, differing)
+    with DigestMemo() as memo:
+        return (
+            len(of_weights) == 1
+            or all(weights_digest(repository, component, memo, known=known) == known for known in of_weights)
+        ) and (
+            len(of_tokenizer) == 1 or all(tokenizer_digest(repository, known=known) == known for known in of_tokenizer)
         )
 
 
@@ -138,7 +182,7 @@ def _link_shards(
         if keys <= present:
             continue
         present |= keys
-        commit = _renumbered(shard.commit, shard_name(number))
+        commit = _renumbered(shard.commit, shard_name(number), recipe)
         number += 1
         if commit.name not in committed:
             _link(source, shard.commit, folder, commit)
@@ -157,11 +201,11 @@ def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:
     return set(unpack_keys(read_side_file(folder, commit, recipe)["key"]))
 
 
-def _renumbered(commit: Commit, name: str) -> Commit:
-    """The record of the same shard under another number; what it rejected is recorded apart."""
+def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
+    """The record of the same shard of `recipe` under another number; what it rejected is recorded apart."""
     files = tuple(replace(file, path=name + file.path.removeprefix(commit.name)) for file in commit.files)
     data = name + (commit.data or "").removeprefix(commit.name)
-    return replace(commit, name=name, data=data, files=files, rejected=(), absent=())
+    return replace(commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=())
 
 
 def _link(source: Path, commit: Commit, folder: Path, new: Commit) -> None:

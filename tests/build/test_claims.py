@@ -82,6 +82,9 @@ def test_the_claim_of_another_machine_is_respected_until_its_lease_runs_out(
     assert take(claim) == other
     backdate(claim, LEASE_SECONDS - 30)
     assert take(claim) == other
+    backdate(claim, -(10**9))  # by a clock that has been put back since
+    assert take(claim) == other
+    assert 0 < seconds_left(claim) <= LEASE_SECONDS
     backdate(claim, LEASE_SECONDS + 30)
     assert take(claim) is None
     assert holder(claim) == this_process()
@@ -160,6 +163,7 @@ def test_what_a_writer_elsewhere_left_goes_when_its_lease_has_run_out(tmp_path: 
         (folder / "part").write_bytes(b"half a shard")
     backdate(old / "part", 2 * LEASE_SECONDS)
     (old / "now").unlink(missing_ok=True)
+    backdate(new / "part", -(10**9))
     for folder in (old, new):
         backdate(folder, 2 * LEASE_SECONDS)
     remove_leftovers(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -100,6 +101,7 @@ def test_a_cache_of_before_counts_when_it_is_built_again(
         ),
         ({"formats": "JPEG,PNG"}, r"1 input was rejected by another decoder \(which read no .*WEBP.*\): --retry"),
         ({"kcache": "0.0.1"}, r"1 input was .*\(kcache 0.0.1, this is .*\)"),
+        ({"formats": ""}, r"1 input was rejected by another decoder \(one of an earlier kcache\)"),  # not on record
         ({}, None),
     ],
 )
@@ -114,7 +116,10 @@ def test_verdicts_of_another_decoder_are_told(
     source, cache = Path(shutil.copytree(built[0], tmp_path / "s")), Path(shutil.copytree(built[1], tmp_path / "c"))
     (source / "img_04.png").write_bytes(b"of a format that only another Pillow reads")
     facts = decoder_facts()
-    monkeypatch.setattr("kcache.encoders.pretrained.decoder_facts", lambda: facts | then)
+    monkeypatch.setattr(
+        "kcache.encoders.pretrained.decoder_facts",
+        lambda: {name: said for name, said in (facts | then).items() if said},
+    )
     build(source, cache, oracle)
     for notes in (build(source, cache, oracle).notes, foretold(source, cache, oracle).notes):
         told = [note for note in notes if "another decoder" in note]
@@ -123,3 +128,21 @@ def test_verdicts_of_another_decoder_are_told(
     monkeypatch.setattr("kcache.encoders.pretrained.decoder_facts", lambda: facts)
     build(source, cache, oracle, retry_rejected=True)
     assert not [note for note in build(source, cache, oracle).notes if "another decoder" in note]
+
+
+def test_pictures_that_a_higher_limit_lets_in_are_told(oracle: Path, tmp_path: Path) -> None:
+    source = copy_pictures(oracle, tmp_path / "s", 4)
+    for number, side in ((1, 250), (2, 300)):
+        Image.new("RGB", (side, side)).save(source / f"img_{number:02d}.png")
+    (source / "img_03.png").write_bytes(b"no picture")
+    build(source, tmp_path / "c", oracle, max_pixels=62_499, stage="decoder")
+
+    def told(**settings: Any) -> list[str]:
+        result = build(source, tmp_path / "c", oracle, stage="decoder", **settings)
+        return [note for note in result.notes if "--max-pixels" in note]
+
+    assert told(max_pixels=62_499) == told(max_pixels=100) == told(max_pixels=62_500, retry_rejected=True) == []
+    assert told(max_pixels=90_000) == [
+        "1 input was rejected by another decoder (--max-pixels 62,500, this is 90,000): --retry-rejected tries it again"
+    ]
+    assert told(max_pixels=80_000) == []

@@ -207,7 +207,7 @@ def test_colours_stay_what_a_cache_was_begun_with_and_are_srgb_in_a_new_one(
             assert missing(foretold(colorful, cache, oracle, color=color)) == {}
         estimate = foretold(colorful, cache, oracle, color=other)
         assert missing(estimate) == {"image_embeds": 5, "latents-64": 4}
-        assert "preprocess.color: " in estimate.tables["latents-64"].why
+        assert f"preprocess.color: {given} → {other}" in estimate.tables["latents-64"].why
         # Without a manifest the folders of its tables, or tars, say it.
         (cache / "manifest.json").unlink()
         assert missing(foretold(colorful, cache, oracle)) == {}

@@ -125,10 +125,15 @@ def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=100, exif=exif)
-    pixels = decoded(content)
-    assert pixels.shape == upright.shape
-    assert np.abs(pixels.astype(int) - upright).max() < 10
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    for kind, said in (
+        ("JPEG", {"exif": exif}),
+        ("PNG", {"exif": exif}),
+        ("TIFF", {"tiffinfo": {0x0112: orientation}}),
+    ):
+        pixels = decoded(encoded(image, kind, quality=100, **said))
+        assert pixels.shape == upright.shape
+        assert np.abs(pixels.astype(int) - upright).max() < 10
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])

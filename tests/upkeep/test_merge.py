@@ -1,5 +1,6 @@
 """Merging: all samples of several caches in a new one that owns its files, nothing encoded."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
-from kcache.errors import CacheMismatchError, CacheNotFoundError
+from kcache.encoders.repositories import find_repository
+from kcache.errors import CacheMismatchError, CacheNotFoundError, ModelError
+from kcache.store.recipe import json_digest
 from kcache.store.shards import write_commit
 from kcache.upkeep.merge import merge_caches
+from kcache.upkeep.verify import verify_cache
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -133,6 +137,36 @@ def test_caches_of_other_recipes_are_refused_field_by_field(built: Path, oracle:
     assert "image_embeds.preprocess.alpha: drop → white" in message
     assert "text.stored_dtype: float16 → float32" in message
     assert not (tmp_path / "new").exists()
+
+
+def test_two_names_of_one_tokenizer_are_no_difference(
+    built: Path, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = find_repository(str(oracle / "prior"), None, ("tokenizer",))
+    names = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "vocab.json", "added_tokens.json")
+    paths = [path for name in names if (path := oracle / "prior" / "tokenizer" / name).is_file()]
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    of_files = json_digest({"files": files, "config": repository.read("tokenizer").lasting})
+    with monkeypatch.context() as patch:  # as tokenizers were named before
+        patch.setattr("kcache.encoders.recipes.tokenizer_digest", lambda *_, **__: of_files)
+        build(built / "one", tmp_path / "one", oracle, rows_per_shard=2)
+    assert Cache.open(tmp_path / "one").recipes["text"].preprocess["tokenizer"] == of_files
+    for order in ([tmp_path / "one", built / "two-cache"], [built / "two-cache", tmp_path / "one"]):
+        merge_caches(tmp_path / "new", order)
+        assert Cache.open(tmp_path / "new").recipes == Cache.open(order[0]).recipes
+        assert encoded(build(built / "all", tmp_path / "new", oracle, rows_per_shard=2)) == {}
+        assert not verify_cache(tmp_path / "new").corrupt
+        shutil.rmtree(tmp_path / "new")
+    monkeypatch.setattr("kcache.upkeep.merge.tokenizer_digest", lambda *_, known: known if known == of_files else "")
+    with pytest.raises(CacheMismatchError, match=r"differs in text\.preprocess\.tokenizer: \w+… → \w+…; expected"):
+        merge_caches(tmp_path / "new", order)
+    monkeypatch.setattr("kcache.upkeep.merge.find_repository", absent)
+    with pytest.raises(CacheMismatchError, match="two names of the same cannot be seen: it is gone"):
+        merge_caches(tmp_path / "new", order)
+
+
+def absent(*_: object) -> None:
+    raise ModelError("it is gone")
 
 
 def test_other_forms_and_other_targets_are_refused(built: Path, oracle: Path, form: str, tmp_path: Path) -> None:
