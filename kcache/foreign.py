@@ -5,12 +5,14 @@ list of what it raises: `told` takes all.
 """
 
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.errors import KcacheError, MemoryShortError
+from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, UnreadableError
 
 _CPP = re.compile(r"\(?Exception raised from|C\+\+ CapturedTraceback|\nframe #0|For more information check:")
 """Where what only programmers read begins: the stack of C++, in messages of torch's, and links."""
@@ -76,6 +78,11 @@ _OF_FILES = _by_name(
     ("SafetensorError", "that is no whole safetensors file", None),
     ("JSONDecodeError", "that is not JSON", None),
     ("UnicodeDecodeError", "that is not UTF-8 text", None),
+    (
+        "ImportError",
+        "a library cannot be loaded",
+        "free memory where it is short (`ulimit -v`), or install it again: `kcache doctor` says what is needed",
+    ),
 )
 
 _STATUSES = {
@@ -112,7 +119,14 @@ SYSTEM_ADVICE = {
     errno.EILSEQ: "the file system there does not take such a name: give another one",
 }
 """What to do where the system refuses to write, by the number of its error."""
-_ALSO_OF_READING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN)
+_LATER = "mount the network file system again, or wait for its server"
+_WITHHELD = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the permission for it"),
+    **{number: SYSTEM_ADVICE[number] for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)},
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH), _LATER),
+}
+"""What to do where the system keeps a file from this process, however sound it is."""
+_ALSO_OF_READING = _WITHHELD | {number: SYSTEM_ADVICE[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO)}
 
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate",
@@ -157,7 +171,7 @@ def advice(error: BaseException) -> str | None:
     if out_of_memory(error):
         return "free some memory"
     if (number := system_number(error)) in _ALSO_OF_READING:
-        return SYSTEM_ADVICE[number]
+        return _ALSO_OF_READING[number]
     meaning, _ = _meaning(error)
     return None if meaning is None else meaning.advice
 
@@ -165,6 +179,22 @@ def advice(error: BaseException) -> str | None:
 def is_fault(error: BaseException) -> bool:
     """Whether it is none of what happens to sound programs: nothing of the system's, the network's or memory's."""
     return not (isinstance(error, OSError) or out_of_memory(error) or _meaning(error)[0] is not None)
+
+
+def check_withheld(error: Exception, path: Path) -> None:
+    """Raise UnreadableError where an error of reading `path` says nothing of what is in it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _WITHHELD:
+        raise UnreadableError(
+            f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged; "
+            f"{_WITHHELD[number]}"
+        ) from error
+
+
+def corrupt(error: Exception, path: Path, do: str) -> CacheCorruptError:
+    """What to raise where `path`, a part of a cache, cannot be read, and what to `do`; see `check_withheld`."""
+    check_withheld(error, path)
+    return CacheCorruptError(f"{path} cannot be read ({error}); {do}")
 
 
 @contextmanager
@@ -243,6 +273,8 @@ def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:
     for each in chain:
         if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
             return _Meaning("there is no room on the disk"), each
+        if isinstance(each, FileNotFoundError) and each.errno and each.filename is None:  # of os.getcwd
+            return _Meaning("the folder that this runs in is gone", "go to one that is there"), each
     if (found := _named(_OF_THE_HUB, chain)) is not None:
         return found
     for each in chain:

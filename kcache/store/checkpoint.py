@@ -17,6 +17,7 @@ from kcache.disk.durable import json_bytes, publish, remove, sync_folder, tempor
 from kcache.disk.filesystems import sync
 from kcache.disk.room import Reserve, write_file
 from kcache.errors import RunError
+from kcache.foreign import check_withheld
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         digest = body.pop("digest")
         version = body["version"]
     except OSError as error:
+        check_withheld(error, path / STATE_FILE)
         raise RunError(
             f"{path} is not a checkpoint ({STATE_FILE}: {error.strerror}); expected a folder such as "
             'RUN/checkpoint-500; give its path, or "latest"'
