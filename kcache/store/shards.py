@@ -240,8 +240,7 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     path = folder / side_name(commit.name, part)
     record = next((file for file in commit.files if file.path == path.name), None)
     try:
-        content = path.read_bytes()
-        rows = read_npy(path)
+        content, rows = path.read_bytes(), read_npy(path)
     except (OSError, ValueError) as error:
         raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
     if record is None or len(content) != record.bytes or crc32c(content) != record.crc32c:

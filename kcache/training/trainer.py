@@ -19,6 +19,7 @@ from kcache.config import TrainConfig
 from kcache.errors import CacheWriteError
 from kcache.loader.batches import Batch
 from kcache.loader.chance import draw_seed
+from kcache.machine import kept_to_groups
 from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
 from kcache.training.accelerator import wait_for_all
@@ -88,7 +89,8 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
         while step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
-            loss, grad_norm = take_step(run, batches)
+            with kept_to_groups(accelerator.device.type):
+                loss, grad_norm = take_step(run, batches)
             step += 1
             log.add(step, lr, loss, grad_norm)
 

@@ -129,7 +129,7 @@ def test_nothing_else_is_taken_for_it() -> None:
         (MemoryError(), "kcache: memory ran out: MemoryError; free some memory\n"),
         (ImportError("x.so: failed to map segment"), "kcache: a library cannot be loaded (ImportError: x.so"),
         (OSError(errno.ENOENT, "No such file or directory"), "kcache: the folder that this runs in is gone"),
-        (OSError(errno.EACCES, "Permission denied", "/x"), "kcache: Permission denied: /x; give this user the permission"),
+        (OSError(errno.EACCES, "Permission denied", "/x"), "kcache: Permission denied: /x; give this user the perm"),
     ],
 )  # fmt: skip
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_only_when_asked_for(
