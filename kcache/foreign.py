@@ -81,7 +81,7 @@ _OF_FILES = _by_name(
     (
         "ImportError",
         "a library cannot be loaded",
-        "free memory where it is short (`ulimit -v`), or install it again: `kcache doctor` says what is needed",
+        "install it, anew where it is there, or give more memory where a limit (`ulimit -v`) leaves little",
     ),
 )
 
