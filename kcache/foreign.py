@@ -271,10 +271,8 @@ def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:
     """What is known of an error, and which one of its chain says so."""
     chain = list(_chain(error))
     for each in chain:
-        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _Meaning("there is no room on the disk"), each
-        if isinstance(each, FileNotFoundError) and each.errno and each.filename is None:  # of os.getcwd
-            return _Meaning("the folder that this runs in is gone", "go to one that is there"), each
+        if (meaning := _of_the_system(each)) is not None:
+            return meaning, each
     if (found := _named(_OF_THE_HUB, chain)) is not None:
         return found
     for each in chain:
@@ -287,6 +285,17 @@ def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:
         if isinstance(each, RuntimeError) and any(words in str(each).lower() for words in _XET):
             return _OF_NETWORKS["RemoteProtocolError"], each
     return _named(_OF_FILES, chain) or (None, error)
+
+
+def _of_the_system(error: BaseException) -> _Meaning | None:
+    """What is known of an error by what the system says, whoever asked it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _Meaning("there is no room on the disk")
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:  # of os.getcwd
+        return _Meaning("the folder that this runs in is gone", "go to one that is there")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return _Meaning("no more threads may be started here", "raise `ulimit -u`, or a container's limit of pids")
+    return None
 
 
 def _named(meanings: Mapping[str, _Meaning], chain: Sequence[BaseException]) -> tuple[_Meaning, BaseException] | None:

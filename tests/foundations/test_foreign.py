@@ -61,6 +61,7 @@ FOREIGN = [
     (ExceptionGroup("several", [CUT]), "the connection broke off", "run the same command again"),
     (SafetensorError("HeaderTooLarge"), "no whole safetensors file (HeaderTooLarge)", None),
     (PermissionError(errno.EACCES, "Permission denied", "/hub"), "Permission denied: /hub", "this user the permission"),
+    (RuntimeError("can't start new thread"), "no more threads may be started here", "`ulimit -u`"),
     (ValueError("first\nsecond"), "first second", None),
     (KeyError("vocab"), "KeyError: 'vocab'", None),
     (RuntimeError(""), "RuntimeError", None),
