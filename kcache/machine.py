@@ -33,7 +33,12 @@ def threads_for(asked: int | None) -> int:
 
     Processes that a launcher started together share the cores.
     """
-    return asked or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return asked or max(1, usable_cores() // max(1, _number_of_launcher("LOCAL_WORLD_SIZE")))
+
+
+def _number_of_launcher(*names: str) -> int:
+    """The first number that the environment has by one of the `names`; 0 for none."""
+    return next((int(text) for name in names if (text := os.environ.get(name, "")).isdecimal()), 0)
 
 
 def keep_to_cores() -> None:
@@ -247,8 +252,8 @@ def default_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+        local = _number_of_launcher("LOCAL_RANK", "SLURM_LOCALID")
+        return f"cuda:{local % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -244,6 +244,9 @@ def test_cores_are_those_that_the_process_is_given(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (usable_cores(), threads_for(None), threads_for(5)) == (3, 3, 5)
+    for odd in ("0", "all", ""):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", odd)
+        assert threads_for(None) == 3
     keep_to_cores()
     assert os.environ.pop("OMP_NUM_THREADS") == "3"
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)
