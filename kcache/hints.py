@@ -30,7 +30,7 @@ def instead_of_cache(path: Path) -> str | None:
     if path.is_file():
         return "it is a file; give the folder of a cache"
     names = _names(path)
-    if kind := _training_folder(names):
+    if kind := _trained(path, names):
         return f"it is {kind}; give the cache that it was trained from, or draw with it: kcache sample"
     if inner := [name for name in names if _is_cache(path / name)]:
         return f"the caches are in it: {', '.join(str(path / name) for name in inner[:5])}; give one of them"
@@ -50,7 +50,7 @@ def instead_of_source(path: Path) -> str | None:
         )
     if path.is_dir():
         names = _names(path)
-        if kind := _training_folder(names) or own_output(path, names):
+        if kind := own_output(path, names):
             return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
         if _HUB_REPOSITORY.fullmatch(path.resolve().name) and (path / "snapshots").is_dir():
             found = " or ".join(shlex.quote(str(each)) for each in sorted((path / "snapshots").iterdir())[:3])
@@ -67,6 +67,11 @@ def own_output(folder: Path, names: Collection[str]) -> str | None:
         return "a kcache cache that is being built"
     if any(_TABLE.fullmatch(name) and any((folder / name).glob("*.rows.npy")) for name in names):
         return "a kcache cache that was not finished"
+    return _trained(folder, names)
+
+
+def _trained(folder: Path, names: Collection[str]) -> str | None:
+    """What a folder that holds these names is, where training left it, or trains from it."""
     if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
         return "a run directory"
     if folder.name.startswith("checkpoint-") and "state.json" in names:
@@ -101,12 +106,6 @@ def near_names(path: Path) -> str:
 
 def _is_cache(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and any(folder.glob("index-*"))
-
-
-def _training_folder(names: Sequence[str]) -> str | None:
-    if "metrics.jsonl" in names or {"config.json", "model_index.json"} <= set(names):
-        return "a run directory"
-    return "a pipeline of networks" if "model_index.json" in names else None
 
 
 def _has_pictures(names: Sequence[str]) -> bool:

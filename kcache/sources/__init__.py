@@ -23,9 +23,9 @@ from kcache.sources.metadata import metadata_files
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
+    COUNTED_FILES,
     Splits,
     chosen_split,
-    counted,
     declared_rule,
     find_splits,
     no_splits,
@@ -35,6 +35,7 @@ from kcache.sources.splits import (
 from kcache.sources.table import TableSource, count_rows, open_parquet
 from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
 from kcache.store.samples import Refusal
+from kcache.tally import counted
 
 __all__ = ["Refusal", "Source", "open_source"]
 
@@ -44,11 +45,9 @@ _EXPECTED = (
     "x.txt, webdataset tars (a folder of them, or {00000..00099}.tar), parquet files, a folder written by "
     "save_to_disk, or the id of a Hub dataset (owner/name)"
 )
+Listed = TypeVar("Listed", FolderSource, TableSource, TarSource)
 _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _COLUMNS = ("image_column", "caption_column")
-_COUNTED_FILES = 100
-"""Parquet files whose rows are counted to say what a split that is left out holds."""
-Listed = TypeVar("Listed", FolderSource, TableSource, TarSource)
 
 
 def open_source(
@@ -73,7 +72,7 @@ def open_source(
         if path.is_dir():
             if any((path / name).exists() for name in SAVED_DATASET_NAMES):
                 refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
-                return open_saved_dataset(path, request)
+                return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
         if path.is_file():
             return _open_file(path, request)
@@ -90,7 +89,7 @@ def open_source(
         )
     if _HUB_ID.fullmatch(spec):
         refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
-        return open_hub_dataset(spec, request)
+        return _noted(*open_hub_dataset(spec, request))
     raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
 
 
@@ -209,7 +208,7 @@ def _note(listing: FolderListing, splits: Splits, split: str) -> str:
 
 def _size(root: Path, paths: Sequence[str]) -> str:
     """How much there is in data files, in words: rows, or else files."""
-    if len(paths) <= _COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
+    if len(paths) <= COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
         counts = [count_rows(root / path) for path in paths]
         if None not in counts:
             return counted(sum(filter(None, counts)), "row")
