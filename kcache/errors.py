@@ -45,6 +45,10 @@ class CacheCorruptError(KcacheError, ValueError):
     exit_code = 4
 
 
+class UnreadableError(KcacheError, OSError):
+    """Raised when the system keeps a file from this process, which says nothing of what is in it."""
+
+
 class CacheWriteError(KcacheError, OSError):
     """Raised when the system refuses a write: no room, no permission, a read-only file system."""
 

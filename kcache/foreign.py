@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.errors import KcacheError, MemoryShortError
+from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, UnreadableError
 
 _CPP = re.compile(r"\(?Exception raised from|C\+\+ CapturedTraceback|\nframe #0|For more information check:")
 """Where what only programmers read begins: the stack of C++, in messages of torch's, and links."""
@@ -77,6 +78,11 @@ _OF_FILES = _by_name(
     ("SafetensorError", "that is no whole safetensors file", None),
     ("JSONDecodeError", "that is not JSON", None),
     ("UnicodeDecodeError", "that is not UTF-8 text", None),
+    (
+        "ImportError",
+        "a library cannot be loaded",
+        "install it, anew where it is there, or give more memory where a limit (`ulimit -v`) leaves little",
+    ),
 )
 
 _STATUSES = {
@@ -113,7 +119,14 @@ SYSTEM_ADVICE = {
     errno.EILSEQ: "the file system there does not take such a name: give another one",
 }
 """What to do where the system refuses to write, by the number of its error."""
-_ALSO_OF_READING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN)
+_LATER = "mount the network file system again, or wait for its server"
+_WITHHELD = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the permission for it"),
+    **{number: SYSTEM_ADVICE[number] for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)},
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH), _LATER),
+}
+"""What to do where the system keeps a file from this process, however sound it is."""
+_ALSO_OF_READING = _WITHHELD | {number: SYSTEM_ADVICE[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO)}
 
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate",
@@ -163,7 +176,7 @@ def advice(error: BaseException) -> str | None:
     if out_of_memory(error):
         return "free some memory"
     if (number := system_number(error)) in _ALSO_OF_READING:
-        return SYSTEM_ADVICE[number]
+        return _ALSO_OF_READING[number]
     meaning, _ = _meaning(error)
     return None if meaning is None else meaning.advice
 
@@ -176,6 +189,22 @@ def tracebacks_are_wanted() -> bool:
 def is_fault(error: BaseException) -> bool:
     """Whether it is none of what happens to sound programs: nothing of the system's, the network's or memory's."""
     return not (isinstance(error, OSError) or out_of_memory(error) or _meaning(error)[0] is not None)
+
+
+def check_withheld(error: Exception, path: Path) -> None:
+    """Raise UnreadableError where an error of reading `path` says nothing of what is in it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _WITHHELD:
+        raise UnreadableError(
+            f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged; "
+            f"{_WITHHELD[number]}"
+        ) from error
+
+
+def corrupt(error: Exception, path: Path, do: str) -> CacheCorruptError:
+    """What to raise where `path`, a part of a cache, cannot be read, and what to `do`; see `check_withheld`."""
+    check_withheld(error, path)
+    return CacheCorruptError(f"{path} cannot be read ({error}); {do}")
 
 
 @contextmanager
@@ -252,8 +281,8 @@ def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:
     """What is known of an error, and which one of its chain says so."""
     chain = list(_chain(error))
     for each in chain:
-        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _Meaning("there is no room on the disk"), each
+        if (meaning := _of_the_system(each)) is not None:
+            return meaning, each
     if (found := _named(_OF_THE_HUB, chain)) is not None:
         return found
     for each in chain:
@@ -266,6 +295,17 @@ def _meaning(error: BaseException) -> tuple[_Meaning | None, BaseException]:
         if isinstance(each, RuntimeError) and any(words in str(each).lower() for words in _XET):
             return _OF_NETWORKS["RemoteProtocolError"], each
     return _named(_OF_FILES, chain) or (None, error)
+
+
+def _of_the_system(error: BaseException) -> _Meaning | None:
+    """What is known of an error by what the system says, whoever asked it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _Meaning("there is no room on the disk")
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:  # of os.getcwd
+        return _Meaning("the folder that this runs in is gone", "go to one that is there")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return _Meaning("no more threads may be started here", "raise `ulimit -u`, or a container's limit of pids")
+    return None
 
 
 def _named(meanings: Mapping[str, _Meaning], chain: Sequence[BaseException]) -> tuple[_Meaning, BaseException] | None:

@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kcache.errors import ConfigError
@@ -31,7 +33,12 @@ def threads_for(asked: int | None) -> int:
 
     Processes that a launcher started together share the cores.
     """
-    return asked or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return asked or max(1, usable_cores() // max(1, _number_of_launcher("LOCAL_WORLD_SIZE")))
+
+
+def _number_of_launcher(*names: str) -> int:
+    """The first number that the environment has by one of the `names`; 0 for none."""
+    return next((int(text) for name in names if (text := os.environ.get(name, "")).isdecimal()), 0)
 
 
 def keep_to_cores() -> None:
@@ -129,7 +136,7 @@ def check_fits(what: str, least: int, do: str, device: str = "cpu") -> None:
 def _group_limits() -> list[tuple[int, int]]:
     """Limit of each control group that this process is in and that has one, and what all in it use, in bytes.
 
-    Files that nobody uses count as used there, and are let go of when memory is wanted: they are left out.
+    What it holds of files counts as used there, and is let go of when memory is wanted: that is left out.
     """
     found = []
     for group in _groups("memory"):
@@ -140,19 +147,45 @@ def _group_limits() -> list[tuple[int, int]]:
         used = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes")
         lines = map(str.split, _text(group / "memory.stat").splitlines())
         stat = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
-        idle = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-        found.append((min(limits), max(0, int(used.strip() or 0) - idle)))
+        kinds = ("inactive_file", "active_file")
+        of_files = sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds)
+        found.append((min(limits), max(0, int(used.strip() or 0) - of_files)))
     return found
 
 
 def _own_limits() -> list[tuple[int, int]]:
     """The limits of this process alone, of its addresses and of its data, and what it uses of each, in bytes."""
-    lines = {line.split(":")[0]: line.split()[1] for line in _text("/proc/self/status").splitlines() if "kB" in line}
     kinds = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
     limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     return [
-        (limit, int(lines.get(name, 0)) * 1024) for name, limit in limits.items() if 0 <= limit < _UNLIMITED
+        (limit, _taken(name)) for name, limit in limits.items() if 0 <= limit < _UNLIMITED
     ]  # RLIM_INFINITY is negative, or near 2^64
+
+
+def _taken(name: str) -> int:
+    """Bytes that this process has taken, of a kind by Linux's name; 0 where that is not told."""
+    lines = {line.split(":")[0]: line.split() for line in _text("/proc/self/status").splitlines()}
+    return int(lines[name][1]) * 1024 if name in lines else 0
+
+
+@contextmanager
+def kept_to_groups(device: str) -> Iterator[None]:
+    """In the block, which computes on a `device`, have memory refused that control groups of this process lack.
+
+    They themselves refuse none: they end a process that uses what it was given. Computing on the CPU uses what it asks
+    for; loading weights, which maps files, and drivers of GPUs ask for much more, and are left alone.
+    """
+    left = min((max(0, limit - used) for limit, used in _group_limits()), default=None) if device == "cpu" else None
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = None if left is None else _taken("VmData") + left
+    if most is None or 0 <= soft <= most or 0 <= hard <= most:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _groups(controller: str) -> list[Path]:
@@ -219,8 +252,8 @@ def default_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+        local = _number_of_launcher("LOCAL_RANK", "SLURM_LOCALID")
+        return f"cuda:{local % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

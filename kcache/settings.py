@@ -1,5 +1,6 @@
 """A setting: all that is said of it in one place, the check of its value, and its value from a TOML table."""
 
+import codecs
 import difflib
 import math
 import tomllib
@@ -108,12 +109,14 @@ def idle(settings: Any) -> dict[str, str]:
 def read_toml(path: Path) -> dict[str, Any]:
     """What the TOML file at `path` says; raises ConfigError, naming the line, when it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        return tomllib.loads(content.decode(encoding))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); expected a TOML file; correct the path"
         ) from error
-    except ValueError as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
         raise ConfigError(
             f'{path} is not TOML: {error}; expected lines such as learning_rate = 1e-5 or where = "width >= 512"'
         ) from error

@@ -22,7 +22,7 @@ from kcache.build.survey import Survey, fetcher
 from kcache.disk.durable import writing
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
-from kcache.machine import default_device
+from kcache.machine import default_device, kept_to_groups
 from kcache.stopping import stop_here
 from kcache.store.samples import Sample, with_ids
 
@@ -161,11 +161,12 @@ class Builder:
         with enough_memory(recipe):
             encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
             fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
-            encode_shards(
-                encoder, job.folder / recipe.directory, shards, fetch,
-                workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
-                kept=partial(claims.kept, table),
-            )  # fmt: skip
+            with kept_to_groups(device.type):
+                encode_shards(
+                    encoder, job.folder / recipe.directory, shards, fetch,
+                    workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
+                    kept=partial(claims.kept, table),
+                )  # fmt: skip
 
 
 class _Claims:

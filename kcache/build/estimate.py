@@ -25,7 +25,7 @@ from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.machine import default_device
+from kcache.machine import default_device, kept_to_groups
 from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
@@ -183,7 +183,8 @@ def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
         for number, begin in enumerate(range(0, len(keys), rows))
     )
     fetch = fetcher(job, recipe.table)
-    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched), enough_memory(recipe):
+    kept = kept_to_groups(device.type)
+    with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched), enough_memory(recipe), kept:
         encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=Meter(), done=watch.add)
     return loading, watch.row_seconds()
 

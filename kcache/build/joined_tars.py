@@ -14,7 +14,8 @@ import numpy as np
 
 from kcache.build.plan import Plan, PlannedShard, plan_table
 from kcache.disk.durable import publish, read_npy, temporary_path, write_npy, writing
-from kcache.errors import CacheCorruptError, CacheIncompleteError
+from kcache.errors import CacheIncompleteError
+from kcache.foreign import corrupt
 from kcache.store.checksums import crc32c
 from kcache.store.digests import content_key, pack_keys, unpack_keys
 from kcache.store.formats.webdataset import JoinedSample, write_tar
@@ -68,9 +69,7 @@ def committed_tar_keys(folder: Path, commit: Commit) -> list[bytes]:
     try:
         return unpack_keys(read_npy(path))
     except (OSError, ValueError) as error:
-        raise CacheCorruptError(
-            f"{path} cannot be read ({error}); remove {commit.name}.json beside it and build again"
-        ) from error
+        raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
 
 
 def plan_tars(cache: Path, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:

@@ -23,7 +23,8 @@ from kcache.disk.durable import (
     write_npy,
     writing,
 )
-from kcache.errors import CacheBusyError, CacheCorruptError, CacheWriteError
+from kcache.errors import CacheBusyError, CacheWriteError
+from kcache.foreign import corrupt
 from kcache.store.digests import KEY_BYTES, pack_keys, unpack_keys
 from kcache.store.manifest import check_count
 from kcache.store.recipe import SCHEMA_VERSION, Recipe, canonical_json
@@ -129,9 +130,7 @@ def open_plan(cache: Path) -> Plan | None:
         if plan.digest != data["digest"]:
             raise ValueError("its digest does not match its content")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CacheCorruptError(
-            f"the open plan in {plans} cannot be read ({error}); remove {plans} and build again"
-        ) from error
+        raise corrupt(error, plans, "remove this open plan and build again") from error
     return plan
 
 

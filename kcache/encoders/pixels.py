@@ -7,6 +7,11 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from kcache.errors import ModelError
+from kcache.foreign import told
+
+_EXPECTED = "expected those of CLIP's image processor; fetch or export the repository again"
+
 
 def clip_processor(settings: Mapping[str, Any]) -> CLIPImageProcessorPil:
     """CLIP's image processor with the settings of a recipe.
@@ -14,7 +19,12 @@ def clip_processor(settings: Mapping[str, Any]) -> CLIPImageProcessorPil:
     Always the Pillow one: what `CLIPImageProcessor` means depends on whether torchvision is installed, and torchvision
     resizes to other values.
     """
-    return CLIPImageProcessorPil(**settings)
+    with told(ModelError, "image_processor/preprocessor_config.json gives settings that do not work", _EXPECTED):
+        processor = CLIPImageProcessorPil(**settings)
+        # What is wrong in it is no picture's fault.
+        if not np.isfinite(clip_pixels(Image.new("RGB", (2, 2)), processor)).all():
+            raise ValueError(f"pixels come out as NaN or infinity (image_std is {processor.image_std})")
+    return processor
 
 
 def clip_pixels(image: Image.Image, processor: CLIPImageProcessorPil) -> np.ndarray:

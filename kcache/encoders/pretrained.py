@@ -29,12 +29,15 @@ def load_pretrained(kind: type[Any], path: Path, dtype: torch.dtype) -> Any:
     """
     # diffusers and transformers name the argument differently.
     dtype_name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
+    # That of diffusers would leave out what tells of other shapes; transformers raises, and tells it to its log only.
+    other = {} if issubclass(kind, ModelMixin) else {"ignore_mismatched_sizes": True}
     with told(ModelError, f"{path} cannot be loaded as {kind.__name__}", _FETCH), without_bars():
         network, loading = kind.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}
+            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **{dtype_name: dtype}, **other
         )
     # Both libraries fill what the file lacks with random numbers.
-    lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name]]
+    lacking = [*loading["missing_keys"]]
+    lacking += [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in loading["mismatched_keys"]]
     if lacking:
         raise ModelError(
             f"{path} lacks weights of {kind.__name__}, or has them in other shapes: {', '.join(lacking[:3])} "

@@ -26,6 +26,7 @@ _DTYPES = (
     "U32", "F32", "C64", "F64", "I64", "U64",
 )  # fmt: skip
 """As safetensors ranks them: the tensors of a later one stand first in a file."""
+_FLOATING = ("F16", "BF16", "F32", "F64")
 
 
 class _Tensor(NamedTuple):
@@ -76,6 +77,7 @@ def weights_digest(
 def _of_tensors(files: Sequence[Path], digests: Mapping[str, bytes]) -> bytes:
     """sha256 of the one file that save_pretrained would write of the tensors in `files`, whose digests are given."""
     tensors = [tensor for path in files for tensor in _tensors(path)]
+    _check_floating(files, tensors)
     tensors.sort(key=lambda tensor: (-_DTYPES.index(tensor.dtype), tensor.name.encode()))
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ModelError(f"{files[0].parent} has a tensor twice, in two shards; fetch the weights again")
@@ -95,6 +97,17 @@ def _of_tensors(files: Sequence[Path], digests: Mapping[str, bytes]) -> bytes:
     for block in _blocks(tensors):
         digest.update(block)
     return digest.digest()
+
+
+def _check_floating(files: Sequence[Path], tensors: Iterable[_Tensor]) -> None:
+    """Raise ModelError for quantized weights: libraries would take their codes for values, and say nothing."""
+    coded = [each for each in tensors if each.name.endswith((".weight", ".bias")) and each.dtype not in _FLOATING]
+    if coded:
+        name, dtype, *_ = coded[0]
+        raise ModelError(
+            f"{files[0].parent} has quantized weights ({name} is {dtype}, and {len(coded) - 1} more); expected "
+            "floating point; give the repository that they were made from"
+        )
 
 
 def _tensors(path: Path) -> list[_Tensor]:

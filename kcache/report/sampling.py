@@ -17,7 +17,7 @@ from kcache.encoders.pretrained import cast_pipeline, load_pretrained, without_a
 from kcache.encoders.repositories import COMPONENTS, PIPELINES, Repository, check_revision, find_repository
 from kcache.errors import ConfigError, ModelError, RunError
 from kcache.foreign import told, within_memory
-from kcache.machine import check_device, check_fits, default_device
+from kcache.machine import check_device, check_fits, default_device, kept_to_groups
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
 from kcache.store.checkpoint import STATE_FILE, checkpoint_steps
 from kcache.store.recipe import sides_of
@@ -120,7 +120,8 @@ def draw_embeds(
     drawn: list[Embeds] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        embeds = prior(list(prompts[part]), generator=list(generators[part]), **settings).to_tuple()
+        with kept_to_groups(prior.device.type):
+            embeds = prior(list(prompts[part]), generator=list(generators[part]), **settings).to_tuple()
         drawn += zip(*(both.cpu().split(1) for both in embeds), strict=True)
     return drawn
 
@@ -143,7 +144,8 @@ def draw_pictures(
         part = slice(start, start + batch_size)
         both = (torch.cat(column).to(decoder.device) for column in zip(*embeds[part], strict=True))
         begun = None if latents is None else torch.cat(list(latents[part]))
-        drawn += decoder(*both, latents=begun, generator=list(generators[part]), **settings).images
+        with kept_to_groups(decoder.device.type):
+            drawn += decoder(*both, latents=begun, generator=list(generators[part]), **settings).images
     return drawn
 
 

@@ -18,7 +18,7 @@ from kcache.disk.durable import json_bytes, remove, replace, sync_folder, tempor
 from kcache.disk.filesystems import sync
 from kcache.disk.room import Reserve, write_file
 from kcache.errors import RunError
-from kcache.foreign import reason
+from kcache.foreign import check_withheld, reason
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         digest = body.pop("digest")
         version = body["version"]
     except OSError as error:
+        check_withheld(error, path / STATE_FILE)
         raise RunError(
             f"{path} is not a checkpoint ({STATE_FILE}: {error.strerror}); expected a folder such as "
             'RUN/checkpoint-500; give its path, or "latest"'
@@ -124,6 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_files(path, body["files"])
         return Checkpoint(path=path, step=int(body["step"]), state=dict(body["state"]))
     except OSError as error:
+        check_withheld(error, path)
         raise _broken(path, f"it cannot be read ({reason(error)})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, RunError):

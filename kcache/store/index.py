@@ -18,7 +18,7 @@ import numpy as np
 
 from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
 from kcache.disk.filesystems import mapped
-from kcache.errors import CacheCorruptError
+from kcache.foreign import corrupt
 from kcache.store.checksums import crc32c
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
@@ -142,10 +142,8 @@ def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
             _check_entries(name, entry, arrays[name])
         return arrays
     except (OSError, ValueError) as error:
-        raise CacheCorruptError(
-            f"the index arrays in {folder} are not what was written ({error}); "
-            "build the cache again with its source to write them anew: no row is encoded for that"
-        ) from error
+        do = "build the cache again with its source to write these index arrays anew: no row is encoded for that"
+        raise corrupt(error, folder, do) from error
 
 
 def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kcache.config import COMPUTE_DTYPES, BuildConfig
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
+from kcache.foreign import check_withheld
 from kcache.hints import instead_of_cache
 from kcache.store.recipe import (
     KINDS,
@@ -110,6 +111,7 @@ def read_manifest(cache: Path) -> Manifest:
     except FileNotFoundError:
         raise _not_found(cache) from None
     except OSError as error:
+        check_withheld(error, path)
         if (instead := instead_of_cache(cache)) is not None:
             raise CacheNotFoundError(f"{cache} is not a finished cache: {instead}") from error
         raise CacheNotFoundError(f"{path} cannot be read: {error.strerror}; expected a cache's manifest") from error

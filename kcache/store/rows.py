@@ -9,6 +9,7 @@ import numpy as np
 
 from kcache.disk.filesystems import mapped
 from kcache.errors import CacheCorruptError
+from kcache.foreign import corrupt
 from kcache.store.checksums import crc32c, joined_crc32c
 from kcache.store.formats import format_of
 from kcache.store.manifest import ShardEntry
@@ -57,9 +58,7 @@ class FieldFiles:
             content = mapped(path)
             return content, np.frombuffer(content, np.uint8)
         except (OSError, ValueError) as error:
-            raise CacheCorruptError(
-                f"{path} cannot be read ({error}); expected a committed shard's data there"
-            ) from error
+            raise corrupt(error, path, "expected a committed shard's data there") from error
 
     def will_need(self, entries: np.ndarray) -> None:
         """Have the rows that index entries point to read from the disk, all at once, without waiting for them.

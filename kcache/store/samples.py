@@ -18,6 +18,7 @@ import numpy as np
 
 from kcache.disk.durable import write_bytes
 from kcache.errors import CacheCorruptError
+from kcache.foreign import corrupt
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json
 
@@ -220,7 +221,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
+        raise corrupt(error, path, "build the cache again to write it anew") from error
 
 
 def _check_digest(found: str, manifest: Manifest) -> None:
@@ -258,4 +259,4 @@ def read_refused(cache: Path) -> Iterator[Refusal]:
         with path.open(encoding="utf-8") as lines:
             yield from (Refusal(**json.loads(line)) for line in lines)
     except (OSError, ValueError, TypeError) as error:
-        raise CacheCorruptError(f"{path} cannot be read ({error}); build the cache again to write it anew") from error
+        raise corrupt(error, path, "build the cache again to write it anew") from error

@@ -17,6 +17,7 @@ import numpy as np
 
 from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
 from kcache.errors import CacheCorruptError
+from kcache.foreign import corrupt
 from kcache.store.checksums import crc32c
 from kcache.store.digests import pack_keys
 from kcache.store.formats import zarr
@@ -239,12 +240,9 @@ def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "")
     path = folder / side_name(commit.name, part)
     record = next((file for file in commit.files if file.path == path.name), None)
     try:
-        content = path.read_bytes()
-        rows = read_npy(path)
+        content, rows = path.read_bytes(), read_npy(path)
     except (OSError, ValueError) as error:
-        raise CacheCorruptError(
-            f"{path} cannot be read ({error}); remove {commit.name}.json beside it and build again"
-        ) from error
+        raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
     if record is None or len(content) != record.bytes or crc32c(content) != record.crc32c:
         raise CacheCorruptError(
             f"{path} differs from what was committed (found {len(content)} bytes, crc32c {crc32c(content):08x}); "
@@ -269,7 +267,7 @@ def read_commit(path: Path) -> Commit:
         commit = Commit(**data)
         _check(commit)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CacheCorruptError(f"commit record {path} cannot be read ({error}); remove it and build again") from error
+        raise corrupt(error, path, "remove this commit record and build again") from error
     if commit.name != path.stem:
         raise CacheCorruptError(f"commit record {path} is of shard {commit.name}; remove it and build again")
     return commit

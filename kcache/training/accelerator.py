@@ -18,6 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
+from kcache.foreign import reason
 from kcache.machine import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,16 @@ def machine_facts(accelerator: Accelerator) -> dict[str, str | int | None]:
     }
 
 
+def _unlaunched(error: Exception) -> ConfigError:
+    """What to raise where processes cannot be set up: shells keep what launchers and batch systems set."""
+    of_launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = [name for name in sorted(os.environ) if name in of_launchers or name.startswith("ACCELERATE_")]
+    return ConfigError(
+        f"the processes of this run cannot be set up ({reason(error)}); expected an environment as accelerate "
+        f"launch or torchrun make it, or none; found {', '.join(names) or 'nothing set'}: unset it for one process"
+    )
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of a run: the launcher's processes and device, the precision and the trackers of `config`.
 
@@ -66,7 +77,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
         if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             raise ValueError("on a CPU, accelerate would silently take float32")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if config.mixed_precision == "no":
+            raise _unlaunched(error) from error
         raise ConfigError(
             f"--mixed-precision {config.mixed_precision} cannot be used here: {error}; expected a device that has it; "
             "use bf16, or no for float32"

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from kcache.config import TrainConfig
 from kcache.loader.batches import Batch
 from kcache.loader.chance import draw_seed
+from kcache.machine import kept_to_groups
 from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
 from kcache.training.accelerator import wait_for_all
@@ -85,7 +86,8 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
         while run.step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
-            loss, grad_norm = take_step(run, batches)
+            with kept_to_groups(accelerator.device.type):
+                loss, grad_norm = take_step(run, batches)
             step = run.step
             log.add(step, lr, loss, grad_norm)
 

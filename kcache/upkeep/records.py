@@ -12,7 +12,8 @@ import numpy as np
 from kcache.build.dataset_card import CARD, card_text, is_derived
 from kcache.build.plan import open_plan
 from kcache.disk.durable import json_bytes
-from kcache.errors import CacheCorruptError, KcacheError
+from kcache.errors import CacheCorruptError, KcacheError, UnreadableError
+from kcache.foreign import check_withheld
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest
 from kcache.store.samples import Sample, samples_digest, stored_samples
@@ -97,6 +98,7 @@ def _read_derived(records: Records) -> None:
         if digest != manifest.rejected_digest:
             records.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
     except OSError as error:
+        check_withheld(error, folder / "rejected.jsonl")
         records.add_broken("rejected.jsonl", error.strerror)
     try:
         records.index = open_index(folder, manifest)
@@ -154,6 +156,8 @@ def _read_plan(records: Records) -> None:
         records.known.add("plans")
         try:
             open_plan(records.folder)
+        except UnreadableError:
+            raise
         except KcacheError as error:
             records.add_broken("plans", error)
 

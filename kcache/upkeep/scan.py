@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kcache.foreign import check_withheld
 from kcache.store.checksums import crc32c
 
 BLOCK_BYTES = 1 << 20
@@ -66,6 +67,7 @@ def scan_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], N
                 if got < wanted:
                     break
     except OSError as problem:
+        check_withheld(problem, path)
         error = problem.strerror or str(problem)
     return Scan(bytes=size, crc32c=checksum, broken=rows.broken_by_field(), error=error)
 

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 import pytest
 
-from kcache_cli import app
+from kcache_cli import __main__, app
 from kcache_cli.progress import Report, note
 from kcache_cli.streams import telling
 
@@ -51,6 +53,21 @@ def test_a_result_that_cannot_be_printed_is_said_and_exits_with_1(
         app.main()
     assert end.value.code == 1
     assert "the output could not be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt(), 130), (ImportError("no\nnumpy"), 1)])
+def test_what_ends_the_command_while_it_loads_is_no_traceback(
+    fault: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading:
+        def __getattr__(self, name: str) -> None:
+            raise fault
+
+    monkeypatch.setitem(sys.modules, "kcache_cli.app", cast("ModuleType", Loading()))
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    said = "kcache could not be loaded (ImportError: no numpy); free some memory"
+    assert end.value.code == code or str(end.value.code).startswith(said)
 
 
 CLOSED = """

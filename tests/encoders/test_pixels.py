@@ -6,6 +6,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.recipes import MAX_PIXELS
-from kcache.errors import InputRejected
+from kcache.errors import InputRejected, ModelError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -188,6 +189,19 @@ def test_threads_decode_alike(oracle: Path) -> None:
         together = list(pool.map(decoded, files))
     for content, pixels in zip(files, together, strict=True):
         np.testing.assert_array_equal(decoded(content), pixels)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"image_mean": [0.5]}, "mean must have 3"), ({"image_std": [0, 0, 0]}, "NaN"),
+        ({"resample": 99}, "resampling"), ({"size": "9"}, "size"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
+def test_settings_that_do_not_work_are_no_pictures_fault(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=f"preprocessor_config.json gives settings that do not work: .*{words}"):
+        clip_processor({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | setting)
 
 
 def test_clip_pixels_are_those_of_the_pillow_processor() -> None:

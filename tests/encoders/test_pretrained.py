@@ -65,6 +65,14 @@ def test_what_cannot_be_loaded_is_refused_in_one_message(prior: Path, damage: st
         load_pretrained(PriorTransformer, prior, torch.float32)
 
 
+def test_weights_of_other_shapes_are_named_with_both(oracle: Path, tmp_path: Path) -> None:
+    shutil.copytree(oracle / "prior/text_encoder", tmp_path / "text_encoder")
+    settings = tmp_path / "text_encoder/config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_position_embeddings": 78}))
+    with pytest.raises(ModelError, match=r"position_embedding.weight \(77, \d+\) for \(78, \d+\) \(1 in all\)"):
+        load_pretrained(CLIPTextModelWithProjection, tmp_path / "text_encoder", torch.float32)
+
+
 def test_pickled_weights_are_not_read(prior: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

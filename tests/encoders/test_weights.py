@@ -152,6 +152,14 @@ def test_what_the_file_plainly_is_instead_is_said(prior: Repository, content: st
         image_weights_digest(prior)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
+def test_quantized_weights_are_refused(prior: Repository, dtype: str) -> None:
+    coded = {"a.weight": torch.ones(2, 2).to(getattr(torch, dtype)), "a.position_ids": torch.arange(3)}
+    save_tensors(coded, prior.path / "image_encoder" / FILE)
+    with pytest.raises(ModelError, match=r"has quantized weights \(a.weight is [IUF]8.*, and 0 more\)"):
+        image_weights_digest(prior)
+
+
 def test_a_file_that_was_cut_is_refused(prior: Repository) -> None:
     path = prior.path / "image_encoder" / FILE
     path.write_bytes(path.read_bytes()[:-100])

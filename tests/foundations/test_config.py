@@ -3,13 +3,14 @@
 import math
 import re
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kcache.config import BuildConfig, TrainConfig
 from kcache.errors import ConfigError
-from kcache.settings import marks_of, settings_from
+from kcache.settings import marks_of, read_toml, settings_from
 
 NAN, INF = math.nan, math.inf
 
@@ -136,3 +137,13 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
 def test_settings_that_need_others_are_refused_without_them(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**{"stage": "prior", "output_dir": "run"} | settings)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_file_of_settings_may_come_from_any_editor(encoding: str, tmp_path: Path) -> None:
+    text = ("\ufeff" if encoding == "utf-16-be" else "") + 'output_dir = "r\u00e9"\r\nseed = 1\r\n'
+    (tmp_path / "run.toml").write_bytes(text.encode(encoding))
+    assert read_toml(tmp_path / "run.toml") == {"output_dir": "r\u00e9", "seed": 1}
+    (tmp_path / "run.toml").write_text("a = " + "[" * 9999)
+    with pytest.raises(ConfigError, match=r"run\.toml is not TOML: "):
+        read_toml(tmp_path / "run.toml")

@@ -61,7 +61,8 @@ FOREIGN = [
     (OSError(errno.ENOSPC, "No space left on device", "/hub/blob"), "no room on the disk", "make room"),
     (ExceptionGroup("several", [CUT]), "the connection broke off", "run the same command again"),
     (SafetensorError("HeaderTooLarge"), "no whole safetensors file (HeaderTooLarge)", None),
-    (PermissionError(errno.EACCES, "Permission denied", "/hub"), "Permission denied: /hub", None),
+    (PermissionError(errno.EACCES, "Permission denied", "/hub"), "Permission denied: /hub", "this user the permission"),
+    (RuntimeError("can't start new thread"), "no more threads may be started here", "`ulimit -u`"),
     (ValueError("first\nsecond"), "first second", None),
     (KeyError("vocab"), "KeyError: 'vocab'", None),
     (RuntimeError(""), "RuntimeError", None),
@@ -144,6 +145,9 @@ def test_nothing_else_is_taken_for_it() -> None:
         (OSError(errno.ENOLCK, "No locks available", "/x"), "kcache: No locks available: /x\n"),
         (CUT, "kcache: the connection broke off"),
         (MemoryError(), "kcache: memory ran out: MemoryError; free some memory\n"),
+        (ImportError("x.so: failed to map segment"), "kcache: a library cannot be loaded (ImportError: x.so"),
+        (OSError(errno.ENOENT, "No such file or directory"), "kcache: the folder that this runs in is gone"),
+        (OSError(errno.EACCES, "Permission denied", "/x"), "kcache: Permission denied: /x; give this user the perm"),
     ],
 )  # fmt: skip
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_only_when_asked_for(

@@ -5,12 +5,22 @@ import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kcache import machine
 from kcache.errors import ConfigError
-from kcache.machine import check_device, cpu_quota, free_memory, keep_to_cores, memory_limit, threads_for, usable_cores
+from kcache.machine import (
+    check_device,
+    cpu_quota,
+    free_memory,
+    keep_to_cores,
+    kept_to_groups,
+    memory_limit,
+    threads_for,
+    usable_cores,
+)
 
 
 @pytest.fixture
@@ -180,7 +190,7 @@ def test_free_memory_is_what_the_narrowest_group_leaves(tmp_path: Path, monkeypa
         "proc/self/mountinfo": V2,
         "sys/fs/cgroup/a/b/memory.max": "1024000\n",
         "sys/fs/cgroup/a/b/memory.current": "900000\n",
-        "sys/fs/cgroup/a/b/memory.stat": "anon 500000\ninactive_file 300000\n",
+        "sys/fs/cgroup/a/b/memory.stat": "anon 500000\ninactive_file 200000\nactive_file 100000\n",
     }
     lay_out(tmp_path, files, monkeypatch)
     assert free_memory() == 1_024_000 - 900_000 + 300_000
@@ -190,6 +200,28 @@ def test_free_memory_is_what_the_narrowest_group_leaves(tmp_path: Path, monkeypa
     assert (free_memory(), memory_limit()) == (8000, 1_024_000)
     lay_out(tmp_path, {"sys/fs/cgroup/a/memory.max": "max\n", "sys/fs/cgroup/a/b/memory.max": "max\n"}, monkeypatch)
     assert free_memory() == 3000 * 1024
+
+
+def test_what_groups_lack_is_refused_while_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a\n",
+        "proc/self/mountinfo": V2,
+        "proc/self/status": Path("/proc/self/status").read_text(),
+        "sys/fs/cgroup/a/memory.max": f"{1 << 30}\n",
+        "sys/fs/cgroup/a/memory.current": f"{1 << 29}\n",
+    }
+    lay_out(tmp_path, files, monkeypatch)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with kept_to_groups("cpu"):
+        np.empty(1 << 28, np.uint8)
+        with pytest.raises(MemoryError):
+            np.empty(1 << 30, np.uint8)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    with kept_to_groups("cuda"):
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    lay_out(tmp_path, {"sys/fs/cgroup/a/memory.max": "max\n"}, monkeypatch)
+    with kept_to_groups("cpu"):
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_what_ulimit_gives_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +244,9 @@ def test_cores_are_those_that_the_process_is_given(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (usable_cores(), threads_for(None), threads_for(5)) == (3, 3, 5)
+    for odd in ("0", "all", ""):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", odd)
+        assert threads_for(None) == 3
     keep_to_cores()
     assert os.environ.pop("OMP_NUM_THREADS") == "3"
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)

@@ -57,6 +57,16 @@ def test_without_tensorboard_a_run_goes_on_without_it() -> None:
     assert choose_trackers("tensorboard") == choose_trackers("none") == choose_trackers("all") == []
 
 
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, {"LOCAL_RANK": "x"}])
+def test_what_a_launcher_left_in_the_environment_is_named(
+    left: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^the processes of this run cannot be set up .*found .*LOCAL_RANK.*: unset"):
+        make_accelerator(config(tmp_path))
+
+
 def test_half_precision_on_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ConfigError, match=r"^--mixed-precision fp16 cannot be used here"):

@@ -1,9 +1,12 @@
 """Verifying a whole cache, naming what is broken, repairing exactly that, and comparing rows with their encoders."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from small_builds import build, copy_pictures, digests
 
 from kcache import Cache
 from kcache.build.dataset_card import CARD
-from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
+from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError, UnreadableError
 from kcache.store.manifest import MANIFEST, read_manifest
 from kcache.store.rows import gather
 from kcache.store.shards import read_commit, read_side_file
@@ -167,6 +170,28 @@ def test_a_side_file_that_cannot_be_trusted_is_named(copies: tuple[Path, Path], 
     else:
         side.unlink()
     assert [file.path for file in verify_cache(cache).files] == [side.relative_to(cache).as_posix()]
+
+
+def test_what_the_system_keeps_from_a_process_is_not_called_damaged(
+    copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cache = copies
+    numbers = cycle([errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+    real = Path.open
+    for withheld, number in zip(sorted(path for path in cache.rglob("*") if path.is_file()), numbers, strict=False):
+
+        def opened(path: Path, *how: Any, hidden: Path = withheld, number: int = number, **more: Any) -> Any:
+            if path == hidden:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *how, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", opened)
+            with pytest.raises(OSError, match=os.strerror(number)):
+                verify_cache(cache)
+    monkeypatch.setattr("kcache.store.rows.mapped", lambda path: (_ for _ in ()).throw(OSError(errno.ENOMEM, "none")))
+    with pytest.raises(UnreadableError, match="; free some memory"):
+        Cache.open(cache).read([0], ["image_embeds"])
 
 
 def test_only_the_broken_row_is_encoded_again(copies: tuple[Path, Path], form: str) -> None:
