@@ -50,7 +50,7 @@ def instead_of_source(path: Path) -> str | None:
         )
     if path.is_dir():
         names = _names(path)
-        if kind := _training_folder(names) or own_output(path, names):
+        if kind := own_output(path, names):
             return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
         if _HUB_REPOSITORY.fullmatch(path.resolve().name) and (path / "snapshots").is_dir():
             found = " or ".join(shlex.quote(str(each)) for each in sorted((path / "snapshots").iterdir())[:3])
@@ -67,11 +67,11 @@ def own_output(folder: Path, names: Collection[str]) -> str | None:
         return "a kcache cache that is being built"
     if any(_TABLE.fullmatch(name) and any((folder / name).glob("*.rows.npy")) for name in names):
         return "a kcache cache that was not finished"
-    if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
-        return "a run directory"
+    if kind := _training_folder(names):
+        return kind
     if folder.name.startswith("checkpoint-") and "state.json" in names:
         return "a checkpoint"
-    return "a pipeline of networks" if "model_index.json" in names else None
+    return None
 
 
 def already_in(folder: Path) -> str | None:
@@ -103,8 +103,9 @@ def _is_cache(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and any(folder.glob("index-*"))
 
 
-def _training_folder(names: Sequence[str]) -> str | None:
-    if "metrics.jsonl" in names or {"config.json", "model_index.json"} <= set(names):
+def _training_folder(names: Collection[str]) -> str | None:
+    # Together: one file of such a name may lie in any folder.
+    if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
         return "a run directory"
     return "a pipeline of networks" if "model_index.json" in names else None
 

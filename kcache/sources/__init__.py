@@ -17,9 +17,8 @@ from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import remote
 from kcache.sources.folder import FolderSource, open_pictures
-from kcache.sources.hub import SAVED_DATASET_NAMES, open_hub_dataset, open_saved_dataset
+from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder
-from kcache.sources.metadata import metadata_files
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
@@ -71,7 +70,7 @@ def open_source(
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
         if path.is_dir():
-            if any((path / name).exists() for name in SAVED_DATASET_NAMES):
+            if is_saved_dataset(path):
                 refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
                 return open_saved_dataset(path, request)
             return _open_folder(list_folder(path, config), request)
@@ -112,15 +111,15 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
         raise SourceError(f"{listing.root} holds {found}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
     what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
-    if kind == "pictures" and not metadata_files(listing):
+    if kind == "pictures" and not listing.metadata:
         what, used = f"{what} with a text file each", used[2:]
     refuse_unused(request.config, what, *used)
-    return _open_as(kind, kinds, listing, request)
+    return _noted(_open_as(kind, kinds, listing, request), _own_note(listing))
 
 
 def _kinds(listing: FolderListing) -> dict[str, Sequence[str]]:
     """What a folder may be read as, and the files of each."""
-    metadata = metadata_files(listing)
+    metadata = listing.metadata
     tars = sorted(path for path in listing.files if is_tar_name(path))
     # img2dataset writes 00000.parquet, which holds no pictures, beside 00000.tar.
     described = {path.rpartition(".")[0] + ".parquet" for path in tars} | set(metadata if listing.images else ())
@@ -140,13 +139,22 @@ def _most(listing: FolderListing, request: Request, kinds: Mapping[str, Sequence
         except SourceError as error:
             errors[kind] = error
     if not counts:
-        has_metadata = bool(metadata_files(listing))
+        has_metadata = bool(listing.metadata)
         raise next(iter(errors.values())) if has_metadata else next(reversed(errors.values()))
     # Pictures without captions do not make a folder of tars a folder of pictures, even where captions are not needed.
     return max(counts, key=lambda kind: (counts[kind], kind != "pictures" and not counts[kind]))
 
 
-def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Source:
+def _own_note(listing: FolderListing) -> str:
+    """What to say of the folders in it that kcache made."""
+    named = [f"{readable(path)} ({what})" for path, what in sorted(listing.own.items())]
+    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
+    return f"not looked into: {', '.join(named[:3])}{more}" if named else ""
+
+
+def _open_as(
+    kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request
+) -> FolderSource | TableSource | TarSource:
     own = kinds[kind]
     others = {path for files in kinds.values() for path in files} - set(own)
     if kind != "pictures":
@@ -154,7 +162,8 @@ def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListi
         others |= {path for path in listing.files if _stem(path) not in stems}
     refused = listing.refused | leftovers(listing, others, f"the folder is read as {kind}; give it by itself")
     if kind == "pictures":
-        taken, note = _pictures_of_split(replace(listing, files=listing.files - others, refused=refused), request)
+        rest = replace(listing, files=listing.files - others, refused=refused) if others else listing
+        taken, note = _pictures_of_split(rest, request)
         return _noted(open_pictures(taken, request), note)
     paths, spare, note = _files_of_split(listing, own, request)
     if kind == "tars":
@@ -168,7 +177,8 @@ def _stem(path: str) -> str:
 
 
 def _why(listing: FolderListing) -> str:
-    found = "; ".join(f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3])
+    reasons = [f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3]]
+    found = "; ".join(filter(None, [*reasons, _own_note(listing)]))
     return f" ({found})" if found else ""
 
 

@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset({
     "jpeg_large", "jpf", "jpg", "jpg_large", "jpg_orig", "jpx", "jxl", "mpo", "pbm", "pgm", "png", "png_large", "pnm",
     "ppm", "tga", "tif", "tiff", "webp",
 })
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
+"""Names of metadata files, in small letters."""
 _NO_DATA = frozenset({
     "dataset_info.json", "dataset_infos.json", "desktop.ini", "icon\r", "license", "licence", "makefile", "notice",
     "readme", "thumbs.db",
@@ -43,6 +45,8 @@ class FolderListing:
     """Regular files, and links to regular files in the root or in `links`."""
     refused: dict[str, str] = field(default_factory=dict)
     """Everything else, by path, and why it is not read."""
+    own: dict[str, str] = field(default_factory=dict)
+    """Folders that kcache itself made, and what they are: no input, and so not refused either."""
     left_out: frozenset[str] = frozenset()
     """Files of another split than the one that is read: not refused, but not read either."""
 
@@ -50,6 +54,12 @@ class FolderListing:
     def images(self) -> list[str]:
         """Files that are called like images, sorted."""
         return sorted(path for path in self.files if is_image_name(path))
+
+    @cached_property
+    def metadata(self) -> list[str]:
+        """Files that are called like metadata, sorted."""
+        likely = (path for path in self.files if path.lower().endswith(METADATA_NAMES))
+        return sorted(path for path in likely if path.rpartition("/")[2].lower() in METADATA_NAMES)
 
     def find(self, name: str, folder: str) -> str:
         """The path of the file that `name` means, which stands in data in `folder` ("", or ending in a slash).
@@ -126,10 +136,10 @@ def list_folder(folder: Path, config: SourceConfig = AS_FOUND) -> FolderListing:
             with os.scandir(root / prefix) as scanned:
                 entries = [entry for entry in scanned if not entry.name.startswith(".")]
             if prefix and (own := own_output(root / prefix, {entry.name for entry in entries})):
-                listing.refused[path] = f"{own}, left out: its files are no source"
+                listing.own[path] = own
                 continue
             for entry in entries:
-                _list_entry(entry, prefix + entry.name, real / entry.name, listing, waiting, linked)
+                _list_entry(entry, prefix + entry.name, real, listing, waiting, linked)
         except OSError as error:
             if not prefix:
                 raise SourceError(f"{folder} cannot be listed: {error.strerror}; expected a readable folder") from error
@@ -169,7 +179,7 @@ def _again(path: str, first: str) -> str:
 def _list_entry(
     entry: os.DirEntry[str],
     path: str,
-    real: Path,
+    folder: Path,
     listing: FolderListing,
     waiting: list[tuple[str, Path]],
     linked: list[tuple[str, Path]],
@@ -182,7 +192,7 @@ def _list_entry(
     elif entry.is_file():
         listing.files.add(path)
     elif entry.is_dir():
-        waiting.append((path + "/", real))
+        waiting.append((path + "/", folder / entry.name))
         if is_image_name(path):
             listing.refused[path] = "a folder, not a file"
     else:

@@ -17,6 +17,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_FIRST_OF_MARKS = {mark[:1] for mark, _ in _MARKS}
 _HUB_BLOB = re.compile(r"/(datasets|models|spaces)--[^/]+/blobs(/|$)")
 
 
@@ -58,12 +59,13 @@ def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
     if "\0" in text and (found := plainly(content)):
         raise InputRejected("source", f"caption file {name!a} is {found}")
     # Not str.splitlines: it also cuts at characters that stand inside captions, such as U+2028.
-    captions = [line.strip() for line in re.split(LINE_ENDS, text) if line.strip()]
+    captions = [line.strip() for line in _LINE_END.split(text) if line.strip()]
     return caption_tuple(captions or "", needed=True)
 
 
 LINE_ENDS = "\r\n|\r|\n"
 """What ends a line, as a regular expression."""
+_LINE_END = re.compile(LINE_ENDS)
 
 
 def decode_text(content: bytes, errors: str = "strict") -> str:
@@ -71,9 +73,10 @@ def decode_text(content: bytes, errors: str = "strict") -> str:
 
     Raises UnicodeDecodeError.
     """
-    for mark, encoding in _MARKS:
-        if content.startswith(mark):
-            return content.decode(encoding)
+    if content[:1] in _FIRST_OF_MARKS:
+        for mark, encoding in _MARKS:
+            if content.startswith(mark):
+                return content.decode(encoding)
     return content.decode("utf-8-sig", errors)
 
 

@@ -55,6 +55,8 @@ class TableSource:
     """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
     links: tuple[Path, ...] = ()
     """Such folders into which links in the roots may lead."""
+    zip_roots: tuple[Path, ...] = ()
+    """Such folders for zips alone, of which rows name a member."""
     zips: ZipMembers = field(default_factory=ZipMembers)
     keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
@@ -84,7 +86,7 @@ class TableSource:
             images, at = self._images(part, chunk, row)
             path, name = images.path(at), "content_key"
             if path is not None and is_chained(path):
-                file, member = self.zips.locate(path, self.roots[0], self.roots)
+                file, member = self._zipped(path)
                 name = f"content_key of member {member!a}"
             else:
                 file = self._located(path)
@@ -132,10 +134,13 @@ class TableSource:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
         return locate(path, self.roots[0], self.roots, self.links)
 
+    def _zipped(self, path: str) -> tuple[Path, str]:
+        return self.zips.locate(path, self.roots[0], [*self.roots, *self.zip_roots], self.links)
+
     def _named(self, path: str | None) -> bytes:
         """The bytes of what a row only names."""
         if path is not None and is_chained(path):
-            return self.zips.read(*self.zips.locate(path, self.roots[0], self.roots, self.links))
+            return self.zips.read(*self._zipped(path))
         return read_file(self._located(path), MAX_IMAGE_BYTES)
 
 

@@ -24,6 +24,7 @@ def place(oracle: Path, cache: str, published: str, tmp_path: Path, monkeypatch:
     shutil.copytree(published, "caches/tars")
     Path("runs/prior").mkdir(parents=True)
     Path("runs/prior/metrics.jsonl").touch()
+    Path("runs/prior/config.json").touch()
     Path("empty").mkdir()
     return tmp_path
 

@@ -199,7 +199,7 @@ def test_saved_dataset_without_train_split_names_the_splits(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": [{"filename": "../secret.arrow"}]}'])
 def test_saved_dataset_with_a_foreign_state_is_refused(tmp_path: Path, state: str) -> None:
-    write(tmp_path, {"data/state.json": state, "secret.arrow": b""})
+    write(tmp_path, {"data/state.json": state, "data/dataset_info.json": "{}", "secret.arrow": b""})
     with pytest.raises(SourceError, match=r"state\.json"):
         open_source(str(tmp_path / "data"))
 
