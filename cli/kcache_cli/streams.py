@@ -52,7 +52,7 @@ def telling() -> Iterator[None]:
     """
     _open_standard_streams()
     told = sys.stderr
-    nobody: TextIO = Path(os.devnull).open("w", encoding="utf-8") if told is None else told  # noqa: SIM115 - until the command ends
+    nobody: TextIO = told or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the command ends
     sys.stderr = _Unfailing(nobody)
     try:
         yield
@@ -62,6 +62,7 @@ def telling() -> Iterator[None]:
         raise
     finally:
         sys.stderr = told
+        _let_go(told)
 
 
 def _open_standard_streams() -> None:
@@ -72,6 +73,17 @@ def _open_standard_streams() -> None:
         except OSError as error:
             if error.errno == errno.EBADF:
                 os.open(os.devnull, os.O_RDWR)
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """Flush a stream, and have what cannot be written go nowhere: the interpreter would exit with 120 for it."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _flush(code: Any) -> None:

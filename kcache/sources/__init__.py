@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
@@ -47,7 +46,7 @@ _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _COLUMNS = ("image_column", "caption_column")
 _COUNTED_FILES = 100
 """Parquet files whose rows are counted to say what a split that is left out holds."""
-Listed = TypeVar("Listed", FolderSource, TableSource, TarSource)
+Listed = FolderSource | TableSource | TarSource
 
 
 def open_source(
@@ -152,9 +151,7 @@ def _own_note(listing: FolderListing) -> str:
     return f"not looked into: {', '.join(named[:3])}{more}" if named else ""
 
 
-def _open_as(
-    kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request
-) -> FolderSource | TableSource | TarSource:
+def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Listed:
     own = kinds[kind]
     others = {path for files in kinds.values() for path in files} - set(own)
     if kind != "pictures":

@@ -128,12 +128,17 @@ def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
     return table
 
 
+def _samples_path(cache: Path, manifest: Manifest) -> Path:
+    """Where the samples lie; absolute, as Arrow takes a folder called "http:" for the beginning of a URL."""
+    return (cache / manifest.samples_file).absolute()
+
+
 def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
     """The samples as `read_samples` gives them, however many the manifest counts; raises CacheCorruptError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = cache / manifest.samples_file
+    path = _samples_path(cache, manifest)
     with _reading(path):
         content = path.read_bytes()
         _check_digest(hashlib.sha256(content).hexdigest(), manifest)
@@ -148,7 +153,7 @@ def read_cut(cache: Path, manifest: Manifest) -> dict[bytes, int]:
     """Tokens of captions that were cut off, by key of the caption, as far as counted; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
-    path = cache / manifest.samples_file
+    path = _samples_path(cache, manifest)
     with _reading(path):
         told = json.loads((pq.read_schema(path).metadata or {}).get(_CUT.encode(), b"{}"))
         if not all(type(tokens) is int and tokens >= 0 for tokens in told.values()):
@@ -160,7 +165,7 @@ def short_sides(cache: Path, manifest: Manifest) -> np.ndarray:
     """(N,) the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
-    path = cache / manifest.samples_file
+    path = _samples_path(cache, manifest)
     with _reading(path):
         table = pq.read_table(path, columns=["width", "height"], use_threads=False, pre_buffer=False)
         return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
@@ -191,7 +196,7 @@ def read_some_samples(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, rows, seen = cache / manifest.samples_file, list[dict[str, Any]](), 0
+    path, rows, seen = _samples_path(cache, manifest), list[dict[str, Any]](), 0
     with _reading(path):
         with path.open("rb") as file:
             _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
@@ -240,7 +245,7 @@ def _check_values(table: "pyarrow.Table") -> None:
 
 def _check_count(cache: Path, manifest: Manifest, found: int) -> None:
     if found != manifest.samples:
-        path = cache / manifest.samples_file
+        path = _samples_path(cache, manifest)
         raise CacheCorruptError(f"{path} has {found} samples; the manifest says {manifest.samples}; build again")
 
 

@@ -69,3 +69,13 @@ def test_nothing_is_opened_in_the_place_of_a_closed_stream(tmp_path: Path) -> No
     command = f'"{sys.executable}" -c "$1" "$2" 2>&- >&-'
     ended = subprocess.run(["sh", "-c", command, "sh", CLOSED, str(data)], check=False, env=dict(os.environ))
     assert (ended.returncode, data.read_bytes()) == (0, b"")
+
+
+def test_what_a_full_disk_did_not_take_is_not_asked_for_again_when_the_interpreter_ends() -> None:
+    code = (
+        "import sys\nfrom kcache_cli.streams import telling\nwith telling(): print('a note', file=sys.stderr, end='')"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run([sys.executable, "-c", code], check=False, stderr=full, env=environment)
+    assert ended.returncode == 0

@@ -59,7 +59,7 @@ CONTENTS = {
 
 
 def tables() -> Iterator[list[str]]:
-    """The rows of all tables that have a column `said`, heads left out; first comes the first cell of the head."""
+    """The rows of tables with a column `said`, heads left out; the first cell of the head comes before the cells."""
     head = ""
     for line in (ROOT / "docs/your-data.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]

@@ -74,6 +74,18 @@ def test_some_samples_are_those_of_the_list(
     assert found == [whole[number] for number in numbers]
 
 
+def test_a_folder_that_is_called_like_the_beginning_of_a_url_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("s3:")
+    folder.mkdir()
+    manifest = written(folder, list("abc"))
+    assert samples.short_sides(folder, manifest).tolist() == [0, 1, 1]
+    assert samples.read_cut(folder, manifest) == {}
+    assert read_some_samples(folder, manifest, np.arange(1), ["name"]) == [{"name": "a"}]
+
+
 def test_some_samples_of_a_broken_list_are_refused(tmp_path: Path) -> None:
     manifest = written(tmp_path, list("abc"))
     with pytest.raises(CacheCorruptError, match="has 3 samples; the manifest says 4"):
