@@ -15,9 +15,10 @@ from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import remote
+from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
-from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder
+from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder, unlike_pictures
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
@@ -43,6 +44,8 @@ _EXPECTED = (
     "save_to_disk, or the id of a Hub dataset (owner/name)"
 )
 _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_LIKE_AN_ID = re.compile(r"(?:datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:@/]?[\w./-]*")
 _COLUMNS = ("image_column", "caption_column")
 _COUNTED_FILES = 100
 """Parquet files whose rows are counted to say what a split that is left out holds."""
@@ -65,6 +68,8 @@ def open_source(
     """
     request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
+    if not spec.strip():  # which as a path would be the working directory
+        raise SourceError(_no_source(spec, path))
     try:
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
@@ -80,21 +85,38 @@ def open_source(
             return open_tars(expand_braces(spec), {}, request)
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
-    if (problem := remote(spec)) is not None:
-        raise SourceError(problem)
-    if _COMMAND.match(spec):
-        raise SourceError(
-            f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
-        )
-    if _HUB_ID.fullmatch(spec):
+    if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
         refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
         return open_hub_dataset(spec, request)
-    raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
+    raise SourceError(_no_source(spec, path))
+
+
+def _no_source(spec: str, path: Path) -> str:
+    """What to say of a source that is neither a file, nor a folder, nor the id of a dataset."""
+    if (problem := remote(spec)) is not None:
+        return problem
+    if not spec.strip():
+        return f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it"
+    if _WINDOWS.match(spec):
+        return (
+            f"{spec!a} is a path of Windows, and nothing here is called so; expected a path of this machine: under "
+            "WSL, the drive C: is at /mnt/c"
+        )
+    if _COMMAND.match(spec):
+        return f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
+    if path.exists():
+        return f"{path} is neither a file nor a folder; expected {_EXPECTED}; copy what it gives into one"
+    like = _LIKE_AN_ID.fullmatch(spec)
+    dataset = f", or, for the Hub's dataset {like[1]}, give only that id, or a copy of the part meant" if like else ""
+    return f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path{dataset}"
 
 
 def _open_file(path: Path, request: Request) -> Source:
-    if not is_tar_name(path.name) and path.suffix != ".parquet":
-        raise SourceError(f"{path} is a file, but no .parquet file and no .tar; expected {_EXPECTED}; give its folder")
+    if not is_tar_name(path.name) and path.suffix.lower() != ".parquet":
+        what = f"it is {found}" if (found := plainly_at(path)) else "no .parquet file and no .tar"
+        raise SourceError(
+            f"{path} is one file ({what}); expected {_EXPECTED}; give the folder that holds the pictures and captions"
+        )
     if is_tar_name(path.name):
         refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
         return open_tars([(path.name, path)], {}, request)
@@ -106,8 +128,7 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
     """Open a folder as what it offers most captioned samples as, of equals as pictures; what else is in it is named."""
     kinds = _kinds(listing)
     if not kinds:
-        found = f"no images among its {len(listing.files):,} files{_why(listing)}"
-        raise SourceError(f"{listing.root} holds {found}; expected {_EXPECTED}")
+        raise SourceError(f"{listing.root} {_without_samples(listing)}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
     what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
     if kind == "pictures" and not listing.metadata:
@@ -173,10 +194,17 @@ def _stem(path: str) -> str:
     return re.sub(r"(_stats)?\.[^/]*$", "", path)
 
 
-def _why(listing: FolderListing) -> str:
-    reasons = [f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3]]
+def _without_samples(listing: FolderListing) -> str:
+    """What a folder holds that can be read as nothing."""
+    refused = listing.refused | leftovers(listing, listing.files, unlike_pictures)
+    reasons = [f"{readable(path)}: {reason}" for path, reason in list(refused.items())[:3]]
+    saved = {path.rpartition("/")[0] for path in listing.files if path.endswith(("/dataset_dict.json", "/state.json"))}
+    if inner := sorted(path for path in saved if is_saved_dataset(listing.root / path))[:3]:
+        return f"holds {' and '.join(map(readable, inner))}, which save_to_disk wrote; give one of those folders"
     found = "; ".join(filter(None, [*reasons, _own_note(listing)]))
-    return f" ({found})" if found else ""
+    if not found and not listing.files and any(listing.root.iterdir()):
+        found = "names that begin with a dot are hidden, and not read"
+    return f"holds no images among its {len(listing.files):,} files{f' ({found})' if found else ''}"
 
 
 def _files_of_split(

@@ -170,12 +170,15 @@ def _others(
     orphans = sorted(filter(_is_text, rest))
     companions = {path for path in rest if _stem(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
     odd = {_stem(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
+    bare = {_stem(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
     reasons = {}
     for text in orphans:
         reasons[text] = "a caption file without an image of its name"
         if (near := odd.get(_stem(text))) is not None:
             found = plainly_at(listing.root / near)
             reasons[text] += f"; beside it is {near!a}, which is {found or 'not called like a picture'}"
+        elif (image := bare.get(_stem(text).casefold())) is not None:
+            reasons[text] += f"; it differs in capitals from that of {image!a}: rename one of them"
     return companions, reasons | leftovers(listing, rest - companions - set(orphans), unlike_pictures)
 
 

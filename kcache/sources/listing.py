@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import unquote
 
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
-from kcache.hints import own_output
+from kcache.hints import near_names, own_output
 from kcache.plainly import plainly_at
 from kcache.sources.reading import follow, locate
 
@@ -29,6 +30,7 @@ _NO_DATA = frozenset({
 # fmt: on
 """Files, by name without .md or .txt in small letters, that are about a folder or made by a system."""
 _UNFINISHED = frozenset({".aria2", ".crdownload", ".download", ".part", ".partial", ".tmp"})
+_TABULAR = frozenset({".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".xls", ".xlsx", ".xml", ".yaml", ".yml"})
 _MOST_KINDS = 20
 """Kinds of files that are named; what is of none of them comes in one line."""
 
@@ -80,12 +82,13 @@ class FolderListing:
                 return same[0]
             if slashed != name and not same:
                 return self.find(slashed, folder)
-            if re.match(r"[A-Za-z]:/", name):
-                reason = f"{name!a} is a path on another machine; use one relative to the metadata file"
-                raise InputRejected("source", reason) from None
+            near = near or self._by_loose_stem.get(_loose_stem(unquote(slashed).strip()), [])
             inside = [path.removeprefix(folder) for path in near if path.startswith(folder)]
             hint = f"; did you mean {inside[0]!a}?" if inside else ""
-            raise InputRejected("source", rejection.reason + hint) from None
+            reason = rejection.reason
+            if re.match(r"[A-Za-z]:/", name):
+                reason = f"{name!a} is a path on another machine; use one relative to the metadata file"
+            raise InputRejected("source", reason + hint) from None
 
     def _locate(self, name: str, folder: str) -> str:
         return locate(name, self.root / folder, [self.root], self.links).relative_to(self.root).as_posix()
@@ -100,6 +103,19 @@ class FolderListing:
         for file in sorted(self.files | self.left_out):
             names.setdefault(_loosely(file), []).append(file)
         return names
+
+    @cached_property
+    def _by_loose_stem(self) -> dict[str, list[str]]:
+        """Images by what people would call the same name without its folder and its suffix, to be hinted at."""
+        stems: dict[str, list[str]] = {}
+        for image in self.images:
+            stems.setdefault(_loose_stem(image), []).append(image)
+        return stems
+
+
+def _loose_stem(path: str) -> str:
+    name = _loosely(path).rpartition("/")[2]
+    return name.rpartition(".")[0] or name
 
 
 def is_image_name(path: str) -> bool:
@@ -160,8 +176,10 @@ def link_roots(root: Path, config: SourceConfig) -> tuple[Path, ...]:
         found += [folder / ".git/annex/objects", folder / ".dvc/cache"]
     if config.follow_links is not None:
         place = Path(config.follow_links)
-        if not place.is_dir():
-            found_there = "that is a file" if place.exists() else "nothing is there"
+        if not place.is_dir() or not config.follow_links.strip():
+            near = near_names(place)
+            found_there = "that is a file" if place.is_file() else "nothing is there"
+            found_there += f" (did you mean {near}?)" if near and not place.exists() else ""
             raise SourceError(
                 f"--follow-links {config.follow_links!a}: {found_there}; expected the folder into which links of the "
                 "source may lead"
@@ -226,8 +244,11 @@ def leftovers(
     reasons = {}
     for kind, found in kinds.items():
         reason = why if isinstance(why, str) else why(kind)
-        if words := plainly_at(listing.root / found[0]):
+        words = plainly_at(listing.root / found[0])
+        if words is not None:
             reason += f"; {'it' if len(found) == 1 else 'the first'} is {words}"
+        if why is unlike_pictures and kind not in _UNFINISHED:
+            reason += _instead(kind, words)
         if len(found) == 1:
             reasons[found[0]] = reason
         else:
@@ -240,7 +261,16 @@ def unlike_pictures(kind: str) -> str:
     """Why files of a kind, which is their suffix, are not taken for pictures."""
     if kind in _UNFINISHED:
         return "an unfinished download by its name; fetch it again, or rename it if it is whole"
-    return "not called like a picture, and no metadata names it; rename it if it is one, e.g. to .jpg"
+    return "not called like a picture, and no metadata names it"
+
+
+def _instead(kind: str, words: str | None) -> str:
+    """What to do with a file that is not called like a picture, by what it plainly is."""
+    if kind == ".arrow":
+        return "; rows are read from parquet files and from folders that save_to_disk wrote"
+    if kind in _TABULAR:
+        return "; captions are read from metadata.jsonl or .csv (columns file_name and text), and from text files"
+    return "; rename it if it is a picture, e.g. to .jpg" if words is None or "picture" in words else ""
 
 
 def _is_no_data(path: str) -> bool:

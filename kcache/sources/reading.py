@@ -7,6 +7,7 @@ import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kcache.errors import InputRejected
 from kcache.plainly import plainly, printable
@@ -24,13 +25,14 @@ _HUB_BLOB = re.compile(r"/(datasets|models|spaces)--[^/]+/blobs(/|$)")
 def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
     """The captions in one cell of metadata: a string is one caption, a list of strings several.
 
-    An empty string is a caption, the unconditional one. No caption at all is () unless `needed`. Raises InputRejected.
+    An empty string is a caption, the unconditional one; null is none, also in a list. No caption at all is () unless
+    `needed`. Raises InputRejected.
     """
-    if cell is None or cell == []:
+    captions: list[Any] = [each for each in (cell if isinstance(cell, list) else [cell]) if each is not None]
+    if not captions:
         if needed:
             raise InputRejected("source", "no caption; give a string, a list of strings, or remove the image")
         return ()
-    captions = cell if isinstance(cell, list) else [cell]
     for caption in captions:
         _check_caption(caption)
     return tuple(captions)

@@ -221,7 +221,9 @@ def _misfit(file: RowFile, request: Request) -> str | None:
     if request.need_captions or request.config.caption_column is not None:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
     for column, fits, flag, expected in wanted:
-        if column not in file.schema.names:
+        if (times := file.schema.names.count(column)) > 1:
+            return f"has {times} columns {column!r}; expected one; write it again with names of their own"
+        if not times:
             found = readable(", ".join(file.schema.names))
             return f"has no column {column!r}; found {found}; name the right one with {flag}"
         kind = file.schema.field(file.schema.names.index(column)).type

@@ -102,7 +102,9 @@ def test_a_caption_column_wins_over_text_members(tmp_path: Path, text: str) -> N
     assert offered(source) == {"x.tar/a": ("a red fox on snow",), "x.tar/b": ("one", "two")}
     assert source.description.endswith("captions from .json members, 'recaption'")
     told = {refusal.name: refusal.reason for refusal in source.refused}
-    assert told["x.tar/c"].endswith("no .json member with 'recaption' (its .json member holds caption)")
+    assert told["x.tar/c"].endswith(
+        "no .json member with 'recaption' (its .json member holds caption: --caption-column)"
+    )
     assert told["x.tar/d"].startswith("no caption")
     assert set(offered(open_source(place, SourceConfig(caption_column="txt"))).values()) == {("alt text",)}
     for need_captions in (True, False):

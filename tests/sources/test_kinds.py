@@ -140,3 +140,9 @@ def test_metadata_of_a_part_and_text_files_of_another_serve_together(tmp_path: P
     assert source.description == (
         "imagefolder: 2 images, captions from m/metadata.jsonl column 'text' and from .txt files, one per line"
     )
+
+
+def test_a_range_of_one_tar_is_that_tar(tmp_path: Path) -> None:
+    tar(tmp_path / "007.tar", "x")
+    for pattern in ("{007..007}", "{007,007}"):
+        assert len(open_source(f"{tmp_path}/{pattern}.tar")) == 1
