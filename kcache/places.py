@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from kcache.errors import ConfigError
 
@@ -38,7 +39,10 @@ def remote(path: str | Path) -> str | None:
         scheme, rest = url[1].lower(), url[2]
         shown = ascii(f"{url[1]}://{rest}")
         if scheme == "file":
-            return f"{f'file:///{rest}'!a} is a URL; expected a path; give {'/' + rest.lstrip('/')!a}"
+            local = re.sub("^localhost/", "", unquote(rest))
+            return (
+                f"{f'file:///{rest}'!a} is a URL; expected a path; give {local if local[:1] == '~' else '/' + local!a}"
+            )
         if (hub := _HUB_PAGE.match(rest)) is not None:
             return f"{shown} is a page of the Hugging Face Hub; give its id, {hub[1]!a}, where one is taken"
         if scheme in _ADVICE:

@@ -8,7 +8,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from kcache.config import AS_FOUND, SourceConfig
@@ -68,8 +68,7 @@ def open_source(
     """
     request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
-    if not spec.strip():  # which as a path would be the working directory
-        raise SourceError(_no_source(spec, path))
+    _refuse_empty(spec, config)
     try:
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
@@ -91,12 +90,20 @@ def open_source(
     raise SourceError(_no_source(spec, path))
 
 
+def _refuse_empty(spec: str, config: SourceConfig) -> None:
+    """Raise SourceError for a path or a setting of no letters, as variables of a shell leave it that are not set."""
+    if not spec.strip():  # which as a path would be the working directory
+        raise SourceError(f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it")
+    for each in fields(SourceConfig):
+        if getattr(config, each.name) == "":
+            flag = f"--{each.name.replace('_', '-')}"
+            raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
+
+
 def _no_source(spec: str, path: Path) -> str:
     """What to say of a source that is neither a file, nor a folder, nor the id of a dataset."""
     if (problem := remote(spec)) is not None:
         return problem
-    if not spec.strip():
-        return f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it"
     if _WINDOWS.match(spec):
         return (
             f"{spec!a} is a path of Windows, and nothing here is called so; expected a path of this machine: under "

@@ -176,7 +176,7 @@ def link_roots(root: Path, config: SourceConfig) -> tuple[Path, ...]:
         found += [folder / ".git/annex/objects", folder / ".dvc/cache"]
     if config.follow_links is not None:
         place = Path(config.follow_links)
-        if not place.is_dir() or not config.follow_links.strip():
+        if not place.is_dir():
             near = near_names(place)
             found_there = "that is a file" if place.is_file() else "nothing is there"
             found_there += f" (did you mean {near}?)" if near and not place.exists() else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.errors import InputRejected
-from kcache.plainly import plainly, printable
+from kcache.plainly import no_words, plainly, printable
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -58,7 +58,7 @@ def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
         found = plainly(content)
         reason = f"it is {found}" if found else str(error)
         raise InputRejected("source", f"caption file {name!a} is not UTF-8 text: {reason}") from error
-    if "\0" in text and (found := plainly(content)):
+    if found := plainly(content) if "\0" in text else no_words(content):
         raise InputRejected("source", f"caption file {name!a} is {found}")
     # Not str.splitlines: it also cuts at characters that stand inside captions, such as U+2028.
     captions = [line.strip() for line in _LINE_END.split(text) if line.strip()]

@@ -1,5 +1,6 @@
 """Datasets of rows: parquet files, and what `hub` finds that the library `datasets` keeps."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -239,6 +240,8 @@ def _about(kind: object, flag: str) -> str:
         return ""
     if is_caption_type(kind) and not str(kind).endswith("null"):
         return ", or store the pictures themselves: files and URLs that text names are not fetched"
+    if re.search(r"list<[^<>]*int\d+>", str(kind)):
+        return ", or store each picture's bytes as binary, not as a list of numbers"
     return ", or give each picture a row" if "list" in str(kind) else ""
 
 

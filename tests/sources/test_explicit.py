@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_folders import write
 
 from kcache.config import SourceConfig, TrainConfig
 from kcache.errors import ConfigError, SourceError
@@ -150,3 +151,10 @@ def test_a_tar_that_is_something_else_is_told_as_what_it_is(tmp_path: Path, head
         open_source(str(tmp_path / "x.tar"))
     source = open_source(str(tmp_path))
     assert (len(source), [refusal.name for refusal in source.refused]) == (1, ["x.tar"])
+
+
+@pytest.mark.parametrize("setting", ["split", "image_column", "caption_column", "follow_links"])
+def test_a_flag_without_a_value_is_refused(tmp_path: Path, setting: str) -> None:
+    write(tmp_path, {"a.jpg": b"A", "metadata.csv": "file_name,text\na.jpg,x"})
+    with pytest.raises(SourceError, match=f"--{setting.replace('_', '-')}"):
+        open_source(str(tmp_path), SourceConfig(**{setting: ""}))
