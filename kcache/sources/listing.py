@@ -222,11 +222,18 @@ def _list_link(path: str, real: Path, listing: FolderListing, linked: list[tuple
         listing.files.add(path)
     elif not real.is_dir():
         listing.refused[path] = "not a regular file"
-    elif real.is_relative_to(listing.root) and not any(real.is_relative_to(place) for place in listing.links):
-        inside = real.relative_to(listing.root).as_posix()
+    elif (inside := _read_as(real, listing)) is not None:
         listing.refused[path] = f"a link to the folder {inside!a} of the source, which is read where it is"
     else:
         linked.append((path + "/", real))
+
+
+def _read_as(folder: Path, listing: FolderListing) -> str | None:
+    """Where in the source a real folder is read without any link; None for one outside, and for a hidden one."""
+    if not folder.is_relative_to(listing.root) or any(folder.is_relative_to(place) for place in listing.links):
+        return None
+    inside = folder.relative_to(listing.root)
+    return None if any(part.startswith(".") for part in inside.parts) else inside.as_posix()
 
 
 def leftovers(

@@ -166,6 +166,7 @@ def _pattern_rule(data_files: object, base: str) -> Rule | None:
 
 def _glob(pattern: str) -> re.Pattern[str]:
     """A pattern of file names, in which * stops at a slash and ** does not."""
+    pattern = re.sub(r"(\*\*/)+", "**/", pattern)  # many of them would take for ever
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern)
     signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     as_set = (
