@@ -65,6 +65,9 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
     """Add what one file says; raises InputRejected for one that is no metadata."""
     column = request.config.image_column or FILE_COLUMN
     table = _open(listing.root / path, column, request.caption_column)
+    for name in (column, request.caption_column):
+        if (times := list(table.columns or ()).count(name)) > 1:
+            raise InputRejected("source", f"has {times} columns {name!r}; expected one; give each a name of its own")
     columns = set(table.columns or ())
     rows, folder = 0, path[: path.rfind("/") + 1]
     reasons: dict[str, str] = {}

@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 from collections.abc import Sequence
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,9 @@ def follow(path: Path, roots: Sequence[Path]) -> Path:
     try:
         real = path.resolve(strict=True)
     except OSError as error:
-        if path.is_symlink() and (target := _end_of(path)) is not None:
+        if error.errno != ENAMETOOLONG and path.is_symlink() and (target := _end_of(path)) is not None:
             raise InputRejected("source", _dangling(os.fspath(path.readlink()), target)) from None
-        raise InputRejected("source", f"there is no readable file {path.name!a}: {error.strerror}") from None
+        raise InputRejected("source", f"there is no readable file {_short(path.name)}: {error.strerror}") from None
     except RuntimeError:
         # How Path.resolve reports a loop before Python 3.13.
         raise InputRejected("source", f"the link {path.name!a} leads back to itself") from None

@@ -113,6 +113,7 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path) -> None:
         ('{"file_name": "/etc/passwd", "text": "a"}', "leads out"),
         ('{"file_name": "missing.jpg", "text": "a"}', "no readable file"),
         ('{"file_name": "", "text": "a"}', "not a file name"),
+        (f'{{"file_name": "{"x" * 5000}", "text": "a"}}', "File name too long"),
         ('{"file_name": "a\\u0000.jpg", "text": "a"}', "not a file name"),
         ('{"file_name": "\\ud800.jpg", "text": "a"}', "not a file name"),
         ('{"file_name": "sub", "text": "a"}', "a folder"),
