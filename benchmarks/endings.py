@@ -44,7 +44,7 @@ MOMENTS = (
     (trainer, "write_result"),
     (result, "_save"),
     (result, "export_network"),
-    (result, "_replace"),
+    (result, "replace"),
     (result, "export_components"),
     (result, "model_card"),
     (result, "make_pipeline"),

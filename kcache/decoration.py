@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kcache.foreign import reason, tracebacks_are_wanted
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,17 +23,12 @@ def decoration(what: str, said: set[str] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:
         if said is not None and what in said:
             return
         if said is not None:
             said.add(what)
-        logger.warning("%s (%s); the work goes on", what, reason(error))
-
-
-def reason(error: BaseException) -> str:
-    """An exception's words in one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+        logger.warning("%s (%s); the work goes on", what, reason(error), exc_info=tracebacks_are_wanted())
 
 
 def drawing() -> Any:

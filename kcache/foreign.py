@@ -5,6 +5,7 @@ list of what it raises: `told` takes all.
 """
 
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,12 @@ def _lacks_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What happened, in one line: in plain words where the error is known, with what the library itself says of it."""
+    """What happened, in one line: in plain words where the error is known, with what the library itself says of it.
+
+    What kcache raised on purpose says it already.
+    """
+    if isinstance(error, KcacheError):
+        return " ".join(str(error).split())
     if out_of_memory(error):
         return f"memory ran out: {_own_words(error)}"
     meaning, known = _meaning(error)
@@ -160,6 +166,11 @@ def advice(error: BaseException) -> str | None:
         return SYSTEM_ADVICE[number]
     meaning, _ = _meaning(error)
     return None if meaning is None else meaning.advice
+
+
+def tracebacks_are_wanted() -> bool:
+    """Whether whoever started this process wants to see where things go wrong."""
+    return os.environ.get("KCACHE_DEBUG") == "1"
 
 
 def is_fault(error: BaseException) -> bool:

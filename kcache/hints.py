@@ -32,7 +32,7 @@ def instead_of_cache(path: Path) -> str | None:
     if path.is_file():
         return "it is a file; give the folder of a cache"
     names = _names(path)
-    if kind := _training_folder(names):
+    if kind := _trained(path, names):
         return f"it is {kind}; give the cache that it was trained from, or draw with it: kcache sample"
     if inner := [name for name in names if _is_cache(path / name)]:
         return f"the caches are in it: {', '.join(str(path / name) for name in inner[:5])}; give one of them"
@@ -75,11 +75,16 @@ def own_output(folder: Path, names: Collection[str]) -> str | None:
         return "a kcache cache that is being built"
     if any(_TABLE.fullmatch(name) and any((folder / name).glob("*.rows.npy")) for name in names):
         return "a kcache cache that was not finished"
-    if kind := _training_folder(names):
-        return kind
+    return _trained(folder, names)
+
+
+def _trained(folder: Path, names: Collection[str]) -> str | None:
+    """What a folder that holds these names is, where training left it, or trains from it."""
+    if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
+        return "a run directory"
     if folder.name.startswith("checkpoint-") and "state.json" in names:
         return "a checkpoint"
-    return None
+    return "a pipeline of networks" if "model_index.json" in names else None
 
 
 def already_in(folder: Path) -> str | None:
@@ -126,13 +131,6 @@ def near_names(path: Path) -> str:
 
 def _is_cache(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and any(folder.glob("index-*"))
-
-
-def _training_folder(names: Collection[str]) -> str | None:
-    # Together: one file of such a name may lie in any folder.
-    if "metrics.jsonl" in names and {"config.json", "starts.jsonl"} & set(names):
-        return "a run directory"
-    return "a pipeline of networks" if "model_index.json" in names else None
 
 
 def _has_pictures(names: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ ends where it says so itself.
 """
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -22,10 +23,14 @@ STOP_SIGNALS = (
     signal.SIGUSR1,  # Slurm's --signal by custom; Grid Engine's -notify and soft limits
     signal.SIGUSR2,  # LSF's run limit, Grid Engine's -notify
     signal.SIGXCPU,  # a soft limit of processor time
+    signal.SIGALRM,  # an alarm that was set before the command was begun, and nothing here sets
 )
 """What terminals, launchers and batch systems end a process with that may still clear up."""
 SAME_REQUEST_SECONDS = 5.0
 """Time within which Ctrl-C again is the same wish: launchers pass on what the whole group has got already."""
+
+_SECONDS_BEFORE = 30
+"""Of processor time, before a limit of it: what a step and a checkpoint take, at least."""
 
 _asked: list[int] = []
 """The signals that came; of the process, like the handlers."""
@@ -40,7 +45,8 @@ def end_on_signals() -> list[int]:
     """From now on, let each of `STOP_SIGNALS` end this process by an exception; returns a list of those that came.
 
     SIGINT raises KeyboardInterrupt, any other SystemExit(128 + its number). Ignored ones stay ignored, as they are in
-    the background of a script or under nohup. For the main thread of a command.
+    the background of a script or under nohup. A hard limit of processor time, which kills, is told of before it is
+    reached, by SIGXCPU. For the main thread of a command.
     """
     came: list[int] = []
 
@@ -52,6 +58,11 @@ def end_on_signals() -> list[int]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
             _ours.add(end)
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        before = hard - min(hard // 2, max(hard // 10, _SECONDS_BEFORE))
+        if soft == resource.RLIM_INFINITY or soft > before:
+            resource.setrlimit(resource.RLIMIT_CPU, (before, hard))
     return came
 
 

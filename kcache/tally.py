@@ -1,4 +1,4 @@
-"""What of the inputs is not in a cache as it was given, counted, and the sentences that say so."""
+"""Counts in words, and the sentences that say what of the inputs is not in a cache as it was given."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,34 +32,35 @@ class Tally:
         if self.captions_cut:
             one = self.captions_cut == 1
             said.append(
-                f"{_count(self.captions_cut, 'caption')} {'is' if one else 'are'} longer than {self.longest} tokens: "
-                f"{_count(self.tokens_cut, 'token')} of {'it' if one else 'them'} {_were(self.tokens_cut)} not seen"
+                f"{counted(self.captions_cut, 'caption')} {'is' if one else 'are'} longer than {self.longest} tokens: "
+                f"{counted(self.tokens_cut, 'token')} of {'it' if one else 'them'} {_were(self.tokens_cut)} not seen"
             )
         if self.captions_full:
             fills = "fills" if self.captions_full == 1 else "fill"
             said.append(
-                f"{_count(self.captions_full, 'caption')} {fills} all {self.longest} tokens: how much more there "
+                f"{counted(self.captions_full, 'caption')} {fills} all {self.longest} tokens: how much more there "
                 "was is not known; building again counts it"
             )
         if self.captions_empty:
             one = self.captions_empty == 1
             said.append(
-                f"{self.captions_empty:,} of {_count(self.captions, 'caption')} {'is' if one else 'are'} empty: "
+                f"{self.captions_empty:,} of {counted(self.captions, 'caption')} {'is' if one else 'are'} empty: "
                 f"{'it trains' if one else 'they train'} without a text"
             )
         if self.samples_alike:
             have = "has" if self.samples_alike == 1 else "have"
-            said.append(f"{self.samples_alike:,} of {_count(self.samples, 'sample')} {have} the picture of one before")
+            said.append(f"{self.samples_alike:,} of {counted(self.samples, 'sample')} {have} the picture of one before")
         for side, count in self.pictures_small.items():
             if count:
                 are = "is" if count == 1 else "are"
                 said.append(
-                    f"{count:,} of {_count(self.samples, 'picture')} {are} smaller than {side} pixels, and scaled up"
+                    f"{count:,} of {counted(self.samples, 'picture')} {are} smaller than {side} pixels, and scaled up"
                 )
         return said
 
 
-def _count(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 sample", "1,797 samples"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 

@@ -1,6 +1,5 @@
 """The `kcache` command: its list of commands, and what becomes of an error."""
 
-import os
 import sys
 import threading
 import traceback
@@ -11,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from kcache.errors import KcacheError
-from kcache.foreign import advice, is_fault, reason
+from kcache.foreign import advice, is_fault, reason, tracebacks_are_wanted
 from kcache.machine import keep_to_cores
 from kcache.stopping import end_on_signals
 from kcache_cli.build import cache_build
@@ -95,7 +94,7 @@ def _run(came: Sequence[int]) -> None:
     except Exception as error:  # noqa: BLE001  # nobody is above this, and a traceback is of no use to whoever typed it
         if came:  # what a library makes of being ended in the middle is not what happened
             sys.exit(128 + came[0])
-        if os.environ.get("KCACHE_DEBUG") == "1":
+        if tracebacks_are_wanted():
             traceback.print_exc()
         else:
             note(f"kcache: {_one_line(error)}")
@@ -116,7 +115,7 @@ def _one_line(error: Exception) -> str:
 
 def _said_in_a_thread(told: threading.ExceptHookArgs) -> None:
     """What becomes of an error in a thread that nobody waits for."""
-    if os.environ.get("KCACHE_DEBUG") == "1":
+    if tracebacks_are_wanted():
         threading.__excepthook__(told)
     elif isinstance(told.exc_value, Exception):
         note(f"kcache: {_one_line(told.exc_value)}")

@@ -197,9 +197,9 @@ class Patience:
             names = ", ".join([claim.name for claim in claims[:3]] + ["…"] * (len(claims) > 3))
             line = f"{other}, which holds {names} in {claims[0].parent}"
             if not is_knowable(other):
-                left = max(0.0, *(self.lease(claim) for claim in claims)) if len(claims) > 1 else self.lease(claims[0])
+                left = max(0.0, *map(self.lease, claims))
                 line += (
-                    f"; nothing is known of it here, so its lease has to run out, in {max(0.0, left) / 60:.0f} min "
+                    f"; nothing is known of it here, so its lease has to run out, in {left / 60:.0f} min "
                     "unless it renews it; if it has ended, --take-over takes over at once"
                 )
             lines.append(line)

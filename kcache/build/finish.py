@@ -23,7 +23,7 @@ from kcache.machine import threads_for
 from kcache.stopping import stop_here
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
-from kcache.store.recipe import TEXT, kind_of
+from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, sizes_by_key, stored_samples, with_ids, write_samples
 from kcache.store.shards import Rejection
 
@@ -94,13 +94,7 @@ def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, Tab
     tokens = token_counts({TEXT.name: recipe}, {TEXT.name: np.append(stored.entries[positions], stored.entries[:1])})
     longest = recipe.batch_shape[1]
     full = {key: text for (key, text), count in zip(captions.items(), tokens, strict=True) if count == longest}
-    manifest = _current(job.folder)
-    try:
-        known = read_cut(job.folder, manifest) if full and manifest is not None else {}
-    except KcacheError:
-        known = {}
-    if same := manifest is not None and manifest.tables.get(TEXT.name):
-        known = known if same.recipe == recipe else {}
+    known = _known_cut(job.folder, recipe) if full else {}
     if full.keys() <= known.keys():
         return {key: known[key] for key in full}
     # Not at the top: it loads torch.
@@ -109,6 +103,18 @@ def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, Tab
     tokenizer = load_tokenizer(job.repository(TEXT.name))
     counts = {key: len(tokenizer(text, verbose=False)["input_ids"]) for key, text in full.items() if key not in known}
     return {key: known[key] if key in known else max(0, counts[key] - longest) for key in full}
+
+
+def _known_cut(cache: Path, recipe: Recipe) -> Mapping[bytes, int]:
+    """Tokens cut off captions, by key, as the manifest before this one has them of texts of this recipe."""
+    manifest = _current(cache)
+    earlier = None if manifest is None else manifest.tables.get(TEXT.name)
+    if manifest is None or earlier is None or earlier.recipe != recipe:
+        return {}
+    try:
+        return read_cut(cache, manifest)
+    except KcacheError:
+        return {}  # the samples file is derived: what it lacks is counted again
 
 
 def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:

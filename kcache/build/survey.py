@@ -31,6 +31,7 @@ from kcache.store.recipe import (
     table_names,
 )
 from kcache.store.samples import Refusal, Sample, read_samples
+from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
 """How often it is said how many images were looked through, which for the first time means reading each of them."""
@@ -228,7 +229,7 @@ def other_verdicts(samples: Sequence[Sample], tables: Mapping[str, TableState], 
                 then[key] = differing
     counts = Counter(then[s.image_key] for s in samples if s.image_key in then)
     return [
-        f"{_counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
+        f"{counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
         f"({'; '.join(differing)}): --retry-rejected tries {'it' if count == 1 else 'them'} again"
         for differing, count in sorted(counts.items())
     ]
@@ -288,20 +289,16 @@ def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> di
             reasons[name] = f"the table in the cache is of another recipe ({differences})"
         elif name not in job.earlier:
             left = "what an interrupted build left to do" if len(states[name].stored.keys) else "the table is new"
-            reasons[name] = f"{left}: {_counted(len(keys), kind.per)}"
+            reasons[name] = f"{left}: {counted(len(keys), kind.per)}"
         else:
             counts = {
                 "new or edited since the last build": len(keys) - lost - retried,
                 "whose rows are lost": lost,
                 "rejected before, to be tried again": retried,
             }
-            parts = [f"{_counted(count, kind.per)} {what}" for what, count in counts.items() if count]
+            parts = [f"{counted(count, kind.per)} {what}" for what, count in counts.items() if count]
             reasons[name] = ", ".join(parts) or "the reserved row is lost"
     return reasons
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _known_keys(folder: Path) -> frozenset[bytes]:

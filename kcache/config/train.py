@@ -192,7 +192,8 @@ class TrainConfig(SourceConfig):
     )
     online: str | None = setting(
         None,
-        "A source, as for cache-build: run the frozen encoders in the loop instead of reading their rows.",
+        "A source, as for cache-build, with the flags of a source: run the frozen encoders in the loop instead of "
+        "reading their rows.",
         shown="never",
     )
     packing: bool = setting(

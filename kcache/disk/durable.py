@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kcache.disk.filesystems import UNSUPPORTED, lock, room, sync
+from kcache.disk.filesystems import UNSUPPORTED, free_bytes, lock, sync
 from kcache.disk.leases import ran_out
 from kcache.disk.readers import holders, read_by_its_holder
 from kcache.errors import CacheBusyError, CacheWriteError, KcacheError
@@ -52,12 +52,14 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 def remove_temporary(folder: Path) -> None:
     """Remove what writers left in `folder` that have ended; what a living one is writing stays.
 
-    Of a writer of which nothing is known here, that is what has not changed for the time of a lease.
+    Of a writer of which nothing is known here, that is what has not changed for the time of a lease. What cannot be
+    removed is in no one's way, and stays until it can.
     """
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
         owner = from_label(entry.name.removeprefix(TEMPORARY_PREFIX).partition("-")[2])
         if owner is not None and (is_gone(owner) or (not is_knowable(owner) and ran_out(entry))):
-            _delete(entry)
+            with suppress(OSError):
+                _delete(entry)
 
 
 def remove_leftovers(cache: Path) -> None:
@@ -82,7 +84,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
         if not (number or isinstance(error, OSError)) or out_of_memory(error):
             raise
         what = os.strerror(number) if number else reason(error)
-        free = room(path.parent) if number in _OF_ROOM else None
+        free = free_bytes(path.parent) if number in _OF_ROOM else None
         takes = f"it takes {size:,} bytes, " if size is not None else ""
         where = "" if free is None else f": {takes}{free:,} bytes are free in {path.parent}"
         do = SYSTEM_ADVICE.get(number, "make room or permit writing there")
@@ -115,6 +117,13 @@ def publish(temporary: Path, final: Path, size: int | None = None) -> None:
         share(temporary)
         temporary.rename(final)
         sync_folder(final.parent)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """`publish` in the place of whatever is there; what of that cannot be removed is in no one's way any more."""
+    with suppress(CacheWriteError):
+        remove(final)
+    publish(temporary, final)
 
 
 def share(path: Path) -> None:

@@ -20,7 +20,7 @@ _unlocked: set[Path] = set()
 """Folders of which it was said that they cannot be locked."""
 
 
-def room(folder: Path) -> int | None:
+def free_bytes(folder: Path) -> int | None:
     """Bytes that are free where `folder` is, or is to be; None where it is not told, as by some file systems."""
     try:
         existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())

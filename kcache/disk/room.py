@@ -5,13 +5,13 @@ import errno
 import io
 import os
 import resource
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
 from kcache.disk.durable import new_file, temporary_path, writing
+from kcache.disk.filesystems import free_bytes
 from kcache.errors import CacheWriteError
 
 _NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EFBIG)
@@ -118,11 +118,10 @@ def check_room(folder: Path, files: Sequence[int], what: str) -> None:
             f"{folder} is to get {what} with a file of about {max(files):,} bytes; found that this process may write "
             f"{most:,} bytes into a file; raise that limit: ulimit -f unlimited"
         )
-    usage = shutil.disk_usage(folder)
-    # Some file systems do not say, and have a size of nothing.
-    if usage.total and usage.free < sum(files):
+    free = free_bytes(folder)
+    if free is not None and free < sum(files):
         raise CacheWriteError(
-            f"{folder} is to get {what}, about {sum(files):,} bytes; found {usage.free:,} bytes free there; make room, "
+            f"{folder} is to get {what}, about {sum(files):,} bytes; found {free:,} bytes free there; make room, "
             "or choose a folder on another disk"
         )
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from kcache.disk.filesystems import free_bytes
 from kcache.machine import cpu_flags, cpu_name, cpu_quota, machine_memory, memory_limit, usable_cores
 
 State = Literal["ok", "note", "slow", "broken"]
@@ -170,7 +171,7 @@ def _disk(path: Path | None) -> Iterator[Fact]:
         yield Fact(area="disk", name="path", value=str(folder), state="broken", advice=advice)
         return
     yield Fact(area="disk", name="path", value=str(folder.absolute()))
-    yield Fact(area="disk", name="free", value=shutil.disk_usage(folder).free, unit="bytes")
+    yield Fact(area="disk", name="free", value=free_bytes(folder), unit="bytes")
     if path is None:
         return
     try:

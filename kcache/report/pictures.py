@@ -19,6 +19,7 @@ from kcache.encoders.repositories import Repository
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.sampling import Embeds, draw_embeds, draw_pictures, load_pipeline
+from kcache.stopping import signal_asked
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -98,7 +99,12 @@ class PromptPictures:
         """What the decoder draws each picture from, and the picture's generator, as the prior left it."""
         generators = [torch.Generator().manual_seed(self._config.seed + i) for i in range(len(self.prompts))]
         embeds = draw_embeds(
-            prior, self.prompts, generators, num_inference_steps=PRIOR_STEPS, guidance_scale=GUIDANCE_SCALE
+            prior,
+            self.prompts,
+            generators,
+            num_inference_steps=PRIOR_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            callback_on_step_end=_unless_stopped,
         )
         return embeds, generators
 
@@ -118,10 +124,18 @@ class PromptPictures:
             width=self._resolution,
             num_inference_steps=DECODER_STEPS,
             guidance_scale=GUIDANCE_SCALE,
+            callback_on_step_end=_unless_stopped,
         )
 
     def _computing_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Break off where a signal asks the run to stop: what ends it may not wait for pictures."""
+    if signal_asked():
+        raise InterruptedError("a signal asks to stop")
+    return tensors
 
 
 class _RememberingPrior(KandinskyV22PriorPipeline):

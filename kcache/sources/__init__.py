@@ -22,9 +22,9 @@ from kcache.sources.listing import FolderListing, is_image_name, leftovers, list
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
+    COUNTED_FILES,
     Splits,
     chosen_split,
-    counted,
     declared_rule,
     find_splits,
     no_splits,
@@ -34,6 +34,7 @@ from kcache.sources.splits import (
 from kcache.sources.table import TableSource, count_rows, open_parquet
 from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
 from kcache.store.samples import Refusal
+from kcache.tally import counted
 
 __all__ = ["Refusal", "Source", "open_source"]
 
@@ -47,8 +48,6 @@ _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LIKE_AN_ID = re.compile(r"(?:datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:@/]?[\w./-]*")
 _COLUMNS = ("image_column", "caption_column")
-_COUNTED_FILES = 100
-"""Parquet files whose rows are counted to say what a split that is left out holds."""
 Listed = FolderSource | TableSource | TarSource
 
 
@@ -75,7 +74,7 @@ def open_source(
         if path.is_dir():
             if is_saved_dataset(path):
                 refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
-                return open_saved_dataset(path, request)
+                return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
         if path.is_file():
             return _open_file(path, request)
@@ -86,7 +85,7 @@ def open_source(
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
     if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
         refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
-        return open_hub_dataset(spec, request)
+        return _noted(*open_hub_dataset(spec, request))
     raise SourceError(_no_source(spec, path))
 
 
@@ -251,7 +250,7 @@ def _note(listing: FolderListing, splits: Splits, split: str) -> str:
 
 def _size(root: Path, paths: Sequence[str]) -> str:
     """How much there is in data files, in words: rows, or else files."""
-    if len(paths) <= _COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
+    if len(paths) <= COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
         counts = [count_rows(root / path) for path in paths]
         if None not in counts:
             return counted(sum(filter(None, counts)), "row")

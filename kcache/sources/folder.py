@@ -13,6 +13,7 @@ from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
+from kcache.tally import counted
 
 _TEXT_SUFFIXES = (".txt", ".caption")
 """Suffixes of files with the captions of one image, in small letters; the first that is there counts."""
@@ -184,11 +185,11 @@ def _others(
 
 def _description(samples: Sequence[tuple[str, Sequence[str]]], origin: str, beside: Collection[str]) -> str:
     images, captions = len(samples), sum(len(each) for _, each in samples)
-    counted = f"{captions:,} captions" if captions > images else "captions"
-    told = f"{counted} from {origin}" if captions else "no captions"
+    several = f"{captions:,} captions" if captions > images else "captions"
+    told = f"{several} from {origin}" if captions else "no captions"
     kinds = sorted(Counter(map(kind_of, beside)).items(), key=lambda kind: (-kind[1], kind[0]))[:5]
     unread = ", ".join(f"{count:,} {kind or 'without a suffix'}" for kind, count in kinds)
-    return f"{images:,} image{'s' if images != 1 else ''}, {told}{f'; not read beside them: {unread}' * bool(beside)}"
+    return f"{counted(images, 'image')}, {told}{f'; not read beside them: {unread}' * bool(beside)}"
 
 
 def _origin(said: Said, request: Request, texts: Iterable[str]) -> str:

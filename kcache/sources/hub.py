@@ -15,11 +15,9 @@ from kcache.sources.arrow_files import ArrowStream
 from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request
 from kcache.sources.reading import locate, readable
-from kcache.sources.splits import chosen_split, counted, no_splits, split_note
+from kcache.sources.splits import COUNTED_FILES, chosen_split, no_splits, split_note
 from kcache.sources.table import TableSource, open_rows
-
-_COUNTED_FILES = 100
-"""Most files whose rows are counted to say what a split that is left out holds."""
+from kcache.tally import counted
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -30,8 +28,8 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").exists() and ((folder / "dataset_info.json").exists() or any(folder.glob("*.arrow")))
 
 
-def open_saved_dataset(folder: Path, request: Request) -> TableSource:
-    """Open what `save_to_disk` wrote, of several splits one; raises SourceError."""
+def open_saved_dataset(folder: Path, request: Request) -> tuple[TableSource, str]:
+    """Open what `save_to_disk` wrote, of several splits one; and what to say of the others. Raises SourceError."""
     root = folder.resolve()
     label, note = "dataset", ""
     if (root / "dataset_dict.json").exists():
@@ -56,11 +54,14 @@ def open_saved_dataset(folder: Path, request: Request) -> TableSource:
                 "expected a folder as save_to_disk writes it; write it again"
             ) from rejection
     source = open_rows("saved dataset", str(root), ArrowStream, files, [root], request, numbered_through=True)
-    return _noted(source, note)
+    return source, note
 
 
-def open_hub_dataset(name: str, request: Request) -> TableSource:
-    """Download a Hub dataset into the user's Hugging Face cache and open one of its splits; raises SourceError."""
+def open_hub_dataset(name: str, request: Request) -> tuple[TableSource, str]:
+    """Download a Hub dataset into the user's Hugging Face cache and open one of its splits.
+
+    With it comes what to say of the others. Raises SourceError.
+    """
     # Imported here, because it takes a second that no other source needs.
     import datasets
 
@@ -82,7 +83,7 @@ def open_hub_dataset(name: str, request: Request) -> TableSource:
     splits: Mapping[str, object] = dataset.info.splits or {}
     others = {each: _rows_text(getattr(about, "num_examples", None)) for each, about in splits.items()}
     others.pop(request.split, None)
-    return _noted(source, split_note(request.split, others) if others else "")
+    return source, split_note(request.split, others) if others else ""
 
 
 def _roots() -> list[Path]:
@@ -120,10 +121,6 @@ def _listed(error: str) -> str:
     return f": {readable(', '.join(map(str, names[:10])))}{more}"
 
 
-def _noted(source: TableSource, note: str) -> TableSource:
-    return replace(source, description=f"{source.description}; {note}") if note else source
-
-
 def _is_name(split: str) -> bool:
     return re.fullmatch(r"\w+(\.\w+)*", split) is not None
 
@@ -131,11 +128,11 @@ def _is_name(split: str) -> bool:
 def _saved_rows(folder: Path) -> int | None:
     """How many rows a split that `save_to_disk` wrote has; None where that cannot be told, or not soon."""
     try:
-        entries = _data_files(folder / "state.json")[: _COUNTED_FILES + 1]
+        entries = _data_files(folder / "state.json")[: COUNTED_FILES + 1]
         files = [ArrowStream(locate(entry, folder, [folder])) for entry in entries]
     except (SourceError, InputRejected, pa.ArrowException, OSError):
         return None
-    return sum(file.starts[-1] for file in files) if len(files) <= _COUNTED_FILES else None
+    return sum(file.starts[-1] for file in files) if len(files) <= COUNTED_FILES else None
 
 
 def _rows_text(count: object) -> str:

@@ -31,6 +31,9 @@ _FILES = {
     for split, words in _WORDS.items()
 }
 
+COUNTED_FILES = 100
+"""Most data files whose rows are counted to say what a split that is left out holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
@@ -108,11 +111,6 @@ def split_note(split: str, others: Mapping[str, str]) -> str:
         return f"split {readable(split)}, the only one"
     told = ", ".join(f"{readable(name)} ({size})" if size else readable(name) for name, size in others.items())
     return f"split {readable(split)}; left out: {told}: --split"
-
-
-def counted(count: int, noun: str) -> str:
-    """A count and what is counted, such as "2 rows"."""
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def declared_rule(place: str, card: str) -> Rule | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
+from kcache.foreign import reason
 from kcache.plainly import plainly_at
 from kcache.sources.archives import ZipMembers, is_chained
 from kcache.sources.arrow_files import (
@@ -27,6 +28,7 @@ from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
 from kcache.store.samples import Refusal
+from kcache.tally import counted
 
 _NO_BYTES = bytes(KEY_BYTES)
 """Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
@@ -127,8 +129,7 @@ class TableSource:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            reason = f"{self.parts[part].label} cannot be read: {_one_line(error)}"
-            raise InputRejected("source", reason) from error
+            raise InputRejected("source", f"{self.parts[part].label} cannot be read: {reason(error)}") from error
 
     def _located(self, path: str | None) -> Path:
         if path is None:
@@ -203,10 +204,11 @@ def open_rows(
     refused = refusals(f"{kind} {place}", samples, reasons, expected=expected)
     captioned = any(captions for _, _, captions in samples)
     origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
-    plural = "s" if len(samples) != 1 else ""
     left_out = f", {len(problems):,} of {len(files):,} files left out" if problems else ""
     return TableSource(
-        description=f"{kind}: {len(samples):,} image{plural} from column {request.image_column!r}, {origin}{left_out}",
+        description=(
+            f"{kind}: {counted(len(samples), 'image')} from column {request.image_column!r}, {origin}{left_out}"
+        ),
         refused=refused,
         parts=parts,
         samples=samples,
@@ -273,11 +275,7 @@ def _caption_cells(file: RowFile, request: Request) -> Iterator[tuple[int, objec
 def _broken(path: Path, error: Exception, begun: bool) -> str:
     if (found := plainly_at(path)) is not None and not found.startswith(("a Parquet file", "an Arrow")):
         return f"is no file of rows: it is {found}"
-    return f"cannot be read{' to its end' if begun else ''}: {_one_line(error)}; expected a whole file; write it again"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return f"cannot be read{' to its end' if begun else ''}: {reason(error)}; expected a whole file; write it again"
 
 
 def _row_name(part: _Part, row: int) -> str:

@@ -15,9 +15,9 @@ from kcache.sources.archives import Member, list_members
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.sources.splits import counted
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
+from kcache.tally import counted
 
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)

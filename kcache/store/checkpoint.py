@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcache.disk.durable import json_bytes, publish, remove, sync_folder, temporary_folder, writing
+from kcache.decoration import decoration
+from kcache.disk.durable import json_bytes, remove, replace, sync_folder, temporary_folder, writing
 from kcache.disk.filesystems import sync
 from kcache.disk.room import Reserve, write_file
 from kcache.errors import RunError
+from kcache.foreign import reason
 from kcache.store.recipe import canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def save_checkpoint(
 
     `write` puts the files into the folder that it is given. `state` is what `Checkpoint.state` will return: JSON values
     only. A checkpoint of the same step is replaced. `reserve` may have room for STATE_FILE. Raises CacheWriteError when
-    it cannot be written.
+    it cannot be written; an older one that cannot be removed is said.
     """
     final = run_dir / f"checkpoint-{step}"
     with temporary_folder(run_dir) as temporary:
@@ -61,12 +63,12 @@ def save_checkpoint(
         with writing(final / STATE_FILE, len(content)):
             write_file(temporary / STATE_FILE, lambda: [content], reserve)
             sync_folder(temporary)
-        remove(final)
-        publish(temporary, final)
+        replace(temporary, final)
     if total_limit is not None:
         others = [other for other in checkpoint_steps(run_dir) if other != step]
         for other in others[: max(0, len(others) + 1 - total_limit)]:
-            remove(run_dir / f"checkpoint-{other}")
+            with decoration(f"{run_dir / f'checkpoint-{other}'} could not be removed"):
+                remove(run_dir / f"checkpoint-{other}")
     return final
 
 
@@ -121,6 +123,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         _check_files(path, body["files"])
         return Checkpoint(path=path, step=int(body["step"]), state=dict(body["state"]))
+    except OSError as error:
+        raise _broken(path, f"it cannot be read ({reason(error)})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, RunError):
             raise

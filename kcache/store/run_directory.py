@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.config import TrainConfig
+from kcache.decoration import decoration
 from kcache.disk.durable import write_bytes, write_json
 from kcache.errors import RunError
 from kcache.hints import broken_link
@@ -74,30 +75,30 @@ def start_run(
     """Make the run directory: write config.json, and keep of the lines of earlier starts those up to `first_step`.
 
     `told` is what starts.jsonl is to say of this start beside its step and time. A log with lines that cannot be read
-    is set aside, and goes on with the others. Says so, and also when there was no latest checkpoint to go on from: the
-    directory may be another than was meant.
+    is set aside, and goes on with the others; what cannot be written stays as it is. Both are said.
     """
     run_dir = Path(config.output_dir)
-    if config.resume_from_checkpoint == "latest" and first_step == 0:
-        logger.warning("no checkpoint in %s: starting at step 0", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE):
-        log = read_log(run_dir, name)
-        if log.lost is not None:
-            logger.warning("%s; the run goes on, and they stay in %s", log.lost, set_aside(run_dir / name).name)
-        kept = [entry for entry in log.entries if entry["step"] <= first_step]
-        write_bytes(run_dir / name, _lines(kept).encode())
-    if os.path.lexists(run_dir / CONFIG_FILE) and not (run_dir / CONFIG_FILE).is_file():
-        logger.warning("%s is no file: it is now %s", run_dir / CONFIG_FILE, set_aside(run_dir / CONFIG_FILE).name)
+        with decoration(f"{run_dir / name} could not be written"):
+            log = read_log(run_dir, name)
+            if log.lost is not None:
+                logger.warning("%s; the run goes on, and they stay in %s", log.lost, set_aside(run_dir / name).name)
+            kept = [entry for entry in log.entries if entry["step"] <= first_step]
+            write_bytes(run_dir / name, _lines(kept).encode())
     # After metrics.jsonl, by which a run directory is told from another folder with a file of this name.
-    write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    _append(run_dir / STARTS_FILE, [{"step": first_step, "time": began, **(told or {})}])
+    with decoration(f"{run_dir / CONFIG_FILE} could not be written"):
+        if os.path.lexists(run_dir / CONFIG_FILE) and not (run_dir / CONFIG_FILE).is_file():
+            logger.warning("%s is no file: it is now %s", run_dir / CONFIG_FILE, set_aside(run_dir / CONFIG_FILE).name)
+        write_json(run_dir / CONFIG_FILE, {**facts, "config": asdict(config)})
+    with decoration(f"{run_dir / STARTS_FILE} could not be written"):
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        _append(run_dir / STARTS_FILE, [{"step": first_step, "time": began, **(told or {})}])
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: Path, word: str = "damaged") -> Path:
     """Rename what is at `path`, whatever it is, to a name beside it that nothing has: metrics.jsonl.damaged."""
-    names = (f"{path.name}.damaged{'' if number == 1 else f'-{number}'}" for number in count(1))
+    names = (f"{path.name}.{word}{'' if number == 1 else f'-{number}'}" for number in count(1))
     free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     path.rename(free)
     return free

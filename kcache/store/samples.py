@@ -6,6 +6,7 @@ the same image, so an id says which picture it is and stays when others come or 
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,6 @@ from kcache.store.recipe import canonical_json
 
 if TYPE_CHECKING:
     import pyarrow
-import json
 
 _CUT = "kcache_tokens_cut"
 """Key in the metadata of the parquet file: {key of a caption: its tokens that were cut off}, where one was too long."""

@@ -97,9 +97,17 @@ def wait_for_all() -> None:
     try:
         torch.distributed.barrier(group=_patient_group(torch.distributed.group.WORLD))
     except RuntimeError as error:
-        raise RunError(
-            "another process of this run has ended, upon which this one ends, too; what it said is the reason"
-        ) from error
+        raise _alone() from error
+
+
+def check_others(error: Exception) -> None:
+    """Raise RunError when `error` is what a collective makes of a process that has ended."""
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        raise _alone() from error
+
+
+def _alone() -> RunError:
+    return RunError("another process of this run has ended, upon which this one ends, too; what it said is the reason")
 
 
 @lru_cache(maxsize=1)

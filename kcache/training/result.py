@@ -6,18 +6,19 @@ Beside a trained network stand the base repository's other components, as links 
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 from diffusers import ModelMixin
 
-from kcache.decoration import reason
-from kcache.disk.durable import publish, remove, temporary_folder, temporary_path, write_bytes, write_json, writing
+from kcache.disk.durable import remove, replace, temporary_folder, temporary_path, write_bytes, write_json, writing
+from kcache.disk.filesystems import free_bytes
 from kcache.disk.room import Reserve, can_link, check_room
-from kcache.encoders.repositories import COMPONENTS, PIPELINES, Pipeline, Repository
-from kcache.errors import RunError
+from kcache.encoders.repositories import COMPONENTS, PIPELINES, Configuration, Pipeline, Repository
+from kcache.errors import ModelError, RunError
+from kcache.foreign import reason, told
 from kcache.objectives.lora import fuse_lora, load_lora
 from kcache.report.figures import plot_run
 from kcache.report.model_card import model_card
@@ -68,13 +69,13 @@ def _warn_of_more(run: TrainingRun, checkpoint: int, least: int) -> None:
     every, limit = run.config.checkpointing_steps, run.config.checkpoints_total_limit
     between = max(0, (run.max_steps - 1) // every - run.first_step // every)
     kept = between if limit is None else min(between, limit)
-    usage = shutil.disk_usage(run.output_dir)
-    if kept and usage.total and usage.free < least + kept * checkpoint:
+    free = free_bytes(run.output_dir)
+    if kept and free is not None and free < least + kept * checkpoint:
         logger.warning(
             "%s has %s bytes free; the %d checkpoints of this run take about %s bytes each: those on the way that do "
             "not fit will be left out; make room, or give --checkpoints-total-limit 1",
             run.output_dir,
-            f"{usage.free:,}",
+            f"{free:,}",
             between + 1,
             f"{checkpoint:,}",
         )
@@ -91,7 +92,7 @@ def _result_files(run: TrainingRun) -> list[int]:
     if config.export_pipeline or not run.links:
         pipeline = PIPELINES[config.stage]
         folders = [run.base.path / name for name in pipeline.components if name != pipeline.network]
-        others = [file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()]
+        others = [file.stat().st_size for folder in folders for file in _files(folder)]
     return networks + others
 
 
@@ -104,6 +105,7 @@ def write_result(run: TrainingRun) -> None:
     """
     try:
         with shielded():
+            run.have_place()
             _write_weights(run)
     except Exception as error:
         steps = checkpoint_steps(run.output_dir)
@@ -145,7 +147,7 @@ def _write_weights(run: TrainingRun) -> None:
     with run.decoration(f"{folder / CARD_FILE} could not be written"):
         write_bytes(folder / CARD_FILE, model_card(folder).encode())
     if whole:
-        make_pipeline(folder, pipeline, run.base)
+        make_pipeline(folder, pipeline, run.base_facts)
 
 
 def _save(run: TrainingRun, folder: Path) -> None:
@@ -154,7 +156,7 @@ def _save(run: TrainingRun, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         save_network(run.config.stage, run.network, temporary)
         for part in temporary.iterdir():
-            _replace(part, folder / part.name)
+            replace(part, folder / part.name)
         temporary.rmdir()
 
 
@@ -163,7 +165,7 @@ def export_network(run_dir: Path, pipeline: Pipeline, network: ModelMixin) -> No
     final = run_dir / pipeline.network
     with writing(final), temporary_folder(run_dir) as temporary:
         network.save_pretrained(temporary)
-        _replace(temporary, final)
+        replace(temporary, final)
 
 
 def export_components(run_dir: Path, pipeline: Pipeline, base: Repository, *, copy: bool = False) -> None:
@@ -181,32 +183,38 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         if copy:
             with temporary_folder(target.parent) as temporary:
                 _copy(source, temporary)
-                _replace(temporary, target)
+                replace(temporary, target)
         else:
             temporary = temporary_path(target.parent)
             temporary.symlink_to(source.resolve(), target_is_directory=True)
-            _replace(temporary, target)
+            replace(temporary, target)
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy what a folder holds into another, without modes and times, which not every file system keeps."""
-    for entry in source.iterdir():
+    for file in _files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files that a copy of a component gets, without pipes and the like; ModelError for one that is unreadable."""
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            (target / entry.name).mkdir()
-            _copy(entry, target / entry.name)
-        else:
-            shutil.copyfile(entry, target / entry.name)
+            yield from _files(entry)
+        elif entry.is_file() or entry.is_symlink():
+            with told(
+                ModelError, f"{entry} cannot be read, and the result gets a copy", "put it back or fetch it again"
+            ):
+                entry.open("rb").close()
+            yield entry
 
 
-def _replace(temporary: Path, final: Path) -> None:
-    remove(final)
-    publish(temporary, final)
-
-
-def make_pipeline(run_dir: Path, pipeline: Pipeline, base: Repository) -> None:
-    """Make a pipeline of the components in `run_dir`, by its model_index.json."""
+def make_pipeline(run_dir: Path, pipeline: Pipeline, facts: Mapping[str, Configuration]) -> None:
+    """Make a pipeline of the components in `run_dir`, whose configurations `facts` are, by its model_index.json."""
     components = {
-        name: [COMPONENTS[name].library, COMPONENTS[name].class_name or base.read(name).values["_class_name"]]
+        name: [COMPONENTS[name].library, COMPONENTS[name].class_name or facts[name].values["_class_name"]]
         for name in pipeline.components
     }
     index = {"_class_name": pipeline.class_name, "_diffusers_version": diffusers.__version__, **components}

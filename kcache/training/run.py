@@ -24,15 +24,16 @@ from kcache.config import TrainConfig
 from kcache.decoration import decoration
 from kcache.disk.durable import exclusive, remove_temporary, writing
 from kcache.disk.room import Reserve
-from kcache.encoders.repositories import Repository
-from kcache.errors import KcacheError, RunError
+from kcache.encoders.repositories import Configuration, Repository
+from kcache.errors import CacheWriteError, KcacheError, RunError
+from kcache.foreign import reason
 from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
-from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, start_run
-from kcache.training.accelerator import machine_facts
+from kcache.store.checkpoint import STATE_FILE, Checkpoint, checkpoint_steps, save_checkpoint
+from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
+from kcache.training.accelerator import check_others, machine_facts
 from kcache.training.network import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import (
     go_on,
@@ -78,13 +79,19 @@ class TrainingRun:
     """The network that adapters are trained on, by name and weights; None where all weights learn."""
     new_order: Mapping[str, int | None] | None = None
     """How many samples the order has that begins with this start, and the one before had; None where it goes on."""
+    base_facts: Mapping[str, Configuration]
+    """The configurations of the base's components, read before the first step: the base may move meanwhile."""
     first_step: int = 0
     """Optimizer steps done by earlier starts of the run."""
+    step: int = 0
+    """Optimizer steps done, those included."""
     reserve: Reserve | None = None
     """Room for the last checkpoint, when it is kept back."""
     links: bool = True
     """Whether the run directory takes links to the base's other components."""
     _said: set[str] = field(default_factory=set)
+    _saved: int = 0
+    """The last step that there is a checkpoint of."""
 
     @property
     def output_dir(self) -> Path:
@@ -118,8 +125,21 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Write down what this run is, and forget what is later than its first step; for the main process."""
+        if self.config.resume_from_checkpoint == "latest" and self.step == 0:
+            logger.warning("no checkpoint in %s: starting at step 0", self.output_dir)
+        if self.config.resume_from_checkpoint != "latest":
+            self._leave_later_checkpoints()
         told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
         start_run(self.config, self._facts(), self.first_step, told)
+
+    def _leave_later_checkpoints(self) -> None:
+        """Rename what this run does not go on with, or "latest" would take it: the checkpoints after its first step."""
+        for step in checkpoint_steps(self.output_dir):
+            if step > self.first_step:
+                path = self.output_dir / f"checkpoint-{step}"
+                with writing(path):
+                    left = set_aside(path, "left")
+                logger.warning("going on from step %d: %s, which is later, is now %s", self.first_step, path, left.name)
 
     def decoration(self, what: str) -> AbstractContextManager[None]:
         """`kcache.decoration.decoration`; `what` is said once in a run."""
@@ -158,11 +178,62 @@ class TrainingRun:
         names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
         return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
 
-    def save(self, step: int, *, last: bool = False) -> None:
-        """Write a checkpoint after optimizer step `step`; for the main process. No signal interrupts it.
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Save a checkpoint of the last whole step where the block fails, which changes nothing of what learns.
+
+        Unless what learns is no longer finite. What goes wrong with that is said, and the failure raised all the same;
+        of another process that has ended as a RunError.
+        """
+        taken = self.loader.consumed
+        try:
+            yield
+        except Exception as error:
+            self.loader.consumed = taken  # the batches of a step that was not made
+            if self.accelerator.is_main_process and self._saved != self.step:
+                self._keep()
+            check_others(error)
+            raise
+
+    def _keep(self) -> None:
+        try:
+            if all(bool(torch.isfinite(parameter).all()) for parameter in self.learning):
+                self.save(last=True)
+                logger.warning("something failed, and checkpoint-%d holds all that was learned until then", self.step)
+        except Exception as error:  # noqa: BLE001 - the device may be gone as well
+            logger.warning("NO CHECKPOINT after step %d: %s", self.step, reason(error))
+
+    def save_if_possible(self, *, stopping: bool) -> None:
+        """`save`; where that fails the run goes on, unless it is about to stop: it may still end well."""
+        last = self.step == self.max_steps
+        try:
+            self.save(last=last or stopping)
+        except CacheWriteError as error:
+            if stopping:
+                raise
+            rest = "the run goes on; a crash would cost what is not saved"
+            if last:
+                rest = "the result is written all the same"
+            logger.warning("NO CHECKPOINT after step %d: %s; %s", self.step, error, rest)
+
+    def have_place(self) -> None:
+        """Make the run directory once more where it was moved or removed meanwhile; raises CacheWriteError."""
+        if self.output_dir.is_dir():
+            return
+        logger.warning("%s was moved or removed: it is made anew, and gets what comes now", self.output_dir)
+        if self.reserve is not None:
+            self.reserve.give_back()  # it may lie on another file system
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True)
+        self.begin()
+
+    def save(self, *, last: bool = False) -> None:
+        """Write a checkpoint of the steps done, unless there is one; in the main process. No signal interrupts it.
 
         The `last` one of a start takes the room that was kept back for it. Raises CacheWriteError.
         """
+        if not self.accelerator.is_main_process or self._saved == self.step:
+            return
         scaler, reserve = self.accelerator.scaler, self.reserve if last else None
         state = {
             "config": asdict(self.config),
@@ -173,7 +244,7 @@ class TrainingRun:
                 "name": self.base.name if self.base.revision else str(self.base.path),
                 "revision": self.base.revision,
             },
-            "noise_schedule": self.base.read("scheduler").digest,
+            "noise_schedule": self.base_facts["scheduler"].digest,
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "adapted": self.adapted,
@@ -182,8 +253,10 @@ class TrainingRun:
             "grad_scaler": None if scaler is None else scaler.state_dict(),
         }
         with shielded():
+            self.have_place()
             write, limit = partial(self._write_tensors, reserve=reserve), self.config.checkpoints_total_limit
-            save_checkpoint(self.output_dir, step, write, state, limit, reserve)
+            save_checkpoint(self.output_dir, self.step, write, state, limit, reserve)
+            self._saved = self.step
 
     def _write_tensors(self, folder: Path, reserve: Reserve | None) -> None:
         save_network(self.config.stage, self.network, folder, reserve)
@@ -214,4 +287,4 @@ class TrainingRun:
                 f"{checkpoint.path} does not hold the state of such a run ({error!r}); expected what a run with these "
                 "settings writes; resume from another checkpoint"
             ) from error
-        self.first_step = checkpoint.step
+        self.first_step = self.step = self._saved = checkpoint.step

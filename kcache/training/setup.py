@@ -97,6 +97,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         held_out=held_out,
         adapted=adapted,
         new_order=new_order,
+        base_facts={name: base.read(name) for name in PIPELINES[config.stage].components},
     )
     if checkpoint is not None:
         run.restore(checkpoint)

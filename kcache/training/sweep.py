@@ -247,7 +247,7 @@ def _train(
             raise
         if is_fault(error) and not isinstance(error, KcacheError | RuntimeError):  # every run would have it
             raise
-        why = " ".join(str(error).split()) if isinstance(error, KcacheError) else reason(error)
+        why = reason(error)
         tell(f"{run.name} failed: {why}")
         return _swept(run, error=why)
     finally:

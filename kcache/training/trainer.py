@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
-from kcache.errors import CacheWriteError
 from kcache.loader.batches import Batch
 from kcache.loader.chance import draw_seed
 from kcache.stopping import signal_asked, stop_here, stopped_when_safe
@@ -30,9 +29,6 @@ from kcache.training.resume import check_output_dir
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
 from kcache.training.validation import Evaluation
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +57,8 @@ def train(
 
     `report` is called every few optimizer steps, in the main process; what it raises is logged. On any of
     `STOP_SIGNALS` the step is finished and a checkpoint saved, or the result after the last step, then
-    KeyboardInterrupt or SystemExit(128 + its number) raised. A checkpoint of the last step is saved before the result.
+    KeyboardInterrupt or SystemExit(128 + its number) raised. A checkpoint of the last step is saved before the result,
+    and one of the last whole step where something fails.
     torch's global generators are seeded at each step. Raises a KcacheError for what does not fit together, all checked
     before the first step; RunError when a loss or gradient is no longer finite, when the result cannot be written, and
     when one that is whole could not be uploaded; MemoryShortError, with the settings that take less, when memory runs
@@ -83,26 +80,27 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     evaluation = Evaluation(run, log)
     wait_for_all()
     log.restart_clock()
-    step, progress, begun = run.first_step, None, time.perf_counter()
+    progress, begun = None, time.perf_counter()
 
     with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
-        while step < run.max_steps:
+        while run.step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
             loss, grad_norm = take_step(run, batches)
-            step += 1
+            step = run.step
             log.add(step, lr, loss, grad_norm)
 
             last = step == run.max_steps
             save, evaluate, stopping = last or step % config.checkpointing_steps == 0, evaluation.is_due(step), 0
             if save or evaluate or log.is_due(step) or (caught and accelerator.num_processes == 1):
-                progress, stopping = log.fetch(), _stop_asked(accelerator)
+                with run.kept_on_failure():
+                    progress, stopping = log.fetch(), _stop_asked(accelerator)
                 if report is not None and accelerator.is_main_process:
                     with run.decoration("progress could not be shown"):
                         report(progress)
-            if (save or stopping) and accelerator.is_main_process:
-                _save(run, step, stopping=bool(stopping))
+            if save or stopping:
+                run.save_if_possible(stopping=bool(stopping))
             if evaluate and not stopping:
-                evaluation.look(step)
+                stopping = _look(run, evaluation)
             if save or evaluate or stopping:
                 wait_for_all()
                 log.restart_clock()
@@ -119,24 +117,22 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     wait_for_all()
     return TrainResult(
         output_dir=config.output_dir,
-        step=step,
+        step=run.step,
         loss=None if progress is None else progress.loss,
         seconds=seconds,
-        samples_per_second=(step - run.first_step) * run.global_batch / seconds,
+        samples_per_second=(run.step - run.first_step) * run.global_batch / seconds,
         address=address,
     )
 
 
-def _save(run: TrainingRun, step: int, *, stopping: bool) -> None:
-    """Write a checkpoint; where that fails the run goes on, unless it is about to stop: it may still end well."""
-    last = step == run.max_steps
-    try:
-        run.save(step, last=last or stopping)
-    except CacheWriteError as error:
-        if stopping:
-            raise
-        rest = "the result is written all the same" if last else "the run goes on; a crash would cost what is not saved"
-        logger.warning("NO CHECKPOINT after step %d: %s; %s", step, error, rest)
+def _look(run: TrainingRun, evaluation: Evaluation) -> int:
+    """Evaluate, and give the signal that a process was asked to stop by meanwhile, upon which a checkpoint is saved."""
+    with run.kept_on_failure():
+        evaluation.look(run.step)
+        wait_for_all()
+    if stopping := _stop_asked(run.accelerator):
+        run.save_if_possible(stopping=True)
+    return stopping
 
 
 def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,20 +141,22 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     Both are 0-dimensional tensors on the device, which nothing here waits for.
     """
     config, accelerator, losses = run.config, run.accelerator, []
-    for _ in range(config.gradient_accumulation_steps):
-        batch = next(batches)
-        # For dropout, which draws from torch's own generator.
-        torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
-        with accelerator.accumulate(run.objective):
-            loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
-            accelerator.backward(loss)
-        losses.append(loss.detach())
-    grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
+    with run.kept_on_failure():
+        for _ in range(config.gradient_accumulation_steps):
+            batch = next(batches)
+            # For dropout, which draws from torch's own generator.
+            torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
+            with accelerator.accumulate(run.objective):
+                loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
     run.optimizer.step()
     run.lr_scheduler.step()
     run.optimizer.zero_grad()
     if run.average is not None:
         run.average.step(run.learning)
+    run.step += 1
     return torch.stack(losses).mean(), grad_norm
 
 

@@ -20,6 +20,7 @@ from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
 from kcache.report.figures import plot_run
+from kcache.stopping import signal_asked
 from kcache.store.cache import Cache
 from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
@@ -96,10 +97,13 @@ class Validation:
 
         Added up over all processes it is what `summary` wants. The network runs without gradients in evaluation mode,
         and is left as it was; no generator of random numbers is touched. Precision is the caller's, by autocast.
+        Where a signal asks to stop they are NaN at once: nobody waits that long.
         """
         totals = torch.zeros(BANDS, 1 + len(self._objective.measures), device=self._device)
         with torch.no_grad(), evaluating(self._objective):
             for batch, noise, places in self._batches():
+                if signal_asked():
+                    return totals.fill_(math.nan)
                 for band in range(BANDS):
                     totals[band, 0] += len(places)
                     totals[band, 1:] += self._objective.measure(batch, noise, places + band * self._width).sum(1)
@@ -186,8 +190,10 @@ class Evaluation:
             return
         accelerator = self._run.accelerator
         with accelerator.autocast():
-            totals = self._validation.totals()
-        entry = {"step": step, **self._validation.summary(accelerator.reduce(totals, "sum"))}
+            totals = accelerator.reduce(self._validation.totals(), "sum")
+        if totals[0, 0].isnan():  # a process was asked to stop
+            return
+        entry = {"step": step, **self._validation.summary(totals)}
         self._log.track(entry)
         if accelerator.is_main_process:
             with self._run.decoration(f"{self._run.output_dir / VALIDATION_FILE} could not be written"):

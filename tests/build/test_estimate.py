@@ -57,7 +57,7 @@ def test_bytes_are_foretold_of_a_new_cache_and_of_as_many_pictures_more(
     monkeypatch.setattr("kcache.build.estimate.MEASURED_SECONDS", 0.0)
     source, cache = tmp_path / "pictures", tmp_path / "cache"
     # Tars so small that what each takes beside its samples counts.
-    settings = {"rows_per_shard": {"zarr": 100, "webdataset": 10}[form], "batch_size": 40}
+    settings = {"rows_per_shard": {"zarr": 100, "webdataset": 10}[form]}
     for numbers in (range(80), range(80, 160)):
         add_pictures(oracle, source, numbers)
         before = shard_bytes(cache)

@@ -16,7 +16,7 @@ from small_builds import build, copy_pictures
 
 from kcache import Cache
 from kcache.disk.durable import exclusive, read_npy, shared, sync_folder, write_bytes, writing
-from kcache.disk.filesystems import mapped, room
+from kcache.disk.filesystems import free_bytes, mapped
 from kcache.errors import CacheWriteError
 
 LACKING = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.ENODEV]
@@ -105,9 +105,9 @@ def test_errors_that_are_not_the_systems_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_room_that_is_not_told_is_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert room(tmp_path / "new" / "folder") == room(tmp_path)
+    assert free_bytes(tmp_path / "new" / "folder") == free_bytes(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", answering(errno.ESTALE))
-    assert room(tmp_path) is None
+    assert free_bytes(tmp_path) is None
     with (
         pytest.raises(CacheWriteError, match=r"\(No space left on device\); make room there, and"),
         writing(tmp_path / "file", 7),

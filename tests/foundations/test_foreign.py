@@ -21,8 +21,9 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 
 import kcache_cli.app
+from kcache.decoration import decoration
 from kcache.encoders.repositories import find_repository
-from kcache.errors import MemoryShortError, ModelError, SourceError
+from kcache.errors import CacheWriteError, MemoryShortError, ModelError, SourceError
 from kcache.foreign import advice, is_fault, out_of_memory, reason, told, within_memory
 from kcache_cli.progress import say
 
@@ -75,6 +76,22 @@ def test_an_error_is_told_in_plain_words(error: Exception, words: str, do: str |
     with pytest.raises(SourceError) as caught, told(SourceError, "it cannot be had", "correct it"):
         raise error
     assert str(caught.value) == f"it cannot be had: {reason(error)}; {advice(error) or 'correct it'}"
+
+
+def test_what_kcache_raised_is_told_in_its_own_words() -> None:
+    error = caused(CacheWriteError("/run/x could not be written;\nmake room"), OSError(errno.ENOSPC, "No space left"))
+    assert reason(error) == "/run/x could not be written; make room"
+
+
+@pytest.mark.parametrize("debugging", ["0", "1"])
+def test_a_decoration_that_fails_says_why_and_where_it_is_asked(
+    debugging: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KCACHE_DEBUG", debugging)
+    with decoration("no curves"):
+        raise KeyError("loss")
+    assert "no curves (KeyError: 'loss'); the work goes on" in caplog.text
+    assert ("Traceback" in caplog.text) == (debugging == "1")
 
 
 def no_memory_here() -> None:

@@ -23,8 +23,8 @@ def place(oracle: Path, cache: str, published: str, tmp_path: Path, monkeypatch:
     shutil.copytree(cache, "caches/photos")
     shutil.copytree(published, "caches/tars")
     Path("runs/prior").mkdir(parents=True)
-    Path("runs/prior/metrics.jsonl").touch()
-    Path("runs/prior/config.json").touch()
+    for name in ("metrics.jsonl", "config.json"):
+        Path("runs/prior", name).touch()
     Path("empty").mkdir()
     return tmp_path
 

@@ -1,6 +1,7 @@
 """Stopping on a signal: noted first, acted on where nothing is half done."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import threading
 import pytest
 
 import kcache.stopping
-from kcache.stopping import STOP_SIGNALS, shielded, stop_here, stopped_when_safe
+from kcache.stopping import STOP_SIGNALS, end_on_signals, shielded, stop_here, stopped_when_safe
 
-SIGNALS = [(number, KeyboardInterrupt if number == signal.SIGINT else SystemExit) for number in STOP_SIGNALS]
+SIGNALS = [
+    (number, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
+    for number in STOP_SIGNALS
+    if number != signal.SIGALRM  # by which pytest ends tests that hang: a program's own are left to it
+]
 
 
 @pytest.mark.parametrize(("number", "error"), SIGNALS)
@@ -116,3 +121,18 @@ app.main()
 def test_what_a_library_makes_of_a_signal_is_not_reported(name: str, code: int) -> None:
     run = subprocess.run([sys.executable, "-c", SWALLOWED.format(name=name)], check=False, capture_output=True)
     assert (run.returncode, run.stdout, run.stderr) == (code, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("limits", "soft"),
+    [((-1, 25), 13), ((25, 25), 13), ((-1, 3600), 3240), ((60, 3600), None), ((-1, -1), None)],
+)
+def test_a_limit_of_processor_time_is_told_of_before_it_kills(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], soft: int | None
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: told.append(both))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    end_on_signals()
+    assert told == ([] if soft is None else [(soft, limits[1])])

@@ -1,7 +1,9 @@
 """Pictures during training: those of the stock pipelines, without the encoders, leaving training as it was."""
 
 import gc
+import os
 import shutil
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from kcache.errors import ModelError
 from kcache.report import pictures
 from kcache.report.pictures import PromptPictures
 from kcache.report.sampling import sample
+from kcache.stopping import stopped_when_safe
 
 STAGES = ["prior", "decoder"]
 PROMPTS = ("a red circle", "a blue square")
@@ -71,6 +74,10 @@ def test_pictures_are_those_of_kcache_sample(oracle: Path, stage: str) -> None:
     drawer = prompt_pictures(oracle, stage, resolution=100)
     drawer.prepare()
     network = learner(oracle, stage)
+    with stopped_when_safe():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(InterruptedError, match="asks to stop"):
+            drawer.draw(network)
     for _ in range(2):
         assert np.array_equal(arrays(drawer.draw(network)), arrays(expected))
     assert drawer.prompts == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]

@@ -126,7 +126,7 @@ def test_folders_that_only_sound_like_kcache_are_read(tmp_path: Path) -> None:
     write(tmp_path, {**pairs("plans/house", "text-0123abcd/a", "checkpoint-1/b"), "plans/index-1.txt": "of a house"})
     write(tmp_path, {"x/metrics.jsonl": "{}", **pairs("x/c"), "x/manifest.json": "{}", "x/state.json": "{}"})
     assert len(open_source(str(tmp_path))) == 4
-    assert len(open_source(str(tmp_path / "x"))) == 1
+    assert len(open_source(str(tmp_path / "x"))) == 1  # also where it is named itself
 
 
 def test_metadata_of_a_part_and_text_files_of_another_serve_together(tmp_path: Path) -> None:

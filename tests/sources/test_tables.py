@@ -288,6 +288,19 @@ def test_chained_paths_that_are_not_read_are_named(
         assert source.image_key(1, memo, False) == content_key(b"A")
 
 
+def test_a_zip_behind_a_link_is_read_and_digested_where_links_may_lead(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    with zipfile.ZipFile(tmp_path / "pool" / "x.zip", "w") as archive:
+        archive.writestr("a.jpg", b"A")
+    cells = pa.array([{"bytes": None, "path": "zip://a.jpg::x.zip"}], IMAGE)
+    place = write(tmp_path / "rows", x={"image": cells, "text": ["a"]})
+    (tmp_path / "rows" / "x.zip").symlink_to("../pool/x.zip")
+    source = open_source(place, SourceConfig(follow_links=str(tmp_path / "pool")))
+    with DigestMemo(tmp_path / "memo") as memo:
+        assert source.image(0) == b"A"
+        assert source.image_key(0, memo, False) == content_key(b"A")
+
+
 # ---- datasets of the Hub
 
 

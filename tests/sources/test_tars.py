@@ -373,14 +373,3 @@ def test_a_tar_that_became_shorter_is_noticed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputRejected, match="cannot be read"):
         source.image(0)
-
-
-def test_many_samples_open_quickly(tmp_path: Path) -> None:
-    text = b"t".ljust(512, b"\0")
-    blocks = []
-    for number in range(20_000):
-        for suffix in (b"jpg", b"txt"):
-            blocks += [header(name=b"%07d.%s" % (number, suffix), size=b"%011o" % 1), text]
-    (tmp_path / "x.tar").write_bytes(b"".join(blocks) + bytes(1024))
-    source = open_source(str(tmp_path / "x.tar"))
-    assert (len(source), source.captions(19_999), source.image(19_999)) == (20_000, ("t",), b"t")

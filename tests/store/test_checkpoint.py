@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kcache.disk import durable
 from kcache.errors import CacheWriteError, RunError
 from kcache.store import checkpoint
 from kcache.store.checkpoint import checkpoint_steps, latest_checkpoint, open_checkpoint, save_checkpoint
@@ -32,7 +33,7 @@ def test_state_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "emptied", "cut", "changed"])
+@pytest.mark.parametrize("damage", ["missing", "emptied", "cut", "changed", "unreadable"])
 def test_a_damaged_file_is_refused_and_latest_takes_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
@@ -41,6 +42,9 @@ def test_a_damaged_file_is_refused_and_latest_takes_the_one_before(
     content = file.read_bytes()
     if damage == "missing":
         file.unlink()
+    elif damage == "unreadable":
+        file.unlink()
+        file.symlink_to(file.name)
     elif damage == "changed":
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
@@ -77,6 +81,25 @@ def test_the_oldest_go_only_when_the_new_one_is_there(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     save(tmp_path, 10, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_an_older_one_that_cannot_be_removed_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def in_use(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(durable, "_delete", in_use)
+    save(tmp_path, 2, b"later weights")
+    save(tmp_path, 3, total_limit=1)
+    durable.remove_temporary(tmp_path)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert (latest.step, checkpoint_steps(tmp_path)) == (3, [3])
+    assert "checkpoint-1 could not be removed" in caplog.text
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:

@@ -141,3 +141,15 @@ def test_what_is_no_pipeline_is_said(run_dir: Path, tmp_path: Path) -> None:
     assert said is not None
     assert "prior/config.json is a link to ../blobs/abc, which is not there any more" in said
     assert instead_of_pipeline(tmp_path, [tmp_path / "movq2" / "config.json"]) is None
+
+
+def test_what_cannot_be_written_of_a_run_is_said_and_the_run_goes_on(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def immutable(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(target))
+
+    monkeypatch.setattr(Path, "rename", immutable)
+    start_run(config(run_dir), {}, 2)
+    said = [record.getMessage().partition(" could not be written")[0] for record in caplog.records]
+    assert said == [str(run_dir / name) for name in (METRICS_FILE, VALIDATION_FILE, STARTS_FILE, "config.json")]

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from short_runs import config
 from torch import Tensor
 
-from kcache.errors import ConfigError
-from kcache.training.accelerator import choose_trackers, make_accelerator
+from kcache.errors import ConfigError, RunError
+from kcache.training.accelerator import check_others, choose_trackers, make_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +114,12 @@ def test_launched_processes_are_a_group_and_say_nothing_of_strides(
         assert isinstance(convolution, torch.nn.parallel.DistributedDataParallel)
         convolution(torch.rand(2, 4, 3, 3)).sum().backward()
     assert convolution.module.weight.grad.stride() == (4, 1, 4, 4)
+
+
+def test_what_a_collective_makes_of_a_process_that_has_ended_is_said() -> None:
+    check_others(ValueError("gloo"))
+    check_others(RuntimeError("shapes differ"))
+    closed = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:20365: Connection reset"
+    for error in (RuntimeError(closed), torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0.")):
+        with pytest.raises(RunError, match="another process of this run has ended"):
+            check_others(error)

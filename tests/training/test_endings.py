@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -12,15 +13,17 @@ from typing import Any
 import endings
 import pytest
 from accelerate.tracking import TensorBoardTracker
-from short_runs import LORA_WEIGHTS, WEIGHTS, config
+from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_weights, config
 
 import kcache.training.result
 import kcache.training.trainer
 from kcache.disk.room import Reserve
-from kcache.errors import CacheWriteError, RunError
+from kcache.errors import CacheWriteError, ModelError, RunError
+from kcache.objectives.losses import PriorObjective
 from kcache.store.checkpoint import latest_checkpoint
-from kcache.store.run_directory import read_metrics
+from kcache.store.run_directory import read_metrics, read_validation
 from kcache.training.trainer import train
+from kcache.training.validation import Validation
 
 LATEST = {"resume_from_checkpoint": "latest"}
 
@@ -81,7 +84,7 @@ def test_a_result_that_cannot_be_written_names_the_checkpoint_and_is_written_lat
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(kcache.training.result, "_replace", refusing(OSError(errno.EIO, os.strerror(errno.EIO))))
+        patch.setattr(kcache.training.result, "replace", refusing(OSError(errno.EIO, os.strerror(errno.EIO))))
         with pytest.raises(RunError, match=r"Input/output error.*checkpoint-4 .*--resume-from-checkpoint latest"):
             train(cache, config(tmp_path))
     assert not list(tmp_path.glob(".*"))
@@ -145,8 +148,7 @@ def test_what_the_output_folder_cannot_take_is_refused_before_the_first_step(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     if what == "free":
-        usage = kcache.disk.room.shutil.disk_usage(tmp_path)._replace(free=100_000)
-        monkeypatch.setattr("kcache.disk.room.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr("kcache.disk.room.free_bytes", lambda _: 100_000)
     elif what == "limit":
         monkeypatch.setattr("kcache.disk.room.resource.getrlimit", lambda _: (204_800, 204_800))
     else:
@@ -212,3 +214,85 @@ def test_a_line_that_is_cut_off_by_a_full_disk_is_taken_back(disk: Path) -> None
     (disk / endings.FILLER).unlink()
     append_metrics(disk, [{"step": 2, "loss": 2.0}])
     assert [entry["step"] for entry in read_metrics(disk)] == [1, 2]
+
+
+def test_what_fails_leaves_the_last_whole_step_and_the_run_goes_on_as_if_it_had_not(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"val_fraction": 0.3, "validation_steps": 2}
+    train(cache, config(tmp_path / "whole", **settings))
+    count, forward = 0, PriorObjective.forward
+
+    def forward_until_the_sixth(*given: Any) -> Any:  # the second batch of the third step
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return forward(*given)
+
+    validation = refusing(OSError(errno.ESTALE, "Stale file handle"))
+    for kind, name, fails in ((PriorObjective, "forward", forward_until_the_sixth), (Validation, "totals", validation)):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, fails)
+            with pytest.raises(OSError, match="Stale"):
+                train(cache, config(tmp_path / name, **settings))
+        checkpoint = latest_checkpoint(tmp_path / name)
+        assert checkpoint is not None
+        assert checkpoint.step == 2
+        train(cache, config(tmp_path / name, **settings, **LATEST))
+        assert_equal_weights(tmp_path / name, tmp_path / "whole", "prior")
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(cache: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="finite"):
+        train(cache, config(tmp_path, learning_rate=1e30, max_train_steps=12))
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_signal_breaks_off_what_only_looks(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Validation._batches
+
+    def asked_to_stop(self: Validation) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches(self)
+
+    monkeypatch.setattr(Validation, "_batches", asked_to_stop)
+    with pytest.raises(SystemExit) as caught:
+        train(cache, config(tmp_path, val_fraction=0.3, validation_steps=2))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert read_validation(tmp_path) == []
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+def test_a_folder_and_a_base_that_go_away_meanwhile_do_not_cost_the_run(
+    cache: str, oracle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, run_dir = shutil.copytree(oracle / "prior", tmp_path / "base"), tmp_path / "run"
+
+    def act(_: int, name: str) -> None:
+        if name == "take_step" and base.exists():
+            base.rename(tmp_path / "elsewhere")
+            run_dir.rename(tmp_path / "moved")
+
+    settings = config(run_dir, pretrained_prior_model_name_or_path=str(base), checkpointing_steps=2)
+    assert endings.trained(cache, settings, act) == 0
+    assert f"{run_dir} was moved or removed: it is made anew" in caplog.text
+    assert {"checkpoint-2", "checkpoint-4", "prior", "config.json", "model_index.json"} <= {
+        path.name for path in run_dir.iterdir()
+    }
+
+
+def test_what_copies_cannot_be_made_of_is_found_before_the_first_step(
+    cache: str, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(oracle / "prior", tmp_path / "base")
+    os.mkfifo(base / "scheduler" / "pipe")
+    settings = {"pretrained_prior_model_name_or_path": str(base), "export_pipeline": True, "max_train_steps": 1}
+    train(cache, config(tmp_path / "run", **settings))
+    assert [path.name for path in (tmp_path / "run/scheduler").iterdir()] == ["scheduler_config.json"]
+    (base / "scheduler" / "more.bin").symlink_to("nowhere")
+    monkeypatch.setattr(kcache.training.trainer, "take_step", refusing(AssertionError("it began")))
+    with pytest.raises(ModelError, match=r"more.bin cannot be read, and the result gets a copy"):
+        train(cache, config(tmp_path / "next", **settings))

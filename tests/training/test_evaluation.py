@@ -47,22 +47,26 @@ def look(evaluation: Evaluation, step: int) -> None:
     evaluation.draw(step)
 
 
+def test_a_run_is_looked_at_now_and_then_and_at_its_end(cache: str, tmp_path: Path) -> None:
+    train(cache, config(tmp_path, max_train_steps=7, val_fraction=0.3, validation_steps=3))
+    assert looked_at(tmp_path) == [3, 6, 7]
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"validation_steps": 3}, [3, 6, 7]),
         ({"validation_steps": 7}, [7]),
         ({"validation_steps": 100}, [7]),
         ({"validation_epochs": 1}, [2, 4, 6, 7]),  # 8 samples are left to train on, and a step takes 4
         ({"validation_epochs": 3}, [6, 7]),
     ],
 )
-def test_a_run_is_looked_at_now_and_then_and_at_its_end(
+def test_when_a_run_is_looked_at_follows_from_its_settings(
     cache: str, tmp_path: Path, settings: dict[str, Any], steps: list[int]
 ) -> None:
-    train(cache, config(tmp_path, max_train_steps=7, val_fraction=0.3, **settings))
-    assert looked_at(tmp_path) == steps
-    assert (tmp_path / "loss.png").stat().st_size > 0
+    _, evaluation = evaluated_run(cache, tmp_path / "run", max_train_steps=7, val_fraction=0.3, **settings)
+    assert [step for step in range(1, 8) if evaluation.is_due(step)] == steps
 
 
 def test_without_anything_to_look_at_nothing_is_due(cache: str, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def export(run_dir: Path, half: str, oracle: Path, base: Path | None = None, cop
     repository = Repository(name=str(path), path=path, revision=None)
     export_network(run_dir, PIPELINES[half], network)
     export_components(run_dir, PIPELINES[half], repository, copy=copy)
-    make_pipeline(run_dir, PIPELINES[half], repository)
+    components = PIPELINES[half].components
+    make_pipeline(run_dir, PIPELINES[half], {name: repository.read(name) for name in components})
     return 0.625
 
 

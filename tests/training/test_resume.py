@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import kcache.training.run
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, RunError
-from kcache.store.checkpoint import open_checkpoint
+from kcache.store.checkpoint import latest_checkpoint, open_checkpoint
 from kcache.store.digests import DigestMemo
 from kcache.store.run_directory import read_starts
 from kcache.training.resume import checkpoint_to_resume
@@ -32,13 +33,18 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize(("stage", "lora_rank"), [("prior", None), ("decoder", None), ("prior", 2)])
-def test_every_step_is_one_to_go_on_from(cache: str, tmp_path: Path, stage: str, lora_rank: int | None) -> None:
+@pytest.mark.parametrize(
+    ("stage", "lora_rank", "steps"),
+    [("prior", None, range(1, STEPS)), ("decoder", None, (2, 5)), ("prior", 2, (2, 5))],  # in and after the warm-up
+)
+def test_every_step_is_one_to_go_on_from(
+    cache: str, tmp_path: Path, stage: str, lora_rank: int | None, steps: Sequence[int]
+) -> None:
     settings: dict[str, Any] = ALL | {"lora_rank": lora_rank}
     whole, last = tmp_path / "whole", f"checkpoint-{STEPS}"
     train(cache, config(whole, stage, **settings, checkpointing_steps=1))
     weights = WEIGHTS[stage] if lora_rank is None else LORA_WEIGHTS
-    for step in range(1, STEPS):
+    for step in steps:
         part, path = tmp_path / f"from-{step}", str(whole / f"checkpoint-{step}")
         train(cache, config(part, stage, **settings, checkpointing_steps=STEPS, resume_from_checkpoint=path))
         assert course(part) == course(whole)[step:]
@@ -116,6 +122,10 @@ def test_a_run_does_not_go_back(cache: str, tmp_path: Path) -> None:
         train(cache, config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest"))
     again = config(tmp_path, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
     assert train(cache, again).step == len(course(tmp_path)) == 3
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.step == 3  # and not that of what was left
+    assert open_checkpoint(tmp_path / "checkpoint-4.left").step == 4
 
 
 def test_another_kind_of_run_is_refused_before_its_network_is_loaded(
