@@ -1,11 +1,13 @@
 """What to type instead, for a path that is something else than was expected."""
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote
 
 from kcache.places import remote
 
@@ -52,9 +54,15 @@ def instead_of_source(path: Path) -> str | None:
         names = _names(path)
         if kind := own_output(path, names):
             return f"{path} is {kind}; give the folder, tars or dataset of the pictures"
-        if _HUB_REPOSITORY.fullmatch(path.resolve().name) and (path / "snapshots").is_dir():
-            found = " or ".join(shlex.quote(str(each)) for each in sorted((path / "snapshots").iterdir())[:3])
+        repository = path.parent if path.resolve().name == "snapshots" else path
+        if _HUB_REPOSITORY.fullmatch(repository.resolve().name) and (repository / "snapshots").is_dir():
+            found = " or ".join(shlex.quote(str(each)) for each in sorted((repository / "snapshots").iterdir())[:3])
             return f"{path} is how the Hub's client keeps all revisions of a repository; give one of them: {found}"
+    if re.search(r"[*?]|\[.*\]", path.name) and path.parent.is_dir() and not path.exists():
+        return (
+            f"{path} is a pattern, which is not taken as a source; give the folder {str(path.parent)!r}, or tars as in "
+            f"{str(path.parent / '{00000..00099}.tar')!r}"
+        )
     near = "" if path.exists() else near_names(path)
     return f"there is no file or folder {str(path)!r}; did you mean {near}?" if near else None
 
@@ -95,8 +103,25 @@ def broken_link(path: Path) -> str | None:
     return None
 
 
+def _expanded(text: str) -> str:
+    """A path with ~ and variables put in, as a shell does where they are not quoted."""
+    try:
+        return os.path.expandvars(Path(text).expanduser())
+    except RuntimeError:  # nobody's home
+        return text
+
+
 def near_names(path: Path) -> str:
-    """What stands beside `path` under a similar name, "a or b"; "" for nothing."""
+    """What `path` may mean, or stands beside it under a similar name, "a or b"; "" for nothing."""
+    text = str(path)
+    meant = [
+        _expanded(text),
+        text.strip(" \t\r\n'\""),
+        text.replace("\\", "/"),
+        unquote(text),
+    ]
+    if there := [each for each in dict.fromkeys(meant) if each not in ("", text) and Path(each).exists()]:
+        return " or ".join(there)
     try:
         names = _names(path.parent)
     except OSError:

@@ -3,12 +3,14 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from kcache.errors import ConfigError
 
 # pathlib makes one slash of two.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _REMOTE = re.compile(r"[^/\s:@]+@[^/\s:@]+:")
+_HUB_PAGE = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 _STORES = {
     "s3": "aws s3 sync", "s3a": "aws s3 sync", "s3n": "aws s3 sync", "r2": "rclone sync", "b2": "rclone sync",
     "gs": "gcloud storage rsync", "gcs": "gcloud storage rsync", "az": "azcopy sync", "abfs": "azcopy sync",
@@ -37,7 +39,12 @@ def remote(path: str | Path) -> str | None:
         scheme, rest = url[1].lower(), url[2]
         shown = ascii(f"{url[1]}://{rest}")
         if scheme == "file":
-            return f"{f'file:///{rest}'!a} is a URL; expected a path; give {'/' + rest.lstrip('/')!a}"
+            local = re.sub("^localhost/", "", unquote(rest))
+            return (
+                f"{f'file:///{rest}'!a} is a URL; expected a path; give {local if local[:1] == '~' else '/' + local!a}"
+            )
+        if (hub := _HUB_PAGE.match(rest)) is not None:
+            return f"{shown} is a page of the Hugging Face Hub; give its id, {hub[1]!a}, where one is taken"
         if scheme in _ADVICE:
             return f"{shown} {_ADVICE[scheme]}"
         if scheme in _STORES:

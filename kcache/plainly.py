@@ -25,6 +25,11 @@ _POINTERS = (
     (rb"(?s)(md5:.{0,60})?(wdir:.{0,60})?outs:\s", "a DVC pointer", "run: dvc pull"),
 )
 """Small texts that version control leaves in place of a large file: what is in them, their names, what to do."""
+_NO_WORDS = re.compile(
+    rb"(\xef\xbb\xbf)?\s*"
+    rb"(version https://|(\.\.?|\.git|annex)?/|# xet|md5:|wdir:|outs:|(?i:<!doc|<html|<\?xml)|\{\\rtf)"
+)
+"""How text begins that may be none of people's; words in angle brackets may stand in captions."""
 _KNOWN = (
     ("a JPEG picture", 0, b"\xff\xd8\xff"),
     ("a PNG picture", 0, b"\x89PNG\r\n\x1a\n"),
@@ -97,6 +102,7 @@ _OTHERS = (
     ("weights in GGUF; only safetensors are read", 0, b"GGUF"),
     ("what macOS keeps beside a file (AppleDouble, ._*); remove it", 0, b"\0\x05\x16\x07"),
     ("what macOS keeps about a folder (.DS_Store); remove it", 4, b"Bud1"),
+    ("an RTF document; save it as plain text", 0, b"{\\rtf"),
     ("a JPEG picture written as text; decode it: base64 -d", 0, b"/9j/"),
     ("a PNG picture written as text; decode it: base64 -d", 0, b"iVBORw0KGgo"),
     ("a picture written as text (a data: URL); decode it", 0, b"data:image/"),
@@ -126,6 +132,14 @@ def plainly(head: bytes) -> str | None:
     if not head.strip(b"\0"):
         return f"nothing but zero bytes, as a download that was broken off or a full disk leaves them; {_AGAIN}"
     return _media_box(head) or _tiff(head) or _container(head) or _by_magic(head) or _text(head)
+
+
+def no_words(content: bytes) -> str | None:
+    """What a text file plainly is that was given as words of people, such as a caption, and holds none; else None."""
+    if _NO_WORDS.match(content) is None:
+        return None
+    found = plainly(content)
+    return None if found is None or found.startswith("text that begins") else found
 
 
 def plainly_at(path: Path) -> str | None:

@@ -8,18 +8,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import remote
+from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
-from kcache.sources.hub import SAVED_DATASET_NAMES, open_hub_dataset, open_saved_dataset
-from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder
-from kcache.sources.metadata import metadata_files
+from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
+from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder, unlike_pictures
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
@@ -45,9 +44,11 @@ _EXPECTED = (
     "x.txt, webdataset tars (a folder of them, or {00000..00099}.tar), parquet files, a folder written by "
     "save_to_disk, or the id of a Hub dataset (owner/name)"
 )
-Listed = TypeVar("Listed", FolderSource, TableSource, TarSource)
 _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_LIKE_AN_ID = re.compile(r"(?:datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:@/]?[\w./-]*")
 _COLUMNS = ("image_column", "caption_column")
+Listed = FolderSource | TableSource | TarSource
 
 
 def open_source(
@@ -66,11 +67,12 @@ def open_source(
     """
     request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
+    _refuse_empty(spec, config)
     try:
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
         if path.is_dir():
-            if any((path / name).exists() for name in SAVED_DATASET_NAMES):
+            if is_saved_dataset(path):
                 refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
                 return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
@@ -81,21 +83,46 @@ def open_source(
             return open_tars(expand_braces(spec), {}, request)
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
-    if (problem := remote(spec)) is not None:
-        raise SourceError(problem)
-    if _COMMAND.match(spec):
-        raise SourceError(
-            f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
-        )
-    if _HUB_ID.fullmatch(spec):
+    if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
         refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
         return _noted(*open_hub_dataset(spec, request))
-    raise SourceError(f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path")
+    raise SourceError(_no_source(spec, path))
+
+
+def _refuse_empty(spec: str, config: SourceConfig) -> None:
+    """Raise SourceError for a path or a setting of no letters, as variables of a shell leave it that are not set."""
+    if not spec.strip():  # which as a path would be the working directory
+        raise SourceError(f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it")
+    for each in fields(SourceConfig):
+        if getattr(config, each.name) == "":
+            flag = f"--{each.name.replace('_', '-')}"
+            raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
+
+
+def _no_source(spec: str, path: Path) -> str:
+    """What to say of a source that is neither a file, nor a folder, nor the id of a dataset."""
+    if (problem := remote(spec)) is not None:
+        return problem
+    if _WINDOWS.match(spec):
+        return (
+            f"{spec!a} is a path of Windows, and nothing here is called so; expected a path of this machine: under "
+            "WSL, the drive C: is at /mnt/c"
+        )
+    if _COMMAND.match(spec):
+        return f"{spec!a} is a URL or a command; expected {_EXPECTED}; download what it gives and name the folder"
+    if path.exists():
+        return f"{path} is neither a file nor a folder; expected {_EXPECTED}; copy what it gives into one"
+    like = _LIKE_AN_ID.fullmatch(spec)
+    dataset = f", or, for the Hub's dataset {like[1]}, give only that id, or a copy of the part meant" if like else ""
+    return f"there is no file or folder {spec!r}; expected {_EXPECTED}; correct the path{dataset}"
 
 
 def _open_file(path: Path, request: Request) -> Source:
-    if not is_tar_name(path.name) and path.suffix != ".parquet":
-        raise SourceError(f"{path} is a file, but no .parquet file and no .tar; expected {_EXPECTED}; give its folder")
+    if not is_tar_name(path.name) and path.suffix.lower() != ".parquet":
+        what = f"it is {found}" if (found := plainly_at(path)) else "no .parquet file and no .tar"
+        raise SourceError(
+            f"{path} is one file ({what}); expected {_EXPECTED}; give the folder that holds the pictures and captions"
+        )
     if is_tar_name(path.name):
         refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
         return open_tars([(path.name, path)], {}, request)
@@ -107,19 +134,18 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
     """Open a folder as what it offers most captioned samples as, of equals as pictures; what else is in it is named."""
     kinds = _kinds(listing)
     if not kinds:
-        found = f"no images among its {len(listing.files):,} files{_why(listing)}"
-        raise SourceError(f"{listing.root} holds {found}; expected {_EXPECTED}")
+        raise SourceError(f"{listing.root} {_without_samples(listing)}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
     what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
-    if kind == "pictures" and not metadata_files(listing):
+    if kind == "pictures" and not listing.metadata:
         what, used = f"{what} with a text file each", used[2:]
     refuse_unused(request.config, what, *used)
-    return _open_as(kind, kinds, listing, request)
+    return _noted(_open_as(kind, kinds, listing, request), _own_note(listing))
 
 
 def _kinds(listing: FolderListing) -> dict[str, Sequence[str]]:
     """What a folder may be read as, and the files of each."""
-    metadata = metadata_files(listing)
+    metadata = listing.metadata
     tars = sorted(path for path in listing.files if is_tar_name(path))
     # img2dataset writes 00000.parquet, which holds no pictures, beside 00000.tar.
     described = {path.rpartition(".")[0] + ".parquet" for path in tars} | set(metadata if listing.images else ())
@@ -139,13 +165,20 @@ def _most(listing: FolderListing, request: Request, kinds: Mapping[str, Sequence
         except SourceError as error:
             errors[kind] = error
     if not counts:
-        has_metadata = bool(metadata_files(listing))
+        has_metadata = bool(listing.metadata)
         raise next(iter(errors.values())) if has_metadata else next(reversed(errors.values()))
     # Pictures without captions do not make a folder of tars a folder of pictures, even where captions are not needed.
     return max(counts, key=lambda kind: (counts[kind], kind != "pictures" and not counts[kind]))
 
 
-def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Source:
+def _own_note(listing: FolderListing) -> str:
+    """What to say of the folders in it that kcache made."""
+    named = [f"{readable(path)} ({what})" for path, what in sorted(listing.own.items())]
+    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
+    return f"not looked into: {', '.join(named[:3])}{more}" if named else ""
+
+
+def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListing, request: Request) -> Listed:
     own = kinds[kind]
     others = {path for files in kinds.values() for path in files} - set(own)
     if kind != "pictures":
@@ -153,7 +186,8 @@ def _open_as(kind: str, kinds: Mapping[str, Sequence[str]], listing: FolderListi
         others |= {path for path in listing.files if _stem(path) not in stems}
     refused = listing.refused | leftovers(listing, others, f"the folder is read as {kind}; give it by itself")
     if kind == "pictures":
-        taken, note = _pictures_of_split(replace(listing, files=listing.files - others, refused=refused), request)
+        rest = replace(listing, files=listing.files - others, refused=refused) if others else listing
+        taken, note = _pictures_of_split(rest, request)
         return _noted(open_pictures(taken, request), note)
     paths, spare, note = _files_of_split(listing, own, request)
     if kind == "tars":
@@ -166,9 +200,17 @@ def _stem(path: str) -> str:
     return re.sub(r"(_stats)?\.[^/]*$", "", path)
 
 
-def _why(listing: FolderListing) -> str:
-    found = "; ".join(f"{readable(path)}: {reason}" for path, reason in list(listing.refused.items())[:3])
-    return f" ({found})" if found else ""
+def _without_samples(listing: FolderListing) -> str:
+    """What a folder holds that can be read as nothing."""
+    refused = listing.refused | leftovers(listing, listing.files, unlike_pictures)
+    reasons = [f"{readable(path)}: {reason}" for path, reason in list(refused.items())[:3]]
+    saved = {path.rpartition("/")[0] for path in listing.files if path.endswith(("/dataset_dict.json", "/state.json"))}
+    if inner := sorted(path for path in saved if is_saved_dataset(listing.root / path))[:3]:
+        return f"holds {' and '.join(map(readable, inner))}, which save_to_disk wrote; give one of those folders"
+    found = "; ".join(filter(None, [*reasons, _own_note(listing)]))
+    if not found and not listing.files and any(listing.root.iterdir()):
+        found = "names that begin with a dot are hidden, and not read"
+    return f"holds no images among its {len(listing.files):,} files{f' ({found})' if found else ''}"
 
 
 def _files_of_split(

@@ -224,9 +224,9 @@ def is_caption_type(kind: Any) -> bool:
 
     Type null, which a writer infers where there are no values, holds none, whatever the column is elsewhere.
     """
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return _is_text(_item_type(kind) or kind)
+    # Binary, too: it is how parquet keeps text of writers that do not say that it is text.
+    kind = kind.value_type if pa.types.is_dictionary(kind) else _item_type(kind) or kind
+    return _is_text(kind) or _is_binary(kind)
 
 
 def _item_type(kind: Any) -> Any:

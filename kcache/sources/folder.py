@@ -8,7 +8,7 @@ from pathlib import Path
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
-from kcache.sources.metadata import Said, metadata_files, read_metadata
+from kcache.sources.metadata import Said, read_metadata
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
 from kcache.store.digests import DigestMemo, content_key
@@ -118,14 +118,12 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
 
 def _find_texts(listing: FolderListing) -> _Texts:
     texts: dict[str, list[str]] = {}
-    for text in sorted(filter(_is_text, listing.files - listing.left_out), key=_rank):
+    found = sorted(filter(_is_text, listing.files - listing.left_out))
+    for text in sorted(found, key=lambda text: not text.lower().endswith(_TEXT_SUFFIXES[0])):
         texts.setdefault(one_form(_stem(text)), []).append(text)
-    return _Texts(files=texts, forms=Counter(map(one_form, {_stem(image) for image in listing.images})))
-
-
-def _rank(text: str) -> tuple[bool, str]:
-    """What a text file is sorted by among those of an image: .txt goes before .caption."""
-    return not text.lower().endswith(_TEXT_SUFFIXES[0]), text
+    several = texts and not all(map(str.isascii, listing.images))
+    forms = Counter(map(one_form, {_stem(image) for image in listing.images})) if several else {}
+    return _Texts(files=texts, forms=forms)
 
 
 def _is_text(path: str) -> bool:
@@ -148,7 +146,7 @@ def _no_captions(path: str, said: Said) -> str:
 def _check_columns(listing: FolderListing, request: Request, said: Said, *, captioned: bool) -> None:
     """Raise SourceError for a column that was asked for, or is needed, and that no metadata has."""
     if request.config.image_column is not None and not said.files:
-        names = metadata_files(listing)
+        names = listing.metadata
         found = "; ".join(f"{readable(name)} {said.refused.get(name, 'is of another split')}" for name in names[:3])
         raise SourceError(
             f"{listing.root} has no metadata with a column {request.config.image_column!r} (--image-column): {found}"
@@ -166,17 +164,22 @@ def _others(
     listing: FolderListing, samples: Mapping[str, object], known: Collection[str]
 ) -> tuple[set[str], dict[str, str]]:
     """Of the files that are neither samples nor `known`: those beside a sample, and why the others are not read."""
-    rest = listing.files - samples.keys() - set(known) - listing.left_out - set(metadata_files(listing))
+    rest = listing.files - samples.keys() - set(known) - listing.left_out - set(listing.metadata)
+    if not rest:
+        return set(), {}
     stems = set(map(_stem, samples))
     orphans = sorted(filter(_is_text, rest))
     companions = {path for path in rest if _stem(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
     odd = {_stem(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
+    bare = {_stem(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
     reasons = {}
     for text in orphans:
         reasons[text] = "a caption file without an image of its name"
         if (near := odd.get(_stem(text))) is not None:
             found = plainly_at(listing.root / near)
             reasons[text] += f"; beside it is {near!a}, which is {found or 'not called like a picture'}"
+        elif (image := bare.get(_stem(text).casefold())) is not None:
+            reasons[text] += f"; it differs in capitals from that of {image!a}: rename one of them"
     return companions, reasons | leftovers(listing, rest - companions - set(orphans), unlike_pictures)
 
 
@@ -195,6 +198,6 @@ def _origin(said: Said, request: Request, texts: Iterable[str]) -> str:
     if any(said.captions.values()):
         where = readable(said.files[0]) if len(said.files) == 1 else f"{len(said.files)} metadata files"
         origins.append(f"{where} column {request.caption_column!r}")
-    if kinds := sorted(map(kind_of, texts), reverse=True):
-        origins.append(f"{' and '.join(dict.fromkeys(kinds))} files, one per line")
+    if kinds := sorted({text[text.rfind(".") :].lower() for text in texts}, reverse=True):
+        origins.append(f"{' and '.join(kinds)} files, one per line")
     return " and from ".join(origins)

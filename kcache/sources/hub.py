@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +19,13 @@ from kcache.sources.splits import COUNTED_FILES, chosen_split, no_splits, split_
 from kcache.sources.table import TableSource, open_rows
 from kcache.tally import counted
 
-SAVED_DATASET_NAMES = ("dataset_dict.json", "state.json")
-"""Files that only `save_to_disk` writes: the first for several splits, the second for one."""
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote, of several splits or of one."""
+    if (folder / "dataset_dict.json").exists():
+        return True
+    # Other tools have a state.json, too.
+    return (folder / "state.json").exists() and ((folder / "dataset_info.json").exists() or any(folder.glob("*.arrow")))
 
 
 def open_saved_dataset(folder: Path, request: Request) -> tuple[TableSource, str]:
@@ -69,24 +75,25 @@ def open_hub_dataset(name: str, request: Request) -> tuple[TableSource, str]:
                 raise SourceError(other) from error
             raise
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
-    source_roots = _roots(dataset.info.builder_name)
-    source = open_rows("Hub dataset", name, ArrowStream, files, source_roots, request, numbered_through=True)
+    source = open_rows("Hub dataset", name, ArrowStream, files, _roots(), request, numbered_through=True)
+    feature = dataset.features.get(request.image_column)
+    if dataset.info.builder_name == "imagefolder" and isinstance(feature, datasets.Image):
+        # What is of that type there is no data: `datasets` wrote the names of zips that it opened itself, wherever.
+        source = replace(source, zip_roots=(Path("/"),))
     splits: Mapping[str, object] = dataset.info.splits or {}
     others = {each: _rows_text(getattr(about, "num_examples", None)) for each, about in splits.items()}
     others.pop(request.split, None)
     return source, split_note(request.split, others) if others else ""
 
 
-def _roots(builder: str | None) -> list[Path]:
+def _roots() -> list[Path]:
     """Where a picture may lie that a row only names, as it is called and where it is: HF_HOME may be a link."""
     import datasets
     import huggingface_hub.constants
 
     config, hub = datasets.config, huggingface_hub.constants
     caches = (config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE, config.DOWNLOADED_DATASETS_PATH)
-    roots = [root for cache in caches for root in (Path(cache).absolute(), Path(cache).resolve())]
-    # The paths of an imagefolder are no data: `datasets` wrote them, of the files that it found itself.
-    return [*roots, Path("/")] if builder == "imagefolder" else roots
+    return [root for cache in caches for root in (Path(cache).absolute(), Path(cache).resolve())]
 
 
 def _is_not_in_it(name: str, request: Request, error: str) -> str | None:

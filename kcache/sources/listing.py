@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import unquote
 
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
-from kcache.hints import own_output
+from kcache.hints import near_names, own_output
 from kcache.plainly import plainly_at
 from kcache.sources.reading import follow, locate
 
@@ -20,6 +21,8 @@ IMAGE_SUFFIXES = frozenset({
     "jpeg_large", "jpf", "jpg", "jpg_large", "jpg_orig", "jpx", "jxl", "mpo", "pbm", "pgm", "png", "png_large", "pnm",
     "ppm", "tga", "tif", "tiff", "webp",
 })
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
+"""Names of metadata files, in small letters."""
 _NO_DATA = frozenset({
     "dataset_info.json", "dataset_infos.json", "desktop.ini", "icon\r", "license", "licence", "makefile", "notice",
     "readme", "thumbs.db",
@@ -27,6 +30,7 @@ _NO_DATA = frozenset({
 # fmt: on
 """Files, by name without .md or .txt in small letters, that are about a folder or made by a system."""
 _UNFINISHED = frozenset({".aria2", ".crdownload", ".download", ".part", ".partial", ".tmp"})
+_TABULAR = frozenset({".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".xls", ".xlsx", ".xml", ".yaml", ".yml"})
 _MOST_KINDS = 20
 """Kinds of files that are named; what is of none of them comes in one line."""
 
@@ -43,6 +47,8 @@ class FolderListing:
     """Regular files, and links to regular files in the root or in `links`."""
     refused: dict[str, str] = field(default_factory=dict)
     """Everything else, by path, and why it is not read."""
+    own: dict[str, str] = field(default_factory=dict)
+    """Folders that kcache itself made, and what they are: no input, and so not refused either."""
     left_out: frozenset[str] = frozenset()
     """Files of another split than the one that is read: not refused, but not read either."""
 
@@ -50,6 +56,12 @@ class FolderListing:
     def images(self) -> list[str]:
         """Files that are called like images, sorted."""
         return sorted(path for path in self.files if is_image_name(path))
+
+    @cached_property
+    def metadata(self) -> list[str]:
+        """Files that are called like metadata, sorted."""
+        likely = (path for path in self.files if path.lower().endswith(METADATA_NAMES))
+        return sorted(path for path in likely if path.rpartition("/")[2].lower() in METADATA_NAMES)
 
     def find(self, name: str, folder: str) -> str:
         """The path of the file that `name` means, which stands in data in `folder` ("", or ending in a slash).
@@ -70,12 +82,13 @@ class FolderListing:
                 return same[0]
             if slashed != name and not same:
                 return self.find(slashed, folder)
-            if re.match(r"[A-Za-z]:/", name):
-                reason = f"{name!a} is a path on another machine; use one relative to the metadata file"
-                raise InputRejected("source", reason) from None
+            near = near or self._by_loose_stem.get(_loose_stem(unquote(slashed).strip()), [])
             inside = [path.removeprefix(folder) for path in near if path.startswith(folder)]
             hint = f"; did you mean {inside[0]!a}?" if inside else ""
-            raise InputRejected("source", rejection.reason + hint) from None
+            reason = rejection.reason
+            if re.match(r"[A-Za-z]:/", name):
+                reason = f"{name!a} is a path on another machine; use one relative to the metadata file"
+            raise InputRejected("source", reason + hint) from None
 
     def _locate(self, name: str, folder: str) -> str:
         return locate(name, self.root / folder, [self.root], self.links).relative_to(self.root).as_posix()
@@ -90,6 +103,19 @@ class FolderListing:
         for file in sorted(self.files | self.left_out):
             names.setdefault(_loosely(file), []).append(file)
         return names
+
+    @cached_property
+    def _by_loose_stem(self) -> dict[str, list[str]]:
+        """Images by what people would call the same name without its folder and its suffix, to be hinted at."""
+        stems: dict[str, list[str]] = {}
+        for image in self.images:
+            stems.setdefault(_loose_stem(image), []).append(image)
+        return stems
+
+
+def _loose_stem(path: str) -> str:
+    name = _loosely(path).rpartition("/")[2]
+    return name.rpartition(".")[0] or name
 
 
 def is_image_name(path: str) -> bool:
@@ -126,7 +152,7 @@ def list_folder(folder: Path, config: SourceConfig = AS_FOUND) -> FolderListing:
             with os.scandir(root / prefix) as scanned:
                 entries = [entry for entry in scanned if not entry.name.startswith(".")]
             if prefix and (own := own_output(root / prefix, {entry.name for entry in entries})):
-                listing.refused[path] = f"{own}, left out: its files are no source"
+                listing.own[path] = own
                 continue
             for entry in entries:
                 _list_entry(entry, prefix + entry.name, real, listing, waiting, linked)
@@ -151,7 +177,9 @@ def link_roots(root: Path, config: SourceConfig) -> tuple[Path, ...]:
     if config.follow_links is not None:
         place = Path(config.follow_links)
         if not place.is_dir():
-            found_there = "that is a file" if place.exists() else "nothing is there"
+            near = near_names(place)
+            found_there = "that is a file" if place.is_file() else "nothing is there"
+            found_there += f" (did you mean {near}?)" if near and not place.exists() else ""
             raise SourceError(
                 f"--follow-links {config.follow_links!a}: {found_there}; expected the folder into which links of the "
                 "source may lead"
@@ -195,11 +223,18 @@ def _list_link(path: str, real: Path, listing: FolderListing, linked: list[tuple
         listing.files.add(path)
     elif not real.is_dir():
         listing.refused[path] = "not a regular file"
-    elif real.is_relative_to(listing.root) and not any(real.is_relative_to(place) for place in listing.links):
-        inside = real.relative_to(listing.root).as_posix()
+    elif (inside := _read_as(real, listing)) is not None:
         listing.refused[path] = f"a link to the folder {inside!a} of the source, which is read where it is"
     else:
         linked.append((path + "/", real))
+
+
+def _read_as(folder: Path, listing: FolderListing) -> str | None:
+    """Where in the source a real folder is read without any link; None for one outside, and for a hidden one."""
+    if not folder.is_relative_to(listing.root) or any(folder.is_relative_to(place) for place in listing.links):
+        return None
+    inside = folder.relative_to(listing.root)
+    return None if any(part.startswith(".") for part in inside.parts) else inside.as_posix()
 
 
 def leftovers(
@@ -217,8 +252,11 @@ def leftovers(
     reasons = {}
     for kind, found in kinds.items():
         reason = why if isinstance(why, str) else why(kind)
-        if words := plainly_at(listing.root / found[0]):
+        words = plainly_at(listing.root / found[0])
+        if words is not None:
             reason += f"; {'it' if len(found) == 1 else 'the first'} is {words}"
+        if why is unlike_pictures and kind not in _UNFINISHED:
+            reason += _instead(kind, words)
         if len(found) == 1:
             reasons[found[0]] = reason
         else:
@@ -231,7 +269,16 @@ def unlike_pictures(kind: str) -> str:
     """Why files of a kind, which is their suffix, are not taken for pictures."""
     if kind in _UNFINISHED:
         return "an unfinished download by its name; fetch it again, or rename it if it is whole"
-    return "not called like a picture, and no metadata names it; rename it if it is one, e.g. to .jpg"
+    return "not called like a picture, and no metadata names it"
+
+
+def _instead(kind: str, words: str | None) -> str:
+    """What to do with a file that is not called like a picture, by what it plainly is."""
+    if kind == ".arrow":
+        return "; rows are read from parquet files and from folders that save_to_disk wrote"
+    if kind in _TABULAR:
+        return "; captions are read from metadata.jsonl or .csv (columns file_name and text), and from text files"
+    return "; rename it if it is a picture, e.g. to .jpg" if words is None or "picture" in words else ""
 
 
 def _is_no_data(path: str) -> bool:

@@ -16,8 +16,6 @@ from kcache.sources.listing import FolderListing
 from kcache.sources.protocol import Request
 from kcache.sources.reading import LINE_ENDS, caption_tuple, decode_text
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
-"""Names of metadata files, in small letters."""
 FILE_COLUMN = "file_name"
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_LINES = 1000
@@ -49,16 +47,10 @@ class _Table:
     """Where each row stands, and what it is: by column, why it cannot be read, or anything else where it is no row."""
 
 
-def metadata_files(listing: FolderListing) -> list[str]:
-    """The files of a folder that are called like metadata, sorted."""
-    likely = (path for path in listing.files if path.lower().endswith(METADATA_NAMES))
-    return sorted(path for path in likely if path.rpartition("/")[2].lower() in METADATA_NAMES)
-
-
 def read_metadata(listing: FolderListing, request: Request) -> Said:
     """Read all metadata files of a folder; a file or a row that cannot be used costs itself only, and is named."""
     said = Said()
-    for path in metadata_files(listing):
+    for path in listing.metadata:
         if path not in listing.left_out:
             try:
                 _read_file(path, listing, request, said)
@@ -73,8 +65,11 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
     """Add what one file says; raises InputRejected for one that is no metadata."""
     column = request.config.image_column or FILE_COLUMN
     table = _open(listing.root / path, column, request.caption_column)
+    for name in (column, request.caption_column):
+        if (times := list(table.columns or ()).count(name)) > 1:
+            raise InputRejected("source", f"has {times} columns {name!r}; expected one; give each a name of its own")
     columns = set(table.columns or ())
-    rows = 0
+    rows, folder = 0, path[: path.rfind("/") + 1]
     reasons: dict[str, str] = {}
     for place, value in table.rows:
         rows += 1
@@ -85,7 +80,7 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
             if not isinstance(value, dict):
                 raise InputRejected("source", _NO_ROW)
             columns.update(value)
-            _read_row(value, column, path[: path.rfind("/") + 1], name, listing, request, said)
+            _read_row(value, column, folder, name, listing, request, said)
         except InputRejected as rejection:
             reasons[name] = rejection.reason
     if not rows:

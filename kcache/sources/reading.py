@@ -6,10 +6,12 @@ import re
 import shlex
 import stat
 from collections.abc import Sequence
+from errno import ENAMETOOLONG
 from pathlib import Path
+from typing import Any
 
 from kcache.errors import InputRejected
-from kcache.plainly import plainly, printable
+from kcache.plainly import no_words, plainly, printable
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -17,19 +19,21 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_FIRST_OF_MARKS = {mark[:1] for mark, _ in _MARKS}
 _HUB_BLOB = re.compile(r"/(datasets|models|spaces)--[^/]+/blobs(/|$)")
 
 
 def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
     """The captions in one cell of metadata: a string is one caption, a list of strings several.
 
-    An empty string is a caption, the unconditional one. No caption at all is () unless `needed`. Raises InputRejected.
+    An empty string is a caption, the unconditional one; null is none, also in a list. No caption at all is () unless
+    `needed`. Raises InputRejected.
     """
-    if cell is None or cell == []:
+    captions: list[Any] = [each for each in (cell if isinstance(cell, list) else [cell]) if each is not None]
+    if not captions:
         if needed:
             raise InputRejected("source", "no caption; give a string, a list of strings, or remove the image")
         return ()
-    captions = cell if isinstance(cell, list) else [cell]
     for caption in captions:
         _check_caption(caption)
     return tuple(captions)
@@ -55,15 +59,16 @@ def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
         found = plainly(content)
         reason = f"it is {found}" if found else str(error)
         raise InputRejected("source", f"caption file {name!a} is not UTF-8 text: {reason}") from error
-    if "\0" in text and (found := plainly(content)):
+    if found := plainly(content) if "\0" in text else no_words(content):
         raise InputRejected("source", f"caption file {name!a} is {found}")
     # Not str.splitlines: it also cuts at characters that stand inside captions, such as U+2028.
-    captions = [line.strip() for line in re.split(LINE_ENDS, text) if line.strip()]
+    captions = [line.strip() for line in _LINE_END.split(text) if line.strip()]
     return caption_tuple(captions or "", needed=True)
 
 
 LINE_ENDS = "\r\n|\r|\n"
 """What ends a line, as a regular expression."""
+_LINE_END = re.compile(LINE_ENDS)
 
 
 def decode_text(content: bytes, errors: str = "strict") -> str:
@@ -71,9 +76,10 @@ def decode_text(content: bytes, errors: str = "strict") -> str:
 
     Raises UnicodeDecodeError.
     """
-    for mark, encoding in _MARKS:
-        if content.startswith(mark):
-            return content.decode(encoding)
+    if content[:1] in _FIRST_OF_MARKS:
+        for mark, encoding in _MARKS:
+            if content.startswith(mark):
+                return content.decode(encoding)
     return content.decode("utf-8-sig", errors)
 
 
@@ -139,9 +145,9 @@ def follow(path: Path, roots: Sequence[Path]) -> Path:
     try:
         real = path.resolve(strict=True)
     except OSError as error:
-        if path.is_symlink() and (target := _end_of(path)) is not None:
+        if error.errno != ENAMETOOLONG and path.is_symlink() and (target := _end_of(path)) is not None:
             raise InputRejected("source", _dangling(os.fspath(path.readlink()), target)) from None
-        raise InputRejected("source", f"there is no readable file {path.name!a}: {error.strerror}") from None
+        raise InputRejected("source", f"there is no readable file {_short(path.name)}: {error.strerror}") from None
     except RuntimeError:
         # How Path.resolve reports a loop before Python 3.13.
         raise InputRejected("source", f"the link {path.name!a} leads back to itself") from None

@@ -7,6 +7,7 @@ that are called after a split. A dataset then has the same rows by its id on the
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kcache.errors import SourceError
 from kcache.sources.reading import readable
@@ -60,10 +61,10 @@ def splits_of_pictures(paths: Collection[str]) -> tuple[Splits | None, str]:
     A folder of trains beside one of ships is no split, nor is test.jpg: folders must leave no picture out or tell
     several splits, names of files both. Of what they tell otherwise, the note says how to have it.
     """
-    folders, names = divided(paths, _by_folder), divided(paths, _by_name)
+    folders = divided(paths, _by_folder)
     if folders.files and (len(folders.files) > 1 or not folders.spare):
         return folders, ""
-    if not folders.files and len(names.files) > 1 and not names.spare:
+    if not folders.files and all(map(_by_name, paths)) and len((names := divided(paths, _by_name)).files) > 1:
         return names, ""
     if folders.files:
         split, inside = next(iter(folders.files.items()))
@@ -163,6 +164,7 @@ def _pattern_rule(data_files: object, base: str) -> Rule | None:
 
 def _glob(pattern: str) -> re.Pattern[str]:
     """A pattern of file names, in which * stops at a slash and ** does not."""
+    pattern = re.sub(r"(\*\*/)+", "**/", pattern)  # many of them would take for ever
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern)
     signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     as_set = (
@@ -181,7 +183,12 @@ def _sharded(path: str) -> Collection[str]:
 
 
 def _by_folder(path: str) -> Collection[str]:
-    folders = path.split("/")[:-1]
+    return _of_folder(path.rpartition("/")[0])
+
+
+@lru_cache(maxsize=1 << 10)
+def _of_folder(path: str) -> Collection[str]:
+    folders = path.split("/")
     if any(folder.startswith("__") for folder in folders):
         return ()
     return [split for split, word in _FOLDERS.items() if any(map(word.fullmatch, folders))]

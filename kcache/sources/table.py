@@ -1,5 +1,6 @@
 """Datasets of rows: parquet files, and what `hub` finds that the library `datasets` keeps."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class TableSource:
     """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
     links: tuple[Path, ...] = ()
     """Such folders into which links in the roots may lead."""
+    zip_roots: tuple[Path, ...] = ()
+    """Such folders for zips alone, of which rows name a member."""
     zips: ZipMembers = field(default_factory=ZipMembers)
     keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
@@ -86,7 +89,7 @@ class TableSource:
             images, at = self._images(part, chunk, row)
             path, name = images.path(at), "content_key"
             if path is not None and is_chained(path):
-                file, member = self.zips.locate(path, self.roots[0], self.roots, self.links)
+                file, member = self._zipped(path)
                 name = f"content_key of member {member!a}"
             else:
                 file = self._located(path)
@@ -133,10 +136,13 @@ class TableSource:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
         return locate(path, self.roots[0], self.roots, self.links)
 
+    def _zipped(self, path: str) -> tuple[Path, str]:
+        return self.zips.locate(path, self.roots[0], [*self.roots, *self.zip_roots], self.links)
+
     def _named(self, path: str | None) -> bytes:
         """The bytes of what a row only names."""
         if path is not None and is_chained(path):
-            return self.zips.read(*self.zips.locate(path, self.roots[0], self.roots, self.links))
+            return self.zips.read(*self._zipped(path))
         return read_file(self._located(path), MAX_IMAGE_BYTES)
 
 
@@ -218,7 +224,9 @@ def _misfit(file: RowFile, request: Request) -> str | None:
     if request.need_captions or request.config.caption_column is not None:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
     for column, fits, flag, expected in wanted:
-        if column not in file.schema.names:
+        if (times := file.schema.names.count(column)) > 1:
+            return f"has {times} columns {column!r}; expected one; write it again with names of their own"
+        if not times:
             found = readable(", ".join(file.schema.names))
             return f"has no column {column!r}; found {found}; name the right one with {flag}"
         kind = file.schema.field(file.schema.names.index(column)).type
@@ -234,6 +242,8 @@ def _about(kind: object, flag: str) -> str:
         return ""
     if is_caption_type(kind) and not str(kind).endswith("null"):
         return ", or store the pictures themselves: files and URLs that text names are not fetched"
+    if re.search(r"list<[^<>]*int\d+>", str(kind)):
+        return ", or store each picture's bytes as binary, not as a list of numbers"
     return ", or give each picture a row" if "list" in str(kind) else ""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kcache.errors import InputRejected, SourceError
+from kcache.hints import near_names
 from kcache.plainly import plainly_at
 from kcache.sources.archives import Member, list_members
 from kcache.sources.listing import IMAGE_SUFFIXES
@@ -156,13 +157,16 @@ def expand_braces(spec: str) -> list[tuple[str, Path]]:
     """
     start = spec.rfind("/", 0, spec.find("{")) + 1
     tars = [(text[start:], Path(text)) for text in _expansions(spec)]
-    if len(tars) == 1 or not all(label.endswith(".tar") for label, _ in tars):
+    if tars[0][1] == Path(spec) or not all(label.endswith(".tar") for label, _ in tars):
         raise SourceError(f"{spec!r} is no pattern for tars; expected one such as {{00000..00099}}.tar; correct it")
     missing = [label for label, path in tars if not path.is_file()]
     if missing:
+        folder = Path(spec[:start] or ".")
+        near = "" if folder.exists() else near_names(folder)
         raise SourceError(
             f"{len(missing):,} of the {len(tars):,} tars that {spec!r} stands for are missing, such as {missing[0]}; "
-            "expected all of them; correct the pattern or restore the files"
+            f"expected all of them; {f'did you mean the folder {near}? C' if near else 'c'}orrect the pattern or "
+            "restore the files"
         )
     return tars
 
@@ -177,7 +181,7 @@ def _expansions(spec: str) -> list[str]:
         between = spec[position : braces.start()]
         texts = [text + between + choice for text in texts for choice in choices]
         position = braces.end()
-    return [text + spec[position:] for text in texts]
+    return list(dict.fromkeys(text + spec[position:] for text in texts))
 
 
 def _choices(body: str) -> Sequence[str]:
@@ -295,7 +299,7 @@ def _captions(path: Path, group: _Group, request: Request, columns: dict[str, No
     if column is not None:
         return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
     if request.need_captions:
-        held = f" (its .json member holds {readable(', '.join(list(row)[:10]))})" if row else ""
+        held = f" (its .json member holds {readable(', '.join(list(row)[:10]))}: --caption-column)" if row else ""
         member = ".txt" if asked is None else f".{texts[0]}"
         either = " or ".join(map(repr, wanted))
         reason = f"no captions: no {member} member beside it, and no .json member with {either}{held}"

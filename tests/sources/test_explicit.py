@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_folders import write
 
 from kcache.config import SourceConfig, TrainConfig
 from kcache.errors import ConfigError, SourceError
@@ -102,7 +103,9 @@ def test_a_caption_column_wins_over_text_members(tmp_path: Path, text: str) -> N
     assert offered(source) == {"x.tar/a": ("a red fox on snow",), "x.tar/b": ("one", "two")}
     assert source.description.endswith("captions from .json members, 'recaption'")
     told = {refusal.name: refusal.reason for refusal in source.refused}
-    assert told["x.tar/c"].endswith("no .json member with 'recaption' (its .json member holds caption)")
+    assert told["x.tar/c"].endswith(
+        "no .json member with 'recaption' (its .json member holds caption: --caption-column)"
+    )
     assert told["x.tar/d"].startswith("no caption")
     assert set(offered(open_source(place, SourceConfig(caption_column="txt"))).values()) == {("alt text",)}
     for need_captions in (True, False):
@@ -148,3 +151,10 @@ def test_a_tar_that_is_something_else_is_told_as_what_it_is(tmp_path: Path, head
         open_source(str(tmp_path / "x.tar"))
     source = open_source(str(tmp_path))
     assert (len(source), [refusal.name for refusal in source.refused]) == (1, ["x.tar"])
+
+
+@pytest.mark.parametrize("setting", ["split", "image_column", "caption_column", "follow_links"])
+def test_a_flag_without_a_value_is_refused(tmp_path: Path, setting: str) -> None:
+    write(tmp_path, {"a.jpg": b"A", "metadata.csv": "file_name,text\na.jpg,x"})
+    with pytest.raises(SourceError, match=f"--{setting.replace('_', '-')}"):
+        open_source(str(tmp_path), SourceConfig(**{setting: ""}))

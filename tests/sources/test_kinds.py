@@ -83,9 +83,10 @@ def cache_beside(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_cache_inside_its_own_source_is_not_looked_into(cache_beside: Path) -> None:
     source = open_source(str(cache_beside))
     assert list(offered(source)) == ["a.jpg", "b.jpg"]
-    assert reasons(source) == {"cache": "a kcache cache, left out: its files are no source"}
+    assert not source.refused
+    assert source.description.endswith("; not looked into: cache (a kcache cache)")
     (cache_beside / "cache/manifest.json").unlink()
-    assert "a kcache cache that was not finished" in reasons(open_source(str(cache_beside)))["cache"]
+    assert "cache (a kcache cache that was not finished)" in open_source(str(cache_beside)).description
 
 
 def test_cache_beside_tars_and_tables_is_not_looked_into(published: str, tmp_path: Path) -> None:
@@ -98,7 +99,8 @@ def test_cache_beside_tars_and_tables_is_not_looked_into(published: str, tmp_pat
             table(folder / name, 1)
         source = open_source(str(folder))
         assert len(source) == 1
-        assert set(reasons(source)) == {"sub/cache"}
+        assert not source.refused
+        assert "not looked into: sub/cache (" in source.description
 
 
 @pytest.mark.parametrize(
@@ -114,15 +116,15 @@ def test_what_kcache_made_is_one_line(tmp_path: Path, files: dict[str, str | byt
     write(tmp_path / "own", files)
     source = open_source(str(tmp_path))
     assert list(offered(source)) == ["a.jpg"]
-    assert set(reasons(source)) == {"own"}
-    assert words in reasons(source)["own"]
+    assert not source.refused
+    assert words in source.description
     with pytest.raises(SourceError, match=words):
         open_source(str(tmp_path / "own"))
 
 
 def test_folders_that_only_sound_like_kcache_are_read(tmp_path: Path) -> None:
     write(tmp_path, {**pairs("plans/house", "text-0123abcd/a", "checkpoint-1/b"), "plans/index-1.txt": "of a house"})
-    write(tmp_path, {"x/metrics.jsonl": "{}", **pairs("x/c"), "x/manifest.json": "{}"})
+    write(tmp_path, {"x/metrics.jsonl": "{}", **pairs("x/c"), "x/manifest.json": "{}", "x/state.json": "{}"})
     assert len(open_source(str(tmp_path))) == 4
     assert len(open_source(str(tmp_path / "x"))) == 1  # also where it is named itself
 
@@ -138,3 +140,9 @@ def test_metadata_of_a_part_and_text_files_of_another_serve_together(tmp_path: P
     assert source.description == (
         "imagefolder: 2 images, captions from m/metadata.jsonl column 'text' and from .txt files, one per line"
     )
+
+
+def test_a_range_of_one_tar_is_that_tar(tmp_path: Path) -> None:
+    tar(tmp_path / "007.tar", "x")
+    for pattern in ("{007..007}", "{007,007}"):
+        assert len(open_source(f"{tmp_path}/{pattern}.tar")) == 1

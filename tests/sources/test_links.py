@@ -164,3 +164,10 @@ def test_a_source_without_links_refuses_the_flag(tmp_path: Path) -> None:
     for spec in ("owner/name", str(tmp_path / "{0..9}.tar")):
         with pytest.raises(SourceError, match=r"--follow-links .* was given"):
             open_source(spec, SourceConfig(follow_links=str(tmp_path)))
+
+
+def test_a_link_to_a_hidden_folder_of_the_source_is_followed(tmp_path: Path) -> None:
+    write(tmp_path, {".store/a.jpg": b"A", ".store/a.txt": "a", ".store/b/c.jpg": b"C"})
+    (tmp_path / "photos").symlink_to(".store")
+    source = open_source(str(tmp_path))
+    assert (offered(source), set(reasons(source))) == ({"photos/a.jpg": ("a",)}, {"photos/b/c.jpg"})

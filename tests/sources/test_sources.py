@@ -199,7 +199,7 @@ def test_saved_dataset_without_train_split_names_the_splits(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": [{"filename": "../secret.arrow"}]}'])
 def test_saved_dataset_with_a_foreign_state_is_refused(tmp_path: Path, state: str) -> None:
-    write(tmp_path, {"data/state.json": state, "secret.arrow": b""})
+    write(tmp_path, {"data/state.json": state, "data/dataset_info.json": "{}", "secret.arrow": b""})
     with pytest.raises(SourceError, match=r"state\.json"):
         open_source(str(tmp_path / "data"))
 
@@ -240,10 +240,55 @@ def test_what_is_not_there_is_a_source_error(spec: str, tmp_path: Path, monkeypa
         open_source(spec)
 
 
-def test_file_of_another_kind_is_a_source_error(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": b""})
-    with pytest.raises(SourceError, match=r"no \.parquet file"):
-        open_source(str(tmp_path / "a.jpg"))
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("photos/a.jpg", r"one file \(it is a JPEG picture by its first bytes\); .*; give the folder that holds"),
+        ("photos/b.zip", r"one file \(it is a zip archive; unpack it"),
+        ("photos/*.jpg", "is a pattern, .*; give the folder 'photos'"),
+        ("$PLACE/photos", r"did you mean .*/photos\?"),
+        ("~/photos", r"did you mean .*/photos\?"),
+        ("'photos'", r"did you mean photos\?"),
+        ("photos\n", r"did you mean photos\?"),
+        ("a\\b", r"did you mean a/b\?"),
+        ("~/x/{0..1}.tar", r"2 of the 2 tars .* missing, .* correct the pattern"),
+        ("~/photos/{0..1}.tar", r"2 of the 2 tars .* missing, .*; did you mean the folder .*/photos\?"),
+        ("C:\\photos", "is a path of Windows, .* /mnt/c"),
+        ("", "no path; .*if it is a variable, set it"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("owner/name@main", "for the Hub's dataset owner/name, give only that id"),
+        ("datasets/owner/name", "for the Hub's dataset owner/name, give only that id"),
+        ("https://huggingface.co/datasets/owner/name/tree/main", "give its id, 'owner/name'"),
+        ("file://localhost/my%20photos", "give '/my photos'"),
+        ("saved", "holds saved/inner, which save_to_disk wrote; give"),
+        ("hidden", "begin with a dot are hidden, and not read"),
+        ("a", r"b/x.arrow: .* rows are read from parquet files and from folders that save_to_disk wrote"),
+    ],
+)
+def test_what_is_meant_is_said(spec: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(
+        tmp_path,
+        {"photos/a.jpg": b"\xff\xd8\xff\xe0", "photos/b.zip": b"PK\3\4", "hidden/.a.jpg": b"", "a/b/x.arrow": b""},
+    )
+    write(tmp_path, {"saved/saved/inner/state.json": "{}", "saved/saved/inner/dataset_info.json": "{}"})
+    with pytest.raises(SourceError, match=said):
+        open_source(spec)
+
+
+def test_columns_of_one_name_cost_their_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table([[b"A"], ["a"], ["b"]], names=["image", "text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="has 2 columns 'text'"):
+        open_source(str(tmp_path))
+
+
+def test_text_that_is_kept_as_bytes_is_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"A", b"B"], "text": [b"a", b"\xff"]}), tmp_path / "x.parquet")
+    source = open_source(str(tmp_path))
+    assert offered(source) == {"x.parquet row 0": ("a",)}
+    assert "not valid Unicode" in reasons(source)["x.parquet row 1"]
 
 
 # ---- captions
@@ -251,7 +296,7 @@ def test_file_of_another_kind_is_a_source_error(tmp_path: Path) -> None:
 
 @given(st.one_of(st.none(), st.text(), st.integers(), st.lists(st.one_of(st.text(), st.none(), st.binary()))))
 def test_captions_are_valid_text_or_rejected(cell: object) -> None:
-    wanted = cell if isinstance(cell, list) else [cell]
+    wanted = [each for each in cell if each is not None] if isinstance(cell, list) else [cell]
     if wanted and all(isinstance(caption, str) and "\0" not in caption for caption in wanted):
         assert list(caption_tuple(cell, needed=True)) == wanted
     else:

@@ -257,3 +257,11 @@ def test_patterns_of_a_card_stop_at_slashes() -> None:
     assert rule is not None
     paths = ["d/x/a1.tar", "d/x/c1.tar", "d/x/y/a1.tar", "x/a1.tar", "d/x/a1xtar"]
     assert divided(paths, rule).files == {"train": ["d/x/a1.tar"]}
+
+
+def test_a_pattern_of_many_stars_is_matched_soon() -> None:
+    card = f"---\nconfigs:\n- data_files:\n  - split: train\n    path: '{'**/' * 25}x'\n---\n"
+    rule = declared_rule("", card)
+    assert rule is not None
+    assert not rule("a/" * 30 + "y")
+    assert list(rule("a/" * 30 + "x")) == ["train"]
