@@ -22,7 +22,7 @@ from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
-from kcache.machine import check_device
+from kcache.machine import check_device, without_collections
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
@@ -152,6 +152,7 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
     return {name: len(set(job.wanted(name)) & state.stored.key_set) for name, state in found.tables.items()}
 
 
+@without_collections()
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = Path(cache)
@@ -202,6 +203,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     return None
 
 
+@without_collections()
 def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
     """Write what makes the committed rows a cache; every builder comes to the same bytes."""
     if found.waiting:

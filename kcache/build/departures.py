@@ -8,16 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT, kind_of
-from kcache.store.samples import Refusal, Sample, read_refused, sample_list, stored_samples
+from kcache.store.samples import Picture, Refusal, Sample, picture_list, read_refused, sample_list, stored_samples
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from kcache.build.survey import Survey
 
+Earlier = TypeVar("Earlier", Picture, Sample)
 _EXAMPLES = 3
 
 
@@ -83,13 +86,12 @@ class Leaving:
 NOBODY = Leaving()
 
 
-def earlier_samples(cache: Path, *, captions: bool) -> list[Sample]:
-    """The samples of the finished cache in the folder; [] where there is none. Raises CacheCorruptError."""
+def _earlier(cache: Path) -> "pyarrow.Table | None":
+    """The samples of the finished cache in the folder; None where there is none. Raises CacheCorruptError."""
     try:
-        table = stored_samples(cache, read_manifest(cache))
-        return sample_list(table if captions else table.drop_columns(["captions", "caption_keys"]))
+        return stored_samples(cache, read_manifest(cache))
     except CacheNotFoundError:
-        return []
+        return None
 
 
 def beside_earlier(job: "Survey") -> "Survey":
@@ -99,14 +101,17 @@ def beside_earlier(job: "Survey") -> "Survey":
     known.
     """
     try:
-        earlier = earlier_samples(job.folder, captions=job.config.max_train_samples is not None)
+        table = _earlier(job.folder)
     except CacheCorruptError as error:
         if job.config.max_train_samples is not None:
             raise ConfigError(
                 f"{error}; which samples stay beyond --max-train-samples is not known: leave it out"
             ) from error
         return replace(job, notes=(*job.notes, f"whether samples leave the cache is not known: {error}"))
+    if table is None:
+        return job
     if job.config.max_train_samples is not None:
+        earlier = sample_list(table)
         kept = kept_beyond(earlier, job.samples)
         _check_kept(job, kept)
         staying = {sample.name for sample in kept}
@@ -114,8 +119,9 @@ def beside_earlier(job: "Survey") -> "Survey":
         judged = {sample.name for sample in job.samples} | staying | {refusal.name for refusal in now}
         beyond = [refusal for refusal in _earlier_refusals(job.folder) if refusal.name not in judged]
         job = replace(job, samples=united(earlier, job.samples), refused=[*now, *beyond])
-    who = leaving(earlier, job.samples, job.refused)
-    return replace(job, before=earlier, leaving=who, notes=(*job.notes, *who.notes))
+    before = picture_list(table)
+    who = leaving(before, job.samples, job.refused)
+    return replace(job, before=before, leaving=who, notes=(*job.notes, *who.notes))
 
 
 def _earlier_refusals(folder: Path) -> list[Refusal]:
@@ -138,10 +144,13 @@ def _check_kept(job: "Survey", kept: Sequence[Sample]) -> None:
         )
 
 
-def leaving(earlier: Sequence[Sample], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
+def leaving(earlier: Sequence[Earlier], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
     """Which of the `earlier` samples of a cache it will not have when it is made of those `offered`."""
+    absent = _absent(earlier, offered)
+    if not absent:
+        return Leaving(had=len(earlier))
     new, unread = _new_names(earlier, offered), {refusal.name for refusal in refused}
-    names = [sample.name for sample in _absent(earlier, offered)]
+    names = [sample.name for sample in absent]
     return Leaving(
         had=len(earlier),
         gone=tuple(name for name in names if name not in new and name not in unread),
@@ -170,9 +179,11 @@ def _identity(sample: Sample) -> tuple[str, bytes, tuple[bytes, ...]]:
     return sample.name, sample.image_key, sample.caption_keys
 
 
-def _absent(earlier: Sequence[Sample], offered: Sequence[Sample]) -> list[Sample]:
+def _absent(earlier: Sequence[Earlier], offered: Sequence[Sample]) -> list[Earlier]:
     """Those of `earlier` that no offered sample continues: by its picture, under whatever name."""
     same = {(sample.name, sample.image_key) for sample in offered}
+    if all((sample.name, sample.image_key) in same for sample in earlier):
+        return []
     room = Counter(sample.image_key for sample in offered)
     room.subtract(sample.image_key for sample in earlier if (sample.name, sample.image_key) in same)
     absent = []
@@ -186,7 +197,7 @@ def _absent(earlier: Sequence[Sample], offered: Sequence[Sample]) -> list[Sample
     return absent
 
 
-def _new_names(earlier: Sequence[Sample], offered: Sequence[Sample]) -> set[str]:
+def _new_names(earlier: Sequence[Earlier], offered: Sequence[Sample]) -> set[str]:
     """The names under which pictures are offered that no earlier sample shows: another picture of the name is old."""
     known = {sample.image_key for sample in earlier}
     return {sample.name for sample in offered if sample.image_key not in known}

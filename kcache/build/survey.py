@@ -23,7 +23,7 @@ from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
-from kcache.store.samples import Refusal, Sample, read_samples
+from kcache.store.samples import Picture, Refusal, Sample, read_samples
 from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
@@ -49,7 +49,7 @@ class Survey:
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
     """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
-    before: Sequence[Sample] = ()
+    before: Sequence[Picture] = ()
     """The samples that the cache has, as far as they are to be compared with what it will have."""
     leaving: Leaving = NOBODY
     """Which of them it will not have."""

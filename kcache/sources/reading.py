@@ -1,6 +1,7 @@
 """Captions, names and files found inside a source, read warily: they may be anything."""
 
 import codecs
+import io
 import os
 import re
 import shlex
@@ -39,13 +40,14 @@ def caption_tuple(cell: object, *, needed: bool) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def caption_file(path: Path) -> tuple[str, ...]:
+def caption_file(path: str) -> tuple[str, ...]:
     """The captions in a text file, as `caption_lines` takes them; raises InputRejected."""
+    name = path.rpartition("/")[2]
     try:
         content = read_file(path, MAX_TEXT_BYTES)
     except InputRejected as rejection:
-        raise InputRejected("source", f"caption file {path.name!a}: {rejection.reason}") from rejection
-    return caption_lines(content, path.name)
+        raise InputRejected("source", f"caption file {name!a}: {rejection.reason}") from rejection
+    return caption_lines(content, name)
 
 
 def caption_lines(content: bytes, name: str) -> tuple[str, ...]:
@@ -182,14 +184,14 @@ def _outside(real: Path) -> str:
     return f"link to {os.fspath(real)!a}, outside the source; to follow it: --follow-links {place}{other}"
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: str | Path, limit: int) -> bytes:
     """All bytes of a file; raises InputRejected when it cannot be read or has more than `limit` bytes."""
     try:
-        with path.open("rb") as file:
+        with io.FileIO(path) as file:  # a buffer for all that is read at once is one too many
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise InputRejected("source", f"it has {size:,} bytes, more than {limit:,}")
-            return file.read()
+            return file.readall()
     except OSError as error:
         raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 

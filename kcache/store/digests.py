@@ -78,14 +78,15 @@ class DigestMemo:
         except Exception as error:  # noqa: BLE001  # whatever it is, it costs speed only
             self._give_up(error)
 
-    def digest(self, path: Path, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
+    def digest(self, path: str | Path, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
         """The digest of one part of a file: remembered if the file is unchanged, else `compute()`.
 
         `part` names what is digested and how; equal names must mean equal `compute`. With `rehash`, what is remembered
         is ignored and replaced. Raises OSError when the file cannot be examined, and whatever `compute` raises.
         """
-        folder, name = os.path.split(path.absolute())
-        status = path.stat()
+        text = os.fspath(path)
+        folder, name = os.path.split(text if text.startswith("/") else Path(path).absolute())
+        status = os.stat(text)  # noqa: PTH116  # a Path takes as long as the call itself
         now = time.time_ns()
         stamp = struct.pack(
             "<QQQqq", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

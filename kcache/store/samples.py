@@ -7,12 +7,11 @@ the same image, so an id says which picture it is and stays when others come or 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +46,15 @@ class Sample:
     height: int = 0
 
 
+class Picture(NamedTuple):
+    """What is known of the picture of a sample: of millions, these are sooner made."""
+
+    name: str
+    image_key: bytes
+    width: int
+    height: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """An input that was found but is not offered, and why."""
@@ -72,7 +80,13 @@ def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
 def with_ids(samples: Sequence[Sample]) -> list[Sample]:
     """The samples of a cache with their ids."""
     ids = sample_ids([sample.image_key for sample in samples])
-    return [replace(sample, id=i) for i, sample in zip(ids, samples, strict=True)]
+    return [
+        Sample(
+            id=i, name=s.name, image_key=s.image_key, captions=s.captions, caption_keys=s.caption_keys,
+            width=s.width, height=s.height,
+        )
+        for i, s in zip(ids, samples, strict=True)
+    ]  # fmt: skip
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -174,11 +188,17 @@ def short_sides(cache: Path, manifest: Manifest) -> np.ndarray:
 
 
 def sample_list(table: "pyarrow.Table") -> list[Sample]:
-    """The samples in an Arrow table, as `stored_samples` gives it, without captions where such columns are left out."""
-    columns: dict[str, Iterable[Any]] = table.to_pydict()
-    for name in ("captions", "caption_keys"):
-        columns[name] = map(tuple, columns[name]) if name in columns else repeat((), len(table))
-    return [Sample(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    """The samples in an Arrow table, as `stored_samples` gives it."""
+    columns = table.to_pydict()
+    return [
+        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def picture_list(table: "pyarrow.Table") -> list[Picture]:
+    """The pictures of the samples in such a table."""
+    return list(map(Picture._make, zip(*(table[name].to_pylist() for name in Picture._fields), strict=True)))
 
 
 def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:

@@ -25,7 +25,7 @@ from kcache.machine import check_device
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
-from kcache.store.samples import Refusal, Sample, sample_list, samples_digest, sizes_by_key, with_ids
+from kcache.store.samples import Refusal, Sample, picture_list, samples_digest, sizes_by_key, with_ids
 from kcache.store.shards import Commit, discard_uncommitted, record_rejections
 from kcache.upkeep.copying import RowCopier
 from kcache.upkeep.records import Records, read_records
@@ -81,7 +81,7 @@ def repair_cache(
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
     # With their sizes: the source may lack pictures whose rows are sound.
-    known = () if records.samples is None else sample_list(records.samples)
+    known = () if records.samples is None else picture_list(records.samples)
     result = complete(replace(job, samples=samples, refused=refused, before=known), report=report, say=say)
     after = verify_cache(folder, checked)
     if after.corrupt:
