@@ -218,8 +218,10 @@ def _groups(controller: str) -> list[Path]:
         ours = name == "" or (kind[:1] == ["cgroup"] and name in kind[-1].split(","))
         if ours and name in places:
             folders += _upwards(_unescaped(mount[4]), _unescaped(mount[3]), places[name])
-    # Without /proc, as some sandboxes have it.
-    return folders or [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup") / controller]
+    if not folders:  # without /proc, as some sandboxes have it, or with another mount over the hierarchy's own
+        folders = _upwards("/sys/fs/cgroup", "/", places.get("", "/"))
+        folders += _upwards(f"/sys/fs/cgroup/{controller}", "/", places.get(controller, "/"))
+    return folders
 
 
 def _upwards(mounted_at: str, from_group: str, place: str) -> list[Path]:

@@ -66,7 +66,7 @@ def test_a_hub_repository_that_cannot_be_had_says_what_to_do(monkeypatch: pytest
 
 
 def test_a_mistyped_path_is_no_repository() -> None:
-    with pytest.raises(ModelError, match="neither a local folder nor"):
+    with pytest.raises(ModelError, match="is a folder that is not there"):
         find_repository("models/prior/v2", None, ["image_encoder"])
 
 

@@ -162,6 +162,13 @@ TREES: dict[str, tuple[str, str, dict[str, str], int | None, float | None]] = {
         1.0,
     ),
     "no /proc": ("", "", {"memory.max": "900", "cpu.max": "100000 100000"}, 900, 1.0),
+    "another mount over it": (
+        "0::/a/b\n",
+        "",
+        {"a/memory.max": "700", "a/b/memory.max": "900", "a/cpu.max": "50000 100000"},
+        700,
+        0.5,
+    ),
     "nothing": ("", "", {}, None, None),
 }
 """/proc/self/cgroup, /proc/self/mountinfo, files below /sys/fs/cgroup; the limits of memory and of cores."""
