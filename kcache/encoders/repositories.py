@@ -252,10 +252,7 @@ def _check_no_path(name: str) -> None:
         raise ModelError(f"{name}: {broken}; expected the folder of a pipeline; give where that is now")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
         what = "is a file" if path.exists() else "is a folder that is not there"
-        raise ModelError(
-            f"{name} {what}; expected the folder of a pipeline, or the name of a Hub repository such as {PRIOR_REPO}; "
-            "give where it is now"
-        )
+        raise ModelError(f"{name} {what}; expected the folder of a pipeline, or a name on the Hub such as {PRIOR_REPO}")
     repository, at, revision = name.partition("@")
     if at:
         raise ModelError(

@@ -353,15 +353,14 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, oracle: Path, monk
     for name in ("a", "b"):
         (source / f"{name}.png").write_bytes(saved(PICTURE))
         (source / f"{name}.txt").write_text(name)
-    readable = Path.open
 
     # Not by chmod, which does not bind root.
-    def guarded(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path == source / "a.png":
+    def guarded(path: Any, *arguments: Any, readable: Any = io.FileIO, **options: Any) -> Any:
+        if path == str(source / "a.png"):
             raise PermissionError(13, "Permission denied")
         return readable(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", guarded)
+    monkeypatch.setattr(io, "FileIO", guarded)
     build(source, tmp_path / "cache", oracle)
     made = Built(source=source, cache=tmp_path / "cache", fates={})
     assert made.rejections()["a.png"]["reason"] == "cannot be read: Permission denied"

@@ -88,7 +88,9 @@ def test_a_repository_that_is_not_there_any_more_is_asked_for_by_its_flag(
     opened = Cache.open(cache)
     models = {**opened.models, "decoder": {"name": "/gone/decoder", "revision": None}}
     monkeypatch.setattr(Cache, "models", models)
-    with pytest.raises(ModelError, match=r"/gone/decoder is neither .* its place now by --pretrained-decoder-model"):
+    with pytest.raises(
+        ModelError, match=r"/gone/decoder is a folder that is not there; .* its place now by --pretrained-decoder-model"
+    ):
         prepare_run(opened, config(tmp_path, "decoder"))
     with pytest.raises(ModelError, match=r"o/decoder@main names a revision; .* o/decoder, .*--decoder-revision main"):
         prepare_run(opened, config(tmp_path, "decoder", pretrained_decoder_model_name_or_path="o/decoder@main"))
