@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -360,7 +361,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, oracle: Path, monk
             raise PermissionError(13, "Permission denied")
         return readable(path, *arguments, **options)
 
-    monkeypatch.setattr(io, "FileIO", guarded)
+    monkeypatch.setattr("kcache.sources.reading.io", SimpleNamespace(FileIO=guarded))
     build(source, tmp_path / "cache", oracle)
     made = Built(source=source, cache=tmp_path / "cache", fates={})
     assert made.rejections()["a.png"]["reason"] == "cannot be read: Permission denied"

@@ -89,7 +89,7 @@ def test_a_repository_that_is_not_there_any_more_is_asked_for_by_its_flag(
     models = {**opened.models, "decoder": {"name": "/gone/decoder", "revision": None}}
     monkeypatch.setattr(Cache, "models", models)
     with pytest.raises(
-        ModelError, match=r"/gone/decoder is a folder that is not there; .* its place now by --pretrained-decoder-model"
+        ModelError, match=r"/gone/decoder is a folder that is not there; .* now by --pretrained-decoder-model"
     ):
         prepare_run(opened, config(tmp_path, "decoder"))
     with pytest.raises(ModelError, match=r"o/decoder@main names a revision; .* o/decoder, .*--decoder-revision main"):
