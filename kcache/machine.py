@@ -218,6 +218,7 @@ def _groups(controller: str) -> list[Path]:
         ours = name == "" or (kind[:1] == ["cgroup"] and name in kind[-1].split(","))
         if ours and name in places:
             folders += _upwards(_unescaped(mount[4]), _unescaped(mount[3]), places[name])
+    folders = [folder for folder in folders if (ROOT / str(folder).lstrip("/")).is_dir()]
     if not folders:  # without /proc, as some sandboxes have it, or with another mount over the hierarchy's own
         folders = _upwards("/sys/fs/cgroup", "/", places.get("", "/"))
         folders += _upwards(f"/sys/fs/cgroup/{controller}", "/", places.get(controller, "/"))

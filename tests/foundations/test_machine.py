@@ -164,7 +164,7 @@ TREES: dict[str, tuple[str, str, dict[str, str], int | None, float | None]] = {
     "no /proc": ("", "", {"memory.max": "900", "cpu.max": "100000 100000"}, 900, 1.0),
     "another mount over it": (
         "0::/a/b\n",
-        "",
+        V2.replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified"),
         {"a/memory.max": "700", "a/b/memory.max": "900", "a/cpu.max": "50000 100000"},
         700,
         0.5,
