@@ -53,6 +53,10 @@ class CacheWriteError(KcacheError, OSError):
     """Raised when the system refuses a write: no room, no permission, a read-only file system."""
 
 
+class StoreError(KcacheError, OSError):
+    """Raised when an object store does not do what it is asked: no connection, no permission, no end of trouble."""
+
+
 class MemoryShortError(KcacheError, MemoryError):
     """Raised when memory ran out, of the machine or of a device, with the flags that take less."""
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
-from kcache.places import remote
+from kcache.urls import remote
 
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SOURCE_NAMES = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_dict.json"}

@@ -1,6 +1,7 @@
 """The tiny Kandinsky pair, images and recorded training runs that many tests share."""
 
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,23 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(4)
         VQModel.from_config(VQModel.load_config(movq)).save_pretrained(movq)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URL of a bucket of a real object store on this machine; the environment leads there."""
+    from s3_server import BUCKET, s3_server
+
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def bucket(s3: str) -> str:
+    """The URL of a place in that bucket where nothing is."""
+    return f"{s3}/{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])

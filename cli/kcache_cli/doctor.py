@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kcache.places import check_local
+from kcache.urls import check_local
 from kcache_cli.progress import bytes_text, count_text, say
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from kcache.errors import ConfigError
-from kcache.places import check_local
 from kcache.settings import marks_of
+from kcache.urls import check_local
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from kcache.build.joined_tars import shard_recipes
 from kcache.disk.durable import read_npy
 from kcache.errors import CacheMismatchError
-from kcache.places import check_local
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST
 from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import SIZES, Commit, Rejection, read_commits, sizes_name
+from kcache.urls import check_local
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Literal
 from kcache.config.source import SourceConfig
 from kcache.config.words import LrScheduler, MixedPrecision
 from kcache.errors import ConfigError
-from kcache.places import check_local
 from kcache.settings import check, marked, setting
+from kcache.urls import check_local
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from kcache.config import CountReport
 from kcache.errors import ConfigError
 from kcache.hints import broken_link
 from kcache.machine import check_device
-from kcache.places import check_local
 from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run, run_of
+from kcache.urls import check_local
 
 
 @dataclass(frozen=True, kw_only=True)

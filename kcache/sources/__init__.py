@@ -14,7 +14,6 @@ from pathlib import Path
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
-from kcache.places import remote
 from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
@@ -35,6 +34,7 @@ from kcache.sources.table import TableSource, count_rows, open_parquet
 from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
 from kcache.store.samples import Refusal
 from kcache.tally import counted
+from kcache.urls import remote
 
 __all__ = ["Refusal", "Source", "open_source"]
 

@@ -14,7 +14,6 @@ from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheMismatchError
-from kcache.places import check_local
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
@@ -24,6 +23,7 @@ from kcache.store.recipe import Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
 from kcache.store.shards import RowBlock, commit_shard, size_rows
+from kcache.urls import check_local
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
 """What a cache holds beside its shards."""

@@ -10,7 +10,6 @@ from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.config import BuildConfig, TrainConfig
 from kcache.errors import KcacheError
-from kcache.places import remote
 from kcache.report.cache import ReportConfig
 from kcache.report.write import write_report
 from kcache.sources import open_source
@@ -20,6 +19,7 @@ from kcache.upkeep.info import describe_cache
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.repair import repair_cache
 from kcache.upkeep.verify import verify_cache
+from kcache.urls import remote
 from kcache_cli.demo import demo
 from kcache_cli.doctor import doctor
 from kcache_cli.sample import sample

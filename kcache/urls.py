@@ -1,4 +1,4 @@
-"""Whether a path means files of this machine, the only ones that are read and written, and what to do where not."""
+"""Whether a text means files of this machine or of an object store, and what to do where it means neither."""
 
 import os
 import re
@@ -25,6 +25,17 @@ _ADVICE = {
     "https": "is a URL of the web; download what it gives, and name the file or folder",
     "ftp": "is a URL; download what it gives, and name the file or folder",
 }
+
+
+REACHED = ("s3", "gs", "az", "memory")
+"""Schemes of stores that can be read and written; what lies in `memory` is gone with the process."""
+
+
+def store_url(path: str) -> str | None:
+    """The URL of an object store that `path` is; None for any other text, and for what lies on this machine."""
+    if os.path.lexists(path) or (url := _URL.match(path)) is None or url[1].lower() not in REACHED:
+        return None
+    return f"{url[1].lower()}://{url[2]}"
 
 
 def remote(path: str | Path) -> str | None:
