@@ -21,10 +21,12 @@ _alone: set[tuple[int, int]] = set()
 class Reading:
     """Holds a folder together with all other readers and writers, until it is closed or nobody has it any more."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CacheBusyError when another process holds the folder alone."""
+    def __init__(self, folder: Path | None) -> None:
+        """Raises CacheBusyError when another process holds the folder alone; None is what cannot be held."""
         self._folder = folder
         self._descriptor: int | None = None
+        if folder is None:
+            return
         try:
             if _identity(folder) in _alone:
                 return

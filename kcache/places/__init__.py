@@ -5,6 +5,7 @@
 - `client`: the connection to a store, once per process, and what its errors mean
 - `conditional`: files of a bucket that are created once, or changed only from what was read
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
+- `holds`: who reads and writes a folder, which only a disk knows
 """
 
 from kcache.places.place import Place, place_of
