@@ -64,34 +64,36 @@ class BuildResult:
 
 
 def build_cache(
-    source: str, cache: str, config: BuildConfig, *, report: BuildReport | None = None, say: Say = unheard
-) -> BuildResult:
+    source: str, cache: str, config: BuildConfig, *,
+    report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder,
+) -> BuildResult:  # fmt: skip
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
     An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
     SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
-    cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises
-    SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError, CacheWriteError,
-    CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that is not asked
-    for.
+    cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line; `engine` works
+    plans off. Raises SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError,
+    CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
+    is not asked for.
     """
     job = checked_survey(source, cache, config, say)
     if not config.replace:
         job.leaving.check(job.folder)
     for note in job.notes:
         say(note)
-    return complete(job, report=report, say=say)
+    return complete(job, report=report, say=say, engine=engine)
 
 
-def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unheard) -> BuildResult:
+def complete(
+    job: Survey, *, report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder
+) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder = time.perf_counter(), job.folder
     before: dict[str, int] | None = None
     verdicts: list[str] = []
-    place = worker_place(job.config.worker, os.environ)
     patience = Patience(say=say, take_over=job.config.take_over)
     sizes = PictureSizes(job, say)
-    builder = Builder(job, place, patience, report, sizes)
+    builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with shared(folder), renewed(), stopped_when_safe():
