@@ -6,6 +6,7 @@
 - `conditional`: files of a bucket that are created once, or changed only from what was read
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
 - `holds`: who reads and writes a folder, which only a disk knows
+- `leases`: how long claims in a folder of either form last, and how they change hands
 """
 
 from kcache.places.place import Place, place_of
