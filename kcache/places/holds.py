@@ -8,13 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from kcache.disk import durable
-from kcache.disk.readers import Reading
 from kcache.places.place import Place
-
-
-def reading(folder: Place) -> Reading:
-    """Hold a folder that is read; raises CacheBusyError when another process holds it alone."""
-    return Reading(folder if isinstance(folder, Path) else None)
 
 
 def shared(folder: Place) -> AbstractContextManager[None]:

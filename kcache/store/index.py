@@ -19,7 +19,10 @@ import numpy as np
 from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
 from kcache.disk.filesystems import mapped
 from kcache.foreign import corrupt
+from kcache.places import Place
+from kcache.places.fetching import at_hand
 from kcache.store.checksums import crc32c
+from kcache.store.digests import kept_here
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
@@ -127,11 +130,12 @@ def _holds(folder: Path, names: Sequence[str], digest: str) -> bool:
         return False
 
 
-def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+def open_index(cache: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
-    folder = cache / manifest.index_folder
+    folder: Place = cache / manifest.index_folder
     names = sorted([*manifest.tables, CAPTION_BOUNDS])
     try:
+        folder = at_hand(folder, [f"{name}.npy" for name in names], kept_here() / "indexes")
         digest = _index_digest(folder, names)
         if digest != manifest.index_digest:
             raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
