@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
@@ -19,10 +18,12 @@ from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
 from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
+from kcache.places import Place, place_of
+from kcache.places.effects import make_folder, remove
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared, writing
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
@@ -95,7 +96,7 @@ def complete(
     sizes = PictureSizes(job, say)
     builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
@@ -142,8 +143,10 @@ def complete(
     )
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
+def _tidy(folder: Place, manifest: Manifest) -> None:
     """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
+    if not knows_readers(folder):
+        return
     with suppress(CacheBusyError), exclusive(folder):
         if read_manifest(folder) == manifest:
             remove_superseded(folder, manifest)
@@ -157,7 +160,7 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
 @without_collections()
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
-    folder = Path(cache)
+    folder = place_of(cache)
     check_target(folder)
     check_device(config.device)
     job = beside_earlier(survey(source, folder, config, say))

@@ -27,6 +27,7 @@ from kcache.places.effects import make_folder
 from kcache.places.holds import writing
 from kcache.stopping import stop_here
 from kcache.store.samples import Sample, with_ids
+from kcache.store.shards import read_commits
 
 if TYPE_CHECKING:
     from kcache.build.encode import Meter
@@ -77,7 +78,7 @@ class Builder:
     report: BuildReport | None
     sizes: PictureSizes
     seen: dict[str, set[bytes]] = field(default_factory=dict)
-    """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
+    """Keys, by table, of the plans that were worked off that are rejected, or gone from the source."""
     meters: dict[str, "Meter"] = field(default_factory=dict)
     """Where the time went, by table that this builder encoded rows of."""
 
@@ -98,7 +99,18 @@ class Builder:
             claims.release()
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
-                self.seen.setdefault(table.recipe.table, set()).update(table.keys)
+                self._see(table)
+
+    def _see(self, table: TablePlan) -> None:
+        """Note what is not to be tried again: what the records say of a plan's shards, as another's may be among them.
+
+        A shard can be that of a builder with another plan, who was suspended for long and committed first.
+        """
+        names = {shard.name for shard in table.shards}
+        commits = read_commits(self.job.folder / table.recipe.directory, table.recipe) if names else ()
+        for commit in (commit for commit in commits if commit.name in names):
+            keys = [*commit.absent, *(rejection.key for rejection in commit.rejected)]
+            self.seen.setdefault(table.recipe.table, set()).update(bytes.fromhex(key) for key in keys)
 
     def seconds(self, table: str) -> dict[str, float]:
         """What the time of the thread that encoded `table` went into, as `TableResult.seconds` has it."""
