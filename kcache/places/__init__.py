@@ -4,6 +4,7 @@
 - `bucket`: paths in a bucket: what of pathlib caches read by
 - `client`: the connection to a store, once per process, and what its errors mean
 - `conditional`: files of a bucket that are created once, or changed only from what was read
+- `opened`: a file of either form, open for libraries that want one
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
 """
 

@@ -73,7 +73,7 @@ class DigestMemo:
         self._pending: list[tuple[bytes, bytes, bytes, bytes]] = []
         self._connection: sqlite3.Connection | None = None
         try:
-            self.path = _default_path() if path is None else path
+            self.path = own_folder() / "digests.sqlite" if path is None else path
             self._connection = _connect(self.path)
         except Exception as error:  # noqa: BLE001  # whatever it is, it costs speed only
             self._give_up(error)
@@ -156,12 +156,12 @@ class DigestMemo:
             self._connection = None
 
 
-def _default_path() -> Path:
-    home = os.environ.get("KCACHE_HOME")
-    if home:
-        return Path(home) / "digests.sqlite"
+def own_folder() -> Path:
+    """Where kcache keeps what it can do without: $KCACHE_HOME, else kcache/ in the user's cache folder."""
+    if home := os.environ.get("KCACHE_HOME"):
+        return Path(home)
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "kcache" / "digests.sqlite"
+    return (Path(caches) if caches else Path.home() / ".cache") / "kcache"
 
 
 def _connect(path: Path) -> sqlite3.Connection:
