@@ -15,7 +15,7 @@ from kcache.build.committed import Committed, check_target
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
-from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
+from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.recipes import default_rows_per_shard
@@ -109,8 +109,10 @@ def complete(
                         say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None and is_mine(folder / TURN):
-                    manifest = _finish(job, found, sizes)
-                    break
+                    clear_plans(folder)
+                    with suppress(CacheBusyError):  # another builder finished meanwhile: look again
+                        manifest = _finish(job, found, sizes)
+                        break
             if plan is not None:
                 builder.work_off(plan, found)
         stop_here()
@@ -216,6 +218,14 @@ def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
         for provenance, rejected in found.judged_now():
             record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
-    for state in found.waiting.values():
-        remove(job.folder / state.recipe.directory)
+    if found.waiting and is_mine(job.folder / TURN):
+        for state in found.waiting.values():
+            _remove_table(job.folder / state.recipe.directory)
     return manifest
+
+
+def _remove_table(folder: Place) -> None:
+    """Remove a table: first its records, so that where files go one by one no shard is left without its data."""
+    for path in folder.glob("*.json"):
+        remove(path)
+    remove(folder)

@@ -17,7 +17,7 @@ from kcache.build.claims import Patience, holder, is_mine, let_go, take
 from kcache.build.committed import Committed
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
-from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
+from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open
 from kcache.build.survey import Survey, fetcher
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
@@ -87,7 +87,7 @@ class Builder:
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan), self.patience)
+        claims = _Claims(self.job.folder, plan, self.patience)
         try:
             while left := unfinished(self.job.folder, plan):
                 for table, shards in left:
@@ -190,9 +190,10 @@ class Builder:
 class _Claims:
     """This builder's claims on the shards of one plan."""
 
-    def __init__(self, cache: Place, folder: Place, patience: Patience) -> None:
+    def __init__(self, cache: Place, plan: Plan, patience: Patience) -> None:
         self._cache = cache
-        self._folder = folder
+        self._plan = plan
+        self._folder = claims_folder(cache, plan)
         self._patience = patience
         self._held: dict[Place, bool] = {}
         """What is claimed, in order; whether it is being committed, and done when the next one is."""
@@ -204,7 +205,7 @@ class _Claims:
 
     def open(self) -> bool:
         """Whether the plan is still open: another builder closes it once all of it is committed."""
-        return self._folder.is_dir()
+        return is_open(self._cache, self._plan)
 
     def claimed(
         self, table: TablePlan, shards: Sequence[PlannedShard], progress: "_Progress"
@@ -243,9 +244,12 @@ class _Claims:
             if take(claim, self._patience.gives_up) is not None:
                 return False
         except CacheWriteError:
-            if self.open():
+            if not self.open():
+                return False
+            if self._folder.is_dir():
                 raise
-            return False
+            make_folder(self._folder)  # a copy that was made by another tool lacks what was empty
+            return self._take(table, shard)
         self._held[claim] = False
         return not (self._cache / table.recipe.directory / f"{shard.name}.json").exists()
 
