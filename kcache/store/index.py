@@ -19,12 +19,14 @@ import numpy as np
 from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
 from kcache.disk.filesystems import mapped
 from kcache.foreign import corrupt
+from kcache.places import Place
 from kcache.store.checksums import crc32c
+from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
-from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
 
 CAPTION_BOUNDS = "captions"
@@ -61,17 +63,15 @@ class StoredRows:
         return frozenset(self.keys.view("V16").tolist())
 
 
-def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
+def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
     """The rows of a table's commits in `folder`; `part` names the table where shards hold several.
 
     Of a key that was committed twice the later row counts.
     """
     entries, keys = [], []
     shards: list[ShardEntry] = []
-    for commit in commits:
-        if commit.data is None or not commit.holds(part):
-            continue
-        side = read_side_file(folder, commit, recipe, part)
+    held = [commit for commit in commits if commit.data is not None and commit.holds(part)]
+    for commit, side in zip(held, read_side_files(folder, held, recipe, part), strict=True):
         found = np.empty(len(side), index_dtype(recipe.fields))
         found["shard"] = len(shards)
         for field in recipe.fields:
@@ -206,7 +206,7 @@ class TableState:
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
 
 
-def table_state(cache: Path, recipe: Recipe) -> TableState:
+def table_state(cache: Place, recipe: Recipe) -> TableState:
     """What is committed of a table in a folder of its own."""
     folder = cache / recipe.directory
     commits = read_commits(folder, recipe)
