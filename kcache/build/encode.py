@@ -23,8 +23,9 @@ from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
 from kcache.store.digests import pack_keys
+from kcache.store.formats.side_files import size_rows
 from kcache.store.recipe import Recipe, kind_of
-from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard, size_rows
+from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
