@@ -251,7 +251,7 @@ class _Claims:
             make_folder(self._folder)  # a copy that was made by another tool lacks what was empty
             return self._take(table, shard)
         self._held[claim] = False
-        return not (self._cache / table.recipe.directory / f"{shard.name}.json").exists()
+        return not (self._cache / table.recipe.directory / f"{shard.name}.json").is_file()
 
     def kept(self, table: TablePlan, shard: PlannedShard) -> bool:
         """Whether a shard that was claimed is still this builder's to commit; says so where it is not.
