@@ -199,7 +199,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
                 "what an earlier build left to do is finished first, in shards of the size that it was begun with"
             )
         return plan
-    close_plan(job.folder)
+    close_plan(job.folder, plan)
     return None
 
 

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from kcache.build.joined_tars import shard_recipes
-from kcache.disk.durable import read_npy
+from kcache.disk.durable import npy_of
 from kcache.errors import CacheMismatchError
+from kcache.places import Place
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
@@ -57,7 +58,7 @@ class Committed:
 
 
 def read_committed(
-    cache: Path, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
+    cache: Place, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
 ) -> dict[str, TableState]:
     """What is committed of each table where a cache of the form `form` keeps it.
 
@@ -94,7 +95,7 @@ def read_committed(
     }
 
 
-def recorded_sizes(cache: Path, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
+def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
     """Width and height, by image key, of the pictures that were encoded into tables of `recipes`, as decoded."""
     sizes: dict[bytes, tuple[int, int]] = {}
     for recipe in recipes.values():
@@ -105,7 +106,7 @@ def recorded_sizes(cache: Path, recipes: Mapping[str, Recipe]) -> dict[bytes, tu
     return sizes
 
 
-def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
+def _read_sizes(folder: Place, commit: Commit) -> dict[bytes, tuple[int, int]]:
     """Width and height of the pictures behind a shard's rows, by key; {} where they are not recorded, or not any more.
 
     They can be found again from the pictures, so what is damaged of them is passed over here, as it is by nothing that
@@ -116,7 +117,8 @@ def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
         return {}
     path = folder / record.path
     try:
-        content, rows = path.read_bytes(), read_npy(path)
+        content = path.read_bytes()
+        rows = npy_of(content, path.name)
     except (OSError, ValueError):
         return {}
     if crc32c(content) != record.crc32c or rows.dtype != SIZES or rows.ndim != 1:
@@ -126,9 +128,10 @@ def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
     return dict(zip(unpack_keys(rows["key"]), sizes, strict=True))
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Place) -> None:
     """Refuse, by CacheMismatchError, to build a cache in a folder that is something else."""
-    check_local(folder)
+    if isinstance(folder, Path):
+        check_local(folder)
     if folder.exists() and not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
     links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []

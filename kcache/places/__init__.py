@@ -6,6 +6,7 @@
 - `client`: the connection to a store, once per process, and what its errors mean
 - `conditional`: files of a bucket that are created once, or changed only from what was read
 - `fetching`: much of a bucket read at once: spans that lie near together, many requests in flight
+- `opened`: a file of either form, open for libraries that want one
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
 """
 

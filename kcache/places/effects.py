@@ -128,7 +128,8 @@ def write_npy(final: Place, array: np.ndarray) -> None:
 def make_folder(folder: Place) -> None:
     """Make sure that there is a folder; in a bucket there are none to make."""
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        with durable.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Place) -> None:
