@@ -49,6 +49,8 @@ def _print(about: dict[str, Any]) -> None:
         say(f"  {sentence}")
     if about["orphaned_bytes"]:
         say(f"  {bytes_text(about['orphaned_bytes'])} that no sample uses: `kcache cache-gc --compact` frees them")
+    if about["not_looked_at"]:
+        say(f"  not looked at from here: {'; '.join(about['not_looked_at'])}: `kcache cache-verify` does, byte by byte")
     _print_build(about["build"])
     for name, table in about["tables"].items():
         _print_table(name, table)

@@ -3,6 +3,7 @@
 Of a disk the same functions read what they are asked for, as it lies there.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from kcache.places.bucket import BucketPath
+from kcache.places.client import told
 from kcache.places.opened import opened
 from kcache.places.place import Place
 
@@ -71,6 +73,18 @@ def missing(paths: Iterable[Place]) -> list[Place]:
         if not there:
             found.append(path)
     return found
+
+
+def listed(folder: Place) -> Iterator[tuple[str, bool]]:
+    """What stands right in a folder: each name, and whether it is a folder; a link is none."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as entries:
+            yield from ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        return
+    with told(folder):
+        found = folder.store.list_with_delimiter(f"{folder.key}/" if folder.key else None)
+    yield from ((name.rstrip("/").rpartition("/")[2], True) for name in found["common_prefixes"])
+    yield from ((entry["path"].rpartition("/")[2], False) for entry in found["objects"])
 
 
 class Readable(Protocol):
