@@ -12,7 +12,7 @@ SHOWN_REJECTED = 10
 
 
 def cache_info(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -22,6 +22,7 @@ def cache_info(
     Examples:
       kcache cache-info caches/photos-768
       kcache cache-info caches/photos-768 --json | jq .tables
+      kcache cache-info s3://bucket/photos-768
     """
     from kcache.upkeep.info import describe_cache
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from kcache.build.plan import Plan, open_plan
 from kcache.places import Place, cache_place
-from kcache.places.bucket import BucketPath
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import sides_of
@@ -18,7 +17,7 @@ from kcache.store.shards import read_commits
 from kcache.tally import Tally
 from kcache.upkeep.copying import CacheContents, read_contents
 from kcache.upkeep.garbage import find_garbage, live_shards
-from kcache.urls import hub_cache
+from kcache.urls import is_read_afar
 
 NOT_LOOKED_AT = (
     "whether every shard is there", "what the rows were made with", "what no sample uses and what is no part of it",
@@ -36,7 +35,7 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
     `Cache.open`.
     """
     folder = cache_place(cache, _NEEDED)
-    is_far = isinstance(folder, BucketPath) or hub_cache(str(cache)) is not None
+    is_far = is_read_afar(str(cache))
     plan = open_plan(folder)
     about = {"cache": str(cache), "build": _progress(folder, plan)}
     if plan is not None and not (folder / MANIFEST).exists():
