@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import Any, Self
 
 from kcache.errors import StoreError
@@ -47,12 +48,11 @@ class BucketPath:
 
     @property
     def suffix(self) -> str:
-        dot = self.name.rpartition(".")
-        return f".{dot[2]}" if dot[0] else ""
+        return PurePosixPath(self.name).suffix
 
     @property
     def stem(self) -> str:
-        return self.name.removesuffix(self.suffix)
+        return PurePosixPath(self.name).stem
 
     @property
     def parent(self) -> Self:
