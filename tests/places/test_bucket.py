@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -191,3 +191,19 @@ def test_what_the_killed_left_of_a_folder_goes_with_the_next(bucket: str, monkey
             assert folder.stat().st_mode & 0o077 == 0
             assert sorted(Path(here).iterdir()) == sorted([left, folder])
         assert list(Path(here).iterdir()) == [left]
+
+
+def test_an_empty_file_that_a_tool_made_for_a_folder_is_none_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        entries: ClassVar = [{"path": "folder", "size": 0}, {"path": "folder/a", "size": 1}]
+
+        def list(self, prefix: str, offset: str | None = None) -> Any:
+            return iter([self.entries])
+
+        def list_with_delimiter(self, prefix: str) -> Any:
+            return {"common_prefixes": ["folder"], "objects": self.entries}
+
+    monkeypatch.setattr("kcache.places.bucket.store_of", lambda bucket: Store())
+    folder = BucketPath("s3://b", "folder")
+    assert list(folder.below()) == [(folder / "a", 1)]
+    assert list(folder.iterdir()) == [folder / "a"]
