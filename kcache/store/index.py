@@ -125,6 +125,8 @@ def write_index(cache: Place, arrays: Mapping[str, np.ndarray]) -> str:
 
 def _holds(folder: Place, names: Sequence[str], digest: str) -> bool:
     try:
+        if not all((folder / f"{name}.npy").is_file() for name in names):
+            return False  # what is at hand may be the copy of another cache's
         return _index_digest(_at_hand(folder, names), names) == digest
     except (OSError, ValueError):
         return False
