@@ -64,6 +64,9 @@ class BucketPath:
     def absolute(self) -> Self:
         return self
 
+    def resolve(self) -> Self:
+        return self
+
     def read_bytes(self) -> bytes:
         """All of the file; raises FileNotFoundError or StoreError."""
         with told(self):

@@ -23,7 +23,7 @@ from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, remove, temporary_folder
 from kcache.store.checksums import crc32c
-from kcache.store.digests import own_folder
+from kcache.store.digests import kept_here
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
@@ -155,7 +155,7 @@ def _at_hand(folder: Place, names: Sequence[str]) -> Path:
     """Where on this machine the index arrays of `folder` lie; those of a bucket are fetched, once."""
     if isinstance(folder, Path):
         return folder
-    kept = own_folder() / "index"
+    kept = kept_here() / "index"
     final = kept / folder.name
     if not final.is_dir():
         kept.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,13 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kcache.config import COMPUTE_DTYPES, BuildConfig
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.foreign import check_withheld
 from kcache.hints import instead_of_cache
+from kcache.places import Place
 from kcache.store.recipe import (
     KINDS,
     SCHEMA_VERSION,
@@ -100,7 +100,7 @@ class Manifest:
         return {**body, "digest": json_digest(body)}
 
 
-def read_manifest(cache: Path) -> Manifest:
+def read_manifest(cache: Place) -> Manifest:
     """The manifest of the cache at `cache`.
 
     Raises CacheNotFoundError, CacheMismatchError for another schema or format, CacheCorruptError for damaged content.
@@ -178,7 +178,7 @@ def check_count(*counts: object) -> None:
         raise ValueError(f"{counts!a} are no counts")
 
 
-def _not_found(cache: Path) -> CacheNotFoundError:
+def _not_found(cache: Place) -> CacheNotFoundError:
     if not (cache / "plans").is_dir() and (instead := instead_of_cache(cache)) is not None:
         return CacheNotFoundError(f"{cache} is not a finished cache: {instead}")
     if not cache.exists():
@@ -213,7 +213,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     return BuildConfig(**settings)
 
 
-def build_line(folder: Path, manifest: Manifest, field: str, resolution: int | None = None) -> str:
+def build_line(folder: Place, manifest: Manifest, field: str, resolution: int | None = None) -> str:
     """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
     tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
     stage, sides = stage_of(tables), {*sides_of(manifest.tables), *([] if resolution is None else [resolution])}
