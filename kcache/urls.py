@@ -59,6 +59,11 @@ def without_scheme(path: str) -> str:
     return "/" + re.sub("^localhost/", "", unquote(url[2])).lstrip("/")
 
 
+def is_read_afar(path: str) -> bool:
+    """Whether `path` is the URL of something that is read where it lies, or fetched from the Hub."""
+    return store_url(path) is not None or hub_cache(path) is not None
+
+
 def _is_here(text: str) -> bool:
     """Whether a text is a path, of something that is here or would lie in a folder that is."""
     return os.path.lexists(text) or os.path.lexists(re.split("(?<=.)/", text, maxsplit=1)[0])

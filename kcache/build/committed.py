@@ -11,10 +11,11 @@ from kcache.errors import CacheMismatchError
 from kcache.places import Place
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
+from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST
 from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
-from kcache.store.shards import SIZES, Commit, Rejection, read_commits, sizes_name
+from kcache.store.shards import Commit, Rejection, read_commits
 from kcache.urls import check_local
 
 
@@ -112,7 +113,7 @@ def _read_sizes(folder: Place, commit: Commit) -> dict[bytes, tuple[int, int]]:
     They can be found again from the pictures, so what is damaged of them is passed over here, as it is by nothing that
     verifies a cache.
     """
-    record = next((file for file in commit.files if file.path == sizes_name(commit.name)), None)
+    record = next((file for file in commit.files if file.path == sizes_name(commit.stem)), None)
     if record is None:
         return {}
     path = folder / record.path

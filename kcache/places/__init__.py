@@ -5,9 +5,11 @@
 - `hub`: what lies in a dataset of the Hugging Face Hub, fetched to this machine and only read
 - `client`: the connection to a store, once per process, and what its errors mean
 - `conditional`: files of a bucket that are created once, or changed only from what was read
-- `opened`: a file of either form, open for libraries that want one
 - `fetching`: much of a bucket read at once: spans that lie near together, many requests in flight
+- `opened`: a file of either form, open for libraries that want one
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
+- `holds`: who reads and writes a folder, which only a disk knows
+- `leases`: how long claims in a folder of either form last, and how they change hands
 """
 
 from kcache.places.place import Place, cache_place, place_of

@@ -73,7 +73,7 @@ class DigestMemo:
         self._pending: list[tuple[bytes, bytes, bytes, bytes]] = []
         self._connection: sqlite3.Connection | None = None
         try:
-            self.path = kept_here() / "digests.sqlite" if path is None else path
+            self.path = own_folder() / "digests.sqlite" if path is None else path
             self._connection = _connect(self.path)
         except Exception as error:  # noqa: BLE001  # whatever it is, it costs speed only
             self._give_up(error)
@@ -156,8 +156,8 @@ class DigestMemo:
             self._connection = None
 
 
-def kept_here() -> Path:
-    """The folder of what is kept outside of caches because it spares work: $KCACHE_HOME, or in the user's caches."""
+def own_folder() -> Path:
+    """Where kcache keeps what it can do without: $KCACHE_HOME, else kcache/ in the user's cache folder."""
     if home := os.environ.get("KCACHE_HOME"):
         return Path(home)
     caches = os.environ.get("XDG_CACHE_HOME")

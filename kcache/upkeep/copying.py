@@ -17,12 +17,13 @@ from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
+from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
-from kcache.store.shards import RowBlock, commit_shard, size_rows
+from kcache.store.shards import RowBlock, commit_shard
 from kcache.urls import check_local
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")

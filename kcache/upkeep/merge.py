@@ -30,13 +30,7 @@ from kcache.store.index import TableState
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
-from kcache.store.shards import (
-    Commit,
-    discard_uncommitted,
-    read_commits,
-    read_side_file,
-    write_commit,
-)
+from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
 from kcache.upkeep.convert import write_shards
 from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents
 from kcache.upkeep.garbage import LiveShard, live_shards
@@ -196,9 +190,10 @@ def _link_shards(
 
 
 def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:
-    if commit.data != commit.name:
+    if recipe.of_tars:
         return set(committed_tar_keys(folder, commit))
-    return set(unpack_keys(read_side_file(folder, commit, recipe)["key"]))
+    [side] = read_side_files(folder, [commit], recipe)
+    return set(unpack_keys(side["key"]))
 
 
 def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
@@ -210,7 +205,6 @@ def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
 
 def _link(source: Path, commit: Commit, folder: Path, new: Commit) -> None:
     folder.mkdir(exist_ok=True)
-    discard_uncommitted(folder, new.name)
     places = {source / old.path: folder / file.path for old, file in zip(commit.files, new.files, strict=True)}
     for old, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)

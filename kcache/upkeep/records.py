@@ -16,7 +16,7 @@ from kcache.errors import CacheCorruptError, KcacheError, UnreadableError
 from kcache.foreign import check_withheld
 from kcache.store.formats.parts import PARTS
 from kcache.store.index import CAPTION_BOUNDS, open_index
-from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
 from kcache.store.samples import Sample, samples_digest, stored_samples
 from kcache.store.shards import Commit, read_commit, record_json
 
@@ -135,7 +135,9 @@ def _read_commits(records: Records) -> None:
         if commit is not None:
             records.known |= {f"{parent}/{file.path}" for file in commit.files}
         else:  # nothing says which files are the shard's: all that bear its name count as such
-            records.known |= {shard, *(f"{parent}/{path.name}" for path in records.folder.glob(f"{shard}.*"))}
+            number = shard.partition("/")[2]
+            own = (path.name for path in (records.folder / parent).glob(f"{number}*"))
+            records.known |= {f"{parent}/{name}" for name in own if shard_number(name) == number}
 
 
 def _read_record(records: Records, path: Path, shard: str) -> None:
@@ -166,4 +168,4 @@ def _read_plan(records: Records) -> None:
 
 def _manifest_shards(manifest: Manifest | None) -> list[str]:
     tables = manifest.tables.values() if manifest else ()
-    return sorted({shard.data.removesuffix(".tar") for table in tables for shard in table.shards})
+    return sorted({shard.label for table in tables for shard in table.shards})

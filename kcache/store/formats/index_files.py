@@ -13,18 +13,18 @@ from typing import cast
 
 import numpy as np
 
-from kcache.disk.durable import read_npy, write_bytes
+from kcache.disk.durable import read_npy, replace, write_bytes, writing
+from kcache.disk.durable import temporary_folder as local_folder
 from kcache.disk.filesystems import mapped
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import publish, remove, temporary_folder
-from kcache.places.fetching import at_hand
+from kcache.places.effects import publish, read_all, remove, temporary_folder
 from kcache.store.checksums import crc32c
-from kcache.store.digests import kept_here
+from kcache.store.digests import own_folder
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
+from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
-from kcache.store.shards import LOCATOR
 
 CAPTION_BOUNDS = "captions"
 _SOON = 64 << 20
@@ -94,7 +94,7 @@ def open_index(cache: Place, manifest: Manifest, *, whole: bool = False) -> dict
 
 def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     names = sorted([*manifest.tables, CAPTION_BOUNDS])
-    folder = at_hand(folder, [f"{name}.npy" for name in names], kept_here() / "indexes")
+    folder = _at_hand(folder, names, manifest.index_digest)
     digest = _index_digest(folder, names)
     if digest != manifest.index_digest:
         raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
@@ -112,11 +112,31 @@ def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _at_hand(folder: Place, names: Sequence[str], digest: str) -> Path:
+    """Where on this machine the index arrays of `folder` lie; those of a bucket are fetched, once."""
+    if isinstance(folder, Path):
+        return folder
+    final = own_folder() / "index" / folder.name
+    try:
+        if _index_digest(final, names) == digest:
+            return final
+    except (OSError, ValueError):
+        pass
+    with writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with local_folder(final.parent) as made:
+        paths = [folder / f"{name}.npy" for name in names]
+        for path, content in zip(paths, read_all(paths), strict=True):
+            write_bytes(made / path.name, content)
+        replace(made, final)
+    return final
+
+
 def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
     listed = read_parts((folder / PARTS).read_bytes(), manifest.index_digest)
     bounds = listed[CAPTION_BOUNDS].borders
     _check_lengths(manifest, {name: (parted.rows,) for name, parted in listed.items()}, bounds[-1])
-    kept = folder if isinstance(folder, Path) else kept_here() / "indexes" / folder.name
+    kept = folder if isinstance(folder, Path) else own_folder() / "index" / folder.name
 
     def check_bounds(part: int, found: np.ndarray) -> None:
         if found[0] != bounds[part]:
