@@ -4,8 +4,6 @@ Of a disk the same functions read what they are asked for, as it lies there.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +13,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from kcache.places.bucket import BucketPath
+from kcache.places.client import told
+from kcache.places.opened import opened
 from kcache.places.place import Place
 
 AT_ONCE = 16
@@ -75,6 +75,18 @@ def missing(paths: Iterable[Place]) -> list[Place]:
     return found
 
 
+def listed(folder: Place) -> Iterator[tuple[str, bool]]:
+    """What stands right in a folder: each name, and whether it is a folder; a link is none."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as entries:
+            yield from ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        return
+    with told(folder):
+        found = folder.store.list_with_delimiter(f"{folder.key}/" if folder.key else None)
+    yield from ((name.rstrip("/").rpartition("/")[2], True) for name in found["common_prefixes"])
+    yield from ((entry["path"].rpartition("/")[2], False) for entry in found["objects"])
+
+
 class Readable(Protocol):
     """A file that is read from front to back."""
 
@@ -86,53 +98,5 @@ class Readable(Protocol):
 @contextmanager
 def reading(path: Place) -> Iterator[Readable]:
     """A file to be read from front to back, by large pieces; raises OSError, StoreError among them."""
-    if isinstance(path, BucketPath):
-        yield _InBucket(path)
-        return
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) if isinstance(path, Path) else opened(path) as file:
         yield file
-
-
-class _InBucket:
-    def __init__(self, path: BucketPath) -> None:
-        self._path, self._size, self._at = path, path.size(), 0
-
-    def readinto(self, target: memoryview, /) -> int:
-        count = min(len(target), self._size - self._at)
-        if count:
-            content = self._path.read_range(self._at, count)
-            count = len(content)
-            target[:count] = content
-        self._at += count
-        return count
-
-
-def at_hand(folder: Place, names: Sequence[str], kept: Path) -> Path:
-    """A folder of this machine with the files `names` of `folder`, which never change under that name.
-
-    Those of a bucket are fetched into a folder of that name in `kept`, once, whole or not at all.
-    """
-    if isinstance(folder, Path):
-        return folder
-    final = kept / folder.name
-    if all((final / name).is_file() for name in names):
-        return final
-    kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept, prefix=".tmp-") as made:
-        at_once(lambda name: _download(folder / name, Path(made) / name), names)
-        shutil.rmtree(final, ignore_errors=True)
-        try:
-            os.rename(made, final)  # noqa: PTH104
-        except OSError:
-            if not final.is_dir():  # else another process was faster
-                raise
-        else:
-            Path(made).mkdir()  # what the block removes
-    return final
-
-
-def _download(path: BucketPath, final: Path) -> None:
-    with reading(path) as source, final.open("wb") as file:
-        buffer = memoryview(bytearray(_MOST_BYTES))
-        while count := source.readinto(buffer):
-            file.write(buffer[:count])

@@ -10,7 +10,7 @@ import numpy as np
 
 from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
-from kcache.places import Place, place_of
+from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
@@ -60,7 +60,7 @@ class Cache:
         Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
         saying what is there, what was expected and what to do.
         """
-        folder = place_of(path)
+        folder = cache_place(path)
         reading = Reading(folder)  # before anything is read: what is read next is not removed any more
         manifest = read_manifest(folder)
         if resolution is not None and resolution not in sides_of(manifest.tables):

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from in_bucket import put
 
-from kcache.places import place_of
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, at_hand, at_once, missing, near, reading
+from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, at_once, missing, near, reading
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 26), st.integers(1, 1 << 17)), max_size=60))
@@ -65,13 +64,3 @@ def test_a_file_is_read_from_front_to_back(folder: "Path | BucketPath") -> None:
     buffer = memoryview(bytearray(600))
     with reading(folder / "a") as file:
         assert [file.readinto(buffer) for _ in range(3)] == [600, 400, 0]
-
-
-def test_a_folder_of_a_bucket_is_fetched_once_and_whole(folder: "Path | BucketPath", tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        (at_hand(folder, ["a", "c"], tmp_path / "kept") / "c").read_bytes()
-    here = at_hand(folder, ["a", "b"], tmp_path / "kept")
-    assert (here / "a").read_bytes() == b"a" * 1000
-    if isinstance(folder, BucketPath):
-        assert [path.name for path in (tmp_path / "kept").iterdir()] == ["f"]
-        assert at_hand(place_of("memory://fetching/gone/f"), ["a", "b"], tmp_path / "kept") == here
