@@ -186,6 +186,14 @@ def _of_schema_1(plans: Place) -> Place | None:
     return None
 
 
+def is_open(cache: Place, plan: Plan) -> bool:
+    """Whether `plan` is the open one still: another builder closes it once all of it is committed."""
+    named = _read(cache / "plans" / OPEN)
+    return named == _naming(plan) or (
+        named is None and _of_schema_1(cache / "plans") == claims_folder(cache, plan).parent
+    )
+
+
 def claims_folder(cache: Place, plan: Plan) -> Place:
     """Where builders claim the shards of an open plan; it goes with the plan."""
     return cache / "plans" / plan.digest[:16] / CLAIMS
@@ -198,6 +206,13 @@ def close_plan(cache: Place, plan: Plan) -> None:
         remove(plans / OPEN)
     remove(plans / plan.digest[:16])
     if plans.is_dir() and not any(plans.iterdir()):  # in a bucket there is no empty folder
+        remove(plans)
+
+
+def clear_plans(cache: Place) -> None:
+    """Remove what builders left of plans who were killed before one was open, or after; for when none is open."""
+    plans = cache / "plans"
+    if plans.is_dir() and _read(plans / OPEN) is None:
         remove(plans)
 
 

@@ -24,11 +24,12 @@ from kcache.places import Place
 from kcache.places.effects import publish, remove, temporary_folder
 from kcache.store.checksums import crc32c
 from kcache.store.digests import own_folder
+from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
-from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
 
 CAPTION_BOUNDS = "captions"
@@ -72,10 +73,8 @@ def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: 
     """
     entries, keys = [], []
     shards: list[ShardEntry] = []
-    for commit in commits:
-        if commit.data is None or not commit.holds(part):
-            continue
-        side = read_side_file(folder, commit, recipe, part)
+    held = [commit for commit in commits if commit.data is not None and commit.holds(part)]
+    for commit, side in zip(held, read_side_files(folder, held, recipe, part), strict=True):
         found = np.empty(len(side), index_dtype(recipe.fields))
         found["shard"] = len(shards)
         for field in recipe.fields:

@@ -172,7 +172,7 @@ def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
                     spans = RowSpans(offsets, lengths, sums, *form.pieces(unit))
                     path = form.field_file(shard.data, row_field)
                     rows = _Field(table=table, name=row_field.name, shard=position, spans=spans)
-                    yield path, shard.data.removesuffix(".tar"), rows
+                    yield path, shard.label, rows
 
 
 def _scan_all(folder: Place, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
