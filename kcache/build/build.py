@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
-from kcache.build.committed import Committed, check_target
+from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
@@ -29,7 +29,6 @@ from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import SAMPLES
 from kcache.store.samples import with_ids
-from kcache.store.shards import record_rejections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,6 +82,12 @@ class BucketPath:
         with told(self):
             return int(self.store.head(self.key)["size"])
 
+    def stamp(self) -> str:
+        """What is another text once the file has other content; raises FileNotFoundError or StoreError."""
+        with told(self):
+            found = self.store.head(self.key)
+        return f"{found['size']} {found['e_tag'] or found['last_modified']}"
+
     def is_file(self) -> bool:
         try:
             self.size()
