@@ -22,8 +22,9 @@ from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
 from kcache.places import Place, place_of
+from kcache.places.conditional import check_store
 from kcache.places.effects import make_folder, remove
-from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared, writing
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
@@ -76,6 +77,7 @@ def build_cache(
     CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
     is not asked for.
     """
+    check_store(place_of(cache))  # before hours of looking through a source
     job = checked_survey(source, cache, config, say)
     if not config.replace:
         job.leaving.check(job.folder)
@@ -94,8 +96,8 @@ def complete(
     patience = Patience(say=say, take_over=job.config.take_over)
     sizes = PictureSizes(job, say)
     builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
-    with writing(folder):
-        make_folder(folder)
+    check_store(folder)
+    make_folder(folder)
     with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):

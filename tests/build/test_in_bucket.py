@@ -137,7 +137,7 @@ def test_requests_that_fail_in_every_way_change_nothing(
     faulty: Faults, source: Path, oracle: Path, local: Path, tmp_path: Path
 ) -> None:
     kinds = ("slow_down", "conflict", "landed_500", "lost_answer", "lost_request", "cut")
-    faulty.rates.update(dict.fromkeys(kinds, 0.04))
+    faulty.rates.update(dict.fromkeys(kinds, 0.04) | {"conflict": 0.4})
     build_at(faulty.url, source, oracle)
     assert set(faulty.happened) == set(kinds)
     assert_same(faulty.url, local, tmp_path)
