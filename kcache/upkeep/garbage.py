@@ -18,6 +18,7 @@ from kcache.disk.durable import exclusive, remove
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.digests import Keys
 from kcache.store.index import TableState, merged_rows, stored_rows
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
@@ -222,7 +223,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
             first_shard=next_shard(read_commits(folder, recipe)),
-            keys=tuple(key for key in dict.fromkeys(order) if key in keys),
+            keys=Keys.of(key for key in dict.fromkeys(order) if key in keys),
         )
         shards = with_progress(plan, recipe.table, report)
         if recipe.of_tars:
