@@ -157,7 +157,7 @@ def _tidy(folder: Place, manifest: Manifest) -> None:
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
-    return {name: len(set(job.wanted(name)) & state.stored.key_set) for name, state in found.tables.items()}
+    return {name: state.stored.used(job.wanted(name)) for name, state in found.tables.items()}
 
 
 @without_collections()
@@ -175,11 +175,11 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
 def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
     """A plan, frozen, for what is missing; None when nothing is."""
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
-    if found.waiting and not plan.keys:
+    if found.waiting and not plan.rows:
         whole, _ = whole_samples(job.samples, found.tables)
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
-    if not plan.keys:
+    if not plan.rows:
         return None
     freeze_plan(job.folder, plan)
     return plan
@@ -194,7 +194,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
     known = all(
-        set(job.wanted(table.recipe.table)).issuperset(table.keys)
+        bool(table.keys.among(job.wanted(table.recipe.table)).all())
         for table in plan.tables
         if table.recipe.table in job.recipes
     )

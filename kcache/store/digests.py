@@ -1,4 +1,4 @@
-"""Names for content: the keys of images and captions, and a memo that spares reading unchanged files again."""
+"""Names for content: the keys of images and captions, many of them in arrays, and a memo that spares reading files."""
 
 import hashlib
 import logging
@@ -6,11 +6,12 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from kcache.places.bucket import BucketPath
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 16
+_UNPACKED = 4096
+"""Keys that are taken out of an array at a time, where they are wanted one by one."""
+_SORTED_FROM = 100_000
+"""Keys from which on they are sorted before they are looked for."""
 
 _RACY_NS = 2_000_000_000
 """A file changed less than this before it was digested may change again under an equal timestamp (coarse clocks)."""
@@ -41,9 +46,103 @@ def caption_key(caption: str) -> bytes:
     return content_key(caption.encode())
 
 
-def pack_keys(keys: Sequence[bytes]) -> np.ndarray:
+def pack_keys(keys: Iterable[bytes]) -> np.ndarray:
     """Keys as they stand in files: (n, 16) uint8."""
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+    return Keys.of(keys).packed
+
+
+class Keys(Sequence[bytes]):
+    """Keys in one array, with no Python object for each: a hundred million take 1.6 GB."""
+
+    def __init__(self, packed: np.ndarray) -> None:
+        """`packed` as `pack_keys` gives it."""
+        self.packed = np.ascontiguousarray(packed)
+
+    @classmethod
+    def of(cls, keys: Iterable[bytes]) -> "Keys":
+        """The keys as they are, or packed."""
+        return keys if isinstance(keys, Keys) else cls(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice | np.ndarray) -> "Keys": ...
+    def __getitem__(self, at: Any) -> "bytes | Keys":
+        found = self.packed[at]
+        return found.tobytes() if found.ndim == 1 else Keys(found)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for first in range(0, len(self), _UNPACKED):
+            yield from unpack_keys(self.packed[first : first + _UNPACKED])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keys) and np.array_equal(self.packed, other.packed)
+
+    __hash__ = None  # type: ignore[assignment]  # they are as long as they are
+
+    @cached_property
+    def high(self) -> np.ndarray:
+        """(n,) uint64: the first half of each key, in whose order the keys are but for the few that share it."""
+        return self.packed.view(">u8")[:, 0].astype(np.uint64)
+
+    @property
+    def low(self) -> np.ndarray:
+        """(n,) of big-endian uint64: the second half of each key."""
+        return self.packed.view(">u8")[:, 1]
+
+    def in_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the keys by their bytes, equal ones as they stand, and which are new in it: (n,) int64, bool."""
+        order = np.argsort(self.high, kind="stable")
+        high = self.high[order]
+        new = np.ones(len(self), np.bool_)
+        np.not_equal(high[1:], high[:-1], out=new[1:])
+        if not new.all():
+            low = self.low[order]
+            if (low[1:] < low[:-1])[~new[1:]].any():
+                order = np.lexsort((self.low, self.high))
+                low = self.low[order]
+            new[1:] |= low[1:] != low[:-1]
+        return order, new
+
+    def unique(self) -> "Keys":
+        """Each key once, in order of first use."""
+        order, new = self.in_order()
+        if new.all():
+            return self
+        first = np.zeros(len(self), np.bool_)
+        first[order[new]] = True
+        return self[first]
+
+    def find(self, keys: "Keys") -> np.ndarray:
+        """Where `keys` stand among these, which are sorted and unique: (n,) int64, -1 for what is not among them."""
+        if not len(self) or not len(keys):
+            return np.full(len(keys), -1)
+        if len(keys) < _SORTED_FROM:
+            at = np.searchsorted(self.high, keys.high)
+        else:  # in order, so that each look-up is near the one before: a fifth of the time for a hundred million
+            order = np.argsort(keys.high)
+            at = np.empty(len(keys), np.int64)
+            at[order] = np.searchsorted(self.high, keys.high[order])
+        while True:
+            here = np.minimum(at, len(self) - 1)
+            near = self.high[here] == keys.high
+            found = near & (self.low[here] == keys.low)
+            if not (further := near & ~found & (at < len(self))).any():
+                return np.where(found, here, -1)
+            at[further] += 1
+
+    def among(self, known: Iterable[bytes]) -> np.ndarray:
+        """(n,) bool: which of these keys are among `known`, in whatever order those are."""
+        others = Keys.of(known)
+        if not len(others) or not len(self):
+            return np.zeros(len(self), np.bool_)
+        order, new = others.in_order()
+        if not new.all() or (order[1:] < order[:-1]).any():
+            others = others[order[new]]
+        return others.find(self) >= 0
 
 
 def unpack_keys(packed: np.ndarray) -> list[bytes]:
