@@ -4,7 +4,6 @@ An answer is not believed: a store may say "already there" of a write of ours th
 that collided (409), or of nothing at all, and a write that timed out may have landed. What then lies there decides.
 """
 
-import hashlib
 import secrets
 import time
 from contextlib import suppress
@@ -47,24 +46,12 @@ def create(path: BucketPath, content: bytes) -> bool:
 
 
 def read_version(path: BucketPath) -> tuple[bytes, Version] | None:
-    """The content of `path` and what the store calls it; None where nothing is.
-
-    Who wins hangs on it, so bytes that were changed on their way do not count: it is what the store's own digest says,
-    where that is one, or what is read twice.
-    """
-    before: bytes | None = None
-    for _ in range(_TRIES):
-        try:
-            found = ask(path, lambda: path.store.get(path.key))
-            content = bytes(ask(path, found.bytes))
-        except FileNotFoundError:
-            return None
-        version = Version(found.meta["e_tag"], found.meta.get("version"))
-        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()  # what S3's tag of an unencrypted file is
-        if content == before or digest == (version.e_tag or "").strip('"'):
-            return content, version
-        before = content
-    raise StoreError(f"{path}: each time it is read it is another one; expected one content; check the network")
+    """The content of `path` and what the store calls it; None where nothing is."""
+    try:
+        content, meta = path.read_whole()
+    except FileNotFoundError:
+        return None
+    return content, Version(meta["e_tag"], meta.get("version"))
 
 
 def swap(path: BucketPath, content: bytes, before: Version | None) -> bool:

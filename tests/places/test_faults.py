@@ -1,16 +1,17 @@
 """A store that fails as stores do: what is written is there, once, and what is read is what was written."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from faulty_s3 import Faults, Kind
 
-from kcache.errors import StoreError
+from kcache.errors import CacheCorruptError, StoreError
 from kcache.places import place_of
 from kcache.places.bucket import BucketPath
 from kcache.places.conditional import check_store, create, forget_checks, read_version, swap
-from kcache.places.effects import create_bytes, publish, read_all, read_checked, remove, write_bytes
+from kcache.places.effects import create_bytes, publish, read_all, read_checked, remove, take_all, write_bytes
 
 SURVIVED: list[Kind] = ["slow_down", "conflict", "landed_500", "lost_answer", "lost_request", "stall", "cut"]
 COUNT = 5
@@ -58,28 +59,41 @@ def test_a_lost_race_is_told_from_an_answer_that_was_lost(faulty: Faults, kind: 
     assert create(path, path.read_bytes())  # a twin's
 
 
-def test_wrong_bytes_decide_nothing_and_are_fetched_again(faulty: Faults, tmp_path: Path) -> None:
+def test_bytes_that_are_changed_on_their_way_are_fetched_again(faulty: Faults) -> None:
     path = place(faulty) / "record"
     assert create(path, b"content")
     faulty.rates = {"wrong_bytes": 0.4}
-    found = [read_version(path) for _ in range(20)]
-    assert {content for content, _ in filter(None, found)} == {b"content"}
+    assert [path.read_bytes() for _ in range(20)] == [b"content"] * 20
     assert faulty.happened["wrong_bytes"] > 0
+    faulty.rates = {"wrong_bytes": 1}
+    with pytest.raises(StoreError, match="another one each time it is read"):
+        path.read_bytes()
 
-    def take(content: bytes) -> bytes:
-        if content != b"content":
-            raise ValueError(content)
-        return content
 
-    faulty.rates, faulty.happened["wrong_bytes"] = {"wrong_bytes": 1}, 0
-    with pytest.raises(ValueError, match="ntent"):
-        read_checked(path, take)
-    assert faulty.happened["wrong_bytes"] == 3
-    faulty.rates = {}
-    assert read_checked(path, take) == b"content"
-    (tmp_path / "record").write_bytes(b"other")
-    with pytest.raises(ValueError, match="other"):
-        read_checked(tmp_path / "record", take)
+def test_a_tag_that_is_no_digest_costs_a_second_request(faulty: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = place(faulty) / "record"
+    assert create(path, b"content")
+    monkeypatch.setattr("kcache.places.bucket.hashlib.md5", lambda *_, **__: hashlib.sha256())
+    faulty.requests.clear()
+    assert path.read_bytes() == b"content"
+    assert faulty.requests == {"GET": 2}
+
+
+def test_what_is_not_right_is_fetched_again_from_a_bucket_only(faulty: Faults, tmp_path: Path) -> None:
+    for path, times in ((place(faulty) / "record", 3), (tmp_path / "record", 1)):
+        write_bytes(path, b"content")
+        taken: list[bytes] = []
+
+        def take(content: bytes, taken: list[bytes] = taken, times: int = times) -> int:
+            taken.append(content)
+            if len(taken) <= times:
+                raise CacheCorruptError(f"damaged {len(taken)}")
+            return len(taken)
+
+        with pytest.raises(CacheCorruptError, match=f"damaged {times}"):
+            read_checked(path, take)
+        assert taken == [b"content"] * times
+        assert list(take_all([path], take)) == [times + 1]
 
 
 @pytest.mark.parametrize("url", ["s3", "memory"])
