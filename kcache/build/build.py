@@ -148,10 +148,8 @@ def complete(
 
 def _tidy(folder: Place, manifest: Manifest) -> None:
     """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
-    if not knows_readers(folder):
-        return
     with suppress(CacheBusyError), exclusive(folder):
-        if read_manifest(folder) == manifest:
+        if knows_readers(folder) and read_manifest(folder) == manifest:
             remove_superseded(folder, manifest)
 
 
@@ -219,14 +217,6 @@ def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
         for provenance, rejected in found.judged_now():
             record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
-    if found.waiting and is_mine(job.folder / TURN):
-        for state in found.waiting.values():
-            _remove_table(job.folder / state.recipe.directory)
+    for state in found.waiting.values() if is_mine(job.folder / TURN) else ():
+        remove(job.folder / state.recipe.directory)
     return manifest
-
-
-def _remove_table(folder: Place) -> None:
-    """Remove a table: first its records, so that where files go one by one no shard is left without its data."""
-    for path in folder.glob("*.json"):
-        remove(path)
-    remove(folder)
