@@ -1,6 +1,9 @@
-"""What is committed of each table, in either form: read from commit records and side files, and nothing else."""
+"""What is committed of each table, in either form: read from commit records and side files, and nothing else.
 
-from collections.abc import Mapping
+What was rejected while no shard of its own was written is committed here, too.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +12,18 @@ from kcache.build.joined_tars import shard_recipes
 from kcache.disk.durable import npy_of
 from kcache.errors import CacheMismatchError
 from kcache.places import Place
+from kcache.places.effects import make_folder
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
 from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST
 from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
-from kcache.store.shards import Commit, Rejection, read_commits
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, record_commit
 from kcache.urls import check_local
+
+DECODER = ("kcache", "pillow", "formats")
+"""What of the provenance decides which inputs can be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,28 @@ def read_committed(
         )
         for name, recipe in recipes.items()
     }
+
+
+def record_rejections(
+    folder: Place, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
+) -> None:
+    """Commit, as a shard without rows, the rejections by this decoder that commit records in `folder` lack."""
+    commits = read_commits(folder, recipe)
+    alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
+    known = {rejection.key: rejection for commit in alike for rejection in commit.rejected}
+    new = {rejection.key: rejection for rejection in rejected if rejection != known.get(rejection.key)}
+    if new:
+        add_rejections(folder, recipe, [new[key] for key in sorted(new)], provenance)
+
+
+def add_rejections(folder: Place, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]) -> None:
+    """Commit rejections, as a shard without rows, under the first number that nobody has."""
+    make_folder(folder)
+    number = next_shard(read_commits(folder, recipe))
+    while record_commit(folder, f"{number:05d}", recipe, rejected=rejected, provenance=provenance).rejected != tuple(
+        rejected
+    ):
+        number += 1
 
 
 def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:

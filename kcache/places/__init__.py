@@ -8,6 +8,7 @@
 - `fetching`: much of a bucket read at once: spans that lie near together, many requests in flight
 - `opened`: a file of either form, open for libraries that want one
 - `effects`: reading many files, creating, swapping, publishing, removing: of a disk and of a bucket
+- `inventory`: how large and how old things are that are to be cleared up
 - `holds`: who reads and writes a folder, which only a disk knows
 - `leases`: how long claims in a folder of either form last, and how they change hands
 """

@@ -126,6 +126,11 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return self.key
 
+    def stamp(self) -> str:
+        """What is another text once the file has other content; raises FileNotFoundError or StoreError."""
+        found = ask(self, lambda: self.store.head(self._file))
+        return f"{found['size']} {found['e_tag'] or found['last_modified']}"
+
     def is_file(self) -> bool:
         try:
             self.size()

@@ -26,6 +26,8 @@ from kcache.places.place import Place
 
 _PART_BYTES = 16 << 20
 """Of an upload that is sent in parts; a smaller one is one request."""
+_DELETIONS = 1000
+"""Of one request, as many as it may hold."""
 _ROUNDS = 10
 """How often a folder is looked through again that is being removed."""
 
@@ -168,7 +170,10 @@ def make_folder(folder: Place) -> None:
 
 
 def remove(path: Place) -> None:
-    """Remove a file, or a folder with all that is in it; nothing there is fine."""
+    """Remove a file, or a folder with all that is in it; nothing there is fine.
+
+    In a bucket the last names go first, so that of shards, wherever this ends, the record goes before the data.
+    """
     if isinstance(path, Path):
         durable.remove(path)
         return
@@ -176,9 +181,10 @@ def remove(path: Place) -> None:
         with suppress(FileNotFoundError):
             ask(path, lambda: path.store.delete(path.key))
     for _ in range(_ROUNDS):
-        keys = [inner.key for inner, _ in path.below()]
+        keys = [inner.key for inner, _ in path.below()][::-1]
         if not keys:
             return
-        with suppress(FileNotFoundError):  # another process removes as well, and not every store lets that pass
-            ask(path, partial(path.store.delete, keys))
+        for first in range(0, len(keys), _DELETIONS):
+            with suppress(FileNotFoundError):  # another process removes as well, and not every store lets that pass
+                ask(path, partial(path.store.delete, keys[first : first + _DELETIONS]))
     raise StoreError(f"{path}: files keep appearing while they are removed; expected no one to write there; end it")

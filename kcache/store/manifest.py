@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 """Raised by one whenever the bytes on disk of an unchanged recipe would change, or an old reader would read wrongly."""
 SCHEMA_VERSIONS = (1, SCHEMA_VERSION)
-"""Those that are read. In the first, shards were named by their number alone."""
+"""Those that are read: in the first, shards are named by their number alone."""
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
 DATA_NAME = re.compile(rf"({SHARD_NAME.pattern})(-[0-9a-f]{{16}})?(\.tar)?")
 """Name of a shard's data: its number, from version 2 on a digest of its files, and what says that it is a tar."""
@@ -151,15 +151,20 @@ def read_manifest(cache: Place) -> Manifest:
         raise CacheCorruptError(
             f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
         ) from error
-    if version not in SCHEMA_VERSIONS:
-        raise CacheMismatchError(
-            f"{path} has schema version {version}; this kcache reads versions {', '.join(map(str, SCHEMA_VERSIONS))}; "
-            "use the kcache that wrote it, or build the cache again"
-        )
+    check_version(path, version)
     try:
         return _from_json(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
+
+
+def check_version(path: Place, version: object) -> None:
+    """Raise CacheMismatchError for what a newer kcache, or none, has written at `path`."""
+    if version not in SCHEMA_VERSIONS:
+        raise CacheMismatchError(
+            f"{path} has schema version {version}; this kcache reads {' and '.join(map(str, SCHEMA_VERSIONS))}; "
+            "use the kcache that wrote it, a newer one, or build the cache again"
+        )
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:

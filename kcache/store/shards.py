@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from kcache.disk.durable import json_bytes, npy_of, writing
-from kcache.errors import CacheCorruptError
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import create_bytes, make_folder, publish, read_all, temporary_folder, write_npy
+from kcache.places.effects import create_bytes, publish, read_all, remove, temporary_folder, write_npy
 from kcache.store.checksums import crc32c, file_sums
 from kcache.store.formats import zarr
 from kcache.store.formats.side_files import side_dtype, side_name, side_rows, sizes_name
-from kcache.store.manifest import DATA_NAME, SCHEMA_VERSION, SCHEMA_VERSIONS, SHARD_NAME, check_count
+from kcache.store.manifest import DATA_NAME, SCHEMA_VERSION, SHARD_NAME, check_count, check_version
 from kcache.store.recipe import Recipe, canonical_json, json_digest
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
 
-DECODER = ("kcache", "pillow", "formats")
-"""What of the provenance decides which inputs can be decoded."""
 DRAFT = "shard"
 """What names of a shard's files begin with, in the place of its number and their digest, while they are made."""
 
@@ -191,7 +189,13 @@ def write_commit(folder: Place, commit: Commit) -> Commit:
     """
     path = folder / f"{commit.name}.json"
     if create_bytes(path, json_bytes(record_json(commit))):
-        return commit
+        if all((folder / file.path).is_file() for file in commit.files):
+            return commit
+        remove(path)
+        raise CacheBusyError(
+            f"files of {folder / commit.stem} were removed before they were committed; expected no `kcache cache-gc` a "
+            "day after they were made; start again"
+        )
     first = read_commit(path)
     if first.data != commit.data:
         logger.warning(
@@ -206,22 +210,6 @@ def record_json(commit: Commit) -> dict[str, Any]:
     """The commit record as it stands in its file, with the sha256 of all that it says."""
     body = json.loads(canonical_json(asdict(commit)))
     return {**body, "digest": json_digest(body)}
-
-
-def record_rejections(
-    folder: Place, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
-) -> None:
-    """Commit, as a shard without rows, the rejections by this decoder that commit records in `folder` lack."""
-    commits = read_commits(folder, recipe)
-    alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
-    known = {rejection.key: rejection for commit in alike for rejection in commit.rejected}
-    new = {rejection.key: rejection for rejection in rejected if rejection != known.get(rejection.key)}
-    if new:
-        make_folder(folder)
-        name, rejections = f"{next_shard(commits):05d}", tuple(new[key] for key in sorted(new))
-        there = record_commit(folder, name, recipe, rejected=rejections, provenance=provenance)
-        if there.rejected != rejections:  # another writer took that number
-            record_rejections(folder, recipe, rejected, provenance)
 
 
 def read_commits(folder: Place, recipe: Recipe) -> list[Commit]:
@@ -280,11 +268,14 @@ def _parsed(path: Place, read: Callable[[], bytes]) -> Commit:
         data = json.loads(read())
         if data.pop("digest") != json_digest(data):
             raise ValueError("its digest does not match its content")
+        check_version(path, data["schema_version"])
         data["files"] = tuple(CommittedFile(**file) for file in data["files"])
         data["rejected"] = tuple(Rejection(**rejection) for rejection in data["rejected"])
         data["absent"] = tuple(data["absent"])
         commit = Commit(**data)
         _check(commit)
+    except CacheMismatchError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise corrupt(error, path, "remove this commit record and build again") from error
     if commit.name != path.stem:
@@ -294,15 +285,14 @@ def _parsed(path: Place, read: Callable[[], bytes]) -> Commit:
 
 def _check(commit: Commit) -> None:
     """Raise ValueError or TypeError for a record that could lead out of the folder, or is not of the right types."""
-    if commit.schema_version not in SCHEMA_VERSIONS:
-        raise ValueError("written by another version of kcache")
     named = None if commit.data is None else DATA_NAME.fullmatch(commit.data)
     by_number = named is not None and (named[1] == commit.name and (named[2] is None) == (commit.schema_version == 1))
     if not SHARD_NAME.fullmatch(commit.name) or not (commit.data is None or by_number):
         raise ValueError(f"shard {commit.name!a} with data in {commit.data!a}")
     check_count(commit.rows, *(count for file in commit.files for count in (file.bytes, file.crc32c)))
+    own = (f"{commit.stem}/", f"{commit.stem}.")
     for path in (file.path for file in commit.files):
-        if not _FILE_PATH.fullmatch(path) or ".." in path.split("/"):
+        if not _FILE_PATH.fullmatch(path) or ".." in path.split("/") or not path.startswith(own):
             raise ValueError(f"{path!a} is no file of a shard")
     for key in (*commit.absent, *(rejection.key for rejection in commit.rejected)):
         if not _HEX_KEY.fullmatch(key):

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -15,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcache.disk.durable import temporary_path
-from kcache.errors import CacheBusyError, ConfigError
-from kcache.places import place_of
+from kcache.errors import CacheBusyError, ConfigError, StoreError
+from kcache.places import Place, effects, place_of
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import (
     create_bytes,
@@ -207,3 +208,30 @@ def test_an_empty_file_that_a_tool_made_for_a_folder_is_none_in_it(monkeypatch: 
     folder = BucketPath("s3://b", "folder")
     assert list(folder.below()) == [(folder / "a", 1)]
     assert list(folder.iterdir()) == [folder / "a"]
+
+
+@pytest.mark.parametrize("requests", range(1, 8))
+def test_a_removal_that_breaks_off_leaves_no_record_without_its_data(
+    requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place_of(f"memory://test/{tmp_path.name}")
+    for number in ("00000", "00001"):
+        for name in (f"{number}-ab/c/0", f"{number}-ab.rows.npy", f"{number}.json"):
+            write_bytes(folder / name, b"")
+    ask, count = effects.ask, 0
+
+    def break_off(place: Place, request: Callable[[], Any]) -> Any:
+        nonlocal count
+        count += 1
+        if count > requests:
+            raise StoreError("no connection")
+        return ask(place, request)
+
+    monkeypatch.setattr(effects, "ask", break_off)
+    monkeypatch.setattr(effects, "_DELETIONS", 1)
+    with suppress(StoreError):
+        remove(folder)
+    left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    assert len(left) == 7 - requests
+    for record in [name for name in left if name.endswith(".json")]:
+        assert {record.replace(".json", "-ab"), record.replace(".json", "-ab.rows.npy")} <= left

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kcache.build import committed
 from kcache.build.joined_tars import TarWriter
 from kcache.build.plan import PlannedShard
 from kcache.places import Place, place_of
@@ -114,13 +115,13 @@ def test_rejections_take_the_next_number_where_another_writer_took_theirs(
 
     def stale(*arguments: Any) -> list[Commit]:
         """What lay there before the other writer committed."""
-        monkeypatch.setattr(shards, "read_commits", seen)
+        monkeypatch.setattr(committed, "read_commits", seen)
         found = seen(*arguments)
         commit(folder, block())
         return found
 
-    monkeypatch.setattr(shards, "read_commits", stale)
-    shards.record_rejections(folder, RECIPE, rejected, {})
+    monkeypatch.setattr(committed, "read_commits", stale)
+    committed.record_rejections(folder, RECIPE, rejected, {})
     assert [(each.name, len(each.rejected)) for each in read_commits(folder, RECIPE)] == [("00000", 0), ("00001", 1)]
 
 
