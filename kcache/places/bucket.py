@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Self
 
 from kcache.errors import StoreError
-from kcache.places.client import ask, ask_again, store_of
+from kcache.places.client import ask, store_of
 
 _TRIES = 8
 """How often a file is fetched that does not arrive as it was sent."""
@@ -158,7 +158,7 @@ class BucketPath:
             pages.append(stream)  # it goes on, unless it broke off
             return page
 
-        while page := ask_again(self, next_page):
+        while page := ask(self, next_page):
             for entry in page:
                 if entry["path"] != self.key:  # an empty file that some tools make for a folder
                     yield type(self)(self.bucket, entry["path"]), int(entry["size"])
@@ -172,7 +172,7 @@ class BucketPath:
 
     def listing(self) -> Any:
         """What obstore says of what stands right below: its "objects", and the "common_prefixes" of further ones."""
-        return ask_again(self, lambda: self.store.list_with_delimiter(self._prefix))
+        return ask(self, lambda: self.store.list_with_delimiter(self._prefix))
 
     @property
     def _prefix(self) -> str | None:

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -31,8 +31,8 @@ _GREETING = {"max_retries": 8, "retry_timeout": timedelta(seconds=15), "backoff"
 _NAME = ".kcache-hello"
 """Of a file that is asked for to hear whether a store answers at all; nobody ever writes it."""
 _LAST_WORD_SECONDS = 1.0
-_LISTINGS = 8
-"""How often a listing is asked for that breaks off."""
+_TRIES = 8
+"""How often a request is made that breaks off."""
 
 _Answer = TypeVar("_Answer")
 
@@ -119,8 +119,17 @@ def _profile() -> Any:
 def ask(place: object, request: Callable[[], _Answer]) -> _Answer:
     """What `request` to a store gives; raises as `told` does. In the main thread a signal need not wait for the store.
 
-    The libraries' calls take no notice of signals, and a store may be waited for for minutes.
+    The library asks again by itself, but not where a listing or a removal breaks off: such a request is made anew here.
+    So it must be one that may be made twice.
     """
+    for _ in range(_TRIES - 1):
+        with suppress(_BrokeOff):
+            return _asked(place, request)
+    return _asked(place, request)
+
+
+def _asked(place: object, request: Callable[[], _Answer]) -> _Answer:
+    """The libraries' calls take no notice of signals, and a store may be waited for for minutes."""
     with told(place):
         if threading.current_thread() is not threading.main_thread():
             return request()
@@ -140,15 +149,8 @@ def ask(place: object, request: Callable[[], _Answer]) -> _Answer:
             raise
 
 
-def ask_again(place: object, request: Callable[[], _Answer]) -> _Answer:
-    """`ask` for a listing: one that broke off in the middle is asked for anew; the library does so of files alone."""
-    for _ in range(_LISTINGS - 1):
-        try:
-            return ask(place, request)
-        except StoreError as error:
-            if "response body" not in str(error.__cause__):
-                raise
-    return ask(place, request)
+class _BrokeOff(StoreError):
+    """A connection that ended in the middle of a request which the library did not make again."""
 
 
 @contextmanager
@@ -268,4 +270,5 @@ def _failed(place: object, error: BaseException) -> StoreError:
     words, advice = next(found, (answered, "check {endpoint}and the URL, and {again}"))
     credentials = _CREDENTIALS.get(scheme, "the store")
     do = advice.format(credentials=credentials, endpoint=_ENDPOINTS.get(scheme, ""), again=_AGAIN)
-    return StoreError(f"{place}: {words}; {do}")
+    broke_off = words == _MEANINGS[-1][1] and not re.search(r"\bretries: [1-9]", text)
+    return (_BrokeOff if broke_off else StoreError)(f"{place}: {words}; {do}")

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from pathlib import Path
 
 from kcache.places.bucket import BucketPath
-from kcache.places.client import told
+from kcache.places.client import ask
 from kcache.places.place import Place
 
 
@@ -20,11 +20,8 @@ class Inventory:
         self._files: list[tuple[str, int, float]] = []
         self._now = 0.0
         if isinstance(folder, BucketPath):
-            self._now = _now(folder)
-            with told(folder):
-                entries = [
-                    entry for batch in folder.store.list(f"{folder.key}/" if folder.key else None) for entry in batch
-                ]
+            self._now, prefix = _now(folder), f"{folder.key}/" if folder.key else None
+            entries = [entry for batch in ask(folder, lambda: list(folder.store.list(prefix))) for entry in batch]
             self._files = sorted((e["path"], e["size"], e["last_modified"].timestamp()) for e in entries)
 
     def is_older(self, path: Place, seconds: float) -> bool:
@@ -48,8 +45,7 @@ class Inventory:
 def _now(folder: BucketPath) -> float:
     """Seconds since the epoch, by the store's clock."""
     fresh = folder / f".tmp-now-{secrets.token_hex(6)}"
-    with told(fresh):
-        fresh.store.put(fresh.key, b"")
-        written = fresh.store.head(fresh.key)["last_modified"]
-        fresh.store.delete(fresh.key)
+    ask(fresh, lambda: fresh.store.put(fresh.key, b""))
+    written = ask(fresh, lambda: fresh.store.head(fresh.key))["last_modified"]
+    ask(fresh, lambda: fresh.store.delete(fresh.key))
     return float(written.timestamp())

@@ -132,3 +132,16 @@ def test_a_store_that_swaps_whatever_is_there_is_refused(faulty: Faults, monkeyp
     faulty.rates, faulty.conditions = {"unconditional": 1}, ("If-Match",)
     with pytest.raises(StoreError, match=r"writes over a file that has changed since it was read"):
         check_store(place(faulty))
+
+
+def test_what_the_library_does_not_ask_again_is_asked_again(faulty: Faults) -> None:
+    folder = place(faulty)
+    for number in range(3):
+        write_bytes(folder / str(number), b"x")
+    faulty.rates = {"cut": 0.7}
+    assert len(list(folder.below())) == len(list(folder.iterdir())) == 3
+    faulty.rates = {"lost_answer": 0.7}
+    remove(folder)
+    assert list(folder.below()) == []
+    assert faulty.happened["cut"] > 0
+    assert faulty.happened["lost_answer"] > 0
