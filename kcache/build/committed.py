@@ -162,18 +162,19 @@ def check_target(folder: Place) -> None:
     """Refuse, by CacheMismatchError, to build a cache in a folder that is something else."""
     if isinstance(folder, Path):
         check_local(folder)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
-    links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
-    if links:
+    # Looked at once: other builders may begin, or end, at this moment.
+    found: list[Place] = list(folder.glob("*"))
+    if links := [entry.name for entry in found if entry.is_symlink()]:
         raise CacheMismatchError(
             f"{folder} holds the link {min(links)}, through which a build would write elsewhere; "
             "expected a folder that owns its files; put what it leads to in its place"
         )
-    if folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / "plans").exists():
-        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-        if foreign and not any(map(SHARD_FOLDER.fullmatch, foreign)):
-            raise CacheMismatchError(
-                f"{folder} is not empty and not a cache (found {', '.join(sorted(foreign)[:3])}); "
-                "give an empty or new folder for the cache"
-            )
+    names = {entry.name for entry in found}
+    foreign = sorted(name for name in names if not name.startswith("."))
+    if foreign and names.isdisjoint((MANIFEST, "plans")) and not any(map(SHARD_FOLDER.fullmatch, foreign)):
+        raise CacheMismatchError(
+            f"{folder} is not empty and not a cache (found {', '.join(foreign[:3])}); "
+            "give an empty or new folder for the cache"
+        )

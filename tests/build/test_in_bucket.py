@@ -15,6 +15,7 @@ import kcache.build.encode
 from kcache import Cache
 from kcache.build.build import BuildResult, build_cache
 from kcache.build.claims import TURN
+from kcache.build.committed import check_target
 from kcache.build.plan import claims_folder, freeze_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.errors import CacheMismatchError, StoreError
@@ -218,6 +219,12 @@ def test_what_is_no_cache_is_left_alone(bucket: str, source: Path, oracle: Path)
         with pytest.raises(CacheMismatchError, match=words):
             build_at(url, source, oracle)
     assert listed(key_of(bucket)) == ["thesis.tex"]
+
+
+def test_a_builder_that_comes_and_goes_is_no_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = iter([True, False, True, False])
+    monkeypatch.setattr(BucketPath, "is_dir", lambda _: next(there))
+    check_target(place_of(bucket))
 
 
 def test_the_command_builds_at_a_url_and_takes_it_up_again(
