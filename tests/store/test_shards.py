@@ -13,8 +13,10 @@ from in_bucket import contents
 from kcache.build import committed
 from kcache.build.joined_tars import TarWriter
 from kcache.build.plan import PlannedShard
+from kcache.disk.durable import json_bytes
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.places import Place, place_of
-from kcache.places.effects import make_folder, write_bytes
+from kcache.places.effects import make_folder, remove, write_bytes
 from kcache.store import shards
 from kcache.store.digests import ZERO_IMAGE_KEY, pack_keys
 from kcache.store.formats.side_files import size_rows
@@ -133,3 +135,41 @@ def test_what_a_killed_writer_left_is_written_over(folder: Place, monkeypatch: p
     commit(folder, block())
     assert {path: content for path, content in contents(folder).items() if path in left} == left
     assert len(contents(folder)) == len(left) + 1
+
+
+def test_no_record_is_left_of_a_shard_whose_files_were_removed(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by who clears up a bucket, of a writer that slept for more than a day."""
+    publish = shards.publish_shard
+
+    def cleared(*arguments: Any) -> Any:
+        made = publish(*arguments)
+        remove(folder / made[0])
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "publish_shard", cleared)
+        with pytest.raises(CacheBusyError, match="were removed before they were committed"):
+            commit(folder, block())
+    assert read_commits(folder, RECIPE) == []
+    commit(folder, block())
+    assert len(read_commits(folder, RECIPE)) == 1
+
+
+def test_a_record_of_a_newer_kcache_is_not_called_damaged(tmp_path: Path) -> None:
+    commit(tmp_path, block())
+    data = json.loads((tmp_path / "00000.json").read_bytes()) | {"schema_version": 3}
+    data.pop("digest")
+    (tmp_path / "00000.json").write_bytes(json_bytes(data | {"digest": json_digest(data)}))
+    with pytest.raises(CacheMismatchError, match=r"00000\.json has schema version 3; this kcache reads 1 and 2"):
+        read_commits(tmp_path, RECIPE)
+
+
+@pytest.mark.parametrize("path", ["00001-{}.rows.npy", "00000.rows.npy", "00000-{}0.rows.npy"])
+def test_a_record_names_files_of_its_own_shard_only(tmp_path: Path, path: str) -> None:
+    made = commit(tmp_path, block())
+    data = json.loads((tmp_path / "00000.json").read_bytes())
+    data["files"][0]["path"] = path.format(made.stem.partition("-")[2])
+    data.pop("digest")
+    (tmp_path / "00000.json").write_bytes(json_bytes(data | {"digest": json_digest(data)}))
+    with pytest.raises(CacheCorruptError, match="is no file of a shard"):
+        read_commits(tmp_path, RECIPE)
