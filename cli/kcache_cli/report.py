@@ -21,7 +21,7 @@ def report(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The HTML file. When left out: RUN/report.html, or CACHE-report.html beside a cache, of one at a URL here.",
+            help="The HTML file. When left out: RUN/report.html, or CACHE-report.html beside a cache, of a URL here.",
         ),
     ] = None,
     neighbours: Annotated[

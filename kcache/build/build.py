@@ -22,8 +22,9 @@ from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
 from kcache.places import Place, place_of
+from kcache.places.conditional import check_store
 from kcache.places.effects import make_folder, remove
-from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared, writing
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
@@ -76,6 +77,7 @@ def build_cache(
     CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
     is not asked for.
     """
+    check_store(place_of(cache))  # before hours of looking through a source
     job = checked_survey(source, cache, config, say)
     if not config.replace:
         job.leaving.check(job.folder)
@@ -94,8 +96,8 @@ def complete(
     patience = Patience(say=say, take_over=job.config.take_over)
     sizes = PictureSizes(job, say)
     builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
-    with writing(folder):
-        make_folder(folder)
+    check_store(folder)
+    make_folder(folder)
     with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
@@ -155,7 +157,7 @@ def _tidy(folder: Place, manifest: Manifest) -> None:
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
-    return {name: len(set(job.wanted(name)) & state.stored.key_set) for name, state in found.tables.items()}
+    return {name: state.stored.used(job.wanted(name)) for name, state in found.tables.items()}
 
 
 @without_collections()
@@ -173,11 +175,11 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
 def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
     """A plan, frozen, for what is missing; None when nothing is."""
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
-    if found.waiting and not plan.keys:
+    if found.waiting and not plan.rows:
         whole, _ = whole_samples(job.samples, found.tables)
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
-    if not plan.keys:
+    if not plan.rows:
         return None
     freeze_plan(job.folder, plan)
     return plan
@@ -192,7 +194,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
     known = all(
-        set(job.wanted(table.recipe.table)).issuperset(table.keys)
+        bool(table.keys.among(job.wanted(table.recipe.table)).all())
         for table in plan.tables
         if table.recipe.table in job.recipes
     )

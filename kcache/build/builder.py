@@ -265,6 +265,7 @@ class _Claims:
         self._held[claim] = True
         if kept := is_mine(claim):
             return kept
+        let_go(claim)
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
         return False
 

@@ -19,7 +19,7 @@ from kcache.disk.durable import json_bytes
 from kcache.disk.leases import LEASE_SECONDS, RENEW_SECONDS
 from kcache.errors import CacheBusyError, CacheCorruptError, KcacheError
 from kcache.places import Place, leases
-from kcache.places.effects import create_bytes
+from kcache.places.effects import create_bytes, read_checked
 from kcache.places.holds import writing
 from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
@@ -69,22 +69,29 @@ def holder(claim: Place) -> Process | None:
     return None if found is None else found[1]
 
 
-def _read(claim: Place) -> tuple[bytes, Process, str] | None:
+def _read(claim: Place, *, again: bool = True) -> tuple[bytes, Process, str] | None:
     """What a claim holds, whose it is, and its token."""
     try:
-        if not (content := claim.read_bytes()):
-            time.sleep(POLL_SECONDS)  # it may just be being written, where the file system has no hard links
-            content = claim.read_bytes()
-        said = json.loads(content)
-        found = content, Process(**{name: said[name] for name in _SAID}), said.get(_TOKEN, "")
+        found = read_checked(claim, _parsed)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except ValueError as error:
+        if again:  # it may just be being written, where the file system has no hard links
+            time.sleep(POLL_SECONDS)
+            return _read(claim, again=False)
         raise CacheCorruptError(
             f"claim {claim} cannot be read ({error}); remove it when no other builder of this cache is running"
         ) from error
-    leases.saw(claim, content)
+    leases.saw(claim, found[0])
     return found
+
+
+def _parsed(content: bytes) -> tuple[bytes, Process, str]:
+    try:
+        said = json.loads(content)
+        return content, Process(**{name: said[name] for name in _SAID}), said.get(_TOKEN, "")
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _ran_out(claim: Place, _: Process) -> bool:

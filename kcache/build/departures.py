@@ -133,7 +133,7 @@ def _earlier_refusals(folder: Place) -> list[Refusal]:
 
 def _check_kept(job: "Survey", kept: Sequence[Sample]) -> None:
     tables = job.committed().tables if kept else {}
-    lacking = [name for name, state in tables.items() if not state.stored.key_set.issuperset(kind_of(name).keys(kept))]
+    lacking = [name for name, state in tables.items() if (state.stored.find(kind_of(name).keys(kept)) < 0).any()]
     if TEXT.name in tables and not all(sample.captions for sample in kept):
         lacking.append(f"{TEXT.name} (no captions)")
     if lacking:

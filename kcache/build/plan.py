@@ -8,10 +8,15 @@ and ends with the same bytes. It lies in `plans/<digest>/`, and is open when `pl
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
-from kcache.disk.durable import json_bytes, npy_of, writing
+import numpy as np
+
+from kcache.disk.durable import json_bytes, npy_of, read_npy, writing
 from kcache.errors import CacheBusyError
 from kcache.foreign import corrupt
 from kcache.places import Place
@@ -20,11 +25,13 @@ from kcache.places.effects import (
     make_folder,
     publish,
     remove,
+    swap_bytes,
     temporary_folder,
     write_json,
     write_npy,
 )
-from kcache.store.digests import pack_keys, unpack_keys
+from kcache.places.holds import knows_readers
+from kcache.store.digests import KEY_BYTES, Keys
 from kcache.store.manifest import check_count
 from kcache.store.recipe import Recipe, canonical_json
 
@@ -34,6 +41,7 @@ OPEN = "open.json"
 """Name of the file that names the open plan."""
 _SCHEMA_VERSION = 2
 """A plan of version 1 is open by being there."""
+_CLOSED = json_bytes({"digest": None})
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
@@ -48,7 +56,7 @@ class PlannedShard:
     """One shard to be: its name and the keys of its inputs, in order."""
 
     name: str
-    keys: tuple[bytes, ...]
+    keys: Sequence[bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +67,7 @@ class TablePlan:
     rows_per_shard: int
     first_shard: int
     """Number of the first new shard: one more than the highest committed."""
-    keys: tuple[bytes, ...]
+    keys: Keys
     """Inputs to encode, in sample order."""
     shards: tuple[PlannedShard, ...] = field(init=False, repr=False, compare=False)
     """The keys cut into runs of `rows_per_shard`, the last one shorter."""
@@ -70,38 +78,45 @@ class TablePlan:
         object.__setattr__(self, "shards", tuple(PlannedShard(name=name, keys=keys) for name, keys in runs))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The open plan of a cache: what every builder of it works off."""
 
     tables: tuple[TablePlan, ...]
 
     @property
-    def keys(self) -> tuple[bytes, ...]:
+    def keys(self) -> Keys:
         """All inputs, table after table."""
-        return tuple(key for table in self.tables for key in table.keys)
+        return Keys(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(table.keys.packed for table in self.tables)]))
 
     @property
+    def rows(self) -> int:
+        """How many inputs there are."""
+        return sum(len(table.keys) for table in self.tables)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the recipes, cuts and keys."""
         digest = hashlib.sha256()
         for table in self.tables:
             digest.update(canonical_json(_table_json(table)).encode())
-            digest.update(b"".join(table.keys))
+            digest.update(table.keys.packed.data)
         return digest.hexdigest()
 
 
 def plan_table(
     recipe: Recipe,
-    wanted: Sequence[bytes],
-    stored: Collection[bytes],
-    rejected: Collection[bytes],
+    wanted: Iterable[bytes],
+    stored: Iterable[bytes],
+    rejected: Iterable[bytes],
     *,
     rows_per_shard: int,
     first_shard: int,
 ) -> TablePlan:
     """The plan that encodes each wanted key that is neither stored nor rejected, once, in order of first use."""
-    missing = tuple(key for key in dict.fromkeys(wanted) if key not in stored and key not in rejected)
+    missing = Keys.of(wanted).unique()
+    for known in (stored, rejected):
+        missing = missing[~missing.among(known)]
     return TablePlan(recipe=recipe, rows_per_shard=rows_per_shard, first_shard=first_shard, keys=missing)
 
 
@@ -116,13 +131,16 @@ def freeze_plan(cache: Place, plan: Plan) -> None:
             with writing(temporary):
                 (temporary / CLAIMS).mkdir()
             for table in plan.tables:
-                write_npy(temporary / f"{table.recipe.table}.keys.npy", pack_keys(table.keys))
+                write_npy(temporary / f"{table.recipe.table}.keys.npy", table.keys.packed)
             tables = [_table_json(table) for table in plan.tables]
             data = {"schema_version": _SCHEMA_VERSION, "digest": plan.digest, "tables": tables}
             write_json(temporary / "plan.json", data)
             publish(temporary, folder)
-    if not create_bytes(plans / OPEN, _naming(plan)) and _read(plans / OPEN) != _naming(plan):
+    if create_bytes(plans / OPEN, _naming(plan)) or (found := _read(plans / OPEN)) == _naming(plan):
+        return
+    if found is None or open_plan(cache) is not None:
         raise CacheBusyError(f"{plans} holds a plan already; build again to finish it")
+    swap_bytes(plans / OPEN, _naming(plan), found)
 
 
 def _is_whole(folder: Place, digest: str) -> bool:
@@ -156,6 +174,8 @@ def open_plan(cache: Place) -> Plan | None:
     except _DAMAGES as error:
         if digest is not None and _open_digest(plans) != digest:
             return open_plan(cache)  # it was closed meanwhile
+        if digest is not None and isinstance(error, FileNotFoundError) and not knows_readers(cache):
+            return None  # another builder was about to clear what was left of it: a new plan takes its place
         raise corrupt(error, plans, "remove this open plan and build again") from error
     return plan
 
@@ -163,7 +183,7 @@ def open_plan(cache: Place) -> Plan | None:
 def _open_digest(plans: Place) -> str | None:
     """The digest of the plan that is open; None where none is named. Raises ValueError and others of `_DAMAGES`."""
     content = _read(plans / OPEN)
-    if content is None:
+    if content in (None, _CLOSED):
         return None
     digest = json.loads(content)["digest"]
     if not _DIGEST.fullmatch(digest):
@@ -200,19 +220,27 @@ def claims_folder(cache: Place, plan: Plan) -> Place:
 
 
 def close_plan(cache: Place, plan: Plan) -> None:
-    """Remove `plan`, which was open: its work is done, or it is of recipes that nobody wants any more."""
+    """End `plan`, which was open: its work is done, or it is of recipes that nobody wants any more.
+
+    Its files go, but in a bucket, where another builder may open it again at this moment, and no file can be removed
+    only as long as it is what was read.
+    """
     plans = cache / "plans"
+    if not knows_readers(cache) and _read(plans / OPEN) is not None:
+        with suppress(CacheBusyError):  # another builder did so, and has perhaps opened the next one
+            swap_bytes(plans / OPEN, _CLOSED, _naming(plan))
+        return
     if _read(plans / OPEN) == _naming(plan):
         remove(plans / OPEN)
     remove(plans / plan.digest[:16])
-    if plans.is_dir() and not any(plans.iterdir()):  # in a bucket there is no empty folder
+    if plans.is_dir() and not any(plans.iterdir()):
         remove(plans)
 
 
 def clear_plans(cache: Place) -> None:
     """Remove what builders left of plans who were killed before one was open, or after; for when none is open."""
     plans = cache / "plans"
-    if plans.is_dir() and _read(plans / OPEN) is None:
+    if plans.is_dir() and _read(plans / OPEN) in (None, _CLOSED):
         remove(plans)
 
 
@@ -241,7 +269,12 @@ def _read_plan(folder: Place) -> Plan:
 def _read_table(folder: Place, data: Mapping[str, object]) -> TablePlan:
     recipe = Recipe.from_json(data["recipe"])  # type: ignore[arg-type]  # a wrong type raises TypeError, which the caller expects
     path = folder / f"{recipe.table}.keys.npy"
-    keys = unpack_keys(npy_of(path.read_bytes(), path.name))
+    packed = read_npy(path, mapped=True) if isinstance(path, Path) else npy_of(path.read_bytes(), path.name)
+    if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):
+        raise ValueError(
+            f"{path.name} holds {packed.shape} of {packed.dtype}; expected keys, (n, {KEY_BYTES}) of uint8"
+        )
+    keys = Keys(np.asarray(packed))
     if len(keys) != data["rows"]:
         raise ValueError(f"{recipe.table}.keys.npy holds {len(keys)} keys; expected {data['rows']}")
     check_count(data["first_shard"], data["rows_per_shard"])
@@ -251,5 +284,5 @@ def _read_table(folder: Place, data: Mapping[str, object]) -> TablePlan:
         recipe=recipe,
         rows_per_shard=int(data["rows_per_shard"]),  # type: ignore[call-overload]
         first_shard=int(data["first_shard"]),  # type: ignore[call-overload]
-        keys=tuple(keys),
+        keys=keys,
     )

@@ -255,7 +255,7 @@ def missing_rows(
             plan_table(
                 state.recipe,
                 kind_of(name).wanted(samples),
-                state.stored.key_set,
+                state.stored.known,
                 skipped,
                 rows_per_shard=job.config.rows_per_shard or default_rows_per_shard(state.recipe),
                 first_shard=state.next_shard,

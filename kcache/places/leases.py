@@ -20,7 +20,7 @@ from kcache.disk.filesystems import lock
 from kcache.disk.leases import RENEW_SECONDS
 from kcache.errors import KcacheError
 from kcache.places.bucket import BucketPath
-from kcache.places.client import told
+from kcache.places.client import ask
 from kcache.places.conditional import read_version, swap
 from kcache.places.place import Place
 
@@ -77,5 +77,4 @@ def drop(claim: Place) -> None:
         if isinstance(claim, Path):
             claim.unlink()
         else:
-            with told(claim):
-                claim.store.delete(claim.key)
+            ask(claim, lambda: claim.store.delete(claim.key))

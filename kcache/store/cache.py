@@ -69,13 +69,12 @@ class Cache:
                 f"run `{build_line(folder, manifest, 'latents', resolution)}`"
             )
         index = open_index(folder, manifest)
-        for name, entry in manifest.tables.items():
-            if lacking := missing(folder / shard.data for shard in entry.shards):
-                raise CacheCorruptError(
-                    f"{folder} lacks {len(lacking)} of the {len(entry.shards)} shards of {name} "
-                    f"({', '.join(f'{path.parent.name}/{path.name}' for path in lacking[:3])}); build the cache again "
-                    "with its source to encode them anew"
-                )
+        shards = dict.fromkeys(folder / shard.data for entry in manifest.tables.values() for shard in entry.shards)
+        if lacking := missing(shards):
+            raise CacheCorruptError(
+                f"{folder} lacks {len(lacking)} of its {len(shards)} shards, such as {lacking[0]}; if it was copied, "
+                "finish that, else build the cache again with its source to encode them anew"
+            )
         return cls(folder, manifest, index, resolution, reading=reading)
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from kcache.places import Place
+from kcache.store.digests import KEY_BYTES, Keys
 from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.index_files import index_dtype as index_dtype
 from kcache.store.formats.index_files import is_in_parts as is_in_parts
@@ -40,11 +41,18 @@ class StoredRows:
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
-        wanted = np.frombuffer(b"".join(keys), "S16") if keys else np.empty(0, "S16")
-        if not len(self.keys):
-            return np.full(len(wanted), -1)
-        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return np.where(self.keys[position] == wanted, position, -1)
+        return self.known.find(Keys.of(keys))
+
+    @cached_property
+    def known(self) -> Keys:
+        """All keys, sorted."""
+        return Keys(self.keys.view(np.uint8).reshape(-1, KEY_BYTES))
+
+    def used(self, keys: Sequence[bytes]) -> int:
+        """How many rows the `keys` stand for, each counted once."""
+        found = np.zeros(len(self.keys) + 1, np.bool_)
+        found[self.find(keys)] = True
+        return int(found[:-1].sum())
 
     @cached_property
     def key_set(self) -> frozenset[bytes]:
@@ -91,8 +99,10 @@ def _latest(
 ) -> StoredRows:
     if not entries:
         return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
-    unique, latest = np.unique(np.concatenate(keys)[::-1], return_index=True)
-    return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
+    together = np.concatenate(keys)
+    order, new = Keys(together.view(np.uint8).reshape(-1, KEY_BYTES)).in_order()
+    latest = order[np.append(new[1:], True)] if len(order) else order  # the last of those that are equal
+    return StoredRows(np.concatenate(entries)[latest], together[latest], tuple(shards))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +122,9 @@ class TableState:
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
-        stored = self.stored.key_set
         by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
-        return {key: rejection for key, rejection in by_key.items() if key not in stored}
+        stored = self.stored.find(list(by_key)) >= 0
+        return {key: by_key[key] for key, is_stored in zip(by_key, stored.tolist(), strict=True) if not is_stored}
 
 
 def table_state(cache: Place, recipe: Recipe) -> TableState:

@@ -80,7 +80,7 @@ def _write_tables(
         plan = plan_table(
             state.recipe,
             kind_of(name).wanted(contents.samples),
-            there.stored.key_set,
+            there.stored.known,
             (),
             rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
             first_shard=there.next_shard,

@@ -25,6 +25,7 @@ from kcache.places.fetching import listed
 from kcache.places.holds import exclusive, knows_readers
 from kcache.places.inventory import Inventory
 from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.digests import Keys
 from kcache.store.index import TableState, merged_rows, stored_rows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, read_manifest, shard_number
 from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
@@ -229,7 +230,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
             first_shard=next_shard(read_commits(folder, recipe)),
-            keys=tuple(key for key in dict.fromkeys(order) if key in keys),
+            keys=Keys.of(key for key in dict.fromkeys(order) if key in keys),
         )
         shards = with_progress(plan, recipe.table, report)
         if recipe.of_tars:

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring.synthetic import synthetic_recipe
 
-from kcache.build.plan import OPEN, Plan, close_plan, freeze_plan, open_plan, plan_table, shard_name
+from kcache.build.plan import (
+    OPEN,
+    Plan,
+    clear_plans,
+    close_plan,
+    freeze_plan,
+    is_open,
+    open_plan,
+    plan_table,
+    shard_name,
+)
 from kcache.errors import CacheBusyError, CacheCorruptError
 from kcache.places import Place, place_of
 from kcache.places.effects import remove, write_bytes, write_json
@@ -49,6 +59,11 @@ def test_a_frozen_plan_is_read_as_it_was(cache: Place) -> None:
     assert open_plan(cache) == plan
     close_plan(cache, plan)
     assert open_plan(cache) is None
+    assert not is_open(cache, plan)
+    freeze_plan(cache, plan)  # it may be wanted again
+    assert open_plan(cache) == plan
+    close_plan(cache, plan)
+    clear_plans(cache)
     assert list(cache.iterdir()) == []
 
 
@@ -71,6 +86,25 @@ def test_what_was_not_opened_is_no_plan(cache: Place) -> None:
     assert open_plan(cache) == other
     close_plan(cache, plan)
     assert open_plan(cache) == other
+
+
+def test_what_closes_late_leaves_the_next_plan_alone(cache: Place) -> None:
+    first, second = a_plan([b"a" * 16]), a_plan([b"b" * 16])
+    freeze_plan(cache, first)
+    close_plan(cache, first)
+    freeze_plan(cache, second)
+    close_plan(cache, first)  # by a builder that was suspended
+    assert open_plan(cache) == second
+    assert is_open(cache, second)
+
+
+def test_in_a_bucket_a_lost_plan_gives_way_to_another() -> None:
+    cache, first, second = place_of(f"memory://plans/{secrets.token_hex(6)}"), a_plan([b"a" * 16]), a_plan([b"b" * 16])
+    freeze_plan(cache, first)
+    remove(cache / "plans" / first.digest[:16])
+    assert open_plan(cache) is None
+    freeze_plan(cache, second)
+    assert open_plan(cache) == second
 
 
 def test_half_of_a_plan_is_written_anew(cache: Place) -> None:

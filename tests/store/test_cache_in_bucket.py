@@ -109,7 +109,7 @@ def test_a_missing_object_is_named(there: BucketPath) -> None:
     with pytest.raises(CacheCorruptError, match=str(file)):
         cache.read([0], ["latents"])
     remove(there / cache.manifest.tables["latents-64"].shards[0].data)
-    with pytest.raises(CacheCorruptError, match=r"lacks 1 of the \d shards"):
+    with pytest.raises(CacheCorruptError, match=r"lacks 1 of its \d shards, such as memory://"):
         Cache.open(there)
 
 
