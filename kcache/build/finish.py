@@ -21,7 +21,8 @@ from kcache.machine import threads_for
 from kcache.places import Place
 from kcache.places.effects import remove, swap_bytes, write_bytes
 from kcache.stopping import stop_here
-from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
+from kcache.store.formats.parts import Rows, in_memory
+from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
@@ -148,7 +149,8 @@ def finish_cache(
     """
     before = _content(cache / MANIFEST)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
-    index_digest = write_index(cache, _index_arrays(samples, tables))
+    in_parts = is_in_parts(state.stored.shards for state in tables.values())
+    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=in_parts)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
@@ -247,9 +249,9 @@ def _current(cache: Place) -> Manifest | None:
         return None  # none yet, or damaged: either way it is written anew
 
 
-def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, np.ndarray]:
+def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
     counts = [len(sample.caption_keys) if TEXT.name in tables else 0 for sample in samples]
-    arrays = {CAPTION_BOUNDS: np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)}
+    arrays = {CAPTION_BOUNDS: in_memory(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64))}
     for name, state in tables.items():
         keys = kind_of(name).indexed(samples)
         positions = state.stored.find(keys)
@@ -257,7 +259,7 @@ def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
             raise CacheIncompleteError(
                 f"{name} lacks {int((positions < 0).sum())} of {len(keys)} rows that were thought stored; build again"
             )
-        arrays[name] = state.stored.entries[positions]
+        arrays[name] = in_memory(state.stored.entries[positions])
     return arrays
 
 

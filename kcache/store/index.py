@@ -7,37 +7,24 @@ made of `TableState`s: what is committed of each table, read from the side files
 """
 
 import dataclasses
-import math
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from kcache.disk.durable import read_npy, write_npy
-from kcache.disk.filesystems import mapped
-from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import publish, remove, temporary_folder
-from kcache.store.checksums import crc32c
-from kcache.store.digests import own_folder
-from kcache.store.formats.side_files import LOCATOR
-from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
+from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
+from kcache.store.formats.index_files import index_dtype as index_dtype
+from kcache.store.formats.index_files import is_in_parts as is_in_parts
+from kcache.store.formats.index_files import open_index as open_index
+from kcache.store.formats.index_files import write_index as write_index
+from kcache.store.manifest import Manifest, ShardEntry
+from kcache.store.recipe import TEXT, Recipe, kind_of, sides_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
 from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
-
-CAPTION_BOUNDS = "captions"
-
-
-def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
-    """Dtype of an index entry: position of the shard in the manifest, then a locator per field."""
-    return np.dtype([("shard", "<u4"), *[(field.name, LOCATOR) for field in fields]])
 
 
 @dataclass(frozen=True)
@@ -106,103 +93,6 @@ def _latest(
         return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
     unique, latest = np.unique(np.concatenate(keys)[::-1], return_index=True)
     return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
-
-
-def write_index(cache: Place, arrays: Mapping[str, np.ndarray]) -> str:
-    """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
-    with temporary_folder(cache) as temporary:
-        for name, array in arrays.items():
-            write_npy(temporary / f"{name}.npy", array)
-        digest = _index_digest(temporary, sorted(arrays))
-        final = cache / f"index-{digest[:16]}"
-        if _holds(final, sorted(arrays), digest):
-            remove(temporary)
-        else:
-            remove(final)  # damaged, if there is anything
-            publish(temporary, final)
-    return digest
-
-
-def _holds(folder: Place, names: Sequence[str], digest: str) -> bool:
-    try:
-        return _index_digest(_at_hand(folder, names), names) == digest
-    except (OSError, ValueError):
-        return False
-
-
-def open_index(cache: Place, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
-    names = sorted([*manifest.tables, CAPTION_BOUNDS])
-    folder = cache / manifest.index_folder
-    try:
-        folder = _at_hand(folder, names)
-        digest = _index_digest(folder, names)
-        if digest != manifest.index_digest:
-            raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
-        # Plain views of the mapped arrays: a batch takes them apart several times, 3 µs each where they are np.memmap.
-        arrays = {name: np.asarray(read_npy(folder / f"{name}.npy", mapped=True)) for name in names}
-        _check_lengths(manifest, arrays)
-        for name, entry in manifest.tables.items():
-            _check_entries(name, entry, arrays[name])
-        return arrays
-    except (OSError, ValueError) as error:
-        do = "build the cache again with its source to write these index arrays anew: no row is encoded for that"
-        raise corrupt(error, folder, do) from error
-
-
-def _at_hand(folder: Place, names: Sequence[str]) -> Path:
-    """Where on this machine the index arrays of `folder` lie; those of a bucket are fetched, once."""
-    if isinstance(folder, Path):
-        return folder
-    kept = own_folder() / "index"
-    final = kept / folder.name
-    if not final.is_dir():
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept, prefix=".tmp-") as made:
-            for name in names:
-                (Path(made) / f"{name}.npy").write_bytes((folder / f"{name}.npy").read_bytes())
-            with suppress(OSError):  # another process was faster
-                Path(made).rename(final)
-                Path(made).mkdir()  # what the block removes
-    return final
-
-
-def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
-    bounds = arrays[CAPTION_BOUNDS]
-    # Where there are texts every sample has one or more; else none has any.
-    fits = np.greater if TEXT.name in manifest.tables else np.equal
-    well_formed = bounds.dtype == np.int64 and bounds.shape == (manifest.samples + 1,) and bounds[0] == 0
-    if not well_formed or not fits(bounds[1:], bounds[:-1]).all():
-        raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
-    for name in manifest.tables:
-        kind = kind_of(name)
-        rows = int(bounds[-1]) if kind.per == "caption" else manifest.samples
-        expected = rows + (kind.reserved is not None)
-        if arrays[name].shape != (expected,):
-            raise ValueError(f"{name}.npy has shape {arrays[name].shape} instead of ({expected},)")
-
-
-def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:
-    """Raise ValueError when entries name shards that are none, or rows of another size than the recipe's."""
-    recipe = entry.recipe
-    if array.dtype != index_dtype(recipe.fields):
-        raise ValueError(f"{name}.npy has dtype {array.dtype} instead of {index_dtype(recipe.fields)}")
-    if len(array) and array["shard"].max() >= len(entry.shards):
-        raise ValueError(f"{name}.npy names shard {array['shard'].max()} of {len(entry.shards)}")
-    for field in recipe.fields:
-        size = math.prod(field.shape) * np.dtype(recipe.stored_dtype).itemsize
-        lengths = array[field.name]["length"]
-        if size >= 1 << 32 or (lengths % size).any() or (not field.ragged and (lengths != size).any()):
-            raise ValueError(f"{name}.npy has rows of {field.name} that are not {field.shape} of {recipe.stored_dtype}")
-
-
-def _index_digest(folder: Path, names: Sequence[str]) -> str:
-    sums = []
-    for name in names:
-        content = np.frombuffer(mapped(folder / f"{name}.npy"), np.uint8)
-        sums.append([name, content.size, crc32c(content)])
-    return json_digest(sums)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from kcache.errors import CacheCorruptError, KcacheError, UnreadableError
 from kcache.foreign import check_withheld
 from kcache.places import Place
 from kcache.places.fetching import at_once, listed
+from kcache.store.formats.parts import PARTS
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
 from kcache.store.samples import Sample, samples_digest, stored_samples
@@ -86,7 +87,8 @@ def _read_derived(records: Records) -> None:
     if manifest is None:
         return
     names = [*manifest.tables, CAPTION_BOUNDS]
-    records.known |= {manifest.samples_file, "rejected.jsonl", *(f"{manifest.index_folder}/{n}.npy" for n in names)}
+    records.known |= {manifest.samples_file, "rejected.jsonl", f"{manifest.index_folder}/{PARTS}"}
+    records.known |= {f"{manifest.index_folder}/{name}.npy" for name in names}
     try:
         table = stored_samples(folder, manifest)
         if samples_digest([Sample(**row) for row in table.to_pylist()]) != manifest.samples_digest:
@@ -102,7 +104,7 @@ def _read_derived(records: Records) -> None:
         check_withheld(error, folder / "rejected.jsonl")
         records.add_broken("rejected.jsonl", error.strerror or error)
     try:
-        records.index = open_index(folder, manifest)
+        records.index = open_index(folder, manifest, whole=True)
     except CacheCorruptError as error:
         records.add_broken(manifest.index_folder, error)
     _read_card(records, manifest)

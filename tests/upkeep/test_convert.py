@@ -111,6 +111,7 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
         with monkeypatch.context() as patch:
             patch.setattr("kcache.store.shards.record_commit", interrupted)
             patch.setattr("kcache.build.joined_tars.record_commit", interrupted)
+            patch.setattr("kcache.build.committed.record_commit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
         with pytest.raises(CacheNotFoundError):

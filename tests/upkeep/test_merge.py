@@ -1,5 +1,6 @@
 """Merging: all samples of several caches in a new one that owns its files, nothing encoded."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -78,7 +79,7 @@ def test_where_there_are_no_hard_links_shards_are_copied(
     merge_caches(tmp_path / "linked", [built / "one-cache", built / "two-cache"])
 
     def refused(*_: object, **__: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refused)
     merge_caches(tmp_path / "copied", [built / "one-cache", built / "two-cache"])
