@@ -22,6 +22,8 @@ def cache_gc(
 
     Samples and rows stay what they are, and building again has nothing to do. It is refused while anything on this
     machine reads the cache or builds it; on a file system that several machines share, see to the others yourself.
+    Of a cache in a bucket nobody knows who reads it: what is not a day old stays, and runs that stream from it must
+    have ended.
 
     \b
     Examples:
@@ -39,6 +41,8 @@ def cache_gc(
         note(path)
     did = "would be " if dry_run else ""
     say(f"{count_text(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
+    if garbage.younger:
+        say(f"{count_text(garbage.younger, 'more path')} of this day in the bucket: they go when they are a day old")
     if garbage.unused_bytes and not compact:
         say(f"about {bytes_text(garbage.unused_bytes)} of unused rows in shards that stay; --compact frees them too")
     elif garbage.unused_bytes:
