@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from kcache.places.bucket import BucketPath
-from kcache.places.client import told
 from kcache.places.opened import opened
 from kcache.places.place import Place
 
@@ -81,8 +80,7 @@ def listed(folder: Place) -> Iterator[tuple[str, bool]]:
         with os.scandir(folder) as entries:
             yield from ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
         return
-    with told(folder):
-        found = folder.store.list_with_delimiter(f"{folder.key}/" if folder.key else None)
+    found = folder.listing()
     yield from ((name.rstrip("/").rpartition("/")[2], True) for name in found["common_prefixes"])
     yield from ((entry["path"].rpartition("/")[2], False) for entry in found["objects"])
 

@@ -50,6 +50,8 @@ class Faults:
     """The share of the requests which a kind applies to that meet it."""
     seed: int = 0
     stall_seconds: float = 1.0
+    conditions: tuple[str, ...] = ("If-None-Match", "If-Match")
+    """Headers that make a write a conditional one."""
     happened: Counter[str] = field(default_factory=Counter)
     """How often each kind was met."""
     requests: Counter[str] = field(default_factory=Counter)
@@ -60,7 +62,7 @@ class Faults:
     def fate(self, method: str, target: str, headers: Mapping[str, str]) -> Kind | None:
         """What a request meets; it is counted."""
         query = parse_qs(urlsplit(target).query)
-        conditional = "If-None-Match" in headers or "If-Match" in headers
+        conditional = any(name in headers for name in self.conditions)
         applies: dict[Kind, bool] = {
             "conflict": method == "PUT" and conditional, "unconditional": method == "PUT" and conditional,
             "landed_500": method in ("PUT", "POST"), "lost_answer": method in ("PUT", "POST", "DELETE"),
@@ -112,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if kind == "wrong_bytes" and status < 300 and content:
-            content = content[: (at := len(content) // 2)] + bytes([content[at] ^ 16]) + content[at + 1 :]
+            at, bit = divmod(5 * faults.happened[kind] % (8 * len(content)), 8)  # each time another one
+            content = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
         self._answer(status, headers, content, half=kind == "cut" and len(content) > 1)
         return None
 
