@@ -172,6 +172,13 @@ def test_several_processes_as_it_says(place: Path, kcache_command: Callable[...,
         assert len((place / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_caches_lie_in_object_stores_as_it_says(place: Path, s3: str, kcache_command: Callable[..., int]) -> None:
+    assert s3 == "s3://caches"  # as the document has it
+    (names,) = run_document(ROOT / "docs" / "object-stores.md", kcache_command)
+    assert names["rows"]["latents"].shape[0] == 3
+    assert not list(place.glob("s3*"))
+
+
 def test_each_of_the_scripts_has_its_command() -> None:
     scripts = {word for _, words, _ in PAIRS for word in words if word.endswith(".py")}
     assert scripts == {f"train_text_to_image_{name}.py" for name in ("prior", "decoder", "lora_prior", "lora_decoder")}

@@ -109,6 +109,7 @@ def test_a_bucket_is_probed_once_and_a_disk_never(faulty: Faults, tmp_path: Path
     forget_checks()
     check_store(place(faulty))
     asked = faulty.requests.total()
+    assert asked == 1 + 8  # the first word, and what the document on object stores says
     check_store(place(faulty) / "elsewhere")
     assert faulty.requests.total() == asked
     check_store(tmp_path)
