@@ -22,6 +22,8 @@ def cache_gc(
 
     Samples and rows stay what they are, and building again has nothing to do. It is refused while anything on this
     machine reads the cache or builds it; on a file system that several machines share, see to the others yourself.
+    In a bucket nobody can be seen reading: there only what is older than a day goes, and only once the manifest is, so
+    that runs which began before it should have ended; a cache that was changed takes two runs of this, a day apart.
 
     \b
     Examples:
@@ -39,6 +41,11 @@ def cache_gc(
         note(path)
     did = "would be " if dry_run else ""
     say(f"{count_text(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
+    if garbage.younger:
+        say(
+            f"{count_text(garbage.younger, 'more path')} stay in the bucket, where nothing says who reads them, until "
+            "they, and the manifest, are a day old; run this again then"
+        )
     if garbage.unused_bytes and not compact:
         say(f"about {bytes_text(garbage.unused_bytes)} of unused rows in shards that stay; --compact frees them too")
     elif garbage.unused_bytes:

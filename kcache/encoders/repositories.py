@@ -17,6 +17,7 @@ from kcache.plainly import plainly_at
 from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import components, json_digest
 from kcache.store.run_directory import instead_of_pipeline
+from kcache.urls import remote
 
 
 class Component(NamedTuple):
@@ -247,6 +248,8 @@ def check_revision(flag: str, name: str, revision: str | None) -> None:
 
 def _check_no_path(name: str) -> None:
     """Raise ModelError for a name that is no Hub id: the path of a folder that is not there, or one with a revision."""
+    if (problem := remote(name)) is not None:
+        raise ModelError(problem)
     path = Path(name).expanduser()
     if (broken := broken_link(path)) is not None:
         raise ModelError(f"{name}: {broken}; expected the folder of a pipeline; give where that is now")

@@ -24,6 +24,10 @@ class Inventory:
             entries = [entry for batch in ask(folder, lambda: list(folder.store.list(prefix))) for entry in batch]
             self._files = sorted((e["path"], e["size"], e["last_modified"].timestamp()) for e in entries)
 
+    def __contains__(self, path: Place) -> bool:
+        """Whether anything is there: some stores go on listing folders that nothing is in any more."""
+        return isinstance(path, Path) or bool(self._below(path))
+
     def is_older(self, path: Place, seconds: float) -> bool:
         """Whether all that is at `path` and below was last written more than `seconds` ago; on a disk always."""
         return isinstance(path, Path) or all(self._now - written > seconds for _, _, written in self._below(path))

@@ -68,14 +68,13 @@ class Cache:
                 f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
                 f"run `{build_line(folder, manifest, 'latents', resolution)}`"
             )
-        index = open_index(folder, manifest)
         shards = dict.fromkeys(folder / shard.data for entry in manifest.tables.values() for shard in entry.shards)
         if lacking := missing(shards):
             raise CacheCorruptError(
                 f"{folder} lacks {len(lacking)} of its {len(shards)} shards, such as {lacking[0]}; if it was copied, "
                 "finish that, else build the cache again with its source to encode them anew"
             )
-        return cls(folder, manifest, index, resolution, reading=reading)
+        return cls(folder, manifest, open_index(folder, manifest), resolution, reading=reading)
 
     def __len__(self) -> int:
         return len(self.caption_bounds) - 1

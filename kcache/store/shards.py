@@ -170,15 +170,9 @@ def record_commit(
 ) -> Commit:
     """`write_commit` of the record of a shard of `recipe` that consists of `files`, which are in `folder`."""
     commit = Commit(
-        name=name,
-        fingerprint=recipe.fingerprint,
-        rows=rows,
-        data=data,
-        files=tuple(files),
-        rejected=tuple(rejected),
-        absent=tuple(absent),
-        provenance=dict(provenance),
-    )
+        name=name, fingerprint=recipe.fingerprint, rows=rows, data=data, files=tuple(files),
+        rejected=tuple(rejected), absent=tuple(absent), provenance=dict(provenance),
+    )  # fmt: skip
     return write_commit(folder, commit)
 
 
@@ -198,11 +192,8 @@ def write_commit(folder: Place, commit: Commit) -> Commit:
         )
     first = read_commit(path)
     if first.data != commit.data:
-        logger.warning(
-            "%s was committed by another builder first, which stays; `kcache cache-gc` removes what this one made, %s",
-            path,
-            commit.data,
-        )
+        told = "%s was committed by another builder first and stays; `kcache cache-gc` removes what this one made, %s"
+        logger.warning(told, path, commit.data)
     return first
 
 

@@ -191,6 +191,7 @@ def find_garbage(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -
         elif any(fnmatch(name, pattern) for pattern in _DERIVED) or SHARD_FOLDER.fullmatch(name):
             paths.append(name)
     found = Inventory(folder)
+    paths = [path for path in paths if folder / path in found]
     old = [p for p in paths if found.is_older(folder / MANIFEST, _DAY) and found.is_older(folder / p, _DAY)]
     return Garbage(
         paths=tuple(old),

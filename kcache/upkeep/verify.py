@@ -255,5 +255,5 @@ def _orphans(folder: Place, known: set[str]) -> Iterator[str]:
             path = prefix + name
             if path not in known and is_folder and f"{path}/" in parents:
                 inside.append(f"{path}/")
-            elif path not in known:
+            elif path not in known and (not is_folder or (folder / path).is_dir()):  # stores may list empty folders
                 yield f"{path}/" if is_folder else path

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -126,19 +127,23 @@ def test_cache_format_reads_what_kcache_reads(place_with_cache: Path, kcache_com
     *_, names = run_document(ROOT / "docs" / "cache-format.md", kcache_command, together=True)
     assert names["broken"] == []
     assert crc32c(b"123456789") == 0xE3069283
-    for folder in ("caches/photos-64", "published/photos-64"):
+    with tarfile.open(ROOT / "tests" / "data" / "schema-1.tar.xz") as archive:
+        archive.extractall("of-version-1", filter="data")
+    for folder in ("caches/photos-64", "published/photos-64", "of-version-1/zarr", "of-version-1/webdataset"):
         reader, cache = names["Reader"](folder), Cache.open(folder)
+        assert reader.manifest["schema_version"] == (1 if folder.startswith("of-version-1") else 2)
         for number in range(len(cache)):
             for (_, field), row in reader.sample(number).items():
                 expected = cache.read([number], [field])[field]
                 assert np.array_equal(row.reshape(expected.shape), expected)
-        file, locator = cache.field_files("latents").files[0].path, cache.index["latents-64"][3]["latents"]
+        entry = cache.index["latents-64"][2]
+        file = cache.field_files("latents").files[entry["shard"]].path
         content = bytearray(file.read_bytes())
-        content[int(locator["offset"]) + 5] ^= 1
+        content[int(entry["latents"]["offset"]) + 5] ^= 1
         file.unlink()
         file.write_bytes(content)
         with pytest.raises(ValueError, match="damaged"):
-            names["Reader"](folder).sample(3)
+            names["Reader"](folder).sample(2)
 
 
 def test_your_own_loop_trains_like_the_command(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_bucket import contents
 
 from kcache.build import committed
 from kcache.build.joined_tars import TarWriter
 from kcache.build.plan import PlannedShard
+from kcache.disk.durable import json_bytes
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.places import Place, place_of
-from kcache.places.effects import make_folder, write_bytes
+from kcache.places.effects import make_folder, remove, write_bytes
 from kcache.store import shards
 from kcache.store.digests import ZERO_IMAGE_KEY, pack_keys
 from kcache.store.formats.side_files import size_rows
@@ -45,18 +48,11 @@ def commit(folder: Place, rows: RowBlock) -> Commit:
     return commit_shard(folder, "00000", RECIPE, rows, provenance={"device": "cpu"})
 
 
-def files(folder: Place) -> dict[str, bytes]:
-    """The content of all files below a folder, by their path from there."""
-    if isinstance(folder, Path):
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {path.key.removeprefix(f"{folder.key}/"): path.read_bytes() for path, _ in folder.below()}
-
-
 def test_names_and_bytes_are_the_same_on_a_disk_and_in_a_bucket(tmp_path: Path, bucket: str) -> None:
     commit(tmp_path / "x", block())
     commit(place_of(f"{bucket}/x"), block())
-    found = files(tmp_path / "x")
-    assert found == files(place_of(f"{bucket}/x"))
+    found = contents(tmp_path / "x")
+    assert found == contents(place_of(f"{bucket}/x"))
     record = json.loads(found.pop("00000.json"))
     behind = [[path.removeprefix(record["data"]), hashlib.sha256(found[path]).hexdigest()] for path in found]
     assert record["data"] == f"00000-{json_digest(sorted(behind))[:16]}"
@@ -73,8 +69,8 @@ def test_tars_are_the_same_on_a_disk_and_in_a_bucket(tmp_path: Path, bucket: str
         writer = TarWriter(cache, tables, {"device": "cpu"}, rows_from=tmp_path / "rows")
         for name in (RESERVED, SAMPLES):
             writer.write(name, [PlannedShard(name="00000", keys=(b"k" * 16,))], lambda keys: {keys[0]: sample})
-    found = files(tmp_path / "cache")
-    assert found == files(place_of(f"{bucket}/cache"))
+    found = contents(tmp_path / "cache")
+    assert found == contents(place_of(f"{bucket}/cache"))
     records = [json.loads(content) for path, content in found.items() if path.endswith(".json")]
     assert sorted(len(found) for found in [records, *(record["files"] for record in records)]) == [2, 3, 3]
 
@@ -97,7 +93,7 @@ def test_of_two_writers_with_other_bytes_one_wins_and_the_other_says_so(
     assert [mine] == others == read_commits(folder, RECIPE)
     [line] = caplog.messages
     assert "00000.json was committed by another builder first" in line
-    assert {path.partition("/")[0].partition(".")[0] for path in files(folder)} > {"00000", mine.data}
+    assert {path.partition("/")[0].partition(".")[0] for path in contents(folder)} > {"00000", mine.data}
 
 
 def test_a_twin_is_not_spoken_of(folder: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,9 +129,47 @@ def test_what_a_killed_writer_left_is_written_over(folder: Place, monkeypatch: p
         patch.setattr(shards, "write_commit", killed)
         with pytest.raises(KeyboardInterrupt):
             commit(folder, block())
-    left = files(folder)
+    left = contents(folder)
     damaged = next(path for path in left if path.endswith("/c/0/0") and "image_embeds" in path)
     write_bytes(folder / damaged, left[damaged][:-1])
     commit(folder, block())
-    assert {path: content for path, content in files(folder).items() if path in left} == left
-    assert len(files(folder)) == len(left) + 1
+    assert {path: content for path, content in contents(folder).items() if path in left} == left
+    assert len(contents(folder)) == len(left) + 1
+
+
+def test_no_record_is_left_of_a_shard_whose_files_were_removed(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by who clears up a bucket, of a writer that slept for more than a day."""
+    publish = shards.publish_shard
+
+    def cleared(*arguments: Any) -> Any:
+        made = publish(*arguments)
+        remove(folder / made[0])
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "publish_shard", cleared)
+        with pytest.raises(CacheBusyError, match="were removed before they were committed"):
+            commit(folder, block())
+    assert read_commits(folder, RECIPE) == []
+    commit(folder, block())
+    assert len(read_commits(folder, RECIPE)) == 1
+
+
+def test_a_record_of_a_newer_kcache_is_not_called_damaged(tmp_path: Path) -> None:
+    commit(tmp_path, block())
+    data = json.loads((tmp_path / "00000.json").read_bytes()) | {"schema_version": 3}
+    data.pop("digest")
+    (tmp_path / "00000.json").write_bytes(json_bytes(data | {"digest": json_digest(data)}))
+    with pytest.raises(CacheMismatchError, match=r"00000\.json has schema version 3; this kcache reads 1 and 2"):
+        read_commits(tmp_path, RECIPE)
+
+
+@pytest.mark.parametrize("path", ["00001-{}.rows.npy", "00000.rows.npy", "00000-{}0.rows.npy"])
+def test_a_record_names_files_of_its_own_shard_only(tmp_path: Path, path: str) -> None:
+    made = commit(tmp_path, block())
+    data = json.loads((tmp_path / "00000.json").read_bytes())
+    data["files"][0]["path"] = path.format(made.stem.partition("-")[2])
+    data.pop("digest")
+    (tmp_path / "00000.json").write_bytes(json_bytes(data | {"digest": json_digest(data)}))
+    with pytest.raises(CacheCorruptError, match="is no file of a shard"):
+        read_commits(tmp_path, RECIPE)

@@ -13,11 +13,13 @@ import datasets
 import numpy as np
 import pytest
 import webdataset
+from in_bucket import contents, put
 from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.build.joined_tars import SAMPLES
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
+from kcache.places import place_of
 from kcache.store.shards import record_commit
 from kcache.upkeep.convert import convert_cache
 
@@ -226,3 +228,10 @@ def test_datasets_reads_the_tars(source: Path, oracle: Path, tmp_path: Path) -> 
     # numpy and torch formats give arrays, in float32, which holds every float16.
     [latents] = loaded.with_format("numpy")[:1]["latents.npy"]
     assert (latents.shape, latents.dtype) == ((4, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize("form", OTHER)
+def test_a_conversion_in_a_bucket_is_the_same(caches: dict[str, Path], form: str, tmp_path: Path, bucket: str) -> None:
+    convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
+    convert_cache(str(put(caches[form], f"{bucket}/old")), f"{bucket}/new", OTHER[form], rows_per_shard=2)
+    assert contents(place_of(f"{bucket}/new")) == contents(tmp_path / "new")

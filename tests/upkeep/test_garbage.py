@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_bucket import contents, put
 from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.build.plan import Plan, freeze_plan
 from kcache.disk.durable import exclusive
 from kcache.errors import CacheBusyError, CacheIncompleteError
+from kcache.places.effects import temporary_folder
+from kcache.store.formats.side_files import side_name
+from kcache.store.shards import DRAFT, publish_shard
 from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.verify import verify_cache
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -184,3 +189,49 @@ def test_interrupted_it_goes_on(copies: tuple[Path, Path], oracle: Path, monkeyp
     assert all(np.array_equal(rows(cache)[name], before[name]) for name in before)
     assert collect_garbage(cache).bytes > 0
     assert collect_garbage(cache).paths == ()
+
+
+def lost_race(cache: Path) -> list[str]:
+    """What a writer of shard 00000 leaves in each folder of shards that another one, with other bytes, came before."""
+    made = []
+    for name in sorted(path.parent.name for path in cache.glob("*-*/00000.json")):
+        with temporary_folder(cache / name) as temporary:
+            (temporary / DRAFT).mkdir()
+            (temporary / DRAFT / "zarr.json").write_bytes(b"{}")
+            (temporary / side_name(DRAFT)).write_bytes(b"other rows")
+            stem, _ = publish_shard(temporary, cache / name, "00000")
+        made += [f"{name}/{stem}", f"{name}/{stem}.rows.npy"]
+    return made
+
+
+def test_what_lost_a_race_is_no_part_of_the_cache_and_goes(copies: tuple[Path, Path]) -> None:
+    cache = copies[1]
+    before = digests(cache)
+    made = lost_race(cache)
+    assert len(made) >= 4
+    found = verify_cache(cache)
+    assert (found.corrupt, sorted(path.rstrip("/") for path in found.orphaned)) == (False, made)
+    assert collect_garbage(cache).paths == tuple(made)
+    assert digests(cache) == before
+
+
+def test_in_a_bucket_only_what_is_older_than_a_day_goes(
+    copies: tuple[Path, Path], oracle: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = copies
+    (source / "img_02.txt").write_text("another caption")
+    (source / "img_00.png").unlink()
+    reader = Cache.open(cache)  # so that what the next build supersedes stays
+    build(source, cache, oracle, rows_per_shard=2)
+    lost_race(cache)
+    place = put(cache, f"{bucket}/cache")
+    waiting = collect_garbage(str(place), compact=True)
+    assert (waiting.paths, waiting.bytes, waiting.younger > 8) == ((), 0, True)
+    assert not verify_cache(str(place)).corrupt
+    monkeypatch.setattr("kcache.upkeep.garbage._DAY", -60.0)
+    garbage = collect_garbage(str(place), compact=True)
+    assert (len(garbage.paths), garbage.younger) == (waiting.younger, 0)
+    del reader
+    collect_garbage(cache, compact=True)
+    assert contents(place) == contents(cache)
+    assert verify_cache(str(place)).orphaned == ()

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_bucket import contents, put
 from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.encoders.repositories import find_repository
 from kcache.errors import CacheMismatchError, CacheNotFoundError, ModelError
+from kcache.places import place_of
 from kcache.store.recipe import json_digest
 from kcache.store.shards import Commit, write_commit
 from kcache.upkeep.merge import merge_caches
@@ -178,3 +180,10 @@ def test_other_forms_and_other_targets_are_refused(built: Path, oracle: Path, fo
     with pytest.raises(CacheMismatchError, match="other samples already"):
         merge_caches(built / "one-cache", [built / "one-cache", built / "two-cache"])
     assert digests(built / "one-cache") == before
+
+
+def test_a_merge_into_a_bucket_is_the_same(built: Path, tmp_path: Path, bucket: str) -> None:
+    parts = [built / "one-cache", built / "two-cache"]
+    merge_caches(tmp_path / "new", parts)
+    merge_caches(f"{bucket}/new", [put(parts[0], f"{bucket}/one"), parts[1]])
+    assert contents(place_of(f"{bucket}/new")) == contents(tmp_path / "new")

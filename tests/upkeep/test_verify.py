@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_bucket import contents, put
 from safetensors.torch import load_file, save_file
 from small_builds import build, copy_pictures, digests
 
@@ -340,3 +341,18 @@ def test_the_command_names_what_is_broken_repairs_and_compares(
     assert "rows encoded again: 1 of latents-64" in out
     assert "latents-64 latents: 3 rows, largest difference 0.00e+00" in out
     assert run(cache)[0] == 0
+
+
+def test_in_a_bucket_a_repair_comes_to_the_same(copies: tuple[Path, Path], bucket: str) -> None:
+    source, cache = copies
+    path, offset = row_place(cache, "latents", 3)
+    flip(path, offset + 5)
+    place = put(cache, f"{bucket}/cache")
+    results = [repair_cache(str(source), where, device="cpu") for where in (cache, str(place))]
+    assert [result.encoded for result in results] == [{"latents-64": 1}, {"latents-64": 1}]
+    there, here = contents(place), contents(cache)
+    superseded = {name for name in there if name.startswith("index-") and name not in here}
+    assert {name: content for name, content in there.items() if name not in superseded} == here
+    assert {name.partition("/")[0] for name in superseded} == {
+        path.rstrip("/") for path in verify_cache(str(place)).orphaned
+    }
