@@ -128,8 +128,7 @@ class BucketPath:
 
     def stamp(self) -> str:
         """What is another text once the file has other content; raises FileNotFoundError or StoreError."""
-        with told(self):
-            found = self.store.head(self.key)
+        found = ask(self, lambda: self.store.head(self._file))
         return f"{found['size']} {found['e_tag'] or found['last_modified']}"
 
     def is_file(self) -> bool:
