@@ -4,10 +4,12 @@ Of a disk the same functions read what they are asked for, as it lies there.
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -24,6 +26,9 @@ _NEAR_BYTES = 128 << 10
 """Bytes that nobody asked for and that are fetched all the same: a request of its own takes as long."""
 _MOST_BYTES = 8 << 20
 """Bytes after which another request begins."""
+
+_WINDOW_BYTES = 4 << 20
+_WINDOWS = 16
 
 _Item = TypeVar("_Item")
 
@@ -83,6 +88,41 @@ def listed(folder: Place) -> Iterator[tuple[str, bool]]:
     found = folder.listing()
     yield from ((name.rstrip("/").rpartition("/")[2], True) for name in found["common_prefixes"])
     yield from ((entry["path"].rpartition("/")[2], False) for entry in found["objects"])
+
+
+class Windows:
+    """Parts of files in a bucket, for those who go through them about in order: whoever comes next finds his part here.
+
+    Windows of a file are fetched, and the last ones kept; many threads may read at once.
+    """
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[BucketPath, int], Future[bytes]] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, path: BucketPath, start: int, length: int) -> bytes:
+        """`length` bytes from byte `start` on, fewer where the file ends; raises as `BucketPath.read_range` does."""
+        if length > _WINDOW_BYTES:
+            return bytes(path.read_range(start, length))
+        first, last = start // _WINDOW_BYTES, max(start, start + length - 1) // _WINDOW_BYTES
+        content = b"".join(self._window(path, number) for number in range(first, last + 1))
+        return content[start - first * _WINDOW_BYTES :][:length]
+
+    def _window(self, path: BucketPath, number: int) -> bytes:
+        with self._lock:
+            found = self._held.get((path, number))
+            fetched = found or Future[bytes]()
+            self._held[path, number] = fetched
+            while len(self._held) > _WINDOWS:
+                self._held.popitem(last=False)
+        if found is None:
+            try:
+                fetched.set_result(bytes(path.read_range(number * _WINDOW_BYTES, _WINDOW_BYTES)))
+            except BaseException as error:  # noqa: BLE001  # whatever it is, who waits is told it as well
+                with self._lock:
+                    self._held.pop((path, number), None)
+                fetched.set_exception(error)
+        return fetched.result()
 
 
 class Readable(Protocol):

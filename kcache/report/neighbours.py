@@ -42,7 +42,7 @@ def _neighbours(run: Run, device: torch.device, report: CountReport) -> list[Blo
     if not prompts or len(pictures) != len(prompts):
         wanted = f"one for each of the {len(prompts)} prompts in config.json"
         return [Text(text=f"Not compared: beside {newest.name} lie {len(pictures)} single pictures, not {wanted}.")]
-    cache = Cache.open(Path(run.told["cache"]["path"]))
+    cache = Cache.open(run.told["cache"]["path"])
     embeds = _embeds(cache, pictures, device)
     samples, cosines = nearest(cache, embeds, report)
     text = (

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from kcache.errors import InputRejected, StoreError
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import AT_ONCE, at_once
+from kcache.places.fetching import AT_ONCE, FETCHES, Windows, at_once
 from kcache.places.opened import opened
 from kcache.plainly import plainly_at
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, locate
@@ -188,7 +188,19 @@ def text_of(path: Place, member: Member) -> bytes:
     return content_at(path, member.offset, member.size) if member.content is None else member.content
 
 
-def content_at(path: Place, offset: int, size: int) -> bytes:
+def image_at(path: Place, offset: int, size: int, key: bytes | None, windows: Windows) -> bytes:
+    """`content_at` for the image that has this `key`, as far as it is known; several that follow each other share a
+    request. What arrives otherwise is fetched again.
+    """
+    if key is None or isinstance(path, Path):
+        return content_at(path, offset, size)
+    for held in [windows, *[None] * (FETCHES - 1)]:
+        if content_key(content := content_at(path, offset, size, held)) == key:
+            return content
+    raise InputRejected("source", "the tar holds something else there than when it was looked through; build again")
+
+
+def content_at(path: Place, offset: int, size: int, windows: Windows | None = None) -> bytes:
     """`size` bytes of a tar from `offset` on; raises InputRejected or StoreError."""
     try:
         if isinstance(path, Path):
@@ -196,7 +208,7 @@ def content_at(path: Place, offset: int, size: int) -> bytes:
                 file.seek(offset)
                 content = file.read(size)
         else:
-            content = bytes(path.read_range(offset, size)) if size else b""
+            content = bytes(path.read_range(offset, size)) if windows is None else windows.read(path, offset, size)
     except StoreError:  # which says nothing of the picture
         raise
     except OSError as error:

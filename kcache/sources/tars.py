@@ -11,9 +11,9 @@ from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.hints import near_names
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import listed, missing
+from kcache.places.fetching import Windows, listed, missing
 from kcache.plainly import plainly_at
-from kcache.sources.archives import Member, TarListing, content_at, far_listings, list_members, text_of
+from kcache.sources.archives import Member, TarListing, far_listings, image_at, list_members, text_of
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
@@ -53,6 +53,7 @@ class TarSource:
     tars: Sequence[tuple[str, Place]]
     """What each tar is called in names, and its file."""
     samples: Sequence[_Sample]
+    windows: Windows = field(default_factory=Windows)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,7 +67,8 @@ class TarSource:
 
     def image(self, i: int) -> bytes:
         sample = self.samples[i]
-        return content_at(self.tars[sample.tar][1], sample.offset, sample.size)
+        path = self.tars[sample.tar][1]
+        return image_at(path, sample.offset, sample.size, sample.key_of_image, self.windows)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         sample = self.samples[i]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kcache.disk.filesystems import mapped
-from kcache.errors import CacheCorruptError, StoreError
+from kcache.errors import CacheCorruptError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
@@ -274,10 +274,6 @@ def _fetch_range(
         content = np.frombuffer(path.read_range(start, end - start), np.uint8)  # type: ignore[union-attr]
     except FileNotFoundError as error:
         raise corrupt(error, path, _EXPECTED) from error
-    except StoreError:
-        if files.size(shard) > start:
-            raise
-        content = np.empty(0, np.uint8)
     lengths, sums = locators["length"].tolist(), locators["crc32c"].tolist()
     for offset, length, expected, target in zip(offsets, lengths, sums, targets.tolist(), strict=True):
         pieces = files.pieces_in(content, start, shard, offset, length)

@@ -1,6 +1,7 @@
 """What is fetched together, at once, whole or not at all."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from in_bucket import put
 
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, at_once, missing, near, reading
+from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, Windows, at_once, missing, near, reading
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 26), st.integers(1, 1 << 17)), max_size=60))
@@ -58,6 +59,29 @@ def test_missing_files_are_found_by_one_listing(folder: "Path | BucketPath", mon
     monkeypatch.setattr(BucketPath, "iterdir", lambda path: listed.append(path) or listing(path))
     assert missing(folder / name for name in "abcd") == [folder / "c", folder / "d"]
     assert len(listed) == isinstance(folder, BucketPath)
+
+
+def test_who_comes_next_finds_his_part_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 40)
+    far, asked, read = put(tmp_path / "x", f"memory://windows/{tmp_path.name}"), list[int](), BucketPath.read_range
+    monkeypatch.setattr(BucketPath, "read_range", lambda path, *span: asked.append(span[0]) or read(path, *span))
+    monkeypatch.setattr("kcache.places.fetching._WINDOW_BYTES", 1000)
+    windows, content = Windows(), (tmp_path / "x").read_bytes()
+    spans = [(i, n) for i in (0, 3, 990, 1000, 2999, 10200, 10240, 20000) for n in (0, 1, 20, 999, 1000, 5000)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda span: windows.read(far, *span), spans)) == [content[i:][:n] for i, n in spans]
+    parts = {at for i, n in spans if n <= 1000 for at in range(i // 1000, max(i, i + n - 1) // 1000 + 1)}
+    assert len(asked) == len(parts) + sum(n > 1000 for _, n in spans)  # what is longer is asked for by itself
+
+    def fail(path: BucketPath, *_: int) -> memoryview:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(BucketPath, "read_range", fail)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            windows.read(far, 5000, 10)
+    monkeypatch.setattr(BucketPath, "read_range", read)
+    assert windows.read(far, 5000, 10) == content[5000:5010]
 
 
 def test_a_file_is_read_from_front_to_back(folder: "Path | BucketPath") -> None:

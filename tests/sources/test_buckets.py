@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from in_bucket import put
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import write_bytes
+from kcache.places.fetching import Windows
 from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo
 
@@ -114,6 +116,30 @@ def test_what_is_known_is_not_fetched_again_and_what_changed_is(
     write_bytes(there / "shards" / "00000.tar", (tmp_path / "new.tar").read_bytes())
     assert keys("shards", 1) != first[0][:1]
     assert {path.name for path in fetched} == {"00000.tar"}
+
+
+def test_pictures_of_a_tar_share_requests_and_come_as_they_were(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    source, fetched = open_source(str(put(shards, f"memory://shared/{tmp_path.name}"))), list[int]()
+    read = BucketPath.read_range
+
+    def read_range(path: BucketPath, start: int, length: int) -> memoryview:
+        fetched.append(start)
+        content = bytearray(read(path, start, length))
+        if len(fetched) <= 2:  # one bit changes on its way
+            content[-1 if length < 10_000 else 600] ^= 1
+        return memoryview(content)
+
+    monkeypatch.setattr(BucketPath, "read_range", read_range)
+    assert [source.image(i) for i in range(30)] == [bytes([i // 10, i % 10]) * 700 for i in range(30)]
+    assert len(fetched) < 10
+    (path,) = (path for label, path in source.tars if label == "00001.tar")  # type: ignore[attr-defined]
+    write_bytes(path, bytes(path.size()))
+    monkeypatch.setattr("kcache.places.fetching._WINDOWS", 0)
+    with pytest.raises(InputRejected, match="something else there than when it was looked through"):
+        replace(source, windows=Windows()).image(10)  # type: ignore[type-var]
 
 
 def test_a_store_that_fails_costs_no_sample(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_keys_are_remembered_by_tar_and_place(
     monkeypatch.setattr("kcache.store.digests._RACY_NS", -(10**9))
     source = open_source(str(path), need_captions=False)
     keys = [source.image_key(i, memo, False) for i in range(2)]
-    monkeypatch.setattr("kcache.sources.tars.content_at", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("kcache.sources.archives.content_at", lambda *_: pytest.fail("read again"))
     assert [source.image_key(i, memo, False) for i in range(2)] == keys == [content_key(b"A"), content_key(b"B")]
     tar_of(path, ("a.jpg", b"C"), ("b.jpg", b"D"))
     monkeypatch.undo()

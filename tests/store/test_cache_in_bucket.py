@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_s3 import Faults
 from in_bucket import damage, put
 
 from kcache import Cache
@@ -135,3 +136,15 @@ def test_what_is_no_cache_says_what_it_is(there: BucketPath) -> None:
     }.items():
         with pytest.raises(CacheNotFoundError, match=expected):
             Cache.open(url)
+
+
+def test_rows_come_right_from_a_store_that_fails_now_and_then(
+    cache: str, faulty: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    there = put(Path(cache), faulty.url)
+    faulty.rates = {"slow_down": 0.2, "cut": 0.2, "wrong_bytes": 0.2, "lost_request": 0.1}
+    disk, opened = Cache.open(cache), Cache.open(there)
+    for numbers in (range(len(disk)), [2, 7], [9, 0, 4]):
+        assert equal(opened.read(numbers, FIELDS), disk.read(numbers, FIELDS))
+    assert {"cut", "wrong_bytes"} <= faulty.happened.keys()
