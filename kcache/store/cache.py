@@ -12,7 +12,7 @@ from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
-from kcache.store.index import CAPTION_BOUNDS, open_index
+from kcache.store.index import CAPTION_BOUNDS, bytes_of, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
@@ -241,7 +241,7 @@ class Cache:
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
-        return sum(int(self.index[self.table_of(name)][name]["length"].sum(dtype=np.int64)) for name in fields)
+        return sum(bytes_of(self.index[self.table_of(name)], name) for name in fields)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""

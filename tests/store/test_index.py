@@ -19,7 +19,7 @@ from kcache.places.bucket import BucketPath
 from kcache.places.effects import remove, write_bytes
 from kcache.store.formats import index_files, parts
 from kcache.store.formats.parts import PARTS, Parts, Rows, in_memory, write_rows
-from kcache.store.index import CAPTION_BOUNDS, index_dtype, open_index, write_index
+from kcache.store.index import CAPTION_BOUNDS, bytes_of, index_dtype, open_index, write_index
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import Field, json_digest
 
@@ -99,6 +99,8 @@ def test_an_index_is_read_as_it_was_written(cache: Place, mark: str) -> None:
         assert found.keys() == arrays.keys()
         assert all(np.array_equal(np.asarray(found[name]), arrays[name]) for name in arrays)
         assert np.array_equal(found["text"]["shard"], arrays["text"]["shard"])
+        name = "text_encoder_hidden_states"
+        assert bytes_of(found["text"], name) == arrays["text"][name]["length"].sum()
     before = sorted(cache.iterdir())
     assert written(cache, arrays, mark) == manifest
     assert sorted(cache.iterdir()) == before

@@ -92,6 +92,13 @@ def open_index(cache: Place, manifest: Manifest, *, whole: bool = False) -> dict
     return cast("dict[str, np.ndarray]", arrays)  # what is asked of them comes as from an array
 
 
+def bytes_of(entries: np.ndarray, field: str) -> int:
+    """Bytes of the rows of `field` that the entries of a table point to."""
+    if isinstance(entries, Parts):
+        return entries.parted.lengths[field]
+    return int(entries[field]["length"].sum(dtype=np.int64))
+
+
 def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     names = sorted([*manifest.tables, CAPTION_BOUNDS])
     folder = _at_hand(folder, names, manifest.index_digest)

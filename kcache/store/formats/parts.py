@@ -62,6 +62,8 @@ class Parted:
     crc32c: tuple[int, ...]
     borders: tuple[int, ...]
     """Of an array of numbers the first of each part and the last of all; () of others."""
+    lengths: Mapping[str, int]
+    """Of an array of entries, by field, the lengths of all rows together; {} of others."""
 
 
 def list_parts(folder: Path, names: Iterable[str]) -> bytes:
@@ -78,7 +80,11 @@ def _parted(path: Path) -> Parted:
     sums = tuple(crc32c(content[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True))
     numbers = array.dtype.kind == "i" and len(array) > 0
     borders = tuple(array[[*range(0, len(array), rows_per_part), -1]].tolist()) if numbers else ()
-    return Parted(begins=begins, rows=len(array), rows_per_part=rows_per_part, crc32c=sums, borders=borders)
+    fields = [name for name in array.dtype.names or () if array.dtype[name].names]
+    lengths = {name: int(array[name]["length"].sum(dtype=np.int64)) for name in fields}
+    return Parted(
+        begins=begins, rows=len(array), rows_per_part=rows_per_part, crc32c=sums, borders=borders, lengths=lengths
+    )
 
 
 def read_parts(content: bytes, digest: str) -> dict[str, Parted]:
@@ -91,7 +97,8 @@ def read_parts(content: bytes, digest: str) -> dict[str, Parted]:
 
 def _checked(name: str, values: Mapping[str, Any]) -> Parted:
     parted = Parted(**{**values, "crc32c": tuple(values["crc32c"]), "borders": tuple(values["borders"])})
-    numbers = (parted.begins, parted.rows, parted.rows_per_part, *parted.crc32c, *parted.borders)
+    numbers = [parted.begins, parted.rows, parted.rows_per_part, *parted.crc32c]
+    numbers += [*parted.borders, *parted.lengths.values()]
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise ValueError(f"{PARTS} says of {name} what are no numbers")
     step, parts = parted.rows_per_part, len(parted.crc32c)
