@@ -53,8 +53,10 @@ def cache_build(
       kcache cache-build photos/ caches/photos --resolution 512 --resolution 768 --mixed-precision fp16
       kcache cache-build lambdalabs/naruto-blip-captions caches/naruto --stage prior --dry-run
       torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
+      kcache cache-build photos/ caches/photos-768 --engine ray
     """
     from kcache.build.build import build_cache
+    from kcache.engines import engine_of
 
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
@@ -64,7 +66,10 @@ def cache_build(
         return
     try:
         with Report() as report:
-            result = build_cache(source, cache, config, report=partial(show_build, report), say=report.note)
+            engine = engine_of(source, config)
+            result = build_cache(
+                source, cache, config, report=partial(show_build, report), say=report.note, engine=engine
+            )
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {cache} is kept: run the same command to go on")
         raise

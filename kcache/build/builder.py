@@ -45,6 +45,8 @@ class BuildProgress:
     """Time spent on this table so far."""
     busy: Mapping[str, float]
     """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
+    who: str = ""
+    """Of an engine: how many encode, on how many machines, and how often that had to be tried again."""
 
 
 BuildReport = Callable[[BuildProgress], None]

@@ -59,6 +59,15 @@ class BuildConfig(SourceConfig):
     take_over: bool = setting(
         False, "Take over the shards of builders elsewhere at once, without waiting for their leases to run out."
     )
+    engine: Literal["local", "ray"] = setting(
+        "local", "Who encodes: this process, or `ray`, the machines of a Ray cluster (pip install 'kcache[ray]')."
+    )
+    address: str | None = setting(
+        None,
+        "HOST:PORT of the Ray cluster: the one that runs here when left out, else one that is started for this build, "
+        "as `local` always does.",
+        beside=("engine",),
+    )
     rehash: bool = setting(
         False, "Read every file again, instead of trusting that an unchanged size and time mean unchanged content."
     )
