@@ -79,6 +79,11 @@ class BuildConfig(SourceConfig):
             raise ConfigError(
                 f"--worker is {self.worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4"
             )
+        if self.worker is not None and self.engine != "local":
+            raise ConfigError(
+                f"--worker is {self.worker!r}, but --engine {self.engine} hands out all shards itself; expected one "
+                "process to start the build; leave --worker out"
+            )
         if not self.resolution:
             raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")
 

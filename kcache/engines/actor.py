@@ -80,6 +80,7 @@ class EncodingActor:
         """
         given = _Given(task)
         with self._changed:
+            self._check_stopped()
             self._waiting.append(given)
             self._changed.notify()
         given.result.result()
@@ -103,12 +104,16 @@ class EncodingActor:
 
     def stop(self) -> None:
         """Give up after the batch: shards that are not committed by then leave nothing."""
-        self._stopped = True
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting or self._stopped)
+                if not self._waiting:
+                    return
                 first = self._waiting.popleft()
             try:
                 self._encode(first)
@@ -236,7 +241,8 @@ class EncodingActor:
         found = find_repository(name, planned.revision, (kind.component, *kind.with_it))
         with DigestMemo() as memo:
             own = table_recipe(recipe.table, config, found, memo, say=self._said.append, known=recipe)
-        if recipe.fingerprint not in (own.fingerprint, in_srgb(own).fingerprint):
+        own = in_srgb(own) if recipe.preprocess.get("color") == "srgb" else own  # as the build has decided
+        if own.fingerprint != recipe.fingerprint:
             differences = "; ".join(recipe_differences(recipe, own))
             raise ModelError(
                 f"{found.path} on {socket.gethostname()} is not what the build was planned with ({differences}); "
