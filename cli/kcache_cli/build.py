@@ -53,7 +53,6 @@ def cache_build(
       kcache cache-build photos/ caches/photos --resolution 512 --resolution 768 --mixed-precision fp16
       kcache cache-build lambdalabs/naruto-blip-captions caches/naruto --stage prior --dry-run
       torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
-      kcache cache-build photos/ caches/photos-768 --engine ray
     """
     from kcache.build.build import build_cache
     from kcache.engines import engine_of

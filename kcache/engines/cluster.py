@@ -4,6 +4,7 @@ Ray's own reports of how it is used are off, and so is the log of every actor on
 """
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -21,6 +22,16 @@ from kcache.machine import usable_cores
 
 _OBJECT_BYTES = 80 << 20
 """What Ray sets aside to hand objects about, as little as it takes: nothing large is."""
+_LETTERS = 300
+"""Of what Ray says of a loss."""
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # What Ray itself tells of its machines goes to stdout, where the results of a command are.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"\S",
+    # Actors that ask for no GPU see what there is, and leave it alone: they are told what to compute on.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What Ray asks for when it is imported, or starts something."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +79,8 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
 
     A cluster that this process has joined already is taken as it is, and not left.
     """
-    # Asked when Ray is imported, or when it starts something. The last one: machines have the devices that they have.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -106,6 +116,13 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def why_lost(error: Exception) -> str:
+    """Why an actor is lost, in a few words: what Ray says of it, which may be pages."""
+    text = " ".join(str(error).split())
+    found = re.search(r"its node has died|its worker process has died|temporarily unavailable", text)
+    return found[0] if found else text[:_LETTERS]
 
 
 def _one_runs() -> bool:

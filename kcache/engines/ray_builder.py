@@ -16,7 +16,7 @@ from typing import Any
 from kcache.build.builder import REPORT_SECONDS, Builder, BuildProgress
 from kcache.build.committed import Committed
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
-from kcache.engines.cluster import joined, machines_of, slot_of
+from kcache.engines.cluster import joined, machines_of, slot_of, why_lost
 from kcache.engines.crew import Crew, Hand
 from kcache.engines.ledger import Ledger
 from kcache.engines.tasks import Look, Setup, task_maker
@@ -112,7 +112,7 @@ class _Turn:
         except RayTaskError as error:
             self._failed(hand, shard, error.cause if isinstance(error.cause, KcacheError) else error)
         except RayError as error:  # it may have died after the commit, or not have died: its shards' records decide
-            why = " ".join(str(error).split())
+            why = why_lost(error)
             shards = [*([shard] if shard else []), *self.crew.lost(hand, why)]
             again = self.ledger.lose(shards, why)
             where = f"the one on {hand.look.host}" if hand.look else "one that was to start"
