@@ -9,10 +9,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, UnreadableError
+from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, StoreError, UnreadableError
 
 _CPP = re.compile(r"\(?Exception raised from|C\+\+ CapturedTraceback|\nframe #0|For more information check:")
 """Where what only programmers read begins: the stack of C++, in messages of torch's, and links."""
@@ -191,8 +190,10 @@ def is_fault(error: BaseException) -> bool:
     return not (isinstance(error, OSError) or out_of_memory(error) or _meaning(error)[0] is not None)
 
 
-def check_withheld(error: Exception, path: Path) -> None:
-    """Raise UnreadableError where an error of reading `path` says nothing of what is in it."""
+def check_withheld(error: Exception, path: object) -> None:
+    """Raise UnreadableError, or the StoreError that it is, where an error of reading `path` says nothing of it."""
+    if isinstance(error, StoreError):
+        raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
         raise UnreadableError(
@@ -201,7 +202,7 @@ def check_withheld(error: Exception, path: Path) -> None:
         ) from error
 
 
-def corrupt(error: Exception, path: Path, do: str) -> CacheCorruptError:
+def corrupt(error: Exception, path: object, do: str) -> CacheCorruptError:
     """What to raise where `path`, a part of a cache, cannot be read, and what to `do`; see `check_withheld`."""
     check_withheld(error, path)
     return CacheCorruptError(f"{path} cannot be read ({error}); {do}")

@@ -8,27 +8,28 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
-from kcache.build.committed import Committed, check_target
+from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
-from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
+from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
+from kcache.places import Place, place_of
+from kcache.places.conditional import check_store
+from kcache.places.effects import make_folder, remove
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import SAMPLES
 from kcache.store.samples import with_ids
-from kcache.store.shards import record_rejections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,7 @@ def build_cache(
     CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
     is not asked for.
     """
+    check_store(place_of(cache))  # before hours of looking through a source
     job = checked_survey(source, cache, config, say)
     if not config.replace:
         job.leaving.check(job.folder)
@@ -94,8 +96,8 @@ def complete(
     patience = Patience(say=say, take_over=job.config.take_over)
     sizes = PictureSizes(job, say)
     builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    check_store(folder)
+    make_folder(folder)
     with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
@@ -108,8 +110,10 @@ def complete(
                         say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None and is_mine(folder / TURN):
-                    manifest = _finish(job, found, sizes)
-                    break
+                    clear_plans(folder)
+                    with suppress(CacheBusyError):  # another builder finished meanwhile: look again
+                        manifest = _finish(job, found, sizes)
+                        break
             if plan is not None:
                 builder.work_off(plan, found)
         stop_here()
@@ -142,8 +146,10 @@ def complete(
     )
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
+def _tidy(folder: Place, manifest: Manifest) -> None:
     """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
+    if not knows_readers(folder):
+        return
     with suppress(CacheBusyError), exclusive(folder):
         if read_manifest(folder) == manifest:
             remove_superseded(folder, manifest)
@@ -151,13 +157,13 @@ def _tidy(folder: Path, manifest: Manifest) -> None:
 
 def _counts(job: Survey, found: Committed) -> dict[str, int]:
     """Rows, by table, that the samples use and that are there."""
-    return {name: len(set(job.wanted(name)) & state.stored.key_set) for name, state in found.tables.items()}
+    return {name: state.stored.used(job.wanted(name)) for name, state in found.tables.items()}
 
 
 @without_collections()
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
-    folder = Path(cache)
+    folder = place_of(cache)
     check_target(folder)
     check_device(config.device)
     job = beside_earlier(survey(source, folder, config, say))
@@ -169,11 +175,11 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
 def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
     """A plan, frozen, for what is missing; None when nothing is."""
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
-    if found.waiting and not plan.keys:
+    if found.waiting and not plan.rows:
         whole, _ = whole_samples(job.samples, found.tables)
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
-    if not plan.keys:
+    if not plan.rows:
         return None
     freeze_plan(job.folder, plan)
     return plan
@@ -188,7 +194,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
     known = all(
-        set(job.wanted(table.recipe.table)).issuperset(table.keys)
+        bool(table.keys.among(job.wanted(table.recipe.table)).all())
         for table in plan.tables
         if table.recipe.table in job.recipes
     )
@@ -201,7 +207,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
                 "what an earlier build left to do is finished first, in shards of the size that it was begun with"
             )
         return plan
-    close_plan(job.folder)
+    close_plan(job.folder, plan)
     return None
 
 
@@ -213,6 +219,14 @@ def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
         for provenance, rejected in found.judged_now():
             record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
-    for state in found.waiting.values():
-        remove(job.folder / state.recipe.directory)
+    if found.waiting and is_mine(job.folder / TURN):
+        for state in found.waiting.values():
+            _remove_table(job.folder / state.recipe.directory)
     return manifest
+
+
+def _remove_table(folder: Place) -> None:
+    """Remove a table: first its records, so that where files go one by one no shard is left without its data."""
+    for path in folder.glob("*.json"):
+        remove(path)
+    remove(folder)

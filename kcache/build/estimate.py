@@ -27,11 +27,11 @@ from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device, kept_to_groups
 from kcache.store.digests import KEY_BYTES
+from kcache.store.formats.side_files import SIZES, side_dtype
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
-from kcache.store.shards import SIZES, side_dtype
 
 Item = TypeVar("Item")
 
@@ -115,7 +115,7 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
         tables[name] = TableEstimate(
             missing=len(table.keys),
             why=why[name],
-            unused=len(found.tables[name].stored.key_set.difference(job.wanted(name))),
+            unused=len(found.tables[name].stored.keys) - found.tables[name].stored.used(job.wanted(name)),
             bytes=0 if found.waiting else zarr_bytes(table, float(tokens.mean())),
             loading_seconds=loading,
             row_seconds=row,

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
@@ -141,9 +141,9 @@ class EncodingActor:
                     max_train_samples=config.max_train_samples, need_captions=setup.need_captions,
                 )  # fmt: skip
             with kept_to_groups(encoder.device.type):
-                folder: Any = place_of(setup.cache) / recipe.directory
                 encode_shards(
-                    encoder, folder, (given.task.shard for given in self._given(first)), self._fetch,
+                    encoder, place_of(setup.cache) / recipe.directory,
+                    (given.task.shard for given in self._given(first)), self._fetch,
                     workers=workers_for(recipe, setup.workers, 2 * len(first.task.shard.keys)),
                     meter=meter, done=self._count, committed=self._committed,
                 )  # fmt: skip

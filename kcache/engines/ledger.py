@@ -27,6 +27,8 @@ class Ledger:
     """Those that were not handed out yet."""
     committed: Callable[[PlannedShard], bool]
     """Whether a shard has a commit record."""
+    let_go: Callable[[PlannedShard], None] = lambda _: None
+    """Told of each shard that is settled: its claim is needed no more."""
     inputs: int = 0
     """Inputs of shards that are settled."""
     retries: int = 0
@@ -57,6 +59,7 @@ class Ledger:
         self._out -= 1
         self.inputs += len(shard.keys)
         self._lost.clear()
+        self.let_go(shard)
 
     def lose(self, shards: Iterable[PlannedShard], why: str) -> int:
         """Whoever had `shards` is lost: those without a record are handed out again, their number is returned.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,9 @@ class RayBuilder(Builder):
     def _encode(self, table: TablePlan, shards: Iterator[PlannedShard], progress: Any, claims: Any) -> None:
         self._crew = self._crew or self._gathered()
         self.patience.say(f"{table.recipe.table}: {progress.total} to encode, by actors with {self._crew.slot} each")
-        turn = _Turn(self, self._crew, table, Ledger(shards, self._is_committed(table)), lambda: progress.total)
-        turn.run()
-
-    def _is_committed(self, table: TablePlan) -> Callable[[PlannedShard], bool]:
         folder = self.job.folder / table.recipe.directory
-        return lambda shard: (folder / f"{shard.name}.json").exists()
+        ledger = Ledger(shards, lambda shard: (folder / f"{shard.name}.json").is_file(), partial(claims.settled, table))
+        _Turn(self, self._crew, table, ledger, lambda: progress.total).run()
 
     def _gathered(self) -> Crew:
         """A crew of nobody yet, on the cluster that was asked for."""

@@ -1,50 +1,105 @@
 """The connection to an object store: one per bucket and process, by the ecosystem's conventions for credentials.
 
 Nothing of a credential is kept, shown or written here: obstore reads `AWS_*`, `GOOGLE_*` and `AZURE_*` itself, or asks
-the machine it runs on; profiles of `~/.aws` count where boto3 is installed.
+the machine it runs on; profiles of `~/.aws` count where boto3 is installed. Of what a library says of an error nothing
+is shown: it holds URLs, in which signatures may be, and pages of its own data.
 """
 
+import errno
 import os
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from kcache.errors import ConfigError, KcacheError, StoreError
 
 _TIMEOUTS = {"connect_timeout": "5s", "timeout": "120s", "read_timeout": "20s"}
 """Of a whole request 120 seconds, its body counted: by default obstore has 30, too few for a slow line."""
-_RETRIES = {
-    "max_retries": 10,
-    # Retries sign with the credentials of the first try, which may end within minutes.
-    "retry_timeout": timedelta(minutes=3),
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
-}
+_BACKOFF = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
+# Retries sign with the credentials of the first try, which may end within minutes.
+_PATIENT = {"max_retries": 30, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
+"""Of a store that has answered before: it may be started anew, or be throttling."""
+_GREETING = {"max_retries": 8, "retry_timeout": timedelta(seconds=15), "backoff": _BACKOFF}
+"""Of one that never has: its address may be wrong, and whoever typed it is waiting."""
+_NAME = ".kcache-hello"
+"""Of a file that is asked for to hear whether a store answers at all; nobody ever writes it."""
+_LAST_WORD_SECONDS = 1.0
+_LISTINGS = 8
+"""How often a listing is asked for that breaks off."""
+
+_Answer = TypeVar("_Answer")
+
+_users: set[int] = set()
+"""Processes that have used a store: this one, and those that it was forked from."""
 
 
 def store_of(bucket: str) -> Any:
-    """The obstore store of `bucket`, "s3://name": made anew in each process, as connections do not survive a fork."""
-    return _store(bucket, os.getpid())
+    """The obstore store of `bucket`, "s3://name"; the first time the store is asked whether it is there.
+
+    Raises StoreError where it is not, and in a process that was forked from one that had used a store: obstore's
+    threads do not survive that, and what they wait by is shared, so that a request would hang here and break off there.
+    """
+    _users.add(os.getpid())
+    if len(_users) > 1:
+        raise StoreError(
+            f"{bucket} was asked for in a process forked from one that had used an object store; expected a process of "
+            "its own, as connections do not survive a fork; start it by spawn or forkserver, or fork before"
+        )
+    return _memory(bucket) if bucket.startswith("memory:") else _store(bucket)
+
+
+def forget_stores() -> None:
+    """Let the next request read the environment again."""
+    _store.cache_clear()
+
+
+@cache
+def _memory(bucket: str) -> Any:
+    from obstore.store import MemoryStore
+
+    return MemoryStore()
 
 
 @lru_cache(maxsize=32)
-def _store(bucket: str, process: int) -> Any:  # part of what is remembered
-    from obstore.store import from_url
+def _store(bucket: str) -> Any:
+    from obstore import store
 
-    scheme = bucket.partition(":")[0]
-    options: dict[str, Any] = {"client_options": dict(_TIMEOUTS), "retry_config": _RETRIES}
+    from_url: Any = store.from_url
+    options: dict[str, Any] = {"client_options": _TIMEOUTS} | (_s3_options() if bucket.startswith("s3:") else {})
+    try:
+        ask(bucket, lambda: from_url(bucket, **options, retry_config=_GREETING).head(_NAME))
+    except FileNotFoundError:
+        pass
+    except StoreError as error:  # whatever it answers, it is there
+        if not _ANSWERED.search(str(error.__cause__)) or _NO_CREDENTIALS.search(str(error.__cause__)):
+            raise
     with told(bucket):
-        if scheme == "memory":
-            return from_url("memory:///")
-        if scheme == "s3":
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-            if endpoint.startswith("http://"):  # who names such an endpoint wants no encryption
-                options["client_options"]["allow_http"] = True
-            if (provider := _profile()) is not None:
-                options["credential_provider"] = provider
-        return from_url(bucket, **options)
+        return from_url(bucket, **options, retry_config=_PATIENT)
+
+
+def _s3_options() -> dict[str, Any]:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    name, endpoint = next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
+    options: dict[str, Any] = {}
+    if endpoint:
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ConfigError(
+                f"{name} is no URL of a server; expected http://host:port or https://host, without a name or password "
+                "in it; credentials belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        # Who names an endpoint of http wants no encryption.
+        options = {"endpoint": endpoint, "client_options": _TIMEOUTS | {"allow_http": parts.scheme == "http"}}
+    if (provider := _profile()) is not None:
+        options["credential_provider"] = provider
+    return options
 
 
 def _profile() -> Any:
@@ -61,14 +116,156 @@ def _profile() -> Any:
     return Boto3CredentialProvider()
 
 
+def ask(place: object, request: Callable[[], _Answer]) -> _Answer:
+    """What `request` to a store gives; raises as `told` does. In the main thread a signal need not wait for the store.
+
+    The libraries' calls take no notice of signals, and a store may be waited for for minutes.
+    """
+    with told(place):
+        if threading.current_thread() is not threading.main_thread():
+            return request()
+        answer: Future[_Answer] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(request())
+            except BaseException as error:  # noqa: BLE001  # it is raised where the answer is waited for
+                answer.set_exception(error)
+
+        threading.Thread(target=work, name="kcache-ask", daemon=True).start()
+        try:
+            return answer.result()
+        except (KeyboardInterrupt, SystemExit):
+            wait([answer], _LAST_WORD_SECONDS)  # of one that is under way the end is nearly always near
+            raise
+
+
+def ask_again(place: object, request: Callable[[], _Answer]) -> _Answer:
+    """`ask` for a listing: one that broke off in the middle is asked for anew; the library does so of files alone."""
+    for _ in range(_LISTINGS - 1):
+        try:
+            return ask(place, request)
+        except StoreError as error:
+            if "response body" not in str(error.__cause__):
+                raise
+    return ask(place, request)
+
+
 @contextmanager
 def told(place: object) -> Iterator[None]:
-    """Turn an error of the store, but that nothing is there (FileNotFoundError), into StoreError: `place`, and why."""
-    from obstore.exceptions import BaseError
+    """Turn what a store or a library of it raises into StoreError, which says of `place` what happened and what to do.
 
+    But that nothing is there is FileNotFoundError, as on a disk.
+    """
     try:
         yield
-    except (KcacheError, FileNotFoundError):
+    except (KcacheError, MemoryError):
         raise
-    except (BaseError, OSError, ValueError) as error:
-        raise StoreError(f"{place}: the object store failed ({str(error).splitlines()[0][:300]})") from error
+    except FileNotFoundError as error:
+        if _NO_BUCKET.search(str(error)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place)) from None
+        raise _failed(place, error) from None
+    except Exception as error:  # noqa: BLE001  # providers of credentials raise what they like
+        from obstore.exceptions import BaseError
+
+        kind = type(error) if isinstance(error, BaseError) else None
+        # For KCACHE_DEBUG: all that was said, but for what stands behind the ? of a URL.
+        raise _failed(place, error) from (kind and kind(re.sub(r"\?[^\s\"',)]*", "?…", str(error))))
+
+
+_ANSWERED = re.compile(r"status code: \d|\bstatus: \d")
+_NO_CREDENTIALS = re.compile(
+    r"169\.254\.|metadata\.google|No credentials|credential.*not (?:found|provided)|MissingAcc"
+)
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|[Tt]he specified (?:bucket|container) does not exist")
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_ENDPOINTS = {"s3": "AWS_ENDPOINT_URL, ", "az": "AZURE_STORAGE_ACCOUNT_NAME, "}
+_AGAIN = "start again: what was finished is kept"
+_MEANINGS = [
+    (_NO_BUCKET.pattern, "there is no such bucket", "check its name, or make it with the store's own tools"),
+    (_NO_CREDENTIALS.pattern, "there are no credentials for the object store", "set {credentials}"),
+    ("SignatureDoesNotMatch|AuthenticationFailed", "the secret does not fit the account", "check {credentials}"),
+    ("InvalidAccessKeyId", "the object store does not know the account", "check {credentials}"),
+    (
+        "ExpiredToken|TokenRefreshRequired|InvalidToken|invalid_grant",
+        "the credentials have run out",
+        "get new ones, and {again}",
+    ),
+    (
+        "RequestTimeTooSkewed|RequestExpired",
+        "this machine's clock is wrong, says the object store",
+        "set the clock, and {again}",
+    ),
+    (
+        "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|without LOCATION",
+        "the bucket lies in another region",
+        "set AWS_REGION to the bucket's",
+    ),
+    (
+        "PermissionDenied|AccessDenied|status code: 403|AuthorizationPermissionMismatch",
+        "the object store does not permit it",
+        "give the account of {credentials} the right to list and read there, and to write and delete for a build",
+    ),
+    ("Unauthenticated|status code: 401", "the object store does not know the account", "check {credentials}"),
+    ("NotImplemented|NotSupported|status code: 501", "the object store cannot do that", "give one that can, or a disk"),
+    (
+        "SlowDown|TooManyRequests|ServerBusy|status code: (?:503|429)",
+        "the object store has had too many requests",
+        "wait some minutes, have fewer processes ask at once, and {again}",
+    ),
+    ("InsufficientStorage|QuotaExceeded|status code: 507", "the object store is full", "make room there, and {again}"),
+    ("status code: 5", "the object store is in trouble", "wait a while, and {again}"),
+    (
+        "invalid peer certificate|UnknownIssuer|CertificateError|certificate",
+        "the certificate of the object store is not trusted here",
+        "check {endpoint}the clock, and SSL_CERT_FILE",
+    ),
+    (
+        "InvalidContentType|InvalidMessage|corrupt message",
+        "what answers does not speak HTTPS",
+        "check {endpoint}of which one without encryption begins with http://",
+    ),
+    (
+        "dns error|lookup address",
+        "the name of the object store's server cannot be looked up",
+        "check {endpoint}and the network",
+    ),
+    (
+        "[Tt]imed ?out|deadline|kind: Timeout",
+        "the object store gave no answer in time",
+        "check {endpoint}and the network, and {again}",
+    ),
+    (
+        "kind: Connect|onnection refused|tcp connect",
+        "there is no connection to the object store",
+        "check {endpoint}and the network",
+    ),
+    (
+        "AlreadyExists|Precondition",
+        "the object store says that the file is there, or was changed, and it is not so",
+        "have fewer processes write it at once, and {again}",
+    ),
+    (
+        "IncompleteMessage|onnection (?:closed|reset)|response body|kind: (?:Request|Interrupted|Decode)|end of file",
+        "the connection to the object store broke off again and again",
+        "check the network, and {again}",
+    ),
+]
+"""By a part of what the library says, from the most to the least telling: what happened, and what to do."""
+
+
+def _failed(place: object, error: BaseException) -> StoreError:
+    text, scheme = str(error), str(place).partition(":")[0]
+    status = re.search(r"status code: (\d{3})", text)
+    answered = (
+        f"the object store answers {status[1]}" if status else f"the object store failed ({type(error).__name__})"
+    )
+    found = ((words, advice) for pattern, words, advice in _MEANINGS if re.search(pattern, text))
+    words, advice = next(found, (answered, "check {endpoint}and the URL, and {again}"))
+    credentials = _CREDENTIALS.get(scheme, "the store")
+    do = advice.format(credentials=credentials, endpoint=_ENDPOINTS.get(scheme, ""), again=_AGAIN)
+    return StoreError(f"{place}: {words}; {do}")

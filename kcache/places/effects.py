@@ -6,25 +6,30 @@ renamed; in a bucket a file is there when all of it is, and nothing is renamed: 
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kcache.disk import durable
 from kcache.disk.durable import json_bytes
-from kcache.errors import CacheBusyError
+from kcache.errors import CacheBusyError, CacheWriteError, StoreError
 from kcache.places import conditional
 from kcache.places.bucket import BucketPath
-from kcache.places.client import told
+from kcache.places.client import ask
+from kcache.places.fetching import AT_ONCE, FETCHES
 from kcache.places.place import Place
 
-_AT_ONCE = 16
-"""Requests that wait for a store at a time, where many files are wanted."""
 _PART_BYTES = 16 << 20
+"""Of an upload that is sent in parts; a smaller one is one request."""
+_ROUNDS = 10
+"""How often a folder is looked through again that is being removed."""
+
+_Taken = TypeVar("_Taken")
 
 
 def read_all(paths: Sequence[Place]) -> Iterator[bytes]:
@@ -32,15 +37,32 @@ def read_all(paths: Sequence[Place]) -> Iterator[bytes]:
 
     Raises OSError, FileNotFoundError among them, or StoreError.
     """
+    return take_all(paths, bytes)
+
+
+def take_all(paths: Sequence[Place], take: Callable[[bytes], _Taken]) -> Iterator[_Taken]:
+    """`read_checked` of each of `paths`, in their order; those of a bucket are fetched ahead, many at a time."""
     if not any(isinstance(path, BucketPath) for path in paths):
-        yield from (path.read_bytes() for path in paths)
+        yield from (read_checked(path, take) for path in paths)
         return
-    with ThreadPoolExecutor(_AT_ONCE, "kcache-fetch") as pool:
+    with ThreadPoolExecutor(AT_ONCE, "kcache-fetch") as pool:
         try:
-            for first in range(0, len(paths), 4 * _AT_ONCE):
-                yield from pool.map(lambda path: path.read_bytes(), paths[first : first + 4 * _AT_ONCE])
+            for first in range(0, len(paths), 4 * AT_ONCE):
+                yield from pool.map(lambda path: read_checked(path, take), paths[first : first + 4 * AT_ONCE])
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def read_checked(path: Place, take: Callable[[bytes], _Taken]) -> _Taken:
+    """What `take` makes of the content of `path`; it raises ValueError, or CacheCorruptError, for what is not right.
+
+    What comes from a bucket and is not right is fetched again, as bytes may be changed on their way; the last error
+    is raised. `take` may be called in another thread.
+    """
+    for _ in range(FETCHES - 1 if isinstance(path, BucketPath) else 0):
+        with suppress(ValueError):
+            return take(path.read_bytes())
+    return take(path.read_bytes())
 
 
 def create_bytes(final: Place, content: bytes) -> bool:
@@ -56,8 +78,7 @@ def write_bytes(final: Place, content: bytes) -> None:
     if isinstance(final, Path):
         durable.write_bytes(final, content)
     else:
-        with told(final):
-            final.store.put(final.key, content)
+        ask(final, lambda: final.store.put(final.key, content))
 
 
 def write_json(final: Place, value: Any) -> None:
@@ -68,13 +89,15 @@ def write_json(final: Place, value: Any) -> None:
 def swap_bytes(final: Place, content: bytes, before: bytes | None) -> None:
     """Write a file in the place of `before`, None being nothing; raises CacheBusyError where it is not that any more.
 
-    On a disk whoever changes a file so holds its turn, and nobody else can have changed it.
+    In a bucket it may also be `content` already, written by a twin. On a disk whoever changes a file so holds its turn,
+    and nobody else can have changed it.
     """
     if isinstance(final, Path):
         durable.write_bytes(final, content)
         return
     found = conditional.read_version(final)
-    if (None if found is None else found[0]) != before or not conditional.swap(final, content, found and found[1]):
+    there, version = (None, None) if found is None else found
+    if there != content and (there != before or not conditional.swap(final, content, version)):
         raise CacheBusyError(f"{final} was changed by another process meanwhile; expected no one to; try again")
 
 
@@ -85,7 +108,11 @@ def temporary_folder(parent: Place) -> Iterator[Path]:
         with durable.temporary_folder(parent) as folder:
             yield folder
         return
-    folder = Path(tempfile.mkdtemp(prefix="kcache-"))
+    here = Path(tempfile.gettempdir())
+    durable.remove_temporary(here)  # what those left who were killed
+    folder = durable.temporary_path(here)
+    with durable.writing(folder):
+        folder.mkdir(0o700)
     try:
         yield folder
     finally:
@@ -95,24 +122,32 @@ def temporary_folder(parent: Place) -> Iterator[Path]:
 def publish(temporary: Path, final: Place) -> None:
     """Give a file or folder that was made under a temporary name its final place, whole; the temporary one goes.
 
-    In a bucket the files of a folder appear one by one: what counts must be written after them.
+    In a bucket the files of a folder appear one by one, as on a disk where the folder is there already, which no reader
+    may miss meanwhile: what counts must be written after them.
     """
     if isinstance(final, Path):
-        durable.publish(temporary, final)
-        return
+        try:
+            durable.publish(temporary, final)
+            return
+        except CacheWriteError:
+            if not (temporary.is_dir() and final.is_dir()):
+                raise
     if temporary.is_dir():
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        for path in files:
-            _upload(path, final / path.relative_to(temporary).as_posix())
+        for path in [path for path in sorted(temporary.rglob("*")) if path.is_file()]:
+            place = final / path.relative_to(temporary).as_posix()
+            make_folder(place.parent)
+            publish(path, place)
         shutil.rmtree(temporary)
-    else:
+    elif isinstance(final, BucketPath):
         _upload(temporary, final)
         temporary.unlink()
 
 
 def _upload(path: Path, final: BucketPath) -> None:
-    with told(final):
-        final.store.put(final.key, path, chunk_size=_PART_BYTES, max_concurrency=4)
+    # What is sent is signed with its digest, so it arrives as it is or not at all; of parts their number is checked.
+    ask(final, lambda: final.store.put(final.key, path, chunk_size=_PART_BYTES, max_concurrency=4))
+    if (size := path.stat().st_size) > _PART_BYTES and (there := final.size()) != size:
+        raise StoreError(f"{final} has {there:,} bytes after {size:,} were written; expected as many; start again")
 
 
 def write_npy(final: Place, array: np.ndarray) -> None:
@@ -128,7 +163,8 @@ def write_npy(final: Place, array: np.ndarray) -> None:
 def make_folder(folder: Place) -> None:
     """Make sure that there is a folder; in a bucket there are none to make."""
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        with durable.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Place) -> None:
@@ -136,8 +172,13 @@ def remove(path: Place) -> None:
     if isinstance(path, Path):
         durable.remove(path)
         return
-    keys = [path.key, *(inner.key for inner, _ in path.below())]
-    with told(path):
-        for key in keys:
-            with suppress(FileNotFoundError):
-                path.store.delete(key)
+    if path.key:
+        with suppress(FileNotFoundError):
+            ask(path, lambda: path.store.delete(path.key))
+    for _ in range(_ROUNDS):
+        keys = [inner.key for inner, _ in path.below()]
+        if not keys:
+            return
+        with suppress(FileNotFoundError):  # another process removes as well, and not every store lets that pass
+            ask(path, partial(path.store.delete, keys))
+    raise StoreError(f"{path}: files keep appearing while they are removed; expected no one to write there; end it")

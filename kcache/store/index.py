@@ -7,32 +7,25 @@ made of `TableState`s: what is committed of each table, read from the side files
 """
 
 import dataclasses
-import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
-from kcache.disk.filesystems import mapped
-from kcache.foreign import corrupt
-from kcache.store.checksums import crc32c
-from kcache.store.manifest import Manifest, ShardEntry, TableEntry
-from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
+from kcache.places import Place
+from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
+from kcache.store.formats.index_files import index_dtype as index_dtype
+from kcache.store.formats.index_files import is_in_parts as is_in_parts
+from kcache.store.formats.index_files import open_index as open_index
+from kcache.store.formats.index_files import write_index as write_index
+from kcache.store.manifest import Manifest, ShardEntry
+from kcache.store.recipe import TEXT, Recipe, kind_of, sides_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
-from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
-
-CAPTION_BOUNDS = "captions"
-
-
-def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
-    """Dtype of an index entry: position of the shard in the manifest, then a locator per field."""
-    return np.dtype([("shard", "<u4"), *[(field.name, LOCATOR) for field in fields]])
 
 
 @dataclass(frozen=True)
@@ -48,11 +41,18 @@ class StoredRows:
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
-        wanted = np.frombuffer(b"".join(keys), "S16") if keys else np.empty(0, "S16")
-        if not len(self.keys):
-            return np.full(len(wanted), -1)
-        position = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return np.where(self.keys[position] == wanted, position, -1)
+        return self.known.find(Keys.of(keys))
+
+    @cached_property
+    def known(self) -> Keys:
+        """All keys, sorted."""
+        return Keys(self.keys.view(np.uint8).reshape(-1, KEY_BYTES))
+
+    def used(self, keys: Sequence[bytes]) -> int:
+        """How many rows the `keys` stand for, each counted once."""
+        found = np.zeros(len(self.keys) + 1, np.bool_)
+        found[self.find(keys)] = True
+        return int(found[:-1].sum())
 
     @cached_property
     def key_set(self) -> frozenset[bytes]:
@@ -61,17 +61,15 @@ class StoredRows:
         return frozenset(self.keys.view("V16").tolist())
 
 
-def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
+def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
     """The rows of a table's commits in `folder`; `part` names the table where shards hold several.
 
     Of a key that was committed twice the later row counts.
     """
     entries, keys = [], []
     shards: list[ShardEntry] = []
-    for commit in commits:
-        if commit.data is None or not commit.holds(part):
-            continue
-        side = read_side_file(folder, commit, recipe, part)
+    held = [commit for commit in commits if commit.data is not None and commit.holds(part)]
+    for commit, side in zip(held, read_side_files(folder, held, recipe, part), strict=True):
         found = np.empty(len(side), index_dtype(recipe.fields))
         found["shard"] = len(shards)
         for field in recipe.fields:
@@ -101,87 +99,10 @@ def _latest(
 ) -> StoredRows:
     if not entries:
         return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
-    unique, latest = np.unique(np.concatenate(keys)[::-1], return_index=True)
-    return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
-
-
-def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
-    """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
-    with temporary_folder(cache) as temporary:
-        for name, array in arrays.items():
-            write_npy(temporary / f"{name}.npy", array)
-        digest = _index_digest(temporary, sorted(arrays))
-        final = cache / f"index-{digest[:16]}"
-        if _holds(final, sorted(arrays), digest):
-            shutil.rmtree(temporary)
-        else:
-            remove(final)  # damaged, if there is anything
-            publish(temporary, final)
-    return digest
-
-
-def _holds(folder: Path, names: Sequence[str], digest: str) -> bool:
-    try:
-        return _index_digest(folder, names) == digest
-    except (OSError, ValueError):
-        return False
-
-
-def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
-    folder = cache / manifest.index_folder
-    names = sorted([*manifest.tables, CAPTION_BOUNDS])
-    try:
-        digest = _index_digest(folder, names)
-        if digest != manifest.index_digest:
-            raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
-        # Plain views of the mapped arrays: a batch takes them apart several times, 3 µs each where they are np.memmap.
-        arrays = {name: np.asarray(read_npy(folder / f"{name}.npy", mapped=True)) for name in names}
-        _check_lengths(manifest, arrays)
-        for name, entry in manifest.tables.items():
-            _check_entries(name, entry, arrays[name])
-        return arrays
-    except (OSError, ValueError) as error:
-        do = "build the cache again with its source to write these index arrays anew: no row is encoded for that"
-        raise corrupt(error, folder, do) from error
-
-
-def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
-    bounds = arrays[CAPTION_BOUNDS]
-    # Where there are texts every sample has one or more; else none has any.
-    fits = np.greater if TEXT.name in manifest.tables else np.equal
-    well_formed = bounds.dtype == np.int64 and bounds.shape == (manifest.samples + 1,) and bounds[0] == 0
-    if not well_formed or not fits(bounds[1:], bounds[:-1]).all():
-        raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
-    for name in manifest.tables:
-        kind = kind_of(name)
-        rows = int(bounds[-1]) if kind.per == "caption" else manifest.samples
-        expected = rows + (kind.reserved is not None)
-        if arrays[name].shape != (expected,):
-            raise ValueError(f"{name}.npy has shape {arrays[name].shape} instead of ({expected},)")
-
-
-def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:
-    """Raise ValueError when entries name shards that are none, or rows of another size than the recipe's."""
-    recipe = entry.recipe
-    if array.dtype != index_dtype(recipe.fields):
-        raise ValueError(f"{name}.npy has dtype {array.dtype} instead of {index_dtype(recipe.fields)}")
-    if len(array) and array["shard"].max() >= len(entry.shards):
-        raise ValueError(f"{name}.npy names shard {array['shard'].max()} of {len(entry.shards)}")
-    for field in recipe.fields:
-        size = math.prod(field.shape) * np.dtype(recipe.stored_dtype).itemsize
-        lengths = array[field.name]["length"]
-        if size >= 1 << 32 or (lengths % size).any() or (not field.ragged and (lengths != size).any()):
-            raise ValueError(f"{name}.npy has rows of {field.name} that are not {field.shape} of {recipe.stored_dtype}")
-
-
-def _index_digest(folder: Path, names: Sequence[str]) -> str:
-    sums = []
-    for name in names:
-        content = np.frombuffer(mapped(folder / f"{name}.npy"), np.uint8)
-        sums.append([name, content.size, crc32c(content)])
-    return json_digest(sums)
+    together = np.concatenate(keys)
+    order, new = Keys(together.view(np.uint8).reshape(-1, KEY_BYTES)).in_order()
+    latest = order[np.append(new[1:], True)] if len(order) else order  # the last of those that are equal
+    return StoredRows(np.concatenate(entries)[latest], together[latest], tuple(shards))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +122,12 @@ class TableState:
     @cached_property
     def rejected(self) -> dict[bytes, Rejection]:
         """Rejections by key, those left out that a later shard stored after all."""
-        stored = self.stored.key_set
         by_key = {bytes.fromhex(rejection.key): rejection for rejection in self.rejections}
-        return {key: rejection for key, rejection in by_key.items() if key not in stored}
+        stored = self.stored.find(list(by_key)) >= 0
+        return {key: by_key[key] for key, is_stored in zip(by_key, stored.tolist(), strict=True) if not is_stored}
 
 
-def table_state(cache: Path, recipe: Recipe) -> TableState:
+def table_state(cache: Place, recipe: Recipe) -> TableState:
     """What is committed of a table in a folder of its own."""
     folder = cache / recipe.directory
     commits = read_commits(folder, recipe)
@@ -239,7 +160,7 @@ def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray])
     return index[TEXT.name][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
 
 
-def tally_of(cache: Path, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
+def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
     """Counts of what trains otherwise than one may think, of a whole finished cache; raises CacheCorruptError."""
     recipes = {name: entry.recipe for name, entry in manifest.tables.items()}
     tokens, cut = token_counts(recipes, index), read_cut(cache, manifest)

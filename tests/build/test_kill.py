@@ -1,6 +1,6 @@
 """Builders killed at random moments and at steps of their writing, alone and together: the cache ends as it would.
 
-All steps, and more random moments: python benchmarks/kills.py
+All steps, and more random moments: python benchmarks/kills.py, and python benchmarks/bucket_kills.py for buckets.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,24 @@ def outcome() -> dict[str, Any]:
 
     Of these, two to four at once, every other loses one. All of it is over both forms of a cache.
     """
-    arguments = ["--random", "10", "--every", "131", "--stops", "8", "--together", "8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return results("kills.py", "--random", "10", "--every", "131", "--stops", "8", "--together", "8")
+
+
+@pytest.fixture(scope="module")
+def in_bucket() -> dict[str, Any]:
+    """The same of a cache in a bucket, killed at every 97th step, and of builds whose requests' answers are lost."""
+    together = ["--together", "4", "--rate", "0.2", "--kinds", "lost_answer"]
+    return results("bucket_kills.py", "--random", "0", "--every", "97", *together)
+
+
+def results(script: str, *arguments: str) -> dict[str, Any]:
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        check=False, capture_output=True, text=True, env=environment, timeout=280,
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280,
     )  # fmt: skip
     assert run.stdout, run.stderr[-3000:]
-    return json.loads(run.stdout)["results"]
+    found: dict[str, Any] = json.loads(run.stdout)["results"]
+    return found
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
@@ -58,3 +68,17 @@ def test_processes_share_a_build_and_lose_nothing_with_one_of_them(outcome: dict
     assert result["kills"] >= 1
     assert max(result["builders_that_encoded"]) > 1
     assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_build_in_a_bucket_ends_with_the_names_and_bytes_of_one_on_a_disk(
+    in_bucket: dict[str, Any], form: str
+) -> None:
+    kinds = {"steps_of_a_first_build", "steps_of_an_incremental_build", "together", "lost_answer"}
+    assert in_bucket[form].keys() == kinds
+    for result in in_bucket[form].values():
+        assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+    assert in_bucket[form]["steps_of_a_first_build"]["kills"] >= 2
+    assert in_bucket[form]["together"]["kills"] >= 1
+    assert max(in_bucket[form]["together"]["builders_that_encoded"]) > 1
+    assert in_bucket[form]["lost_answer"]["happened"] > 5

@@ -1,14 +1,33 @@
 """Paths in a bucket, read by pathlib's names; creating and swapping, alone and at once."""
 
+import html
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kcache.errors import ConfigError
+from kcache.disk.durable import temporary_path
+from kcache.errors import CacheBusyError, ConfigError
 from kcache.places import place_of
 from kcache.places.bucket import BucketPath
-from kcache.places.effects import create_bytes, publish, read_all, remove, swap_bytes, temporary_folder, write_bytes
+from kcache.places.effects import (
+    create_bytes,
+    make_folder,
+    publish,
+    read_all,
+    remove,
+    swap_bytes,
+    temporary_folder,
+    write_bytes,
+)
 
 
 @pytest.fixture(params=["memory", "s3", "disk"])
@@ -66,3 +85,109 @@ def test_a_folder_is_published_whole(folder: "Path | BucketPath") -> None:
         publish(temporary / "data", folder / "data")
     assert (folder / "data" / "inner" / "c").read_bytes() == b"1234"
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["inner", "zarr.json"]
+
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["C"]), min_size=1, max_size=8
+)
+PARTS = (NAMES | st.sampled_from(["a", "b", "a.json", "b.tar.gz", ".hidden", "a.", "..a"])).filter(
+    lambda name: name not in (".", "..")
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(PARTS, min_size=1, max_size=3), min_size=1, max_size=6))
+def test_a_bucket_is_read_by_pathlibs_names(files: list[list[str]]) -> None:
+    bucket = place_of(f"memory://names/{secrets.token_hex(8)}")
+    with tempfile.TemporaryDirectory() as disk:
+        seen = {(Path(disk), bucket)}
+        for number, parts in enumerate(files):
+            on_disk, in_bucket = Path(disk, *parts), bucket.joinpath(*parts)
+            try:
+                on_disk.parent.mkdir(parents=True, exist_ok=True)
+                on_disk.write_bytes(b"x" * number)
+            except OSError:
+                continue  # a file is where a folder is to be, or the other way round, which a bucket does not mind
+            write_bytes(in_bucket, b"x" * number)
+            seen |= {(on_disk, in_bucket), (on_disk.parent, in_bucket.parent), (on_disk / "no", in_bucket / "no")}
+        for on_disk, in_bucket in seen:
+            for ask in ASKED:
+                assert ask(in_bucket) == ask(on_disk), (ask, in_bucket)
+
+
+ASKED: list[Callable[[Any], Any]] = [
+    lambda path: path.is_file(),
+    lambda path: path.is_dir(),
+    lambda path: path.exists(),
+    lambda path: path.is_symlink(),
+    lambda path: path.read_bytes() if path.is_file() else None,
+    lambda path: sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None,
+    lambda path: sorted(entry.name for entry in path.glob("*.json")) if path.is_dir() else None,
+    lambda path: (path / "x.y").suffix,
+    lambda path: (path / "x.y").parent.exists(),
+]
+
+
+@given(PARTS)
+def test_names_come_apart_as_pathlibs_do(name: str) -> None:
+    path, expected = place_of("s3://bucket/folder").joinpath(name), PurePosixPath("/folder", name)
+    assert (path.name, path.stem, path.suffix) == (expected.name, expected.stem, expected.suffix)
+    assert (path.parent.name, (path / "a" / "b").parent.parent) == (expected.parent.name, path)
+
+
+@pytest.mark.parametrize("start", [0, 2, 6, 7])
+@pytest.mark.parametrize("length", [0, 3, 9])
+def test_a_range_ends_where_the_file_does(folder: "Path | BucketPath", start: int, length: int) -> None:
+    write_bytes(folder / "file", b"0123456")
+    if isinstance(folder, BucketPath):
+        assert bytes((folder / "file").read_range(start, length)) == b"0123456"[start : start + length]
+        with pytest.raises(FileNotFoundError):
+            (folder / "nothing").read_range(start, 3)
+
+
+def test_odd_names_are_the_stores_own(bucket: str) -> None:
+    """As any other tool sees them: nothing is encoded."""
+    names = ["a b", "a+b", "a%20b", "a#b?c", "ü", "[x]*~", "a&b=c"]
+    folder = place_of(bucket)
+    for name in names:
+        write_bytes(folder / name, name.encode())
+    assert isinstance(folder, BucketPath)
+    listing = bytes(BucketPath("s3://caches", "").store.get("").bytes()).decode()  # the server's own page
+    keys = [html.unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", listing)]
+    assert sorted(key.partition("/")[2] for key in keys if key.startswith(folder.key)) == sorted(names)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: name.encode() for name in names}
+
+
+def test_a_folder_goes_whole_and_nothing_beside_it(folder: "Path | BucketPath") -> None:
+    make_folder(folder / "a" / "b")
+    make_folder(folder / "ab")
+    for name in ("a/1", "a/b/2", "ab/3"):
+        write_bytes(folder / name, b"x")
+    remove(folder / "a")
+    remove(folder / "a")
+    assert not (folder / "a").exists()
+    assert (folder / "ab" / "3").read_bytes() == b"x"
+
+
+def test_a_swap_that_a_twin_made_is_made(folder: "Path | BucketPath") -> None:
+    write_bytes(folder / "manifest", b"2")
+    swap_bytes(folder / "manifest", b"2", b"1")
+    if isinstance(folder, BucketPath):
+        with pytest.raises(CacheBusyError, match="changed by another process"):
+            swap_bytes(folder / "manifest", b"3", b"1")
+        with pytest.raises(CacheBusyError):
+            swap_bytes(folder / "manifest", b"3", None)
+
+
+def test_what_the_killed_left_of_a_folder_goes_with_the_next(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as here:
+        monkeypatch.setattr(tempfile, "tempdir", here)
+        left = temporary_path(Path(here))
+        gone = left.with_name(left.name.replace(f"-{os.getpid()}-", "-4194305-"))  # no process has such a number
+        left.mkdir()
+        gone.mkdir()
+        with temporary_folder(place_of(bucket)) as folder:
+            assert folder.parent == Path(here)
+            assert folder.stat().st_mode & 0o077 == 0
+            assert sorted(Path(here).iterdir()) == sorted([left, folder])
+        assert list(Path(here).iterdir()) == [left]

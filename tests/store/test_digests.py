@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, caption_key, content_key
+from kcache.store import digests
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, Keys, caption_key, content_key
 
 LONG_AGO = 1_000_000_000
 
@@ -170,3 +171,35 @@ def test_default_place_follows_the_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
     with DigestMemo() as memo:
         assert memo.path == tmp_path / "home" / "digests.sqlite"
+
+
+# Few first and few second halves, so that many keys share one or both; zeros at the end, which numpy cuts off text.
+KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=60).map(
+    lambda pairs: [bytes([high] * 8 + [low] + [0] * 7) for high, low in pairs]
+)
+
+
+@given(keys=KEYS, others=KEYS)
+def test_keys_in_an_array_are_what_they_are_in_a_list(keys: list[bytes], others: list[bytes]) -> None:
+    packed = Keys.of(keys)
+    assert Keys.of(packed) is packed
+    assert (list(packed), len(packed), packed == Keys.of(others)) == (keys, len(keys), keys == others)
+    assert [packed[i] for i in range(-len(keys), len(keys))] == keys + keys
+    assert list(packed[3:20]) == keys[3:20]
+    order, new = packed.in_order()
+    assert [keys[i] for i in order] == sorted(keys)
+    assert order.tolist() == sorted(range(len(keys)), key=lambda i: (keys[i], i))
+    assert [keys[i] for i in order[new]] == sorted(set(keys))
+    assert list(packed.unique()) == list(dict.fromkeys(keys))
+    assert packed.among(others).tolist() == [key in others for key in keys]
+    known = sorted(set(others))
+    for sorted_from in (0, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(digests, "_SORTED_FROM", sorted_from)
+            found = Keys.of(known).find(packed).tolist()
+        assert found == [known.index(key) if key in known else -1 for key in keys]
+
+
+def test_many_keys_are_taken_out_one_by_one() -> None:
+    keys = [i.to_bytes(16, "big") for i in range(10_000)]
+    assert list(Keys.of(keys)) == keys

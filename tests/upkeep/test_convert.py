@@ -111,6 +111,7 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
         with monkeypatch.context() as patch:
             patch.setattr("kcache.store.shards.record_commit", interrupted)
             patch.setattr("kcache.build.joined_tars.record_commit", interrupted)
+            patch.setattr("kcache.build.committed.record_commit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
         with pytest.raises(CacheNotFoundError):
@@ -148,7 +149,7 @@ def test_rows_that_no_sample_uses_are_left_behind(
 
 def test_a_damaged_row_stops_the_conversion(caches: dict[str, Path], tmp_path: Path) -> None:
     cache = Path(shutil.copytree(caches["zarr"], tmp_path / "cache"))
-    path = next(cache.glob("latents-64-*/00000/latents/c/0/0/0/0"))
+    path = next(cache.glob("latents-64-*/00000-*/latents/c/0/0/0/0"))
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
