@@ -113,8 +113,10 @@ class _Turn:
             why = why_lost(error)
             shards = [*([shard] if shard else []), *self.crew.lost(hand, why)]
             again = self.ledger.lose(shards, why)
-            where = f"the one on {hand.look.host}" if hand.look else "one that was to start"
-            self.builder.patience.say(f"an actor is lost, {where} ({why}): {counted(again, 'shard')} handed out again")
+            if hand.look and again:
+                self.builder.patience.say(
+                    f"an actor on {hand.look.host} is lost ({why}): {counted(again, 'shard')} handed out again"
+                )
         else:
             self.crew.heard(hand, look)
             if shard is not None:
