@@ -37,7 +37,10 @@ REMIND_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 """How often it is looked how long a lease still runs."""
 
-_TASKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_PLACES = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
 """Where launchers say which of how many processes this one is."""
 _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
 
@@ -52,7 +55,7 @@ def worker_place(worker: str | None, environment: Mapping[str, str]) -> tuple[in
         index, _, count = worker.partition("/")
         return int(index), int(count)
     job, jobs = _place_in_array(environment)
-    for index_name, count_name in _TASKS:
+    for index_name, count_name in _PLACES:
         index, count = environment.get(index_name, ""), environment.get(count_name, "")
         if index.isdecimal() and count.isdecimal() and int(count):
             return job * int(count) + int(index) % int(count), jobs * int(count)
