@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, UnreadableError
@@ -191,7 +190,7 @@ def is_fault(error: BaseException) -> bool:
     return not (isinstance(error, OSError) or out_of_memory(error) or _meaning(error)[0] is not None)
 
 
-def check_withheld(error: Exception, path: Path) -> None:
+def check_withheld(error: Exception, path: object) -> None:
     """Raise UnreadableError where an error of reading `path` says nothing of what is in it."""
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
@@ -201,7 +200,7 @@ def check_withheld(error: Exception, path: Path) -> None:
         ) from error
 
 
-def corrupt(error: Exception, path: Path, do: str) -> CacheCorruptError:
+def corrupt(error: Exception, path: object, do: str) -> CacheCorruptError:
     """What to raise where `path`, a part of a cache, cannot be read, and what to `do`; see `check_withheld`."""
     check_withheld(error, path)
     return CacheCorruptError(f"{path} cannot be read ({error}); {do}")
