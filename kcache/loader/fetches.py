@@ -1,12 +1,16 @@
 """Which ranges of a cache's files hold the rows of a run of samples, and in which order they are to be asked for."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from kcache.errors import CacheCorruptError, KcacheError, StoreError
+from kcache.foreign import corrupt
 from kcache.loader.streamed import StreamShape
+from kcache.places.bucket import BucketPath
 from kcache.places.place import Place
 from kcache.store.cache import Cache
 from kcache.store.recipe import kind_of
@@ -16,6 +20,8 @@ GAP_BYTES = 64 << 10
 """Between two rows of a block, at most so many bytes that nobody wants are read along: they take less time than one
 more request, and are fewer than the latents of a picture. Headers in tars and captions not drawn are such bytes."""
 
+_ALONE, _FETCHED = 0.01, 1.05
+"""Rows asked for alone, as a share of all, and bytes read for each that is wanted, from which on it is said."""
 _COUNTS = ("position", "block", "offset", "extent", "length")
 _NUMBERS = ("use", "field", "file")
 ROW = np.dtype([*((name, "<i4") for name in _NUMBERS), *((name, "<i8") for name in _COUNTS), ("crc32c", "<u4")])
@@ -45,6 +51,17 @@ class Tally:
     """Bytes of the rows, each row counted once in a run of samples."""
     fetched: int = 0
     """Bytes of the ranges."""
+
+    def remark(self) -> str | None:
+        """What is to be said where rows lie apart that are read together; None where they do not."""
+        if self.alone <= _ALONE * self.rows and self.fetched <= _FETCHED * self.wanted:
+            return None
+        return (
+            f"{self.alone / self.rows:.1%} of the rows take a request for themselves, and {self.fetched / self.wanted:.2f} "
+            "bytes are read for each that is wanted: rows of neighbouring samples lie apart, or others between them, as "
+            "with several captions a picture, captions or pictures that several samples share, and selections; a cache "
+            "that is built at once of these samples alone is read in whole blocks"
+        )
 
 
 class Layout:
@@ -103,6 +120,48 @@ class Layout:
         """Bytes of the longest of them."""
         entries = self._cache.index[self._cache.table_of(name)]
         return int(entries[:: max(1, len(entries) // 16_384)][name]["length"].max())
+
+    def corrupt(self, fetch: Fetch, row: np.void, detail: str) -> CacheCorruptError:
+        """The error for a row that is not what was committed."""
+        name = self.fields[int(row["field"])]
+        return CacheCorruptError(
+            f"{self.paths[fetch.file]} is corrupt in the row of {name} at byte {row['offset']}, key "
+            f"{self._key(name, int(row['position']))}: {detail}; `kcache cache-verify CACHE --source SOURCE --repair` "
+            "encodes such rows again"
+        )
+
+    def _key(self, name: str, position: int) -> str:
+        """The key (hex) of the row at `position` of a field's table; "unknown" where the samples cannot be read."""
+        kind, bounds = kind_of(self._cache.table_of(name)), self._cache.caption_bounds
+        per_caption = kind.per == "caption"
+        if position >= (bounds[-1] if per_caption else len(self._cache)):
+            return (kind.reserved or b"").hex()
+        try:
+            if not per_caption:
+                return str(self._cache.samples["image_key"][position].as_py().hex())
+            sample = int(np.searchsorted(bounds, position, side="right")) - 1
+            keys = self._cache.samples["caption_keys"][sample].as_py()
+            return str(keys[position - int(bounds[sample])].hex())
+        except KcacheError:
+            return "unknown"
+
+    def explained(self, error: BaseException, fetch: Fetch) -> BaseException:
+        """What to raise for an error of asking for a range: a file that is gone or cut is corruption."""
+        path = self.paths[fetch.file]
+        if isinstance(error, FileNotFoundError) and isinstance(path, BucketPath):
+            return CacheCorruptError(
+                f"{path} is not there; expected a committed shard's data; finish the copy, or build the cache again "
+                "with its source to encode it anew"
+            )
+        if isinstance(error, StoreError) and isinstance(path, BucketPath):
+            with suppress(OSError):  # what the store said first is what is told
+                if (size := path.size()) < fetch.start + fetch.length:
+                    missing = f"the file ends {fetch.start + fetch.length - size:,} bytes before its rows do"
+                    return self.corrupt(fetch, fetch.rows[-1], missing)
+            return error
+        if isinstance(error, OSError) and not isinstance(error, KcacheError):
+            return corrupt(error, path, "expected a committed shard's data there")
+        return error
 
 
 def _extents(offsets: np.ndarray, lengths: np.ndarray, pieces: np.ndarray, gaps: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ in order of first use, a range of neighbours at a time, as soon as there are slo
 gives their slots back. There is no eviction, so nothing is read twice, and whoever waits waits for what comes next.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kcache.errors import CacheCorruptError, KcacheError
-from kcache.foreign import corrupt
+from kcache.errors import KcacheError
 from kcache.loader.fetches import Fetch, Layout, Tally, plan_fetches
 from kcache.loader.ration import AT_ONCE, Ration, ration
 from kcache.loader.slots import Arena, Run
@@ -26,6 +26,8 @@ from kcache.store.cache import Cache
 from kcache.store.checksums import crc32c
 from kcache.store.rows import Empty, token_numbers
 from kcache.store.shards import OFFSETS
+
+logger = logging.getLogger(__name__)
 
 _TRIES = 4
 """How often a range is asked for whose rows are not what was committed: a store or a line may err, the disk too."""
@@ -78,6 +80,7 @@ class Stage:
         self._changed = threading.Condition()
         self._ranges = Ranges()
         self.tally = Tally()
+        self._remarks = True
         self.most_bytes = 0
         """The most memory that slots in use and ranges under way have taken."""
         self.refetched = 0
@@ -164,6 +167,9 @@ class Stage:
             mine = rows[:, part].reshape(-1).copy()
             mine["use"] -= part.start
             fetches = plan_fetches(mine, self._ration.range_bytes // 2, self.tally)
+            if self._remarks and (remark := self.tally.remark()) is not None:
+                self._remarks = False
+                logger.warning("streaming: %s", remark)
             with self._changed:
                 if self._closed:
                     return
@@ -250,7 +256,7 @@ class Stage:
         try:
             if (wrong := self._unpack(content.result(), fetch, slots)) is not None:
                 if tries == 1:
-                    raise wrong
+                    raise self._layout.corrupt(fetch, *wrong)
                 self.refetched += 1
                 self._send(fetch, run, slots, tries - 1)
                 return
@@ -263,10 +269,10 @@ class Stage:
         except CancelledError:
             return
         except BaseException as error:  # noqa: BLE001 - it is raised where the rows are taken
-            self._fail(self._explained(error, fetch))
+            self._fail(self._layout.explained(error, fetch))
 
-    def _unpack(self, content: memoryview, fetch: Fetch, slots: list[np.ndarray]) -> CacheCorruptError | None:
-        """Copy the rows in `content` into their slots; the error that says which one is not what was committed."""
+    def _unpack(self, content: memoryview, fetch: Fetch, slots: list[np.ndarray]) -> tuple[np.void, str] | None:
+        """Copy the rows in `content` into their slots; or say which one is not what was committed, and how."""
         found = np.frombuffer(content, np.uint8)
         for number, into in enumerate(slots):
             rows = fetch.rows[fetch.rows["field"] == number]
@@ -276,9 +282,9 @@ class Stage:
             for row in rows:
                 payload = self._payload(found, fetch, row)
                 if (missing := int(row["length"]) - len(payload)) > 0:
-                    return self._wrong(fetch, row, f"the file ends {missing} bytes before the row does")
+                    return row, f"the file ends {missing} bytes before the row does"
                 if (checksum := crc32c(payload)) != row["crc32c"]:
-                    return self._wrong(fetch, row, f"crc32c is {checksum:08x}, expected {int(row['crc32c']):08x}")
+                    return row, f"crc32c is {checksum:08x}, expected {int(row['crc32c']):08x}"
                 payloads.append(payload)
             arena = self._arenas[number].slots
             arena[into] = np.concatenate(payloads).view(arena.dtype).reshape(-1, *arena.shape[1:])
@@ -297,19 +303,6 @@ class Stage:
             runs.append(found[offset - fetch.start : offset - fetch.start + run])
             offset, length = offset + run + gap, length - run
         return np.concatenate(runs)
-
-    def _wrong(self, fetch: Fetch, row: np.void, detail: str) -> CacheCorruptError:
-        name = self._layout.fields[int(row["field"])]
-        return CacheCorruptError(
-            f"{self._layout.paths[fetch.file]} is corrupt in the row of {name} at byte {row['offset']}, number "
-            f"{row['position']} of its table: {detail}; `kcache cache-verify CACHE --source SOURCE --repair` encodes "
-            "such rows again"
-        )
-
-    def _explained(self, error: BaseException, fetch: Fetch) -> BaseException:
-        if isinstance(error, OSError) and not isinstance(error, KcacheError):
-            return corrupt(error, self._layout.paths[fetch.file], "expected a committed shard's data there")
-        return error
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
