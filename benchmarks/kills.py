@@ -129,6 +129,8 @@ class Bench:
     """Small pictures, a tiny pair of models, and where the caches go."""
 
     folder: Path
+    steps: type[Steps] = Steps
+    """What is counted as a step."""
 
     def __post_init__(self) -> None:
         self.prior, self.decoder = demo_models(self.folder / "models")
@@ -164,7 +166,9 @@ class Bench:
         encoders = {r.fingerprint: load(r, job.repository(name), device) for name, r in job.recipes.items()}
         kcache.encoders.frozen.load_encoder = lambda recipe, *_: encoders[recipe.fingerprint]
 
-    def start(self, source: Path, cache: Path, form: str, *, worker: str | None = None, watch: int = -1) -> Builder:
+    def start(
+        self, source: Path, cache: Path | str, form: str, *, worker: str | None = None, watch: int = -1
+    ) -> Builder:
         """Start a builder; `watch` 0 makes it tell every step, k > 0 kills it at step k.
 
         A `worker` tells, a line each, how many rows it encoded itself.
@@ -178,7 +182,7 @@ class Bench:
         try:
             os.close(read)
             if watch >= 0:
-                Steps(watch or None, write).watch()
+                self.steps(watch or None, write).watch()
             own: dict[str, int] = {}
             config = dataclasses.replace(self.config(form, worker), replace=True)  # other pictures take their place
             build_cache(str(source), str(cache), config, report=lambda now: own.update({now.table: now.done}))
@@ -213,7 +217,7 @@ class Bench:
         finally:
             os._exit(code)
 
-    def build(self, source: Path, cache: Path, form: str) -> None:
+    def build(self, source: Path, cache: Path | str, form: str) -> None:
         """Build undisturbed; raises RuntimeError when that fails."""
         code, _ = self.start(source, cache, form).end()
         if code:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, UnreadableError
+from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, StoreError, UnreadableError
 
 _CPP = re.compile(r"\(?Exception raised from|C\+\+ CapturedTraceback|\nframe #0|For more information check:")
 """Where what only programmers read begins: the stack of C++, in messages of torch's, and links."""
@@ -191,7 +191,9 @@ def is_fault(error: BaseException) -> bool:
 
 
 def check_withheld(error: Exception, path: object) -> None:
-    """Raise UnreadableError where an error of reading `path` says nothing of what is in it."""
+    """Raise UnreadableError, or the StoreError that it is, where an error of reading `path` says nothing of it."""
+    if isinstance(error, StoreError):
+        raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
         raise UnreadableError(

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
 from kcache.urls import remote
 
 _PICTURES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -19,8 +21,10 @@ _LOOKED_AT = 1000
 """Names in a folder that are looked at: an error message must not list a folder of a million files."""
 
 
-def instead_of_cache(path: Path) -> str | None:
+def instead_of_cache(path: Place) -> str | None:
     """What `path`, which is no cache, is instead, and what to type; None where nothing is known."""
+    if isinstance(path, BucketPath):
+        return _instead_in_bucket(path)
     if (problem := remote(path)) is not None:
         return problem
     for parent in path.absolute().parents:
@@ -40,6 +44,16 @@ def instead_of_cache(path: Path) -> str | None:
         source = shlex.quote(str(path))
         return f"it is a source of pictures; build a cache of it, and give that: kcache cache-build {source} CACHE"
     return None
+
+
+def _instead_in_bucket(path: BucketPath) -> str | None:
+    """`instead_of_cache` in a bucket, by few requests."""
+    if (path.parent / "manifest.json").is_file():
+        return f"it is part of the cache {path.parent}; give that"
+    if path.key and path.is_file():
+        return "it is a file; give the URL of a cache"
+    inner = [each for each in islice(path.iterdir(), 100) if (each / "manifest.json").is_file()]
+    return f"the caches are in it: {', '.join(map(str, inner[:5]))}; give one of them" if inner else None
 
 
 def instead_of_source(path: Path) -> str | None:

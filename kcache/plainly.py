@@ -7,7 +7,9 @@ import html
 import re
 import struct
 import unicodedata
-from pathlib import Path
+
+from kcache.places import Place
+from kcache.places.opened import opened
 
 HEAD_BYTES = 4096
 """How much of a file `plainly` wants to see; less is enough for most, more is not looked at."""
@@ -142,12 +144,12 @@ def no_words(content: bytes) -> str | None:
     return None if found is None or found.startswith("text that begins") else found
 
 
-def plainly_at(path: Path) -> str | None:
+def plainly_at(path: Place) -> str | None:
     """What `plainly` says of a file; None, too, where it cannot be read or is no regular file."""
     try:
         if not path.is_file():
             return None
-        with path.open("rb") as file:
+        with opened(path) as file:
             return plainly(file.read(HEAD_BYTES))
     except (OSError, ValueError):
         return None

@@ -6,10 +6,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from faulty_s3 import Faults
 
 # How long an example takes says more of what else the machine does.
 settings.register_profile("untimed", deadline=None)
@@ -57,6 +60,20 @@ def s3() -> Iterator[str]:
 def bucket(s3: str) -> str:
     """The URL of a place in that bucket where nothing is."""
     return f"{s3}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Faults]":
+    """A place in that bucket by way of a proxy; set `faulty.rates` to let it fail. The environment leads there."""
+    from faulty_s3 import faulty_s3
+
+    from kcache.places.client import forget_stores
+
+    with faulty_s3(os.environ, bucket) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        forget_stores()
+        yield faults
+    forget_stores()
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])

@@ -26,7 +26,9 @@ def cache_build(
             metavar="SOURCE", help="Folder of images, webdataset tars, saved dataset, parquet files, or Hub dataset id."
         ),
     ],
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache; made when it does not exist.")],
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache; made when it does not exist.")
+    ],
     *,
     dry_run: Annotated[
         bool,

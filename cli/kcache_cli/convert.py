@@ -8,8 +8,8 @@ from kcache_cli.progress import Report, say_manifest, show_counts
 
 
 def cache_convert(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the finished cache to read.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the finished cache.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder or URL of the cache to write; new or empty.")],
     *,
     form: Annotated[
         Literal["zarr", "webdataset"], typer.Option("--format", help="Form of the new cache's shards on disk.")

@@ -10,7 +10,7 @@ from kcache_cli.progress import Report, bytes_text, count_text, note, say, show_
 
 
 def cache_gc(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")],
     *,
     compact: Annotated[
         bool, typer.Option("--compact", help="Also write shards again that hold rows which no sample uses.")

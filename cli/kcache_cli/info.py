@@ -12,7 +12,7 @@ SHOWN_REJECTED = 10
 
 
 def cache_info(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -22,6 +22,7 @@ def cache_info(
     Examples:
       kcache cache-info caches/photos-768
       kcache cache-info caches/photos-768 --json | jq .tables
+      kcache cache-info s3://bucket/photos-768
     """
     from kcache.upkeep.info import describe_cache
 
@@ -49,6 +50,8 @@ def _print(about: dict[str, Any]) -> None:
         say(f"  {sentence}")
     if about["orphaned_bytes"]:
         say(f"  {bytes_text(about['orphaned_bytes'])} that no sample uses: `kcache cache-gc --compact` frees them")
+    if about["not_looked_at"]:
+        say(f"  not looked at from here: {'; '.join(about['not_looked_at'])}: `kcache cache-verify` does, byte by byte")
     _print_build(about["build"])
     for name, table in about["tables"].items():
         _print_table(name, table)

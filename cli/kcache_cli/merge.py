@@ -8,8 +8,8 @@ from kcache_cli.progress import Report, say_manifest, show_counts
 
 
 def cache_merge(
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder of the cache to write; new or empty.")],
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Folders of the finished caches to merge.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder or URL of the cache to write; new or empty.")],
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Folders or URLs of the finished caches.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

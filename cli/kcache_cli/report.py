@@ -13,12 +13,15 @@ from kcache_cli.progress import Report, say
 
 @with_flags(SourceConfig)
 def report(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_CACHE", help="A run directory, or the folder of a cache.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CACHE", help="A run directory, or the folder or URL of a cache.")
+    ],
     *,
     output: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="The HTML file. When left out: RUN/report.html, or CACHE-report.html beside a cache."
+            metavar="FILE",
+            help="The HTML file. When left out: RUN/report.html, or CACHE-report.html beside a cache, of a URL here.",
         ),
     ] = None,
     neighbours: Annotated[

@@ -15,7 +15,7 @@ from kcache_cli.config_file import ConfigOption
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, count_text, say, show_training
 
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache to train from.")]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache to train from.")]
 SweepOption = Annotated[
     Path | None,
     typer.Option(

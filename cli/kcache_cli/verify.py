@@ -23,7 +23,7 @@ SHOWN = 20
 
 @with_flags(SourceConfig)
 def cache_verify(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")],
     *,
     source: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Where the cache was built from, as for cache-build.")

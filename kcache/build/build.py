@@ -8,27 +8,27 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kcache.build.builder import Builder, BuildReport, unfinished
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
-from kcache.build.committed import Committed, check_target
+from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
-from kcache.build.plan import Plan, claims_folder, close_plan, freeze_plan, open_plan
+from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
-from kcache.disk.durable import exclusive, remove, remove_leftovers, shared, writing
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
+from kcache.places import Place, place_of
+from kcache.places.effects import make_folder, remove
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared, writing
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import SAMPLES
 from kcache.store.samples import with_ids
-from kcache.store.shards import record_rejections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,36 +64,38 @@ class BuildResult:
 
 
 def build_cache(
-    source: str, cache: str, config: BuildConfig, *, report: BuildReport | None = None, say: Say = unheard
-) -> BuildResult:
+    source: str, cache: str, config: BuildConfig, *,
+    report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder,
+) -> BuildResult:  # fmt: skip
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
     An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
     SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
-    cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line. Raises
-    SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError, CacheWriteError,
-    CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that is not asked
-    for.
+    cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line; `engine` works
+    plans off. Raises SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError,
+    CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
+    is not asked for.
     """
     job = checked_survey(source, cache, config, say)
     if not config.replace:
         job.leaving.check(job.folder)
     for note in job.notes:
         say(note)
-    return complete(job, report=report, say=say)
+    return complete(job, report=report, say=say, engine=engine)
 
 
-def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unheard) -> BuildResult:
+def complete(
+    job: Survey, *, report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder
+) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder = time.perf_counter(), job.folder
     before: dict[str, int] | None = None
     verdicts: list[str] = []
-    place = worker_place(job.config.worker, os.environ)
     patience = Patience(say=say, take_over=job.config.take_over)
     sizes = PictureSizes(job, say)
-    builder = Builder(job, place, patience, report, sizes)
+    builder = engine(job, worker_place(job.config.worker, os.environ), patience, report, sizes)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with shared(folder), renewed(), stopped_when_safe():
         while True:
             with turn(folder, patience):
@@ -106,8 +108,10 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
                         say(note)
                 plan = plan or _new_plan(job, found, builder.seen)
                 if plan is None and is_mine(folder / TURN):
-                    manifest = _finish(job, found, sizes)
-                    break
+                    clear_plans(folder)
+                    with suppress(CacheBusyError):  # another builder finished meanwhile: look again
+                        manifest = _finish(job, found, sizes)
+                        break
             if plan is not None:
                 builder.work_off(plan, found)
         stop_here()
@@ -140,8 +144,10 @@ def complete(job: Survey, *, report: BuildReport | None = None, say: Say = unhea
     )
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
+def _tidy(folder: Place, manifest: Manifest) -> None:
     """Remove what earlier manifests used, unless someone reads it or another builder is at work: then it stays."""
+    if not knows_readers(folder):
+        return
     with suppress(CacheBusyError), exclusive(folder):
         if read_manifest(folder) == manifest:
             remove_superseded(folder, manifest)
@@ -155,7 +161,7 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
 @without_collections()
 def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
-    folder = Path(cache)
+    folder = place_of(cache)
     check_target(folder)
     check_device(config.device)
     job = beside_earlier(survey(source, folder, config, say))
@@ -199,7 +205,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
                 "what an earlier build left to do is finished first, in shards of the size that it was begun with"
             )
         return plan
-    close_plan(job.folder)
+    close_plan(job.folder, plan)
     return None
 
 
@@ -211,6 +217,14 @@ def _finish(job: Survey, found: Committed, sizes: PictureSizes) -> Manifest:
         for provenance, rejected in found.judged_now():
             record_rejections(job.folder / recipe.directory, recipe, rejected, provenance)
     manifest = finish_build(job, job.committed().in_place if found.waiting else found.in_place, sizes)
-    for state in found.waiting.values():
-        remove(job.folder / state.recipe.directory)
+    if found.waiting and is_mine(job.folder / TURN):
+        for state in found.waiting.values():
+            _remove_table(job.folder / state.recipe.directory)
     return manifest
+
+
+def _remove_table(folder: Place) -> None:
+    """Remove a table: first its records, so that where files go one by one no shard is left without its data."""
+    for path in folder.glob("*.json"):
+        remove(path)
+    remove(folder)

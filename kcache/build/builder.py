@@ -5,32 +5,37 @@ that nobody has claimed, and then waits for the rest. No builder needs another o
 taken over, at once if it ran on this machine, else when its lease has run out.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, take
 from kcache.build.committed import Committed
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
-from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
+from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open
 from kcache.build.survey import Survey, fetcher
-from kcache.disk.durable import writing
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device, kept_to_groups
+from kcache.places import Place
+from kcache.places.effects import make_folder
+from kcache.places.holds import writing
 from kcache.stopping import stop_here
 from kcache.store.samples import Sample, with_ids
+from kcache.store.shards import read_commits
 
 if TYPE_CHECKING:
     from kcache.build.encode import Meter
 
 REPORT_SECONDS = 0.2
 """How often progress is reported, at most."""
+_LIST_SECONDS = 10.0
+"""How often it is looked, at most, what others claimed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +55,16 @@ class BuildProgress:
 BuildReport = Callable[[BuildProgress], None]
 
 
-def unfinished(cache: Path, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
+def unfinished(cache: Place, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
     """The shards of each table of `plan` that are not committed, tables without any left out."""
-    left = [(table, [s for s in table.shards if not _record(cache, table, s).exists()]) for table in plan.tables]
+    left = [(table, _uncommitted(cache, table, table.shards)) for table in plan.tables if table.keys]
     return [(table, shards) for table, shards in left if shards]
 
 
-def _record(cache: Path, table: TablePlan, shard: PlannedShard) -> Path:
-    return cache / table.recipe.directory / f"{shard.name}.json"
+def _uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
+    """Those of `shards` that have no commit record: found out by one listing, as each look may be a request."""
+    committed = {path.stem for path in (cache / table.recipe.directory).glob("*.json")}
+    return [shard for shard in shards if shard.name not in committed]
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Builder:
     report: BuildReport | None
     sizes: PictureSizes
     seen: dict[str, set[bytes]] = field(default_factory=dict)
-    """Keys, by table, of the plans that were worked off: stored, rejected, or gone from the source."""
+    """Keys, by table, of the plans that were worked off that are rejected, or gone from the source."""
     meters: dict[str, "Meter"] = field(default_factory=dict)
     """Where the time went, by table that this builder encoded rows of."""
 
@@ -80,7 +87,7 @@ class Builder:
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        claims = _Claims(self.job.folder, claims_folder(self.job.folder, plan), self.patience)
+        claims = _Claims(self.job.folder, plan, self.patience)
         try:
             while left := unfinished(self.job.folder, plan):
                 for table, shards in left:
@@ -92,7 +99,18 @@ class Builder:
             claims.release()
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
-                self.seen.setdefault(table.recipe.table, set()).update(table.keys)
+                self._see(table)
+
+    def _see(self, table: TablePlan) -> None:
+        """Note what is not to be tried again: what the records say of a plan's shards, as another's may be among them.
+
+        A shard can be that of a builder with another plan, who was suspended for long and committed first.
+        """
+        names = {shard.name for shard in table.shards}
+        commits = read_commits(self.job.folder / table.recipe.directory, table.recipe) if names else ()
+        for commit in (commit for commit in commits if commit.name in names):
+            keys = [*commit.absent, *(rejection.key for rejection in commit.rejected)]
+            self.seen.setdefault(table.recipe.table, set()).update(bytes.fromhex(key) for key in keys)
 
     def seconds(self, table: str) -> dict[str, float]:
         """What the time of the thread that encoded `table` went into, as `TableResult.seconds` has it."""
@@ -119,7 +137,7 @@ class Builder:
             return
         folder = self.job.folder / table.recipe.directory
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
         if table.recipe.of_tars:
             self._write_tars(table, chain([first], mine), progress, found, claims)
         else:
@@ -172,43 +190,79 @@ class Builder:
 class _Claims:
     """This builder's claims on the shards of one plan."""
 
-    def __init__(self, cache: Path, folder: Path, patience: Patience) -> None:
+    def __init__(self, cache: Place, plan: Plan, patience: Patience) -> None:
         self._cache = cache
-        self._folder = folder
+        self._plan = plan
+        self._folder = claims_folder(cache, plan)
         self._patience = patience
-        self._held: list[Path] = []
+        self._held: dict[Place, bool] = {}
+        """What is claimed, in order; whether it is being committed, and done when the next one is."""
+        self._others = frozenset[str]()
+        self._looked = -math.inf
 
-    def path(self, table: TablePlan, shard: PlannedShard) -> Path:
+    def path(self, table: TablePlan, shard: PlannedShard) -> Place:
         return self._folder / f"{table.recipe.table}-{shard.name}"
 
     def open(self) -> bool:
         """Whether the plan is still open: another builder closes it once all of it is committed."""
-        return self._folder.is_dir()
+        return is_open(self._cache, self._plan)
 
     def claimed(
         self, table: TablePlan, shards: Sequence[PlannedShard], progress: "_Progress"
     ) -> Iterator[PlannedShard]:
-        """Those of `shards` that this builder gets, each one claimed when it is asked for."""
+        """Those of `shards` that this builder gets, each one claimed when it is asked for.
+
+        Of those that others claimed, only what is not committed when the rest is done is looked at one by one.
+        """
+        later = []
         for shard in shards:
-            if self._take(self.path(table, shard)) and not _record(self._cache, table, shard).exists():
+            if self.path(table, shard).name in self._names():
+                later.append(shard)
+            elif self._take(table, shard):
+                yield shard
+            else:
+                progress.total -= len(shard.keys)
+        left = _uncommitted(self._cache, table, later) if later else []
+        progress.total -= sum(len(shard.keys) for shard in later) - sum(len(shard.keys) for shard in left)
+        for shard in left:
+            if self._take(table, shard):
                 yield shard
             else:
                 progress.total -= len(shard.keys)
 
-    def _take(self, claim: Path) -> bool:
+    def _names(self) -> frozenset[str]:
+        """Names of what is claimed, looked at now and then."""
+        if (now := time.monotonic()) - self._looked > _LIST_SECONDS:
+            self._others = frozenset(path.name for path in self._folder.glob("*"))
+            self._looked = now
+        return self._others
+
+    def _take(self, table: TablePlan, shard: PlannedShard) -> bool:
+        """Claim a shard; whether that was possible, and it still is to be made."""
+        claim = self.path(table, shard)
         try:
-            other = take(claim, self._patience.gives_up)
+            if take(claim, self._patience.gives_up) is not None:
+                return False
         except CacheWriteError:
-            if self.open():
+            if not self.open():
+                return False
+            if self._folder.is_dir():
                 raise
-            return False
-        if other is None:
-            self._held.append(claim)
-        return other is None
+            make_folder(self._folder)  # a copy that was made by another tool lacks what was empty
+            return self._take(table, shard)
+        self._held[claim] = False
+        return not (self._cache / table.recipe.directory / f"{shard.name}.json").is_file()
 
     def kept(self, table: TablePlan, shard: PlannedShard) -> bool:
-        """Whether a shard that was claimed is still this builder's to commit; says so where it is not."""
+        """Whether a shard that was claimed is still this builder's to commit; says so where it is not.
+
+        Shards are committed one after the other: what was asked about before is done.
+        """
+        for done in [claim for claim, asked in list(self._held.items()) if asked]:
+            let_go(done)
+            del self._held[done]
         claim = self.path(table, shard)
+        self._held[claim] = True
         if kept := is_mine(claim):
             return kept
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
@@ -216,7 +270,7 @@ class _Claims:
 
     def release(self) -> None:
         """Let go of everything: what is committed needs no claim, and what is not is free for others."""
-        for claim in self._held:
+        for claim in list(self._held):
             let_go(claim)
 
 

@@ -7,35 +7,41 @@ suspended finds its claim gone when it comes back, and drops what it made: claim
 hangs on them.
 """
 
-import fcntl
 import json
-import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 
-from kcache.disk.durable import create_bytes, json_bytes, writing
-from kcache.disk.filesystems import lock
-from kcache.disk.leases import LEASE_SECONDS, RENEW_SECONDS, ran_out, renew, seconds_left
-from kcache.errors import CacheBusyError, CacheCorruptError
+from kcache.disk.durable import json_bytes
+from kcache.disk.leases import LEASE_SECONDS, RENEW_SECONDS
+from kcache.errors import CacheBusyError, CacheCorruptError, KcacheError
+from kcache.places import Place, leases
+from kcache.places.effects import create_bytes
+from kcache.places.holds import writing
 from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
 
 TURN = ".turn"
 """The claim, in a cache's folder, of the builder that plans or assembles while the others wait."""
 
-_held: set[Path] = set()
-"""What this process holds: any other claim that names it is one that the disk did not let it give up."""
+_held: dict[Place, str] = {}
+"""What this process holds, and the token in each claim, as some systems give equal numbers to processes that follow
+each other: any other claim that names this one is of such a process, or one that could not be given up."""
 
 POLL_SECONDS = 0.1
+LAZY_SECONDS = 2.0
+"""How long it is waited, at most, until it is looked again: the longer the wait, the more seldom, as looking costs."""
 QUIET_SECONDS = 1.0
 """Shorter waits are not worth a message."""
 REMIND_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 """How often it is looked how long a lease still runs."""
+
+_TOKEN = "token"  # noqa: S105  # no secret
+_SAID = tuple(field.name for field in fields(Process))
 
 _PLACES = (
     ("RANK", "WORLD_SIZE"),
@@ -57,58 +63,81 @@ def worker_place(worker: str | None, environment: Mapping[str, str]) -> tuple[in
     return 0, 1
 
 
-def holder(claim: Path) -> Process | None:
+def holder(claim: Place) -> Process | None:
     """The process that holds a claim, None when nobody does; raises CacheCorruptError for a damaged claim."""
+    found = _read(claim)
+    return None if found is None else found[1]
+
+
+def _read(claim: Place) -> tuple[bytes, Process, str] | None:
+    """What a claim holds, whose it is, and its token."""
     try:
         if not (content := claim.read_bytes()):
             time.sleep(POLL_SECONDS)  # it may just be being written, where the file system has no hard links
             content = claim.read_bytes()
-        return Process(**json.loads(content))
+        said = json.loads(content)
+        found = content, Process(**{name: said[name] for name in _SAID}), said.get(_TOKEN, "")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CacheCorruptError(
             f"claim {claim} cannot be read ({error}); remove it when no other builder of this cache is running"
         ) from error
+    leases.saw(claim, content)
+    return found
 
 
-def take(claim: Path, gives_up: Callable[[Path, Process], bool] = lambda claim, _: ran_out(claim)) -> Process | None:
-    """Claim something for this process; returns None, or the process that holds it already and may be alive.
-
-    `gives_up` is asked whether a claim of a process of which nothing is known here is to be taken over. Raises
-    CacheWriteError, also when the claim's folder is not there.
-    """
-    while True:
-        found = holder(claim)
-        if found is None:
-            if create_bytes(claim, json_bytes(asdict(this_process()))):
-                _held.add(claim.absolute())
-                return None
-        elif (
-            is_gone(found)
-            or (found == this_process() and claim.absolute() not in _held)
-            or (not is_knowable(found) and gives_up(claim, found))
-        ):
-            _remove(claim, found)
-        else:
-            return found
-
-
-def is_mine(claim: Path) -> bool:
-    """Whether this process still holds a claim that it took: when it was suspended, another may have taken it over."""
+def _ran_out(claim: Place, _: Process) -> bool:
     try:
-        return claim.absolute() in _held and holder(claim) == this_process()
-    except (OSError, CacheCorruptError):
+        return leases.seconds_left(claim) <= 0
+    except OSError:
         return False
 
 
-def let_go(claim: Path) -> None:
+def take(claim: Place, gives_up: Callable[[Place, Process], bool] = _ran_out) -> Process | None:
+    """Claim something for this process; returns None, or the process that holds it already and may be alive.
+
+    `gives_up` is asked whether a claim of a process of which nothing is known here is to be taken over. Raises
+    CacheWriteError, also when the claim's folder is not there, or StoreError.
+    """
+    token = secrets.token_hex(8)
+    mine = json_bytes(_claim(token))
+    while True:
+        found = _read(claim)
+        if found is None:
+            taken = create_bytes(claim, mine)
+        else:
+            content, other, _ = found
+            if not (
+                is_gone(other)
+                or (other == this_process() and claim.absolute() not in _held)
+                or (not is_knowable(other) and gives_up(claim, other))
+            ):
+                return other
+            taken = leases.take_over(claim, content, mine)
+        if taken:
+            _held[claim.absolute()] = token
+            return None
+
+
+def _claim(token: str) -> dict[str, object]:
+    return {**asdict(this_process()), _TOKEN: token}
+
+
+def is_mine(claim: Place) -> bool:
+    """Whether this process still holds a claim that it took: when it was suspended, another may have taken it over."""
+    try:
+        return claim.absolute() in _held and (found := _read(claim)) is not None and found[2] == _held[claim.absolute()]
+    except (OSError, KcacheError):
+        return False
+
+
+def let_go(claim: Place) -> None:
     """Give up a claim. If its file cannot be removed, this process ignores it; others do once this one ended."""
     mine = is_mine(claim)
-    _held.discard(claim.absolute())
+    _held.pop(claim.absolute(), None)
     if mine:
-        with suppress(OSError):
-            claim.unlink()
+        leases.drop(claim)
 
 
 @contextmanager
@@ -118,9 +147,8 @@ def renewed() -> Iterator[None]:
 
     def renew_held() -> None:
         while not end.wait(RENEW_SECONDS):
-            for claim in list(_held):
-                if is_mine(claim):
-                    renew(claim)
+            for claim, token in list(_held.items()):
+                leases.renew(claim, _claim(token))
 
     thread = threading.Thread(target=renew_held, name="kcache-leases", daemon=True)
     thread.start()
@@ -131,18 +159,6 @@ def renewed() -> Iterator[None]:
         thread.join(1.0)  # a file server that hangs is not waited for
 
 
-def _remove(claim: Path, found: Process) -> None:
-    """Remove the claim of `found`, unless another builder has done so and claimed it anew."""
-    try:
-        with claim.open("r+b") as file:
-            # Where there are no locks, two may take over at once, and both do the work.
-            lock(file.fileno(), fcntl.LOCK_EX, claim.parent)
-            if os.path.samestat(os.fstat(file.fileno()), claim.stat()) and holder(claim) == found:
-                claim.unlink()
-    except FileNotFoundError:
-        pass
-
-
 @dataclass
 class Patience:
     """Waits for other builders, and says for whom and how long."""
@@ -150,24 +166,25 @@ class Patience:
     say: Callable[[str], None]
     take_over: bool = False
     """Whether nobody is waited for of whom nothing is known."""
-    _left: dict[Path, tuple[float, float]] = field(default_factory=dict)
+    _left: dict[Place, tuple[float, float]] = field(default_factory=dict)
     """Of claims, when their leases are to be looked at again, and how many seconds they had left."""
     _for: frozenset[Process] = frozenset()
     _next_message: float = field(default=0.0)
+    _pause: float = field(default=0.0)
     _given_up: set[Process] = field(default_factory=set)
 
-    def lease(self, claim: Path) -> float:
+    def lease(self, claim: Place) -> float:
         """Seconds that the lease of a claim has left, looked at now and then; raises CacheWriteError."""
         now = time.monotonic()
         if claim not in self._left or now >= self._left[claim][0]:
             with writing(claim):
                 try:
-                    self._left[claim] = (now + LOOK_SECONDS, seconds_left(claim))
+                    self._left[claim] = (now + LOOK_SECONDS, leases.seconds_left(claim))
                 except FileNotFoundError:
                     return LEASE_SECONDS  # given up meanwhile
         return self._left[claim][1]
 
-    def gives_up(self, claim: Path, other: Process) -> bool:
+    def gives_up(self, claim: Place, other: Process) -> bool:
         """Whether `claim` of a process of which nothing is known is to be taken over; says so once of each."""
         if not self.take_over and self.lease(claim) > 0:
             return False
@@ -178,18 +195,19 @@ class Patience:
             self.say(f"taking over what {other} left unfinished, {why}")
         return True
 
-    def wait(self, held: Mapping[Path, Process]) -> None:
+    def wait(self, held: Mapping[Place, Process]) -> None:
         """Wait a moment for others to let go of the claims `held`."""
         now, processes = time.monotonic(), frozenset(held.values())
         if processes != self._for:
-            self._for, self._next_message = processes, now + QUIET_SECONDS
+            self._for, self._next_message, self._pause = processes, now + QUIET_SECONDS, POLL_SECONDS
         elif now >= self._next_message:
             self._next_message = now + REMIND_SECONDS
             self.say("waiting for " + "; and for ".join(self.told(held)))
-        time.sleep(POLL_SECONDS)
+        time.sleep(self._pause)
+        self._pause = min(1.2 * self._pause, LAZY_SECONDS)
         stop_here()
 
-    def told(self, held: Mapping[Path, Process]) -> list[str]:
+    def told(self, held: Mapping[Place, Process]) -> list[str]:
         """For each process that holds something, what it holds and how long that can last."""
         lines = []
         for other in sorted(set(held.values()), key=str):
@@ -207,7 +225,7 @@ class Patience:
 
 
 @contextmanager
-def turn(cache: Path, patience: Patience) -> Iterator[None]:
+def turn(cache: Place, patience: Patience) -> Iterator[None]:
     """Have `cache` for planning or assembling, one builder after the other."""
     claim = cache / TURN
     while (other := take(claim, patience.gives_up)) is not None:
@@ -218,16 +236,17 @@ def turn(cache: Path, patience: Patience) -> Iterator[None]:
         let_go(claim)
 
 
-def refuse_beside_others(claims: Path, patience: Patience, how: str) -> None:
+def refuse_beside_others(claims: Place, patience: Patience, how: str) -> None:
     """Raise CacheBusyError where others work on the plan of `claims`, which this builder cannot join."""
     held = {}
-    for claim in sorted(claims.iterdir()) if claims.is_dir() else ():
+    found: list[Place] = list(claims.glob("*"))
+    for claim in sorted(found, key=str):
         other = None if claim.name.startswith(".") else holder(claim)
         if other is not None and not is_gone(other) and (is_knowable(other) or not patience.gives_up(claim, other)):
             held[claim] = other
     if held:
         others = "; and by ".join(patience.told(held))
         raise CacheBusyError(
-            f"{claims.parents[2]} is being built {how} by {others}; expected builders of one cache to be given the "
-            "same source and settings; wait for that one to end, or stop it: what it has committed is kept"
+            f"{claims.parent.parent.parent} is being built {how} by {others}; expected builders of one cache to be "
+            "given the same source and settings; wait for that one to end, or stop it: what it has committed is kept"
         )

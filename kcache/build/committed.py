@@ -1,20 +1,29 @@
-"""What is committed of each table, in either form: read from commit records and side files, and nothing else."""
+"""What is committed of each table, in either form: read from commit records and side files, and nothing else.
 
-from collections.abc import Mapping
+What was rejected while no shard of its own was written is committed here, too.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from kcache.build.joined_tars import shard_recipes
-from kcache.disk.durable import read_npy
+from kcache.disk.durable import npy_of
 from kcache.errors import CacheMismatchError
+from kcache.places import Place
+from kcache.places.effects import make_folder
 from kcache.store.checksums import crc32c
 from kcache.store.digests import unpack_keys
+from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST
 from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
-from kcache.store.shards import SIZES, Commit, Rejection, read_commits, sizes_name
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, record_commit
 from kcache.urls import check_local
+
+DECODER = ("kcache", "pillow", "formats")
+"""What of the provenance decides which inputs can be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,7 @@ class Committed:
 
 
 def read_committed(
-    cache: Path, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
+    cache: Place, form: str, recipes: Mapping[str, Recipe], earlier: Mapping[str, Recipe] | None = None
 ) -> dict[str, TableState]:
     """What is committed of each table where a cache of the form `form` keeps it.
 
@@ -94,7 +103,29 @@ def read_committed(
     }
 
 
-def recorded_sizes(cache: Path, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
+def record_rejections(
+    folder: Place, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
+) -> None:
+    """Commit, as a shard without rows, the rejections by this decoder that commit records in `folder` lack."""
+    commits = read_commits(folder, recipe)
+    alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
+    known = {rejection.key: rejection for commit in alike for rejection in commit.rejected}
+    new = {rejection.key: rejection for rejection in rejected if rejection != known.get(rejection.key)}
+    if new:
+        add_rejections(folder, recipe, [new[key] for key in sorted(new)], provenance)
+
+
+def add_rejections(folder: Place, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]) -> None:
+    """Commit rejections, as a shard without rows, under the first number that nobody has."""
+    make_folder(folder)
+    number = next_shard(read_commits(folder, recipe))
+    while record_commit(folder, f"{number:05d}", recipe, rejected=rejected, provenance=provenance).rejected != tuple(
+        rejected
+    ):
+        number += 1
+
+
+def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
     """Width and height, by image key, of the pictures that were encoded into tables of `recipes`, as decoded."""
     sizes: dict[bytes, tuple[int, int]] = {}
     for recipe in recipes.values():
@@ -105,18 +136,19 @@ def recorded_sizes(cache: Path, recipes: Mapping[str, Recipe]) -> dict[bytes, tu
     return sizes
 
 
-def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
+def _read_sizes(folder: Place, commit: Commit) -> dict[bytes, tuple[int, int]]:
     """Width and height of the pictures behind a shard's rows, by key; {} where they are not recorded, or not any more.
 
     They can be found again from the pictures, so what is damaged of them is passed over here, as it is by nothing that
     verifies a cache.
     """
-    record = next((file for file in commit.files if file.path == sizes_name(commit.name)), None)
+    record = next((file for file in commit.files if file.path == sizes_name(commit.stem)), None)
     if record is None:
         return {}
     path = folder / record.path
     try:
-        content, rows = path.read_bytes(), read_npy(path)
+        content = path.read_bytes()
+        rows = npy_of(content, path.name)
     except (OSError, ValueError):
         return {}
     if crc32c(content) != record.crc32c or rows.dtype != SIZES or rows.ndim != 1:
@@ -126,9 +158,10 @@ def _read_sizes(folder: Path, commit: Commit) -> dict[bytes, tuple[int, int]]:
     return dict(zip(unpack_keys(rows["key"]), sizes, strict=True))
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Place) -> None:
     """Refuse, by CacheMismatchError, to build a cache in a folder that is something else."""
-    check_local(folder)
+    if isinstance(folder, Path):
+        check_local(folder)
     if folder.exists() and not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file; expected a folder for the cache, or a path where nothing is")
     links = [entry.name for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []

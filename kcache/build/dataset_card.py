@@ -6,9 +6,9 @@ have different numbers of captions.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from kcache.disk.durable import write_bytes
+from kcache.places import Place
+from kcache.places.effects import write_bytes
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import Field, kind_of
 
@@ -18,7 +18,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 _LARGER = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
 
 
-def write_card(cache: Path, manifest: Manifest, most_captions: int) -> None:
+def write_card(cache: Place, manifest: Manifest, most_captions: int) -> None:
     """Write the card of a cache whose samples have up to `most_captions` captions; one that was taken over stays."""
     path, content = cache / CARD, card_text(manifest, most_captions).encode()
     found = path.read_bytes() if path.exists() else None

@@ -7,10 +7,10 @@ copied, not mounted or another one: so whoever leaves is counted and named, and 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
+from kcache.places import Place
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT, kind_of
 from kcache.store.samples import Picture, Refusal, Sample, picture_list, read_refused, sample_list, stored_samples
@@ -72,7 +72,7 @@ class Leaving:
         """A sentence; none where nobody leaves."""
         return (f"{self.text}; the rows stay until `kcache cache-gc`",) if len(self) else ()
 
-    def check(self, cache: Path) -> None:
+    def check(self, cache: Place) -> None:
         """Raise CacheMismatchError when most of the samples of `cache` would leave it."""
         if self.most:
             raise CacheMismatchError(
@@ -86,7 +86,7 @@ class Leaving:
 NOBODY = Leaving()
 
 
-def _earlier(cache: Path) -> "pyarrow.Table | None":
+def _earlier(cache: Place) -> "pyarrow.Table | None":
     """The samples of the finished cache in the folder; None where there is none. Raises CacheCorruptError."""
     try:
         return stored_samples(cache, read_manifest(cache))
@@ -124,7 +124,7 @@ def beside_earlier(job: "Survey") -> "Survey":
     return replace(job, before=before, leaving=who, notes=(*job.notes, *who.notes))
 
 
-def _earlier_refusals(folder: Path) -> list[Refusal]:
+def _earlier_refusals(folder: Place) -> list[Refusal]:
     try:
         return list(read_refused(folder))
     except CacheCorruptError:

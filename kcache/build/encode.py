@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,11 @@ from kcache.build.plan import PlannedShard
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
+from kcache.places import Place
 from kcache.store.digests import pack_keys
+from kcache.store.formats.side_files import size_rows
 from kcache.store.recipe import Recipe, kind_of
-from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard, size_rows
+from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
@@ -125,7 +126,7 @@ def _runs(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 def encode_shards(
     encoder: Encoder,
-    folder: Path,
+    folder: Place,
     shards: Iterator[PlannedShard],
     fetch: Fetch,
     *,
@@ -159,7 +160,7 @@ def encode_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _commit(folder: Path, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept) -> None:
+def _commit(folder: Place, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept) -> None:
     block = rows.block(recipe)
     if kept(rows.planned):  # asked last: this process may have been suspended for long
         commit_shard(

@@ -27,11 +27,11 @@ from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device, kept_to_groups
 from kcache.store.digests import KEY_BYTES
+from kcache.store.formats.side_files import SIZES, side_dtype
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
-from kcache.store.shards import SIZES, side_dtype
 
 Item = TypeVar("Item")
 

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -17,9 +15,11 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.disk.durable import json_bytes, write_bytes
+from kcache.disk.durable import json_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
+from kcache.places import Place
+from kcache.places.effects import remove, swap_bytes, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
@@ -105,7 +105,7 @@ def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, Tab
     return {key: known[key] if key in known else max(0, counts[key] - longest) for key in full}
 
 
-def _known_cut(cache: Path, recipe: Recipe) -> Mapping[bytes, int]:
+def _known_cut(cache: Place, recipe: Recipe) -> Mapping[bytes, int]:
     """Tokens cut off captions, by key, as the manifest before this one has them of texts of this recipe."""
     manifest = _current(cache)
     earlier = None if manifest is None else manifest.tables.get(TEXT.name)
@@ -117,7 +117,7 @@ def _known_cut(cache: Path, recipe: Recipe) -> Mapping[bytes, int]:
         return {}  # the samples file is derived: what it lacks is counted again
 
 
-def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:
+def no_sample(cache: Place, refused: Sequence[Refusal]) -> SourceError:
     """The error of a build that comes to nothing, with the most frequent reasons."""
     kinds = [(refusal.stage, _NAMES_AND_NUMBERS.sub("", refusal.reason)) for refusal in refused]
     first = dict(zip(reversed(kinds), reversed(refused), strict=True))
@@ -133,7 +133,7 @@ def no_sample(cache: Path, refused: Sequence[Refusal]) -> SourceError:
 
 
 def finish_cache(
-    cache: Path,
+    cache: Place,
     samples: Sequence[Sample],
     refused: Sequence[Refusal],
     tables: Mapping[str, TableState],
@@ -146,6 +146,7 @@ def finish_cache(
     What only the manifest before it used stays for those who read it, until `remove_superseded`.
     The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
     """
+    before = _content(cache / MANIFEST)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     index_digest = write_index(cache, _index_arrays(samples, tables))
     rejected, rejected_digest = _write_rejections(cache, refused)
@@ -161,18 +162,19 @@ def finish_cache(
         models=models,
     )
     write_card(cache, manifest, max((len(sample.captions) for sample in samples), default=1))
-    _write_changed(cache / MANIFEST, json_bytes(manifest.to_json()))
+    if before != (content := json_bytes(manifest.to_json())):
+        swap_bytes(cache / MANIFEST, content, before)
     return manifest
 
 
-def remove_superseded(cache: Path, manifest: Manifest) -> None:
+def remove_superseded(cache: Place, manifest: Manifest) -> None:
     """Remove the lists of samples and the indexes of earlier manifests; for who holds the cache alone."""
     for path in cache.glob("samples-*.parquet"):
         if path.name != manifest.samples_file:
-            path.unlink()
+            remove(path)
     for path in cache.glob("index-*"):
         if path.name != manifest.index_folder:
-            shutil.rmtree(path)
+            remove(path)
 
 
 def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refusal:
@@ -238,7 +240,7 @@ class PictureSizes:
                 pool.shutdown(cancel_futures=True)
 
 
-def _current(cache: Path) -> Manifest | None:
+def _current(cache: Place) -> Manifest | None:
     try:
         return read_manifest(cache)
     except KcacheError:
@@ -266,7 +268,7 @@ def _table_entry(state: TableState) -> TableEntry:
     )
 
 
-def _write_rejections(cache: Path, refused: Sequence[Refusal]) -> tuple[int, str]:
+def _write_rejections(cache: Place, refused: Sequence[Refusal]) -> tuple[int, str]:
     """Write rejected.jsonl; returns its number of lines, and the sha256 (hex) of its bytes."""
     rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
@@ -275,6 +277,10 @@ def _write_rejections(cache: Path, refused: Sequence[Refusal]) -> tuple[int, str
     return len(rejections), hashlib.sha256(content).hexdigest()
 
 
-def _write_changed(path: Path, content: bytes) -> None:
-    if not path.exists() or path.read_bytes() != content:
+def _write_changed(path: Place, content: bytes) -> None:
+    if _content(path) != content:
         write_bytes(path, content)
+
+
+def _content(path: Place) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

@@ -7,31 +7,25 @@ are taken over from their tars: only what is new was encoded. The reserved rows 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kcache.build.plan import Plan, PlannedShard, plan_table
-from kcache.disk.durable import publish, read_npy, temporary_path, write_npy, writing
+from kcache.disk.durable import npy_of, writing
 from kcache.errors import CacheIncompleteError
 from kcache.foreign import corrupt
+from kcache.places import Place
+from kcache.places.effects import make_folder, temporary_folder, write_npy
 from kcache.store.checksums import crc32c
 from kcache.store.digests import content_key, pack_keys, unpack_keys
+from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
 from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, canonical_json, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample
-from kcache.store.shards import (
-    Commit,
-    discard_uncommitted,
-    next_shard,
-    read_commits,
-    record_commit,
-    side_dtype,
-    side_name,
-)
+from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
 
 _RESERVED_KEY = content_key(RESERVED.encode())
 
@@ -61,18 +55,18 @@ def tar_keys(samples: Sequence[Sample]) -> list[bytes]:
     ]
 
 
-def committed_tar_keys(folder: Path, commit: Commit) -> list[bytes]:
+def committed_tar_keys(folder: Place, commit: Commit) -> list[bytes]:
     """The keys of the samples in a tar, in order; [] for a record of rejections."""
     if commit.data is None:
         return []
-    path = folder / side_name(commit.name)
+    path = folder / side_name(commit.stem)
     try:
-        return unpack_keys(read_npy(path))
+        return unpack_keys(npy_of(path.read_bytes(), path.name))
     except (OSError, ValueError) as error:
         raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
 
 
-def plan_tars(cache: Path, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:
+def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:
     """The plan for the tars of all `samples`, which have their ids, that are in none yet."""
     tables = []
     for name, wanted in ((RESERVED, [_RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
@@ -89,10 +83,10 @@ class TarWriter:
 
     def __init__(
         self,
-        cache: Path,
+        cache: Place,
         tables: Mapping[str, TableState],
         provenance: Mapping[str, str],
-        rows_from: Path | None = None,
+        rows_from: Place | None = None,
     ) -> None:
         """`tables` are the rows in the cache at `rows_from`, None being the one that is written."""
         self._cache = cache
@@ -180,36 +174,30 @@ class TarWriter:
         absent: Sequence[str],
     ) -> None:
         folder = self._cache / recipe.directory
-        folder.mkdir(exist_ok=True)
-        if (folder / f"{name}.json").exists():  # by another builder that had the same work, and came first
+        make_folder(folder)
+        if (folder / f"{name}.json").is_file():  # by another builder that had the same work, and came first
             return
         if not samples:
             record_commit(folder, name, recipe, absent=absent, provenance=self._provenance)
             return
-        discard_uncommitted(folder, name)
-        temporary = temporary_path(folder)
         size = sum(row.nbytes for sample in samples for rows in sample.rows.values() for row in rows)
-        with writing(folder / f"{name}.tar", size):
-            try:
-                placed = write_tar(temporary, samples)
-                publish(temporary, folder / f"{name}.tar")
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        paths = [folder / f"{name}.tar", folder / side_name(name)]
-        write_npy(paths[1], pack_keys(joined))
-        for table, table_recipe in self._recipes.items():
-            side = _side_rows(table_recipe, self._recipes, samples, keys, placed)
-            if side is not None:
-                paths.append(folder / side_name(name, table))
-                write_npy(paths[-1], side)
+        with temporary_folder(folder) as temporary:
+            tar = temporary / f"{DRAFT}.tar"
+            with writing(tar, size):
+                placed = write_tar(tar, samples)
+            write_npy(temporary / side_name(DRAFT), pack_keys(joined))
+            for table, table_recipe in self._recipes.items():
+                side = _side_rows(table_recipe, self._recipes, samples, keys, placed)
+                if side is not None:
+                    write_npy(temporary / side_name(DRAFT, table), side)
+            stem, files = publish_shard(temporary, folder, name)
         record_commit(
             folder,
             name,
             recipe,
             rows=len(samples),
-            data=f"{name}.tar",
-            paths=paths,
+            data=f"{stem}.tar",
+            files=files,
             absent=absent,
             provenance=self._provenance,
         )

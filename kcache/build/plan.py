@@ -2,35 +2,40 @@
 
 The functions here are pure but for `open_plan`, `freeze_plan` and `close_plan`, which read, create and remove the one
 open plan of a cache. A plan is created once and never cut again, so a build that was killed goes on where it stopped
-and ends with the same bytes.
+and ends with the same bytes. It lies in `plans/<digest>/`, and is open when `plans/open.json`, created once, names it.
 """
 
-import errno
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from kcache.disk.durable import (
+from kcache.disk.durable import json_bytes, npy_of, writing
+from kcache.errors import CacheBusyError
+from kcache.foreign import corrupt
+from kcache.places import Place
+from kcache.places.effects import (
+    create_bytes,
+    make_folder,
     publish,
-    read_npy,
-    sync_folder,
+    remove,
     temporary_folder,
-    temporary_path,
     write_json,
     write_npy,
-    writing,
 )
-from kcache.errors import CacheBusyError, CacheWriteError
-from kcache.foreign import corrupt
-from kcache.store.digests import KEY_BYTES, pack_keys, unpack_keys
+from kcache.store.digests import pack_keys, unpack_keys
 from kcache.store.manifest import check_count
-from kcache.store.recipe import SCHEMA_VERSION, Recipe, canonical_json
+from kcache.store.recipe import Recipe, canonical_json
 
 CLAIMS = "claims"
 """Name of the folder beside an open plan where builders claim its shards."""
+OPEN = "open.json"
+"""Name of the file that names the open plan."""
+_SCHEMA_VERSION = 2
+"""A plan of version 1 is open by being there."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def shard_name(number: int) -> str:
@@ -100,53 +105,119 @@ def plan_table(
     return TablePlan(recipe=recipe, rows_per_shard=rows_per_shard, first_shard=first_shard, keys=missing)
 
 
-def freeze_plan(cache: Path, plan: Plan) -> None:
-    """Make `plan` the cache's open plan, in one step; raises CacheBusyError when there is one already."""
-    size = len(plan.keys) * KEY_BYTES
-    with writing(cache / "plans", size), temporary_folder(cache) as temporary:
-        folder = temporary / plan.digest[:16]
-        (folder / CLAIMS).mkdir(parents=True)
-        for table in plan.tables:
-            write_npy(folder / f"{table.recipe.table}.keys.npy", pack_keys(table.keys))
-        tables = [_table_json(table) for table in plan.tables]
-        write_json(folder / "plan.json", {"schema_version": SCHEMA_VERSION, "digest": plan.digest, "tables": tables})
-        sync_folder(temporary)
-        try:
-            publish(temporary, cache / "plans")
-        except CacheWriteError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise CacheBusyError(f"{cache / 'plans'} holds a plan already; build again to finish it") from error
-            raise
-
-
-def open_plan(cache: Path) -> Plan | None:
-    """The cache's open plan, or None; raises CacheCorruptError when what stands there is not a whole plan."""
+def freeze_plan(cache: Place, plan: Plan) -> None:
+    """Make `plan` the cache's open plan, in one step; raises CacheBusyError when another one is that already."""
     plans = cache / "plans"
-    if not plans.is_dir() or not (folders := sorted(plans.iterdir())):
-        return None
+    folder = plans / plan.digest[:16]
+    make_folder(plans)
+    if not _is_whole(folder, plan.digest):
+        remove(folder)
+        with temporary_folder(cache) as temporary:
+            with writing(temporary):
+                (temporary / CLAIMS).mkdir()
+            for table in plan.tables:
+                write_npy(temporary / f"{table.recipe.table}.keys.npy", pack_keys(table.keys))
+            tables = [_table_json(table) for table in plan.tables]
+            data = {"schema_version": _SCHEMA_VERSION, "digest": plan.digest, "tables": tables}
+            write_json(temporary / "plan.json", data)
+            publish(temporary, folder)
+    if not create_bytes(plans / OPEN, _naming(plan)) and _read(plans / OPEN) != _naming(plan):
+        raise CacheBusyError(f"{plans} holds a plan already; build again to finish it")
+
+
+def _is_whole(folder: Place, digest: str) -> bool:
+    """Whether the plan with this digest is all there: a build may have been killed before it was open."""
     try:
-        data = json.loads((folders[0] / "plan.json").read_bytes())
-        plan = Plan(tables=tuple(_read_table(folders[0], table) for table in data["tables"]))
-        if plan.digest != data["digest"]:
-            raise ValueError("its digest does not match its content")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return _read_plan(folder).digest == digest
+    except _DAMAGES:
+        return False
+
+
+def _read(path: Place) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def open_plan(cache: Place) -> Plan | None:
+    """The cache's open plan, or None; raises CacheCorruptError when what stands there is not a whole plan."""
+    plans, digest = cache / "plans", None
+    try:
+        if (digest := _open_digest(plans)) is not None:
+            folder = plans / digest[:16]
+        elif (earlier := _of_schema_1(plans)) is not None:
+            folder = earlier
+        else:
+            return None
+        plan = _read_plan(folder)
+        if digest not in (None, plan.digest):
+            raise ValueError("its digest is not the one that is open")
+    except _DAMAGES as error:
+        if digest is not None and _open_digest(plans) != digest:
+            return open_plan(cache)  # it was closed meanwhile
         raise corrupt(error, plans, "remove this open plan and build again") from error
     return plan
 
 
-def claims_folder(cache: Path, plan: Plan) -> Path:
+def _open_digest(plans: Place) -> str | None:
+    """The digest of the plan that is open; None where none is named. Raises ValueError and others of `_DAMAGES`."""
+    content = _read(plans / OPEN)
+    if content is None:
+        return None
+    digest = json.loads(content)["digest"]
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{OPEN} names {digest!a}, which is no digest")
+    return str(digest)
+
+
+def _of_schema_1(plans: Place) -> Place | None:
+    """The folder of a plan that is open by being there, or damaged; those of schema 2 must be named to be open."""
+    folders = sorted(path for path in plans.iterdir() if path.name[:1] != ".") if plans.is_dir() else []
+    for folder in folders:
+        try:
+            if json.loads((folder / "plan.json").read_bytes())["schema_version"] == _SCHEMA_VERSION:
+                continue
+        except FileNotFoundError:
+            continue
+        except _DAMAGES:
+            pass
+        return folder
+    return None
+
+
+def is_open(cache: Place, plan: Plan) -> bool:
+    """Whether `plan` is the open one still: another builder closes it once all of it is committed."""
+    named = _read(cache / "plans" / OPEN)
+    return named == _naming(plan) or (
+        named is None and _of_schema_1(cache / "plans") == claims_folder(cache, plan).parent
+    )
+
+
+def claims_folder(cache: Place, plan: Plan) -> Place:
     """Where builders claim the shards of an open plan; it goes with the plan."""
     return cache / "plans" / plan.digest[:16] / CLAIMS
 
 
-def close_plan(cache: Path) -> None:
-    """Remove the open plan: its work is done, or it is of recipes that nobody wants any more."""
-    if (cache / "plans").is_dir():
-        done = temporary_path(cache)
-        with writing(cache / "plans"):
-            (cache / "plans").rename(done)
-            sync_folder(cache)
-            shutil.rmtree(done)
+def close_plan(cache: Place, plan: Plan) -> None:
+    """Remove `plan`, which was open: its work is done, or it is of recipes that nobody wants any more."""
+    plans = cache / "plans"
+    if _read(plans / OPEN) == _naming(plan):
+        remove(plans / OPEN)
+    remove(plans / plan.digest[:16])
+    if plans.is_dir() and not any(plans.iterdir()):  # in a bucket there is no empty folder
+        remove(plans)
+
+
+def clear_plans(cache: Place) -> None:
+    """Remove what builders left of plans who were killed before one was open, or after; for when none is open."""
+    plans = cache / "plans"
+    if plans.is_dir() and _read(plans / OPEN) is None:
+        remove(plans)
+
+
+def _naming(plan: Plan) -> bytes:
+    return json_bytes({"digest": plan.digest})
 
 
 def _table_json(table: TablePlan) -> Mapping[str, object]:
@@ -158,9 +229,19 @@ def _table_json(table: TablePlan) -> Mapping[str, object]:
     }
 
 
-def _read_table(folder: Path, data: Mapping[str, object]) -> TablePlan:
+def _read_plan(folder: Place) -> Plan:
+    """The plan in `folder`; raises what `_DAMAGES` lists."""
+    data = json.loads((folder / "plan.json").read_bytes())
+    plan = Plan(tables=tuple(_read_table(folder, table) for table in data["tables"]))
+    if plan.digest != data["digest"]:
+        raise ValueError("its digest does not match its content")
+    return plan
+
+
+def _read_table(folder: Place, data: Mapping[str, object]) -> TablePlan:
     recipe = Recipe.from_json(data["recipe"])  # type: ignore[arg-type]  # a wrong type raises TypeError, which the caller expects
-    keys = unpack_keys(read_npy(folder / f"{recipe.table}.keys.npy"))
+    path = folder / f"{recipe.table}.keys.npy"
+    keys = unpack_keys(npy_of(path.read_bytes(), path.name))
     if len(keys) != data["rows"]:
         raise ValueError(f"{recipe.table}.keys.npy holds {len(keys)} keys; expected {data['rows']}")
     check_count(data["first_shard"], data["rows_per_shard"])

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
@@ -18,6 +17,7 @@ from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recip
 from kcache.encoders.repositories import Repository, find_repositories
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
+from kcache.places import Place
 from kcache.sources import Source, open_source
 from kcache.store.digests import DigestMemo, caption_key, content_key
 from kcache.store.index import TableState
@@ -34,7 +34,7 @@ _REPORT_SECONDS = 10.0
 class Survey:
     """Everything that a build needs to know, found out before it writes."""
 
-    folder: Path
+    folder: Place
     config: BuildConfig
     source: Source
     samples: Sequence[Sample]
@@ -79,7 +79,7 @@ class Survey:
         }
 
 
-def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
+def survey(source: str, folder: Place, config: BuildConfig, say: Say) -> Survey:
     """Open the source, digest its images and the encoders' weights, and name the tables that the cache should hold.
 
     Raises SourceError, ModelError, ConfigError, or CacheMismatchError for a cache of another schema or form.
@@ -118,7 +118,7 @@ def survey(source: str, folder: Path, config: BuildConfig, say: Say) -> Survey:
     )
 
 
-def _recipes_so_far(folder: Path, config: BuildConfig) -> dict[str, Recipe]:
+def _recipes_so_far(folder: Place, config: BuildConfig) -> dict[str, Recipe]:
     """The recipes that the manifest names; raises CacheMismatchError where it is of another schema or form."""
     try:
         manifest = read_manifest(folder)
@@ -134,7 +134,7 @@ def _recipes_so_far(folder: Path, config: BuildConfig) -> dict[str, Recipe]:
     return {name: entry.recipe for name, entry in manifest.tables.items()}
 
 
-def _is_in_srgb(folder: Path, earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> bool:
+def _is_in_srgb(folder: Place, earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> bool:
     """Whether colours were converted in what a cache has, finished or not; True where there is nothing of it yet.
 
     `recipes` are those of numbers as they are: their folders show what was begun so.
@@ -153,7 +153,7 @@ def _of_images(recipes: Mapping[str, Recipe]) -> list[Recipe]:
     return [recipe for name, recipe in recipes.items() if kind_of(name).per == "image"]
 
 
-def _recipes_begun(folder: Path) -> dict[str, Recipe]:
+def _recipes_begun(folder: Place) -> dict[str, Recipe]:
     """The recipes of the open plan, if there is one: a first build that was interrupted has no manifest."""
     plan = open_plan(folder)
     return {} if plan is None else {table.recipe.table: table.recipe for table in plan.tables}
@@ -298,7 +298,7 @@ def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> di
     return reasons
 
 
-def _known_keys(folder: Path) -> frozenset[bytes]:
+def _known_keys(folder: Place) -> frozenset[bytes]:
     """Keys of the images and captions of the samples that the cache has."""
     try:
         samples = read_samples(folder, read_manifest(folder))

@@ -3,6 +3,7 @@
 import ast
 import errno
 import fcntl
+import io
 import json
 import os
 import secrets
@@ -277,6 +278,16 @@ _LONGEST_HEADER = 10_000
 _HEADER_ERRORS = (
     SyntaxError, tokenize.TokenError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError,
 )  # fmt: skip
+
+
+def npy_of(content: bytes, name: str) -> np.ndarray:
+    """The array that `content`, all of a .npy file called `name`, holds; raises ValueError for what is no such file."""
+    file = io.BytesIO(content)
+    try:
+        _check_header(file)
+        return np.lib.format.read_array(file, allow_pickle=False)
+    except _HEADER_ERRORS as error:
+        raise ValueError(f"{name} has no header of an array: {error}") from error
 
 
 def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:

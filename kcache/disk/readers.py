@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kcache.errors import CacheBusyError
+from kcache.places.bucket import BucketPath
 
 _alone: set[tuple[int, int]] = set()
 """The folders, by device and inode, that this process holds alone: it may read them as well."""
@@ -21,10 +22,12 @@ _alone: set[tuple[int, int]] = set()
 class Reading:
     """Holds a folder together with all other readers and writers, until it is closed or nobody has it any more."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CacheBusyError when another process holds the folder alone."""
+    def __init__(self, folder: Path | BucketPath) -> None:
+        """Raises CacheBusyError when another process holds the folder alone; in a bucket nobody holds anything."""
         self._folder = folder
         self._descriptor: int | None = None
+        if not isinstance(folder, Path):
+            return
         try:
             if _identity(folder) in _alone:
                 return

@@ -9,6 +9,7 @@
 - `fetches`: which ranges of files hold the rows of a run of samples
 - `ration`: how much memory a stage takes
 - `slots`: what it is made of
+- `ranges`: ranges of files of a disk or of a bucket, many at a time
 - `upload`: the way of batches to the device
 """
 

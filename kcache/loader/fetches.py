@@ -57,10 +57,10 @@ class Tally:
         if self.alone <= _ALONE * self.rows and self.fetched <= _FETCHED * self.wanted:
             return None
         return (
-            f"{self.alone / self.rows:.1%} of the rows take a request for themselves, and {self.fetched / self.wanted:.2f} "
-            "bytes are read for each that is wanted: rows of neighbouring samples lie apart, or others between them, as "
-            "with several captions a picture, captions or pictures that several samples share, and selections; a cache "
-            "that is built at once of these samples alone is read in whole blocks"
+            f"{self.alone / self.rows:.1%} of the rows take a request for themselves, and "
+            f"{self.fetched / self.wanted:.2f} bytes are read for each that is wanted: rows of neighbouring samples "
+            "lie apart, or others between them, as with several captions a picture, captions or pictures that several "
+            "samples share, and selections; a cache built at once of these samples alone is read in whole blocks"
         )
 
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from kcache.errors import KcacheError
 from kcache.loader.fetches import Fetch, Layout, Tally, plan_fetches
+from kcache.loader.ranges import Ranges
 from kcache.loader.ration import AT_ONCE, Ration, ration
 from kcache.loader.slots import Arena, Run
 from kcache.loader.streamed import StreamShape
-from kcache.places.ranges import Ranges
 from kcache.store.cache import Cache
 from kcache.store.checksums import crc32c
 from kcache.store.rows import Empty, token_numbers

@@ -64,6 +64,9 @@ class BucketPath:
     def absolute(self) -> Self:
         return self
 
+    def resolve(self) -> Self:
+        return self
+
     def read_bytes(self) -> bytes:
         """All of the file; raises FileNotFoundError or StoreError."""
         with told(self):
@@ -78,6 +81,12 @@ class BucketPath:
         """Bytes of the file; raises FileNotFoundError or StoreError."""
         with told(self):
             return int(self.store.head(self.key)["size"])
+
+    def stamp(self) -> str:
+        """What is another text once the file has other content; raises FileNotFoundError or StoreError."""
+        with told(self):
+            found = self.store.head(self.key)
+        return f"{found['size']} {found['e_tag'] or found['last_modified']}"
 
     def is_file(self) -> bool:
         try:

@@ -29,6 +29,11 @@ def store_of(bucket: str) -> Any:
     return _store(bucket, os.getpid())
 
 
+def forget_stores() -> None:
+    """Let the next request read the environment again; what lay in `memory` is gone."""
+    _store.cache_clear()
+
+
 @lru_cache(maxsize=32)
 def _store(bucket: str, process: int) -> Any:  # part of what is remembered
     from obstore.store import from_url

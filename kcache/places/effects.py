@@ -16,7 +16,7 @@ import numpy as np
 
 from kcache.disk import durable
 from kcache.disk.durable import json_bytes
-from kcache.errors import CacheBusyError
+from kcache.errors import CacheBusyError, CacheWriteError
 from kcache.places import conditional
 from kcache.places.bucket import BucketPath
 from kcache.places.client import told
@@ -95,17 +95,23 @@ def temporary_folder(parent: Place) -> Iterator[Path]:
 def publish(temporary: Path, final: Place) -> None:
     """Give a file or folder that was made under a temporary name its final place, whole; the temporary one goes.
 
-    In a bucket the files of a folder appear one by one: what counts must be written after them.
+    In a bucket the files of a folder appear one by one, as on a disk where the folder is there already, which no reader
+    may miss meanwhile: what counts must be written after them.
     """
     if isinstance(final, Path):
-        durable.publish(temporary, final)
-        return
+        try:
+            durable.publish(temporary, final)
+            return
+        except CacheWriteError:
+            if not (temporary.is_dir() and final.is_dir()):
+                raise
     if temporary.is_dir():
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        for path in files:
-            _upload(path, final / path.relative_to(temporary).as_posix())
+        for path in [path for path in sorted(temporary.rglob("*")) if path.is_file()]:
+            place = final / path.relative_to(temporary).as_posix()
+            make_folder(place.parent)
+            publish(path, place)
         shutil.rmtree(temporary)
-    else:
+    elif isinstance(final, BucketPath):
         _upload(temporary, final)
         temporary.unlink()
 
@@ -128,7 +134,8 @@ def write_npy(final: Place, array: np.ndarray) -> None:
 def make_folder(folder: Place) -> None:
     """Make sure that there is a folder; in a bucket there are none to make."""
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        with durable.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Place) -> None:

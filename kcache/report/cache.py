@@ -6,13 +6,13 @@ Of a cache of any size only the index, the manifest and some thousand rows are r
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from kcache.config import AS_FOUND, CountReport, SourceConfig
+from kcache.places import Place
 from kcache.report.figures import histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
@@ -61,8 +61,8 @@ def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:
 
     Raises the errors of `Cache.open` and `Cache.read`, SourceError and ModelError for what `config` names.
     """
-    folder = Path(config.path)
-    cache = Cache.open(folder)
+    cache = Cache.open(config.path)
+    folder = cache.path
     return [
         Section(title="Overview", blocks=[_overview(folder, cache.manifest), *_losses(cache)]),
         Section(title="Samples", blocks=_samples(cache, config, report)),
@@ -81,7 +81,7 @@ def size_text(count: int) -> str:
     return f"{count} B"
 
 
-def _overview(folder: Path, manifest: Manifest) -> Table:
+def _overview(folder: Place, manifest: Manifest) -> Table:
     models = [
         [f"Encoders of the {role}", str(model["name"]) + (f" at {model['revision']}" if model["revision"] else "")]
         for role, model in sorted(manifest.models.items())
@@ -228,7 +228,7 @@ def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: 
     return np.concatenate(norms)
 
 
-def _rejected(folder: Path, count: int) -> list[Block]:
+def _rejected(folder: Place, count: int) -> list[Block]:
     reasons: Counter[tuple[str, str]] = Counter()
     first: list[list[str]] = []
     for refusal in read_refused(folder):

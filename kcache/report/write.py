@@ -13,7 +13,7 @@ from kcache.report.page import Section, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run, run_of
-from kcache.urls import check_local
+from kcache.urls import check_local, is_read_afar, without_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,16 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
     directory nor a cache, for settings of the other and for a device that is not there, CacheWriteError when the file
     cannot be written, and the errors of what is read.
     """
-    for path in filter(None, (config.path, config.output)):
+    is_far = is_read_afar(config.path)
+    for path in filter(None, (None if is_far else without_scheme(config.path), config.output)):
         check_local(path)
-    folder = Path(config.path)
-    kind = _kind(folder)
+    folder = Path(without_scheme(config.path))
+    kind = "cache" if is_far else _kind(folder)
     _check(config, kind)
     check_device(config.device)
     name = folder.resolve().name
-    default = folder / "report.html" if kind == "run" else folder.resolve().parent / f"{name}-report.html"
+    beside = Path() if is_far else folder.resolve().parent
+    default = folder / "report.html" if kind == "run" else beside / f"{name}-report.html"
     output = default if config.output is None else Path(config.output)
     if output.is_dir():
         raise ConfigError(f"--output is {output}, a folder; expected a file, such as {output / 'report.html'}")
@@ -87,7 +89,7 @@ def _check(config: ReportConfig, kind: Literal["run", "cache"]) -> None:
 def _sections(config: ReportConfig, kind: Literal["run", "cache"], report: CountReport) -> list[Section]:
     if kind == "cache":
         return cache_sections(config, report)
-    run = read_run(Path(config.path))
+    run = read_run(Path(without_scheme(config.path)))
     sections = run_sections(run)
     if config.neighbours:
         # Not at the top: only this needs torch.

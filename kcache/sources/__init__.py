@@ -14,10 +14,12 @@ from pathlib import Path
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
 from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
-from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_folder, unlike_pictures
+from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
 from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
@@ -32,9 +34,10 @@ from kcache.sources.splits import (
 )
 from kcache.sources.table import TableSource, count_rows, open_parquet
 from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
+from kcache.store.manifest import MANIFEST
 from kcache.store.samples import Refusal
 from kcache.tally import counted
-from kcache.urls import remote
+from kcache.urls import remote, store_url, without_scheme
 
 __all__ = ["Refusal", "Source", "open_source"]
 
@@ -42,7 +45,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EXPECTED = (
     "a folder of images with metadata.jsonl or metadata.csv (columns file_name and text), a folder of x.jpg with "
     "x.txt, webdataset tars (a folder of them, or {00000..00099}.tar), parquet files, a folder written by "
-    "save_to_disk, or the id of a Hub dataset (owner/name)"
+    "save_to_disk, the id of a Hub dataset (owner/name), or tars or parquet files of a bucket (s3://…)"
 )
 _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -66,6 +69,9 @@ def open_source(
     `need_captions`, images without captions are offered with (). Raises SourceError when there is nothing to offer.
     """
     request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
+    spec = without_scheme(spec)
+    if store_url(spec) is not None:
+        return _open_in_bucket(spec, request)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
     _refuse_empty(spec, config)
     try:
@@ -87,6 +93,32 @@ def open_source(
         refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
         return _noted(*open_hub_dataset(spec, request))
     raise SourceError(_no_source(spec, path))
+
+
+def _open_in_bucket(spec: str, request: Request) -> Source:
+    """Open tars or parquet files of a bucket: one, those that braces or a pattern stand for, or all below a prefix."""
+    place, pattern = BucketPath.of(spec), re.search(r"[^/]*[*?\[].*", spec)
+    if "{" in spec:
+        refuse_unused(request.config, f"{spec}, tars that are named one by one", *_COLUMNS)
+        return open_tars(expand_braces(spec), {}, request)
+    is_file = pattern is None and (is_tar_name(place.name) or place.suffix.lower() == ".parquet") and place.is_file()
+    if not is_file and pattern is None:
+        listing = list_bucket(place)
+        if MANIFEST in listing.files and any(path.startswith("index-") for path in listing.files):
+            raise SourceError(
+                f"{place} is a cache: its pictures are encoded already; train from it, or give their source"
+            )
+        return _open_folder(listing, request)
+    root = place.parent if pattern is None else BucketPath.of(spec[: pattern.start()])
+    names = [place.name] if pattern is None else sorted(list_bucket(root, pattern[0]).files)
+    refuse_unused(request.config, f"{spec}, files that are named themselves", *_COLUMNS)
+    if all(map(is_tar_name, names)) and names:
+        return open_tars([(name, root / name) for name in names], {}, request)
+    if all(name.lower().endswith(".parquet") for name in names) and names:
+        return open_parquet(root, names, {}, request)
+    raise SourceError(
+        f"{spec!a} stands for {counted(len(names), 'file')}; expected tars, or parquet files, and no others"
+    )
 
 
 def _refuse_empty(spec: str, config: SourceConfig) -> None:
@@ -137,6 +169,8 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
         raise SourceError(f"{listing.root} {_without_samples(listing)}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
     what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
+    if not isinstance(listing.root, Path):
+        used.remove("follow_links")  # there are none in a bucket
     if kind == "pictures" and not listing.metadata:
         what, used = f"{what} with a text file each", used[2:]
     refuse_unused(request.config, what, *used)
@@ -150,7 +184,8 @@ def _kinds(listing: FolderListing) -> dict[str, Sequence[str]]:
     # img2dataset writes 00000.parquet, which holds no pictures, beside 00000.tar.
     described = {path.rpartition(".")[0] + ".parquet" for path in tars} | set(metadata if listing.images else ())
     parquet = sorted(path for path in listing.files - described if path.lower().endswith(".parquet"))
-    pictures = [*listing.images, *metadata]
+    # In a bucket each picture would be a request or two, and each text beside it.
+    pictures = [*listing.images, *metadata] if isinstance(listing.root, Path) else []
     kinds = {"pictures": pictures, "tars": tars, "parquet files": parquet}
     return {kind: files for kind, files in kinds.items() if files}
 
@@ -202,13 +237,20 @@ def _stem(path: str) -> str:
 
 def _without_samples(listing: FolderListing) -> str:
     """What a folder holds that can be read as nothing."""
+    if not isinstance(listing.root, Path):
+        if not listing.images:
+            return f"holds no tars and no parquet files among its {len(listing.files):,} files"
+        return (
+            f"holds {counted(len(listing.images), 'loose image')}, which are not read one by one out of a bucket: put "
+            "them into tars or parquet files, or copy the folder to this machine"
+        )
     refused = listing.refused | leftovers(listing, listing.files, unlike_pictures)
     reasons = [f"{readable(path)}: {reason}" for path, reason in list(refused.items())[:3]]
     saved = {path.rpartition("/")[0] for path in listing.files if path.endswith(("/dataset_dict.json", "/state.json"))}
-    if inner := sorted(path for path in saved if is_saved_dataset(listing.root / path))[:3]:
+    if inner := sorted(path for path in saved if is_saved_dataset(listing.folder / path))[:3]:
         return f"holds {' and '.join(map(readable, inner))}, which save_to_disk wrote; give one of those folders"
     found = "; ".join(filter(None, [*reasons, _own_note(listing)]))
-    if not found and not listing.files and any(listing.root.iterdir()):
+    if not found and not listing.files and any(listing.folder.iterdir()):
         found = "names that begin with a dot are hidden, and not read"
     return f"holds no images among its {len(listing.files):,} files{f' ({found})' if found else ''}"
 
@@ -248,7 +290,7 @@ def _note(listing: FolderListing, splits: Splits, split: str) -> str:
     return split_note(split, {name: _size(listing.root, paths) for name, paths in others.items()})
 
 
-def _size(root: Path, paths: Sequence[str]) -> str:
+def _size(root: Place, paths: Sequence[str]) -> str:
     """How much there is in data files, in words: rows, or else files."""
     if len(paths) <= COUNTED_FILES and all(path.endswith(".parquet") for path in paths):
         counts = [count_rows(root / path) for path in paths]
@@ -269,7 +311,9 @@ def _card(listing: FolderListing) -> str:
     if "README.md" not in listing.files:
         return ""
     try:
-        return read_file(listing.root / "README.md", MAX_TEXT_BYTES).decode("utf-8", "replace")
+        card = listing.root / "README.md"
+        content = read_file(card, MAX_TEXT_BYTES) if isinstance(card, Path) else card.read_bytes()
+        return content.decode("utf-8", "replace")
     except InputRejected:
         return ""
 

@@ -3,6 +3,7 @@
 Zips are what rows of `datasets` may lead into, by the chained paths that it writes: zip://0001.jpg::/downloads/x.zip.
 """
 
+import json
 import lzma
 import os
 import re
@@ -11,16 +12,26 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import BinaryIO
 
-from kcache.errors import InputRejected
+from kcache.errors import InputRejected, StoreError
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
+from kcache.places.fetching import AT_ONCE, at_once
+from kcache.places.opened import opened
 from kcache.plainly import plainly_at
-from kcache.sources.reading import MAX_IMAGE_BYTES, locate
+from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, locate
+from kcache.store.digests import DigestMemo, content_key
 
+_TEXT_SUFFIXES = ("txt", "text", "caption", "json")
+"""Members that are read to know the captions."""
+_PART = "what the tar holds, 1"
+"""What the memo calls a listing; another name for another form of it."""
 MAX_HEADER_BYTES = 1 << 20
 """Most that one header may make the reader hold: long names and extended attributes need far less."""
 
@@ -55,6 +66,10 @@ class Member:
     """Bytes of content."""
     problem: str | None
     """Why its content must not be read; None for a regular file that lies in the tar as a whole."""
+    content: bytes | None = None
+    """Where the tar is in a bucket: its content, if it is a short text."""
+    key: bytes | None = None
+    """There: the `content_key` of any other, if it is not too large for an image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,24 +99,26 @@ class _Headers:
         return self._file.tell()
 
 
-def list_members(path: Path) -> TarListing:
+def list_members(path: Place) -> TarListing:
     """List an uncompressed tar by its headers alone; nothing is extracted, and no link is followed.
 
-    Raises OSError when the file cannot be read.
+    A tar in a bucket is read as a whole, once: a request for each header would take longer. Raises OSError when the
+    file cannot be read, StoreError among them.
     """
     members: list[Member] = []
     damage = None
-    with path.open("rb") as file:
+    with opened(path) as file:
         try:
-            _walk(file, members)
+            _walk(file, members, None if isinstance(path, Path) else _looked_into)
         except _DAMAGE as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             damage = reason if isinstance(error, tarfile.TarError) else f"a header that makes no sense: {reason}"
     return TarListing(members=members, damage=damage)
 
 
-def _walk(file: BinaryIO, members: list[Member]) -> None:
-    tar_bytes = os.fstat(file.fileno()).st_size
+def _walk(file: BinaryIO, members: list[Member], look: Callable[[Member, BinaryIO], Member] | None) -> None:
+    tar_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]  # it reads, seeks, tells
         while (info := tar.next()) is not None:
             tar.members.clear()  # or it keeps every header of the tar
@@ -110,7 +127,8 @@ def _walk(file: BinaryIO, members: list[Member]) -> None:
                 raise tarfile.ReadError(f"a size of {info.size} bytes")
             if not info.isdir():
                 problem = _problem(info, tar_bytes)
-                members.append(Member(name=info.name, offset=info.offset_data, size=info.size, problem=problem))
+                member = Member(name=info.name, offset=info.offset_data, size=info.size, problem=problem)
+                members.append(member if look is None or problem else look(member, file))
         # For tarfile a damaged header is an end like any other.
         file.seek(tar.offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -118,6 +136,74 @@ def _walk(file: BinaryIO, members: list[Member]) -> None:
             raise tarfile.ReadError("it ends without an end mark")
         if any(block):
             raise tarfile.ReadError(f"byte {tar.offset} should start a header and does not")
+
+
+def _looked_into(member: Member, file: BinaryIO) -> Member:
+    if member.size > MAX_IMAGE_BYTES:
+        return member
+    file.seek(member.offset)
+    content = file.read(member.size)
+    if member.size <= MAX_TEXT_BYTES and member.name.rpartition(".")[2].lower() in _TEXT_SUFFIXES:
+        return replace(member, content=content)
+    return replace(member, key=content_key(content))
+
+
+def far_listings(paths: Sequence[Place]) -> Iterator[TarListing]:
+    """What the tars in a bucket among `paths` hold, in their order; several are read at a time.
+
+    It is remembered, so that each is read once for that.
+    """
+    far = [path for path in paths if isinstance(path, BucketPath)]
+    for first in range(0, len(far), AT_ONCE):
+        some, fetched = far[first : first + AT_ONCE], dict[BucketPath, bytes]()
+
+        def fetch(path: BucketPath, fetched: dict[BucketPath, bytes] = fetched) -> None:
+            fetched[path] = _packed(list_members(path))
+
+        with DigestMemo() as memo:
+            at_once(fetch, [path for path in some if not memo.remembered(path, _PART)])
+            contents = [memo.digest(path, _PART, partial(fetched.__getitem__, path)) for path in some]
+        yield from map(_unpacked, contents)
+
+
+def _packed(listing: TarListing) -> bytes:
+    members = [
+        [m.name, m.offset, m.size, m.problem, *(None if part is None else part.hex() for part in (m.content, m.key))]
+        for m in listing.members
+    ]
+    return zlib.compress(json.dumps([listing.damage, members]).encode())
+
+
+def _unpacked(content: bytes) -> TarListing:
+    damage, found = json.loads(zlib.decompress(content))
+    members = []
+    for name, offset, size, problem, *parts in found:
+        text, key = (None if part is None else bytes.fromhex(part) for part in parts)
+        members.append(Member(name=name, offset=offset, size=size, problem=problem, content=text, key=key))
+    return TarListing(members=members, damage=damage)
+
+
+def text_of(path: Place, member: Member) -> bytes:
+    """The content of a member of a tar; raises InputRejected or StoreError."""
+    return content_at(path, member.offset, member.size) if member.content is None else member.content
+
+
+def content_at(path: Place, offset: int, size: int) -> bytes:
+    """`size` bytes of a tar from `offset` on; raises InputRejected or StoreError."""
+    try:
+        if isinstance(path, Path):
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+        else:
+            content = bytes(path.read_range(offset, size)) if size else b""
+    except StoreError:  # which says nothing of the picture
+        raise
+    except OSError as error:
+        raise InputRejected("source", f"the tar cannot be read: {error.strerror or 'it is gone'}") from error
+    if len(content) != size:
+        raise InputRejected("source", "the tar has become shorter since it was opened")
+    return content
 
 
 def _problem(info: tarfile.TarInfo, tar_bytes: int) -> str | None:

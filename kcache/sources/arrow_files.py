@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from kcache.places import Place
+from kcache.places.opened import opened
 
 _PIECE_BYTES = 1 << 24
 """About what a piece of a column holds, decoded."""
@@ -29,7 +33,7 @@ _HELD_BYTES = 1 << 26
 class RowFile(Protocol):
     """One file of rows; opening and reading raise pa.ArrowException or OSError when the file is broken."""
 
-    path: Path
+    path: Place
     schema: Any
     """The file's pyarrow.Schema."""
     starts: Sequence[int]
@@ -42,10 +46,11 @@ class RowFile(Protocol):
 class ParquetFile:
     """A parquet file; a chunk is a row group, of which the smallest part that can be decompressed is a page."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         try:
-            self._metadata = pq.read_metadata(path)
+            with _for_arrow(path) as file:
+                self._metadata = pq.read_metadata(file)
         except UnicodeDecodeError as error:  # from the names of columns, and no error of Arrow's
             raise pa.ArrowInvalid(f"the name of a column is not UTF-8: {error}") from error
         self.schema = self._metadata.schema.to_arrow_schema()
@@ -60,16 +65,21 @@ class ParquetFile:
         most = rows if whole else min(rows * _PIECE_BYTES // max(size, 1), _PIECE_ROWS)
         # With a buffer only pages are read at a time; without one, all of the column at once, which is faster.
         buffered = {"pre_buffer": whole, "buffer_size": 0 if whole else 1 << 20}
-        with pq.ParquetFile(self.path, metadata=self._metadata, **buffered) as file:
+        with _for_arrow(self.path) as it, pq.ParquetFile(it, metadata=self._metadata, **buffered) as file:
             for batch in file.iter_batches(max(most, 1), row_groups=[chunk], columns=[column], use_threads=False):
                 yield batch.column(column)
+
+
+def _for_arrow(path: Place) -> AbstractContextManager[Any]:
+    """What Arrow is given for a file: of one in a bucket, something that reads it by ranges."""
+    return nullcontext(path) if isinstance(path, Path) else opened(path)
 
 
 class ArrowStream:
     """A file in Arrow's stream format, as `datasets` keeps its rows, memory-mapped; a chunk is a record batch."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path: Place = path
         with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
             self.schema = reader.schema
             self._batches = [batch for batch in reader if batch.num_rows]
@@ -112,7 +122,7 @@ class Images:
 class _Reading:
     """A chunk that has been read up to a row."""
 
-    place: tuple[Path, int]
+    place: tuple[Place, int]
     pieces: Iterator[Any]
     row: int = 0
 
@@ -122,9 +132,9 @@ class HeldImages:
 
     def __init__(self, column: str) -> None:
         self.column = column
-        self._held: OrderedDict[tuple[Path, int, int], Images] = OrderedDict()
+        self._held: OrderedDict[tuple[Place, int, int], Images] = OrderedDict()
         """By file, chunk and first row."""
-        self._starts: dict[tuple[Path, int], list[int]] = {}
+        self._starts: dict[tuple[Place, int], list[int]] = {}
         """Where the pieces of a chunk begin, as far as it has been read."""
         self._reading: _Reading | None = None
         """One at most: it may hold a page, which may be as large as its chunk."""
@@ -161,7 +171,7 @@ class HeldImages:
                 return start, images
         raise pa.ArrowInvalid(f"row group {chunk} ends after {reading.row:,} rows, before its row {row:,}")
 
-    def _hold(self, key: tuple[Path, int, int], images: Images) -> None:
+    def _hold(self, key: tuple[Place, int, int], images: Images) -> None:
         starts = self._starts[key[:2]]
         if key[2] > starts[-1]:
             starts.append(key[2])

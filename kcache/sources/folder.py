@@ -115,7 +115,7 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     chosen = sorted(samples.items())[: request.max_train_samples]
     described = _description(chosen, _origin(said, request, taken), companions | spare)
     kind = "imagefolder" if said.files else "folder"
-    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.root, samples=chosen)
+    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=chosen)
 
 
 def _find_texts(listing: FolderListing) -> _Texts:

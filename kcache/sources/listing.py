@@ -12,8 +12,11 @@ from urllib.parse import unquote
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import near_names, own_output
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
 from kcache.plainly import plainly_at
 from kcache.sources.reading import follow, locate
+from kcache.sources.splits import name_pattern
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -39,8 +42,8 @@ _MOST_KINDS = 20
 class FolderListing:
     """What a folder holds, hidden names (starting with a dot) left out; paths are relative to `root`, with slashes."""
 
-    root: Path
-    """The folder's real, absolute path."""
+    root: Place
+    """The folder's real, absolute path, or what the names begin with in a bucket."""
     links: Sequence[Path] = ()
     """Real, absolute folders in which what a link in the root leads to may lie, besides."""
     files: set[str] = field(default_factory=set)
@@ -51,6 +54,13 @@ class FolderListing:
     """Folders that kcache itself made, and what they are: no input, and so not refused either."""
     left_out: frozenset[str] = frozenset()
     """Files of another split than the one that is read: not refused, but not read either."""
+
+    @property
+    def folder(self) -> Path:
+        """The same, of what is on this machine, as all is that takes more than names; raises SourceError."""
+        if not isinstance(self.root, Path):
+            raise SourceError(f"{self.root} is in a bucket; expected tars or parquet files there; copy it here first")
+        return self.root
 
     @cached_property
     def images(self) -> list[str]:
@@ -91,7 +101,7 @@ class FolderListing:
             raise InputRejected("source", reason + hint) from None
 
     def _locate(self, name: str, folder: str) -> str:
-        return locate(name, self.root / folder, [self.root], self.links).relative_to(self.root).as_posix()
+        return locate(name, self.folder / folder, [self.folder], self.links).relative_to(self.folder).as_posix()
 
     def _alike(self, path: str) -> list[str]:
         return self._by_loose_name.get(_loosely(path), [])
@@ -163,6 +173,17 @@ def list_folder(folder: Path, config: SourceConfig = AS_FOUND) -> FolderListing:
     return listing
 
 
+def list_bucket(root: BucketPath, pattern: str = "") -> FolderListing:
+    """List what is below `root`, or what of that `pattern` matches; raises StoreError."""
+    listing, matches = FolderListing(root=root), name_pattern(pattern or "**")
+    for path, _ in root.below():
+        name = path.key.removeprefix(root.key).lstrip("/")
+        is_hidden = any(part.startswith(".") for part in name.split("/"))
+        if name and not name.endswith("/") and not is_hidden and matches.fullmatch(name):
+            listing.files.add(name)
+    return listing
+
+
 def link_roots(root: Path, config: SourceConfig) -> tuple[Path, ...]:
     """Where links in the real folder `root` may lead besides: what `config` names, and the store of its own repository.
 
@@ -205,7 +226,7 @@ def _list_entry(
     """Note an entry of the real `folder`, `path` from the root of the listing."""
     if entry.is_symlink():
         try:
-            _list_link(path, follow(listing.root / path, [listing.root, *listing.links]), listing, linked)
+            _list_link(path, follow(listing.folder / path, [listing.folder, *listing.links]), listing, linked)
         except InputRejected as rejection:
             listing.refused[path] = rejection.reason
     elif entry.is_file():
@@ -231,9 +252,9 @@ def _list_link(path: str, real: Path, listing: FolderListing, linked: list[tuple
 
 def _read_as(folder: Path, listing: FolderListing) -> str | None:
     """Where in the source a real folder is read without any link; None for one outside, and for a hidden one."""
-    if not folder.is_relative_to(listing.root) or any(folder.is_relative_to(place) for place in listing.links):
+    if not folder.is_relative_to(listing.folder) or any(folder.is_relative_to(place) for place in listing.links):
         return None
-    inside = folder.relative_to(listing.root)
+    inside = folder.relative_to(listing.folder)
     return None if any(part.startswith(".") for part in inside.parts) else inside.as_posix()
 
 

@@ -64,7 +64,7 @@ def read_metadata(listing: FolderListing, request: Request) -> Said:
 def _read_file(path: str, listing: FolderListing, request: Request, said: Said) -> None:
     """Add what one file says; raises InputRejected for one that is no metadata."""
     column = request.config.image_column or FILE_COLUMN
-    table = _open(listing.root / path, column, request.caption_column)
+    table = _open(listing.folder / path, column, request.caption_column)
     for name in (column, request.caption_column):
         if (times := list(table.columns or ()).count(name)) > 1:
             raise InputRejected("source", f"has {times} columns {name!r}; expected one; give each a name of its own")
@@ -84,10 +84,10 @@ def _read_file(path: str, listing: FolderListing, request: Request, said: Said) 
         except InputRejected as rejection:
             reasons[name] = rejection.reason
     if not rows:
-        raise InputRejected("source", f"holds no rows{_unlike_text(listing.root / path)}")
+        raise InputRejected("source", f"holds no rows{_unlike_text(listing.folder / path)}")
     if column not in columns:
         if not columns:
-            raise InputRejected("source", f"{_NO_ROW}; none of its {rows:,} lines is{_plain(listing.root / path)}")
+            raise InputRejected("source", f"{_NO_ROW}; none of its {rows:,} lines is{_plain(listing.folder / path)}")
         raise InputRejected("source", _without(column, sorted(columns)))
     said.refused |= reasons
     said.columns |= columns

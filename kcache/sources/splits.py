@@ -156,13 +156,13 @@ def _pattern_rule(data_files: object, base: str) -> Rule | None:
         split, paths = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for path in paths if isinstance(paths, list) else [paths]:
             if isinstance(split, str) and isinstance(path, str):
-                patterns.append((split, _glob(base + path.removeprefix("./"))))
+                patterns.append((split, name_pattern(base + path.removeprefix("./"))))
     if not patterns:
         return None
     return lambda path: dict.fromkeys(split for split, pattern in patterns if pattern.fullmatch(path))
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
+def name_pattern(pattern: str) -> re.Pattern[str]:
     """A pattern of file names, in which * stops at a slash and ** does not."""
     pattern = re.sub(r"(\*\*/)+", "**/", pattern)  # many of them would take for ever
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
-from kcache.errors import InputRejected, SourceError
+from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.foreign import reason
+from kcache.places import Place
 from kcache.plainly import plainly_at
 from kcache.sources.archives import ZipMembers, is_chained
 from kcache.sources.arrow_files import (
@@ -30,6 +32,7 @@ from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
+_File = TypeVar("_File", bound=Place)
 _NO_BYTES = bytes(KEY_BYTES)
 """Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
 
@@ -55,7 +58,10 @@ class TableSource:
     """Index of the part, row in its file, captions."""
     images: HeldImages
     roots: tuple[Path, ...]
-    """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base."""
+    """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base.
+
+    There are none where the table is in a bucket.
+    """
     links: tuple[Path, ...] = ()
     """Such folders into which links in the roots may lead."""
     zip_roots: tuple[Path, ...] = ()
@@ -128,16 +134,24 @@ class TableSource:
     def _reading(self, part: int) -> Iterator[None]:
         try:
             yield
+        except StoreError:  # which says nothing of the rows
+            raise
         except (pa.ArrowException, OSError) as error:
             raise InputRejected("source", f"{self.parts[part].label} cannot be read: {reason(error)}") from error
 
     def _located(self, path: str | None) -> Path:
         if path is None:
             raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
-        return locate(path, self.roots[0], self.roots, self.links)
+        return locate(path, self._base(path), self.roots, self.links)
+
+    def _base(self, path: str) -> Path:
+        if not self.roots:
+            do = "of a table in a bucket, it must be in the table itself"
+            raise InputRejected("source", f"the row only names the picture {path[:200]!a}; {do}")
+        return self.roots[0]
 
     def _zipped(self, path: str) -> tuple[Path, str]:
-        return self.zips.locate(path, self.roots[0], [*self.roots, *self.zip_roots], self.links)
+        return self.zips.locate(path, self._base(path), [*self.roots, *self.zip_roots], self.links)
 
     def _named(self, path: str | None) -> bytes:
         """The bytes of what a row only names."""
@@ -146,13 +160,14 @@ class TableSource:
         return read_file(self._located(path), MAX_IMAGE_BYTES)
 
 
-def open_parquet(root: Path, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
+def open_parquet(root: Place, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
     """Open parquet files given relative to a folder; raises SourceError when they offer no sample."""
     files = [(readable(path), root / path) for path in paths]
-    return open_rows("parquet", str(root), ParquetFile, files, [root], request, reasons=refused)
+    roots = [root] if isinstance(root, Path) else []
+    return open_rows("parquet", str(root), ParquetFile, files, roots, request, reasons=refused)
 
 
-def count_rows(path: Path) -> int | None:
+def count_rows(path: Place) -> int | None:
     """The rows of a parquet file, as its footer says; None where it cannot be read."""
     try:
         return ParquetFile(path).starts[-1]
@@ -163,8 +178,8 @@ def count_rows(path: Path) -> int | None:
 def open_rows(
     kind: str,
     place: str,
-    reader: Callable[[Path], RowFile],
-    files: Sequence[tuple[str, Path]],
+    reader: Callable[[_File], RowFile],
+    files: Sequence[tuple[str, _File]],
     roots: Sequence[Path],
     request: Request,
     *,
@@ -178,7 +193,7 @@ def open_rows(
     """
     parts: list[_Part] = []
     samples: list[tuple[int, int, tuple[str, ...]]] = []
-    reasons, problems = dict(reasons or {}), dict[Path, str]()
+    reasons, problems = dict(reasons or {}), dict[Place, str]()
     first_row = 0
     for label, path in files:
         if len(samples) == request.max_train_samples:
@@ -194,12 +209,14 @@ def open_rows(
                 samples.append((len(parts) - 1, row, captions))
                 if len(samples) == request.max_train_samples:
                     break
+        except StoreError:
+            raise
         except (pa.ArrowException, OSError) as error:
             begun = bool(samples) and samples[-1][0] == len(parts) - 1
             problems[path] = reasons[label] = _broken(path, error, begun)
     if problems and (numbered_through or not parts):
-        path, problem = next(iter(problems.items()))
-        raise SourceError(f"{path} {problem}")
+        broken, problem = next(iter(problems.items()))
+        raise SourceError(f"{broken} {problem}")
     expected = "rows with an image and a caption; correct the data"
     refused = refusals(f"{kind} {place}", samples, reasons, expected=expected)
     captioned = any(captions for _, _, captions in samples)
@@ -214,7 +231,7 @@ def open_rows(
         samples=samples,
         images=HeldImages(request.image_column),
         roots=tuple(roots),
-        links=link_roots(roots[0], request.config),
+        links=link_roots(roots[0], request.config) if roots else (),
     )
 
 
@@ -272,7 +289,7 @@ def _caption_cells(file: RowFile, request: Request) -> Iterator[tuple[int, objec
         yield from ((k, None) for k in range(row, end))
 
 
-def _broken(path: Path, error: Exception, begun: bool) -> str:
+def _broken(path: Place, error: Exception, begun: bool) -> str:
     if (found := plainly_at(path)) is not None and not found.startswith(("a Parquet file", "an Arrow")):
         return f"is no file of rows: it is {found}"
     return f"cannot be read{' to its end' if begun else ''}: {reason(error)}; expected a whole file; write it again"

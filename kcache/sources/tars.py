@@ -1,23 +1,26 @@
 """webdataset tars: image and caption of a sample are members of one key, as webdataset and img2dataset write them."""
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kcache.errors import InputRejected, SourceError
+from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.hints import near_names
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
+from kcache.places.fetching import listed, missing
 from kcache.plainly import plainly_at
-from kcache.sources.archives import Member, list_members
+from kcache.sources.archives import Member, TarListing, content_at, far_listings, list_members, text_of
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 from kcache.store.digests import DigestMemo, content_key
 from kcache.store.samples import Refusal
 from kcache.tally import counted
+from kcache.urls import store_url
 
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
@@ -37,6 +40,8 @@ class _Sample:
     offset: int
     size: int
     captions: tuple[str, ...]
+    key_of_image: bytes | None
+    """Where it is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class TarSource:
 
     description: str
     refused: tuple[Refusal, ...]
-    tars: Sequence[tuple[str, Path]]
+    tars: Sequence[tuple[str, Place]]
     """What each tar is called in names, and its file."""
     samples: Sequence[_Sample]
 
@@ -61,10 +66,12 @@ class TarSource:
 
     def image(self, i: int) -> bytes:
         sample = self.samples[i]
-        return _content(self.tars[sample.tar][1], sample.offset, sample.size)
+        return content_at(self.tars[sample.tar][1], sample.offset, sample.size)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         sample = self.samples[i]
+        if sample.key_of_image is not None and not rehash:
+            return sample.key_of_image
         part = f"content_key of {sample.size} bytes at {sample.offset}"
         try:
             return memo.digest(self.tars[sample.tar][1], part, lambda: content_key(self.image(i)), rehash)
@@ -107,7 +114,7 @@ def is_tar_name(name: str) -> bool:
     return _TAR_NAME.search(name.lower()) is not None
 
 
-def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], request: Request) -> TarSource:
+def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], request: Request) -> TarSource:
     """Open tars given as (what to call it, file); raises SourceError when they offer no sample.
 
     The caption of a sample is its .txt, .text or .caption member, else what its .json member has in "text" or
@@ -117,6 +124,7 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
     """
     found = _Found(refused=dict(refused))
     unfinished = _unfinished([path for _, path in tars])
+    listings = far_listings([path for _, path in tars])
     for number, (label, path) in enumerate(tars):
         if len(found.samples) == request.max_train_samples:
             break
@@ -125,9 +133,11 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
                 raise InputRejected(
                     "source", f"unfinished: there is no {path.stem}_stats.json beside it, as finished tars there have"
                 )
-            _read_tar(number, label, path, request, found)
+            _read_tar(number, label, path, request, found, listings)
         except InputRejected as rejection:
             found.refused[label] = rejection.reason
+        except StoreError:
+            raise
         except OSError as error:
             found.refused[label] = f"cannot be read: {error.strerror}"
     place, reasons = f"a webdataset of {counted(len(tars), 'tar')}", dict(sorted(found.refused.items()))
@@ -150,21 +160,22 @@ def open_tars(tars: Sequence[tuple[str, Path]], refused: Mapping[str, str], requ
     )
 
 
-def expand_braces(spec: str) -> list[tuple[str, Path]]:
+def expand_braces(spec: str) -> list[tuple[str, Place]]:
     """The files that a pattern such as "shards/{00000..00099}.tar" or "{a,b}/{0..9}.tar" means, and what to call each.
 
     They are called by their path from the last folder before the first brace. Raises SourceError.
     """
     start = spec.rfind("/", 0, spec.find("{")) + 1
-    tars = [(text[start:], Path(text)) for text in _expansions(spec)]
-    if tars[0][1] == Path(spec) or not all(label.endswith(".tar") for label, _ in tars):
+    texts, place_of = _expansions(spec), Path if store_url(spec) is None else BucketPath.of
+    tars: list[tuple[str, Place]] = [(text[start:], place_of(text)) for text in texts]
+    if texts == [spec] or not all(label.endswith(".tar") for label, _ in tars):
         raise SourceError(f"{spec!r} is no pattern for tars; expected one such as {{00000..00099}}.tar; correct it")
-    missing = [label for label, path in tars if not path.is_file()]
-    if missing:
-        folder = Path(spec[:start] or ".")
-        near = "" if folder.exists() else near_names(folder)
+    paths = [path for _, path in tars]
+    if lacking := set(missing(paths) if place_of is not Path else [path for path in paths if not path.is_file()]):
+        folder, first = Path(spec[:start] or "."), next(label for label, path in tars if path in lacking)
+        near = "" if folder.exists() or store_url(spec) else near_names(folder)
         raise SourceError(
-            f"{len(missing):,} of the {len(tars):,} tars that {spec!r} stands for are missing, such as {missing[0]}; "
+            f"{len(lacking):,} of the {len(tars):,} tars that {spec!r} stands for are missing, such as {first}; "
             f"expected all of them; {f'did you mean the folder {near}? C' if near else 'c'}orrect the pattern or "
             "restore the files"
         )
@@ -197,18 +208,17 @@ def _choices(body: str) -> Sequence[str]:
     return [f"{value:0{width}d}" for value in values[: _MAX_TARS + 1]]
 
 
-def _unfinished(paths: Sequence[Path]) -> set[Path]:
-    stats: dict[Path, set[str]] = {}
+def _unfinished(paths: Sequence[Place]) -> set[Place]:
+    stats: dict[Place, set[str]] = {}
     for folder in {path.parent for path in paths}:
-        with os.scandir(folder) as entries:
-            stats[folder] = {entry.name for entry in entries if entry.name.endswith("_stats.json")}
+        stats[folder] = {name for name, _ in listed(folder) if name.endswith("_stats.json")}
     return {path for path in paths if stats[path.parent] and f"{path.stem}_stats.json" not in stats[path.parent]}
 
 
-def _read_tar(number: int, label: str, path: Path, request: Request, found: _Found) -> None:
+def _read_tar(number: int, label: str, path: Place, request: Request, found: _Found, far: Iterator[TarListing]) -> None:
     if path.suffix.lower() != ".tar":
         raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
-    listing = list_members(path)
+    listing = list_members(path) if isinstance(path, Path) else next(far)
     if listing.damage is not None and not listing.members:
         what = plainly_at(path)
         told = f"not a plain tar: it is {what}" if what and not what.startswith("a tar") else "damaged from the start"
@@ -229,7 +239,8 @@ def _read_tar(number: int, label: str, path: Path, request: Request, found: _Fou
         except InputRejected as rejection:
             found.refused[f"{label}/{key}"] = rejection.reason
             continue
-        found.samples.append(_Sample(tar=number, key=key, offset=image.offset, size=image.size, captions=captions))
+        place = {"tar": number, "offset": image.offset, "size": image.size}
+        found.samples.append(_Sample(**place, key=key, captions=captions, key_of_image=image.key))
         if captions:
             found.origins[origin] += 1
 
@@ -278,21 +289,21 @@ def _checked(member: Member, limit: int) -> Member:
     return member
 
 
-def _captions(path: Path, group: _Group, request: Request, columns: dict[str, None]) -> tuple[tuple[str, ...], str]:
+def _captions(path: Place, group: _Group, request: Request, columns: dict[str, None]) -> tuple[tuple[str, ...], str]:
     """The captions of a sample, and where they stood; the columns of its .json member are noted in `columns`."""
     asked = request.config.caption_column
     texts: tuple[str, ...] = _TEXTS if asked is None else ()
     row: dict[str, object] = {}
     if (about := group.members.get("json")) is not None and not any(name in group.members for name in texts):
         _checked(about, MAX_TEXT_BYTES)
-        row = _json_object(about.name, _content(path, about.offset, about.size))
+        row = _json_object(about.name, text_of(path, about))
         columns.update(dict.fromkeys(row) if len(columns) < _SHOWN_COLUMNS else {})
     if asked is not None and asked not in row:
         texts = (asked.lower().removeprefix("."),)
     suffix = next((name for name in texts if name in group.members and name != "json"), None)
     if suffix is not None:
         text = _checked(group.members[suffix], MAX_TEXT_BYTES)
-        return caption_lines(_content(path, text.offset, text.size), text.name), f".{suffix} members"
+        return caption_lines(text_of(path, text), text.name), f".{suffix} members"
     wanted = ("text", "caption") if asked is None else (asked,)
     # A column without a value gives way to one that has one.
     column = max((name for name in wanted if name in row), key=lambda name: row[name] is not None, default=None)
@@ -315,15 +326,3 @@ def _json_object(name: str, content: bytes) -> dict[str, object]:
     if not isinstance(value, dict):
         raise InputRejected("source", f"{name!a} holds no JSON object")
     return value
-
-
-def _content(path: Path, offset: int, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-    except OSError as error:
-        raise InputRejected("source", f"the tar cannot be read: {error.strerror}") from error
-    if len(content) != size:
-        raise InputRejected("source", "the tar has become shorter since it was opened")
-    return content

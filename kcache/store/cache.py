@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.places import Place, cache_place
+from kcache.places.fetching import missing
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
@@ -32,7 +33,7 @@ class Cache:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         manifest: Manifest,
         index: Mapping[str, np.ndarray],
         resolution: int | None,
@@ -53,13 +54,13 @@ class Cache:
         self._stays: dict[str, bool] = {}
 
     @classmethod
-    def open(cls, path: str | Path, resolution: int | None = None) -> "Cache":
-        """Open the cache at `path`; `resolution` (pixels) picks the latents when it holds several.
+    def open(cls, path: str | Place, resolution: int | None = None) -> "Cache":
+        """Open the cache at `path`, a folder or a URL; `resolution` (pixels) picks the latents when it holds several.
 
         Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
         saying what is there, what was expected and what to do.
         """
-        folder = Path(path)
+        folder = cache_place(path)
         reading = Reading(folder)  # before anything is read: what is read next is not removed any more
         manifest = read_manifest(folder)
         if resolution is not None and resolution not in sides_of(manifest.tables):
@@ -68,13 +69,12 @@ class Cache:
                 f"run `{build_line(folder, manifest, 'latents', resolution)}`"
             )
         index = open_index(folder, manifest)
-        for name, entry in manifest.tables.items():
-            missing = [shard.data for shard in entry.shards if not (folder / shard.data).exists()]
-            if missing:
-                raise CacheCorruptError(
-                    f"{folder} lacks {len(missing)} of the {len(entry.shards)} shards of {name} "
-                    f"({', '.join(missing[:3])}); build the cache again with its source to encode them anew"
-                )
+        shards = dict.fromkeys(folder / shard.data for entry in manifest.tables.values() for shard in entry.shards)
+        if lacking := missing(shards):
+            raise CacheCorruptError(
+                f"{folder} lacks {len(lacking)} of its {len(shards)} shards, such as {lacking[0]}; if it was copied, "
+                "finish that, else build the cache again with its source to encode them anew"
+            )
         return cls(folder, manifest, index, resolution, reading=reading)
 
     def __len__(self) -> int:

@@ -15,6 +15,8 @@ from typing import Self
 import numpy as np
 
 from kcache.foreign import reason
+from kcache.places import Place
+from kcache.places.bucket import BucketPath
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ ZERO_IMAGE_KEY = content_key(b"kcache: all-zero pixels")
 class DigestMemo:
     """A file that remembers digests of other files for as long as those stay unchanged.
 
-    A digest is trusted while device, inode, size, mtime and ctime of its file are what they were, as git's index does.
+    A digest is trusted while device, inode, size, mtime and ctime of its file are what they were, as git's index does;
+    in a bucket, while size and ETag are.
     The memo only saves time: when its file cannot be read or written, digests are computed, and one warning is logged.
     Use it from one thread at a time, and as a context manager or with `flush()`, which writes what was learnt.
     """
@@ -71,19 +74,22 @@ class DigestMemo:
         self.path = path
         self._folders: dict[str, dict[str, tuple[bytes, bytes]]] = {}
         self._pending: list[tuple[bytes, bytes, bytes, bytes]] = []
+        self._stamps: dict[BucketPath, bytes] = {}
         self._connection: sqlite3.Connection | None = None
         try:
-            self.path = _default_path() if path is None else path
+            self.path = own_folder() / "digests.sqlite" if path is None else path
             self._connection = _connect(self.path)
         except Exception as error:  # noqa: BLE001  # whatever it is, it costs speed only
             self._give_up(error)
 
-    def digest(self, path: str | Path, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
+    def digest(self, path: str | Place, part: str, compute: Callable[[], bytes], rehash: bool = False) -> bytes:
         """The digest of one part of a file: remembered if the file is unchanged, else `compute()`.
 
         `part` names what is digested and how; equal names must mean equal `compute`. With `rehash`, what is remembered
         is ignored and replaced. Raises OSError when the file cannot be examined, and whatever `compute` raises.
         """
+        if isinstance(path, BucketPath):
+            return self._far_digest(path, part, compute, rehash)
         text = os.fspath(path)
         folder, name = os.path.split(text if text.startswith("/") else Path(path).absolute())
         status = os.stat(text)  # noqa: PTH116  # a Path takes as long as the call itself
@@ -103,6 +109,27 @@ class DigestMemo:
             if len(self._pending) >= _PENDING_LIMIT:
                 self.flush()
         return digest
+
+    def remembered(self, path: BucketPath, part: str) -> bool:
+        """Whether `digest` knows the part of a file in a bucket, and computes nothing."""
+        return self._entries(str(path.parent)).get(f"{path.name}\0{part}", (b"", b""))[0] == self._far_stamp(path)
+
+    def _far_digest(self, path: BucketPath, part: str, compute: Callable[[], bytes], rehash: bool) -> bytes:
+        folder, entry_name, stamp = str(path.parent), f"{path.name}\0{part}", self._far_stamp(path)
+        entries = self._entries(folder)
+        known_stamp, known = entries.get(entry_name, (b"", b""))
+        if known_stamp == stamp and not rehash:
+            return known
+        digest = compute()
+        entries[entry_name] = (stamp, digest)
+        self._pending.append((os.fsencode(folder), os.fsencode(entry_name), stamp, digest))
+        return digest
+
+    def _far_stamp(self, path: BucketPath) -> bytes:
+        # Asked for once: each time is a request. What changes meanwhile has another stamp the next time.
+        if path not in self._stamps:
+            self._stamps[path] = path.stamp().encode()
+        return self._stamps[path]
 
     def flush(self) -> None:
         """Write what was learnt since the last flush."""
@@ -156,12 +183,12 @@ class DigestMemo:
             self._connection = None
 
 
-def _default_path() -> Path:
-    home = os.environ.get("KCACHE_HOME")
-    if home:
-        return Path(home) / "digests.sqlite"
+def own_folder() -> Path:
+    """Where kcache keeps what it can do without: $KCACHE_HOME, else kcache/ in the user's cache folder."""
+    if home := os.environ.get("KCACHE_HOME"):
+        return Path(home)
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "kcache" / "digests.sqlite"
+    return (Path(caches) if caches else Path.home() / ".cache") / "kcache"
 
 
 def _connect(path: Path) -> sqlite3.Connection:

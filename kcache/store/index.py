@@ -8,23 +8,28 @@ made of `TableState`s: what is committed of each table, read from the side files
 
 import dataclasses
 import math
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_npy
+from kcache.disk.durable import read_npy, write_npy
 from kcache.disk.filesystems import mapped
 from kcache.foreign import corrupt
+from kcache.places import Place
+from kcache.places.effects import publish, remove, temporary_folder
 from kcache.store.checksums import crc32c
+from kcache.store.digests import own_folder
+from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import TEXT, Field, Recipe, json_digest, kind_of, sides_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
-from kcache.store.shards import LOCATOR, Commit, Rejection, next_shard, read_commits, read_side_file
+from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
 
 CAPTION_BOUNDS = "captions"
@@ -61,17 +66,15 @@ class StoredRows:
         return frozenset(self.keys.view("V16").tolist())
 
 
-def stored_rows(folder: Path, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
+def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
     """The rows of a table's commits in `folder`; `part` names the table where shards hold several.
 
     Of a key that was committed twice the later row counts.
     """
     entries, keys = [], []
     shards: list[ShardEntry] = []
-    for commit in commits:
-        if commit.data is None or not commit.holds(part):
-            continue
-        side = read_side_file(folder, commit, recipe, part)
+    held = [commit for commit in commits if commit.data is not None and commit.holds(part)]
+    for commit, side in zip(held, read_side_files(folder, held, recipe, part), strict=True):
         found = np.empty(len(side), index_dtype(recipe.fields))
         found["shard"] = len(shards)
         for field in recipe.fields:
@@ -105,7 +108,7 @@ def _latest(
     return StoredRows(np.concatenate(entries)[::-1][latest], unique, tuple(shards))
 
 
-def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
+def write_index(cache: Place, arrays: Mapping[str, np.ndarray]) -> str:
     """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex)."""
     with temporary_folder(cache) as temporary:
         for name, array in arrays.items():
@@ -113,25 +116,26 @@ def write_index(cache: Path, arrays: Mapping[str, np.ndarray]) -> str:
         digest = _index_digest(temporary, sorted(arrays))
         final = cache / f"index-{digest[:16]}"
         if _holds(final, sorted(arrays), digest):
-            shutil.rmtree(temporary)
+            remove(temporary)
         else:
             remove(final)  # damaged, if there is anything
             publish(temporary, final)
     return digest
 
 
-def _holds(folder: Path, names: Sequence[str], digest: str) -> bool:
+def _holds(folder: Place, names: Sequence[str], digest: str) -> bool:
     try:
-        return _index_digest(folder, names) == digest
+        return _index_digest(_at_hand(folder, names), names) == digest
     except (OSError, ValueError):
         return False
 
 
-def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+def open_index(cache: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError."""
-    folder = cache / manifest.index_folder
     names = sorted([*manifest.tables, CAPTION_BOUNDS])
+    folder = cache / manifest.index_folder
     try:
+        folder = _at_hand(folder, names)
         digest = _index_digest(folder, names)
         if digest != manifest.index_digest:
             raise ValueError(f"their digest is {digest[:16]}, the manifest says {manifest.index_digest[:16]}")
@@ -144,6 +148,23 @@ def open_index(cache: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     except (OSError, ValueError) as error:
         do = "build the cache again with its source to write these index arrays anew: no row is encoded for that"
         raise corrupt(error, folder, do) from error
+
+
+def _at_hand(folder: Place, names: Sequence[str]) -> Path:
+    """Where on this machine the index arrays of `folder` lie; those of a bucket are fetched, once."""
+    if isinstance(folder, Path):
+        return folder
+    kept = own_folder() / "index"
+    final = kept / folder.name
+    if not final.is_dir():
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept, prefix=".tmp-") as made:
+            for name in names:
+                (Path(made) / f"{name}.npy").write_bytes((folder / f"{name}.npy").read_bytes())
+            with suppress(OSError):  # another process was faster
+                Path(made).rename(final)
+                Path(made).mkdir()  # what the block removes
+    return final
 
 
 def _check_lengths(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
@@ -206,7 +227,7 @@ class TableState:
         return {key: rejection for key, rejection in by_key.items() if key not in stored}
 
 
-def table_state(cache: Path, recipe: Recipe) -> TableState:
+def table_state(cache: Place, recipe: Recipe) -> TableState:
     """What is committed of a table in a folder of its own."""
     folder = cache / recipe.directory
     commits = read_commits(folder, recipe)
@@ -239,7 +260,7 @@ def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray])
     return index[TEXT.name][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
 
 
-def tally_of(cache: Path, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
+def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
     """Counts of what trains otherwise than one may think, of a whole finished cache; raises CacheCorruptError."""
     recipes = {name: entry.recipe for name, entry in manifest.tables.items()}
     tokens, cut = token_counts(recipes, index), read_cut(cache, manifest)

@@ -5,16 +5,17 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kcache.config import COMPUTE_DTYPES, BuildConfig
+from kcache.disk.durable import json_bytes
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.foreign import check_withheld
 from kcache.hints import instead_of_cache
+from kcache.places import Place
+from kcache.places.effects import swap_bytes
 from kcache.store.recipe import (
     KINDS,
-    SCHEMA_VERSION,
     SHARD_FOLDER,
     STORED_DTYPES,
     TABLE_NAME,
@@ -26,8 +27,15 @@ from kcache.store.recipe import (
 )
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
+"""Raised by one whenever the bytes on disk of an unchanged recipe would change, or an old reader would read wrongly."""
+SCHEMA_VERSIONS = (1, SCHEMA_VERSION)
+"""Those that are read: in the first, shards are named by their number alone."""
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
-_DATA = re.compile(rf"{SHARD_FOLDER.pattern}/([0-9]{{5,18}})(\.tar)?")
+DATA_NAME = re.compile(rf"({SHARD_NAME.pattern})(-[0-9a-f]{{16}})?(\.tar)?")
+"""Name of a shard's data: its number, from version 2 on a digest of its files, and what says that it is a tar."""
+_NOT_NUMBER = re.compile(r"[-.].*")
+_DATA = re.compile(rf"{SHARD_FOLDER.pattern}/{DATA_NAME.pattern}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,9 +45,14 @@ class ShardEntry:
 
     name: str
     data: str
-    """Where its data stands, from the cache's folder: "latents-768-1a2b3c4d/00000", "samples-1a2b3c4d/00000.tar"."""
+    """Where its data stands, from the cache's folder: "latents-768-1a2b3c4d/00000-0123456789abcdef", "….tar"."""
     rows: int
     bytes: int
+
+    @property
+    def label(self) -> str:
+        """What it is called, by folder and number: "latents-768-1a2b3c4d/00000"."""
+        return f"{self.data.partition('/')[0]}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +98,12 @@ class Manifest:
         return f"index-{self.index_digest[:16]}"
 
     @property
+    def schema_version(self) -> int:
+        """1 where that says all that is in it: a cache of which nothing changed keeps its manifest, byte for byte."""
+        shards = [shard for entry in self.tables.values() for shard in entry.shards]
+        return SCHEMA_VERSION if any("-" in shard.data.partition("/")[2] for shard in shards) else 1
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of what a training run sees: the recipes and the samples."""
         recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
@@ -92,7 +111,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands on disk, with the sha256 of all that it says."""
-        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        data = {"schema_version": self.schema_version, **asdict(self)}
         for name, entry in self.tables.items():
             data["tables"][name]["recipe"] = entry.recipe.to_json()
             data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
@@ -100,7 +119,17 @@ class Manifest:
         return {**body, "digest": json_digest(body)}
 
 
-def read_manifest(cache: Path) -> Manifest:
+def write_manifest(cache: Place, manifest: Manifest, before: bytes | None) -> None:
+    """Write the manifest of `cache` in the place of the one with the bytes `before`, None being none.
+
+    Raises CacheBusyError where another process has changed it since, CacheWriteError or StoreError.
+    """
+    content = json_bytes(manifest.to_json())
+    if content != before:
+        swap_bytes(cache / MANIFEST, content, before)
+
+
+def read_manifest(cache: Place) -> Manifest:
     """The manifest of the cache at `cache`.
 
     Raises CacheNotFoundError, CacheMismatchError for another schema or format, CacheCorruptError for damaged content.
@@ -122,15 +151,20 @@ def read_manifest(cache: Path) -> Manifest:
         raise CacheCorruptError(
             f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
         ) from error
-    if version != SCHEMA_VERSION:
-        raise CacheMismatchError(
-            f"{path} has schema version {version}; this kcache reads version {SCHEMA_VERSION}; "
-            "use the kcache that wrote it, or build the cache again"
-        )
+    check_version(path, version)
     try:
         return _from_json(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
+
+
+def check_version(path: Place, version: object) -> None:
+    """Raise CacheMismatchError for what a newer kcache, or none, has written at `path`."""
+    if version not in SCHEMA_VERSIONS:
+        raise CacheMismatchError(
+            f"{path} has schema version {version}; this kcache reads {' and '.join(map(str, SCHEMA_VERSIONS))}; "
+            "use the kcache that wrote it, a newer one, or build the cache again"
+        )
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:
@@ -172,13 +206,18 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{model!a} says not where the {role} comes from")
 
 
+def shard_number(file: str) -> str:
+    """The number of the shard that a file in a table's folder is of, by its name; "" for what begins with a dot."""
+    return _NOT_NUMBER.sub("", file)
+
+
 def check_count(*counts: object) -> None:
     """Raise ValueError for what a file gives as a number of rows or bytes and cannot be one."""
     if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
         raise ValueError(f"{counts!a} are no counts")
 
 
-def _not_found(cache: Path) -> CacheNotFoundError:
+def _not_found(cache: Place) -> CacheNotFoundError:
     if not (cache / "plans").is_dir() and (instead := instead_of_cache(cache)) is not None:
         return CacheNotFoundError(f"{cache} is not a finished cache: {instead}")
     if not cache.exists():
@@ -213,7 +252,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     return BuildConfig(**settings)
 
 
-def build_line(folder: Path, manifest: Manifest, field: str, resolution: int | None = None) -> str:
+def build_line(folder: Place, manifest: Manifest, field: str, resolution: int | None = None) -> str:
     """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
     tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
     stage, sides = stage_of(tables), {*sides_of(manifest.tables), *([] if resolution is None else [resolution])}

@@ -11,7 +11,7 @@ from kcache.config import Stage
 from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 
 SCHEMA_VERSION = 1
-"""Raised by one whenever the bytes on disk of an unchanged recipe would change."""
+"""That of recipes, for ever: it is part of their fingerprints, and `kcache.store.manifest` has that of caches."""
 
 STORED_DTYPES = ("float16", "float32")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9]{1,6})?")

@@ -10,14 +10,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kcache.disk.durable import write_bytes
 from kcache.errors import CacheCorruptError
 from kcache.foreign import corrupt
+from kcache.places import Place
+from kcache.places.effects import write_bytes
+from kcache.places.opened import opened
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json
 
@@ -115,7 +116,7 @@ def _schema() -> "pyarrow.Schema":
     )
 
 
-def write_samples(cache: Path, samples: Sequence[Sample], cut: Mapping[bytes, int] | None = None) -> tuple[str, str]:
+def write_samples(cache: Place, samples: Sequence[Sample], cut: Mapping[bytes, int] | None = None) -> tuple[str, str]:
     """Write the samples under the name that their bytes give; returns the samples' digest and the file's.
 
     `cut` are the tokens of captions that were cut off, by key of the caption, as far as they were counted.
@@ -137,19 +138,18 @@ def write_samples(cache: Path, samples: Sequence[Sample], cut: Mapping[bytes, in
     return samples_digest(samples), file_digest
 
 
-def read_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
+def read_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
     """The samples as an Arrow table, in the cache's order; raises CacheCorruptError."""
     table = stored_samples(cache, manifest)
     _check_count(cache, manifest, len(table))
     return table
 
 
-def _samples_path(cache: Path, manifest: Manifest) -> Path:
-    """Where the samples lie; absolute, as Arrow takes a folder called "http:" for the beginning of a URL."""
-    return (cache / manifest.samples_file).absolute()
+def _samples_path(cache: Place, manifest: Manifest) -> Place:
+    return cache / manifest.samples_file
 
 
-def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
+def stored_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
     """The samples as `read_samples` gives them, however many the manifest counts; raises CacheCorruptError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -165,25 +165,26 @@ def stored_samples(cache: Path, manifest: Manifest) -> "pyarrow.Table":
     return table
 
 
-def read_cut(cache: Path, manifest: Manifest) -> dict[bytes, int]:
+def read_cut(cache: Place, manifest: Manifest) -> dict[bytes, int]:
     """Tokens of captions that were cut off, by key of the caption, as far as counted; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
     path = _samples_path(cache, manifest)
     with _reading(path):
-        told = json.loads((pq.read_schema(path).metadata or {}).get(_CUT.encode(), b"{}"))
+        with opened(path) as file:
+            told = json.loads((pq.read_schema(file).metadata or {}).get(_CUT.encode(), b"{}"))
         if not all(type(tokens) is int and tokens >= 0 for tokens in told.values()):
             raise ValueError("its metadata does not say how many tokens were cut off")
         return {bytes.fromhex(key): tokens for key, tokens in told.items()}
 
 
-def short_sides(cache: Path, manifest: Manifest) -> np.ndarray:
+def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
     """(N,) the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
     path = _samples_path(cache, manifest)
-    with _reading(path):
-        table = pq.read_table(path, columns=["width", "height"], use_threads=False, pre_buffer=False)
+    with _reading(path), opened(path) as file:
+        table = pq.read_table(file, columns=["width", "height"], use_threads=False, pre_buffer=False)
         return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
 
 
@@ -208,7 +209,7 @@ def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:
 
 
 def read_some_samples(
-    cache: Path, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
+    cache: Place, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What `columns` say of the samples `numbers` (k,) int64, which ascend, of a list of any length.
 
@@ -219,11 +220,11 @@ def read_some_samples(
 
     path, rows, seen = _samples_path(cache, manifest), list[dict[str, Any]](), 0
     with _reading(path):
-        with path.open("rb") as file:
+        with opened(path) as file:
             _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
-        with pq.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as opened:
-            _check_schema(opened.schema_arrow)
-            for batch in opened.iter_batches(SAMPLES_PER_PART, columns=list(columns), use_threads=False):
+        with opened(path) as file, pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet:
+            _check_schema(parquet.schema_arrow)
+            for batch in parquet.iter_batches(SAMPLES_PER_PART, columns=list(columns), use_threads=False):
                 part = pa.Table.from_batches([batch])
                 _check_values(part)
                 first, last = np.searchsorted(numbers, (seen, seen + len(part)))
@@ -234,7 +235,7 @@ def read_some_samples(
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Place) -> Iterator[None]:
     """Raise CacheCorruptError for whatever is wrong with the file of the samples."""
     import pyarrow as pa
 
@@ -264,19 +265,19 @@ def _check_values(table: "pyarrow.Table") -> None:
         raise ValueError("values are missing in it")
 
 
-def _check_count(cache: Path, manifest: Manifest, found: int) -> None:
+def _check_count(cache: Place, manifest: Manifest, found: int) -> None:
     if found != manifest.samples:
         path = _samples_path(cache, manifest)
         raise CacheCorruptError(f"{path} has {found} samples; the manifest says {manifest.samples}; build again")
 
 
-def read_refused(cache: Path) -> Iterator[Refusal]:
+def read_refused(cache: Place) -> Iterator[Refusal]:
     """The inputs that the builds of a cache rejected, one by one; raises CacheCorruptError."""
     path = cache / "rejected.jsonl"
     if not path.exists():
         return
     try:
-        with path.open(encoding="utf-8") as lines:
+        with io.TextIOWrapper(opened(path), encoding="utf-8") as lines:
             yield from (Refusal(**json.loads(line)) for line in lines)
     except (OSError, ValueError, TypeError) as error:
         raise corrupt(error, path, "build the cache again to write it anew") from error

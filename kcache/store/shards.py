@@ -1,47 +1,43 @@
 """A shard: an immutable run of rows of one table, which exists exactly when its commit record does.
 
-In a table's folder, shard 00042 is three things: `00042/` (the data, a zarr group), `00042.rows.npy` (key, offset,
-length and crc32c of every row and field) and `00042.json` (the commit record, written last). Where whole samples make
-a shard, its data is `00042.tar`, with a side file per table. Tables of pictures have `00042.sizes.npy`, too.
+In a table's folder, shard 00042 is three things: `00042-H/` (the data, a zarr group), `00042-H.rows.npy` (key, offset,
+length and crc32c of every row and field) and `00042.json` (the commit record, created last and by one writer only). H
+is a digest of all but the record: no name ever has two contents. Where whole samples make a shard, its data is
+`00042-H.tar`, with a side file per table. Tables of pictures have `00042-H.sizes.npy`, too. Older shards lack the `-H`.
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kcache.disk.durable import publish, read_npy, remove, temporary_folder, write_json, write_npy, writing
-from kcache.errors import CacheCorruptError
+from kcache.disk.durable import json_bytes, npy_of, writing
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.foreign import corrupt
-from kcache.store.checksums import crc32c
-from kcache.store.digests import pack_keys
+from kcache.places import Place
+from kcache.places.effects import create_bytes, publish, read_all, remove, temporary_folder, write_npy
+from kcache.store.checksums import crc32c, file_sums
 from kcache.store.formats import zarr
-from kcache.store.manifest import SHARD_NAME, check_count
-from kcache.store.recipe import SCHEMA_VERSION, Field, Recipe, canonical_json, json_digest
+from kcache.store.formats.side_files import side_dtype, side_name, side_rows, sizes_name
+from kcache.store.manifest import DATA_NAME, SCHEMA_VERSION, SHARD_NAME, check_count, check_version
+from kcache.store.recipe import Recipe, canonical_json, json_digest
+
+logger = logging.getLogger(__name__)
 
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
 
-LOCATOR = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4")])
-"""Where one row of one field stands in its file: offset and payload length in bytes, crc32c of the payload."""
-
-DECODER = ("kcache", "pillow", "formats")
-"""What of the provenance decides which inputs can be decoded."""
-SIZES = np.dtype([("key", "u1", (16,)), ("width", "<i4"), ("height", "<i4")])
-"""The key of a row, and the size in pixels of its picture as it was decoded, upright; 0 for the reserved row."""
+DRAFT = "shard"
+"""What names of a shard's files begin with, in the place of its number and their digest, while they are made."""
 
 _HEX_KEY = re.compile(r"[0-9a-f]{32}")
 _FILE_PATH = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
-
-
-def side_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
-    """Dtype of a side file's rows: the key, then a locator per field."""
-    return np.dtype([("key", "u1", (16,)), *[(field.name, LOCATOR) for field in fields]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +88,16 @@ class Commit:
     absent: tuple[str, ...]
     """Keys (hex) that the plan wanted but the source no longer had: neither stored nor rejected."""
     provenance: Mapping[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def stem(self) -> str:
+        """What the names of its files begin with."""
+        return (self.data or self.name).removesuffix(".tar")
 
     def holds(self, part: str) -> bool:
         """Whether the shard has rows of the table `part`, which shards of one table ("") always have."""
-        return any(file.path == side_name(self.name, part) for file in self.files)
+        return any(file.path == side_name(self.stem, part) for file in self.files)
 
     @property
     def bytes(self) -> int:
@@ -104,7 +106,7 @@ class Commit:
 
 
 def commit_shard(
-    folder: Path,
+    folder: Place,
     name: str,
     recipe: Recipe,
     block: RowBlock,
@@ -113,113 +115,113 @@ def commit_shard(
     absent: Sequence[str] = (),
     provenance: Mapping[str, str],
 ) -> Commit:
-    """Write a shard's data and side file, each under a temporary name first, and last its commit record.
+    """Write a shard's data and side file, named by what is in them, and last its commit record.
 
     A shard that is committed already stays as it is: another builder had the same work, and came first.
     """
-    if (folder / f"{name}.json").exists():
+    if (folder / f"{name}.json").is_file():
         return read_commit(folder / f"{name}.json")
+    record = partial(record_commit, folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
     if not len(block.keys):
-        return record_commit(folder, name, recipe, rejected=rejected, absent=absent, provenance=provenance)
-    discard_uncommitted(folder, name)
+        return record()
     arrays = {"keys": block.keys, **block.arrays}
     if block.offsets is not None:
         arrays[OFFSETS] = block.offsets
     dimensions = {field.name: zarr.field_dimensions(field) for field in recipe.fields}
     dimensions |= {"keys": ("row", "key_byte"), OFFSETS: ("row_bound",)}
-    with writing(folder / name, sum(array.nbytes for array in arrays.values())), temporary_folder(folder) as temporary:
-        zarr.write_group(temporary, arrays, dimensions)
-        publish(temporary, folder / name)
-    sides = {folder / side_name(name): _side_rows(recipe, block)}
-    if block.sizes is not None:
-        sides[folder / sizes_name(name)] = block.sizes
-    for path, rows in sides.items():
-        write_npy(path, rows)
-    paths = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    return record_commit(
-        folder, name, recipe, rows=len(block.keys), data=name, paths=[*paths, *sides],
-        rejected=rejected, absent=absent, provenance=provenance,
-    )  # fmt: skip
+    with temporary_folder(folder) as temporary:
+        with writing(temporary / DRAFT, sum(array.nbytes for array in arrays.values())):
+            (temporary / DRAFT).mkdir()
+            zarr.write_group(temporary / DRAFT, arrays, dimensions)
+        write_npy(temporary / side_name(DRAFT), side_rows(recipe.fields, block.keys, block.arrays, block.offsets))
+        if block.sizes is not None:
+            write_npy(temporary / sizes_name(DRAFT), block.sizes)
+        stem, files = publish_shard(temporary, folder, name)
+    return record(rows=len(block.keys), data=stem, files=files)
+
+
+def publish_shard(temporary: Path, folder: Place, name: str) -> tuple[str, Sequence[CommittedFile]]:
+    """Put the files of shard `name`, made in `temporary` under names that begin with DRAFT, into `folder`.
+
+    Returns what their names begin with there, the number and a digest of them all, and the files. Who was killed here
+    left files with the same content under these names, or no part of any shard.
+    """
+    made = [path for path in temporary.rglob("*") if path.is_file()]
+    found = {path.relative_to(temporary).as_posix().removeprefix(DRAFT): file_sums(path) for path in made}
+    stem = f"{name}-{json_digest(sorted([behind, sha256] for behind, (_, _, sha256) in found.items()))[:16]}"
+    for path in sorted(temporary.iterdir()):
+        publish(path, folder / (stem + path.name.removeprefix(DRAFT)))
+    temporary.rmdir()
+    files = ((stem + behind, size, checksum) for behind, (size, checksum, _) in sorted(found.items()))
+    return stem, [CommittedFile(path=path, bytes=size, crc32c=checksum) for path, size, checksum in files]
 
 
 def record_commit(
-    folder: Path,
+    folder: Place,
     name: str,
     recipe: Recipe,
     *,
     rows: int = 0,
     data: str | None = None,
-    paths: Sequence[Path] = (),
+    files: Sequence[CommittedFile] = (),
     rejected: Sequence[Rejection] = (),
     absent: Sequence[str] = (),
     provenance: Mapping[str, str],
 ) -> Commit:
-    """Write a shard's commit record, which makes the files at `paths` a shard."""
+    """`write_commit` of the record of a shard of `recipe` that consists of `files`, which are in `folder`."""
     commit = Commit(
         name=name,
         fingerprint=recipe.fingerprint,
         rows=rows,
         data=data,
-        files=tuple(_committed(path, folder) for path in paths),
+        files=tuple(files),
         rejected=tuple(rejected),
         absent=tuple(absent),
         provenance=dict(provenance),
     )
-    write_commit(folder, commit)
-    return commit
+    return write_commit(folder, commit)
 
 
-def write_commit(folder: Path, commit: Commit) -> None:
-    """Write a commit record, which makes the files that it names a shard."""
-    write_json(folder / f"{commit.name}.json", record_json(commit))
+def write_commit(folder: Place, commit: Commit) -> Commit:
+    """Create a commit record, which makes the files that it names a shard; returns the one that is there then.
+
+    That is another writer's who came first: its shard stays, and what this one made of it is no part of the cache.
+    """
+    path = folder / f"{commit.name}.json"
+    if create_bytes(path, json_bytes(record_json(commit))):
+        if all((folder / file.path).is_file() for file in commit.files):
+            return commit
+        remove(path)
+        raise CacheBusyError(
+            f"files of {folder / commit.stem} were removed before they were committed; expected no `kcache cache-gc` a "
+            "day after they were made; start again"
+        )
+    first = read_commit(path)
+    if first.data != commit.data:
+        logger.warning(
+            "%s was committed by another builder first, which stays; `kcache cache-gc` removes what this one made, %s",
+            path,
+            commit.data,
+        )
+    return first
 
 
 def record_json(commit: Commit) -> dict[str, Any]:
-    """The commit record as it stands on disk, with the sha256 of all that it says."""
-    body = json.loads(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(commit)}))
+    """The commit record as it stands in its file, with the sha256 of all that it says."""
+    body = json.loads(canonical_json(asdict(commit)))
     return {**body, "digest": json_digest(body)}
 
 
-def record_rejections(
-    folder: Path, recipe: Recipe, rejected: Sequence[Rejection], provenance: Mapping[str, str]
-) -> None:
-    """Commit, as a shard without rows, the rejections by this decoder that commit records in `folder` lack."""
-    commits = read_commits(folder, recipe)
-    alike = [c for c in commits if all(c.provenance.get(name) == provenance.get(name) for name in DECODER)]
-    known = {rejection.key: rejection for commit in alike for rejection in commit.rejected}
-    new = {rejection.key: rejection for rejection in rejected if rejection != known.get(rejection.key)}
-    if new:
-        folder.mkdir(exist_ok=True)
-        rejections = [new[key] for key in sorted(new)]
-        record_commit(folder, f"{next_shard(commits):05d}", recipe, rejected=rejections, provenance=provenance)
-
-
-def side_name(shard: str, part: str = "") -> str:
-    """Name of a shard's side file; `part` names the table where shards hold several."""
-    return f"{shard}.{part}.rows.npy" if part else f"{shard}.rows.npy"
-
-
-def sizes_name(shard: str) -> str:
-    """Name of the file with the sizes of the pictures behind a shard's rows."""
-    return f"{shard}.sizes.npy"
-
-
-def size_rows(keys: Sequence[bytes], sizes: Mapping[bytes, tuple[int, int]]) -> np.ndarray:
-    """(n,) of SIZES for the rows of `keys`, 0 where `sizes`, width and height by key, have none."""
-    rows = np.zeros(len(keys), SIZES)
-    rows["key"] = pack_keys(keys)
-    rows["width"], rows["height"] = np.array([sizes.get(key, (0, 0)) for key in keys], np.int32).reshape(-1, 2).T
-    return rows
-
-
-def read_commits(folder: Path, recipe: Recipe) -> list[Commit]:
+def read_commits(folder: Place, recipe: Recipe) -> list[Commit]:
     """The commits of a table in order of shard number; raises CacheCorruptError for a damaged or foreign record."""
     if not folder.is_dir():
         return []
-    names = sorted((int(path.stem), path) for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem))
+    paths = [path for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem)]
+    paths.sort(key=lambda path: int(path.stem))
+    contents = read_all(paths)
     commits = []
-    for _, path in names:
-        commit = read_commit(path)
+    for path in paths:
+        commit = _parsed(path, partial(next, contents))
         if commit.fingerprint != recipe.fingerprint:
             raise CacheCorruptError(
                 f"commit record {path} is of a table with fingerprint {commit.fingerprint[:8]}; "
@@ -234,38 +236,46 @@ def next_shard(commits: Sequence[Commit]) -> int:
     return 1 + max((int(commit.name) for commit in commits), default=-1)
 
 
-def read_side_file(folder: Path, commit: Commit, recipe: Recipe, part: str = "") -> np.ndarray:
-    """Key and locators of a shard's rows (of the table `part`), checked against the commit record."""
+def read_side_files(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> Iterator[np.ndarray]:
+    """Key and locators of each shard's rows (of the table `part`), checked against the commit records."""
     dtype = side_dtype(recipe.fields)
-    path = folder / side_name(commit.name, part)
-    record = next((file for file in commit.files if file.path == path.name), None)
-    try:
-        content, rows = path.read_bytes(), read_npy(path)
-    except (OSError, ValueError) as error:
-        raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
-    if record is None or len(content) != record.bytes or crc32c(content) != record.crc32c:
-        raise CacheCorruptError(
-            f"{path} differs from what was committed (found {len(content)} bytes, crc32c {crc32c(content):08x}); "
-            f"remove {commit.name}.json beside it and build again to encode its rows anew"
-        )
-    if rows.dtype != dtype or rows.ndim != 1:
-        raise CacheCorruptError(f"{path} holds {rows.shape} of {rows.dtype}; expected rows of {dtype}")
-    return rows
+    paths = [folder / side_name(commit.stem, part) for commit in commits]
+    contents = read_all(paths)
+    for path, commit in zip(paths, commits, strict=True):
+        record = next((file for file in commit.files if file.path == path.name), None)
+        try:
+            content = next(contents)
+            rows = npy_of(content, path.name)
+        except (OSError, ValueError) as error:
+            raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
+        if record is None or len(content) != record.bytes or crc32c(content) != record.crc32c:
+            raise CacheCorruptError(
+                f"{path} differs from what was committed (found {len(content)} bytes, crc32c {crc32c(content):08x}); "
+                f"remove {commit.name}.json beside it and build again to encode its rows anew"
+            )
+        if rows.dtype != dtype or rows.ndim != 1:
+            raise CacheCorruptError(f"{path} holds {rows.shape} of {rows.dtype}; expected rows of {dtype}")
+        yield rows
 
 
-def read_commit(path: Path) -> Commit:
+def read_commit(path: Place) -> Commit:
     """The commit record at `path`; raises CacheCorruptError when it is not as it was written."""
+    return _parsed(path, path.read_bytes)
+
+
+def _parsed(path: Place, read: Callable[[], bytes]) -> Commit:
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read())
         if data.pop("digest") != json_digest(data):
             raise ValueError("its digest does not match its content")
-        if data.pop("schema_version") != SCHEMA_VERSION:
-            raise ValueError("written by another version of kcache")
+        check_version(path, data["schema_version"])
         data["files"] = tuple(CommittedFile(**file) for file in data["files"])
         data["rejected"] = tuple(Rejection(**rejection) for rejection in data["rejected"])
         data["absent"] = tuple(data["absent"])
         commit = Commit(**data)
         _check(commit)
+    except CacheMismatchError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise corrupt(error, path, "remove this commit record and build again") from error
     if commit.name != path.stem:
@@ -275,12 +285,14 @@ def read_commit(path: Path) -> Commit:
 
 def _check(commit: Commit) -> None:
     """Raise ValueError or TypeError for a record that could lead out of the folder, or is not of the right types."""
-    name = commit.name
-    if not SHARD_NAME.fullmatch(name) or commit.data not in (None, name, f"{name}.tar"):
-        raise ValueError(f"shard {name!a} with data in {commit.data!a}")
+    named = None if commit.data is None else DATA_NAME.fullmatch(commit.data)
+    by_number = named is not None and (named[1] == commit.name and (named[2] is None) == (commit.schema_version == 1))
+    if not SHARD_NAME.fullmatch(commit.name) or not (commit.data is None or by_number):
+        raise ValueError(f"shard {commit.name!a} with data in {commit.data!a}")
     check_count(commit.rows, *(count for file in commit.files for count in (file.bytes, file.crc32c)))
+    own = (f"{commit.stem}/", f"{commit.stem}.")
     for path in (file.path for file in commit.files):
-        if not _FILE_PATH.fullmatch(path) or ".." in path.split("/"):
+        if not _FILE_PATH.fullmatch(path) or ".." in path.split("/") or not path.startswith(own):
             raise ValueError(f"{path!a} is no file of a shard")
     for key in (*commit.absent, *(rejection.key for rejection in commit.rejected)):
         if not _HEX_KEY.fullmatch(key):
@@ -289,28 +301,3 @@ def _check(commit: Commit) -> None:
     texts += [text for rejection in commit.rejected for text in (rejection.stage, rejection.reason)]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("its fingerprint, provenance, stages or reasons are not text")
-
-
-def discard_uncommitted(folder: Path, name: str) -> None:
-    """Remove what a killed builder renamed into place but did not commit."""
-    for path in [folder / name, *folder.glob(f"{name}.*")]:
-        remove(path)
-
-
-def _side_rows(recipe: Recipe, block: RowBlock) -> np.ndarray:
-    side = np.zeros(len(block.keys), side_dtype(recipe.fields))
-    side["key"] = block.keys
-    for field in recipe.fields:
-        array = block.arrays[field.name]
-        flat = array.reshape(len(array), -1).view(np.uint8)
-        row_bytes = flat.shape[1]
-        bounds = block.offsets if field.ragged and block.offsets is not None else np.arange(len(side) + 1)
-        side[field.name]["offset"] = zarr.row_spans(bounds[:-1], row_bytes)
-        side[field.name]["length"] = np.diff(bounds) * row_bytes
-        side[field.name]["crc32c"] = [crc32c(flat[a:b].reshape(-1)) for a, b in pairwise(bounds)]
-    return side
-
-
-def _committed(path: Path, folder: Path) -> CommittedFile:
-    content = np.fromfile(path, np.uint8)
-    return CommittedFile(path=path.relative_to(folder).as_posix(), bytes=content.size, crc32c=crc32c(content))

@@ -4,7 +4,6 @@ Only the objective and the optimizer are handed to accelerate, for the device, m
 prepared loader would repeat samples to fill its last batch, and a prepared schedule would step once per process.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -149,7 +148,7 @@ class TrainingRun:
         """What config.json tells of a run beside its settings."""
         cache, base = self.cache, self.base
         return {
-            "cache": {"path": os.fspath(cache.path.resolve()), "samples": len(cache), "tables": dict(self.tables)},
+            "cache": {"path": str(cache.path.resolve()), "samples": len(cache), "tables": dict(self.tables)},
             "base": {"name": base.name, "revision": base.revision},
             "counterpart": self.counterpart_name,
             "global_batch": self.global_batch,

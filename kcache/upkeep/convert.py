@@ -1,21 +1,20 @@
 """The same cache in the other form: rows are copied, checked on the way; nothing is encoded and no source is needed."""
 
-from pathlib import Path
-
-from kcache.build.committed import read_committed
+from kcache.build.committed import read_committed, record_rejections
 from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import TarWriter, plan_tars, tar_recipe
 from kcache.build.plan import plan_table
 from kcache.config import CountReport
-from kcache.disk.durable import exclusive, remove_leftovers
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import ConfigError
+from kcache.places import Place, cache_place, place_of
+from kcache.places.effects import make_folder
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.formats import FORMATS
 from kcache.store.index import table_state
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import SAMPLES, kind_of
-from kcache.store.shards import record_rejections
 from kcache.upkeep.copying import (
     CacheContents,
     RowCopier,
@@ -26,8 +25,8 @@ from kcache.upkeep.copying import (
 
 
 def convert_cache(
-    cache: str | Path,
-    new: str | Path,
+    cache: str | Place,
+    new: str | Place,
     form: str,
     *,
     rows_per_shard: int | None = None,
@@ -43,9 +42,9 @@ def convert_cache(
     """
     if form not in FORMATS:
         raise ConfigError(f"--format is {form!r}; expected {' or '.join(FORMATS)}")
-    contents, target = read_contents(Path(cache)), Path(new)
+    contents, target = read_contents(cache_place(cache)), place_of(new)
     check_new_cache(target, form, contents.recipes, contents.manifest.samples_digest)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)
         write_shards(contents, target, form, rows_per_shard, report)
@@ -53,14 +52,15 @@ def convert_cache(
         manifest = finish_cache(
             target, contents.samples, contents.refused, tables, contents.manifest.models, form, contents.cut
         )
-        remove_superseded(target, manifest)
+        if knows_readers(target):
+            remove_superseded(target, manifest)
         stop_here()
     return manifest
 
 
 def write_shards(
     contents: CacheContents,
-    target: Path,
+    target: Place,
     form: str,
     rows_per_shard: int | None = None,
     report: CountReport | None = None,
@@ -73,7 +73,7 @@ def write_shards(
 
 
 def _write_tables(
-    contents: CacheContents, target: Path, rows_per_shard: int | None, report: CountReport | None
+    contents: CacheContents, target: Place, rows_per_shard: int | None, report: CountReport | None
 ) -> None:
     for name, state in contents.tables.items():
         there = table_state(target, state.recipe)
@@ -92,7 +92,7 @@ def _write_tables(
         record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
 
 
-def _write_tars(contents: CacheContents, target: Path, rows_per_shard: int | None, report: CountReport | None) -> None:
+def _write_tars(contents: CacheContents, target: Place, rows_per_shard: int | None, report: CountReport | None) -> None:
     recipe = tar_recipe(SAMPLES, contents.recipes)
     writer = TarWriter(target, contents.tables, contents.provenance, rows_from=contents.folder)
     plan = plan_tars(target, contents.recipes, contents.samples, rows_per_shard or default_rows_per_shard(recipe))

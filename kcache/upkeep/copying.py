@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -14,16 +13,19 @@ from kcache.build.plan import PlannedShard, TablePlan
 from kcache.config import CountReport
 from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheMismatchError
+from kcache.places import Place
+from kcache.places.effects import make_folder
+from kcache.places.fetching import listed
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
+from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
-from kcache.store.shards import RowBlock, commit_shard, size_rows
-from kcache.urls import check_local
+from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
 """What a cache holds beside its shards."""
@@ -33,7 +35,7 @@ _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.
 class CacheContents:
     """What is in a finished cache, by key."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
     samples: Sequence[Sample]
     refused: Sequence[Refusal]
@@ -67,7 +69,7 @@ class CacheContents:
         return {key: self._by_tar_key[key] for key in keys if key in self._by_tar_key}
 
 
-def read_contents(cache: Path) -> CacheContents:
+def read_contents(cache: Place) -> CacheContents:
     """Everything in the cache at `cache` but the rows themselves; raises the errors of `Cache.open`."""
     reading, opened = Reading(cache), Cache.open(cache)
     recipes, form = opened.recipes, opened.manifest.format
@@ -82,10 +84,9 @@ def read_contents(cache: Path) -> CacheContents:
     )
 
 
-def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samples_digest: str) -> None:
+def check_new_cache(target: Place, form: str, recipes: Mapping[str, Recipe], samples_digest: str) -> None:
     """Refuse a folder that holds anything but this very cache, finished or interrupted; raises CacheMismatchError."""
-    check_local(target)
-    if target.exists() and not target.is_dir():
+    if target.is_file():
         raise CacheMismatchError(f"{target} is a file; expected a path where nothing is, for the new cache")
     if (target / MANIFEST).exists():
         found = read_manifest(target)
@@ -95,7 +96,7 @@ def check_new_cache(target: Path, form: str, recipes: Mapping[str, Recipe], samp
                 "give a new or empty folder for the new cache"
             )
     own = {recipe.directory for recipe in shard_recipes(form, recipes)}
-    found_names = [entry.name for entry in target.iterdir()] if target.exists() else []
+    found_names = [name for name, _ in listed(target)] if target.is_dir() else []
     foreign = sorted(name for name in found_names if name not in own and not any(fnmatch(name, p) for p in _DERIVED))
     if foreign:
         raise CacheMismatchError(
@@ -117,7 +118,9 @@ def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.nd
 class RowCopier:
     """Writes rows that stand somewhere in `cache` into new zarr shards, checking each on the way."""
 
-    def __init__(self, cache: Path, recipe: Recipe, stored: StoredRows, sizes: Mapping[bytes, tuple[int, int]]) -> None:
+    def __init__(
+        self, cache: Place, recipe: Recipe, stored: StoredRows, sizes: Mapping[bytes, tuple[int, int]]
+    ) -> None:
         """`stored` are the rows of `recipe` in `cache`, `sizes` width and height of pictures by key."""
         self._recipe = recipe
         self._sizes = sizes if kind_of(recipe.table).per == "image" else {}
@@ -127,14 +130,14 @@ class RowCopier:
             field.name: field_files(cache, field, dtype, stored.shards) for field in recipe.fields
         }
 
-    def write(self, folder: Path, shard: PlannedShard, provenance: Mapping[str, str]) -> None:
+    def write(self, folder: Place, shard: PlannedShard, provenance: Mapping[str, str]) -> None:
         """Commit `shard` in the table's `folder`; raises CacheCorruptError for rows that are not what was committed."""
         entries = find_all(self._stored, shard.keys, self._recipe)
         arrays, offsets = {}, None
         for field in self._recipe.fields:
             arrays[field.name], bounds = gather(self._files[field.name], entries, np.empty)
             offsets = offsets if bounds is None else bounds
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         sizes = size_rows(shard.keys, self._sizes) if self._sizes else None
         block = RowBlock(keys=pack_keys(shard.keys), arrays=arrays, offsets=offsets, sizes=sizes)
         commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)

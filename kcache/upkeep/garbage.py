@@ -3,28 +3,37 @@
 Building never changes or removes a committed shard, so edited inputs, other recipes and killed builders leave things
 behind. A shard goes when no row of it is used, a tar when no sample of it is. `compact` first writes the used rows of
 the other shards again, without the unused ones between them.
+
+Nobody holds a bucket, so there only what is older than a day goes, and only once the manifest is: who opened the cache
+by an earlier one has ended by then. What a cache stops using there goes when it is collected a day later.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
 
+from kcache.build.committed import add_rejections
 from kcache.build.finish import finish_cache
 from kcache.build.joined_tars import TarWriter, committed_tar_keys, shard_recipes, tar_keys
-from kcache.build.plan import TablePlan, open_plan, shard_name
+from kcache.build.plan import TablePlan, open_plan
 from kcache.config import CountReport
-from kcache.disk.durable import exclusive, remove
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
+from kcache.places import Place, place_of
+from kcache.places.effects import remove
+from kcache.places.fetching import listed
+from kcache.places.holds import exclusive, knows_readers
+from kcache.places.inventory import Inventory
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import TableState, merged_rows, stored_rows
-from kcache.store.manifest import read_manifest
+from kcache.store.manifest import MANIFEST, SHARD_NAME, read_manifest, shard_number
 from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
-from kcache.store.shards import Commit, next_shard, read_commits, record_commit
+from kcache.store.shards import Commit, next_shard, read_commits
 from kcache.upkeep.copying import CacheContents, RowCopier, find_all, read_contents, with_progress
 
-_DERIVED = ("samples-*.parquet", "index-*", ".tmp-*")
+_DERIVED = ("samples-*.parquet", "index-*", "plans", ".tmp-*")
+_DAY = 86_400.0
+"""Seconds for which anything stays in a bucket."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +46,8 @@ class Garbage:
     """Disk space given back: files that are also in another cache, by hard links, count nothing."""
     unused_bytes: int
     """About what the shards that stay hold of rows that no sample uses: `compact` gives that back too."""
+    younger: int
+    """Files and folders of a bucket that stay, as they or the manifest are not older than a day."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +64,7 @@ class LiveShard:
 
 
 def collect_garbage(
-    cache: str | Path, *, compact: bool = False, dry_run: bool = False, report: CountReport | None = None
+    cache: str | Place, *, compact: bool = False, dry_run: bool = False, report: CountReport | None = None
 ) -> Garbage:
     """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
 
@@ -62,7 +73,7 @@ def collect_garbage(
     Raises CacheIncompleteError while a build is unfinished, CacheBusyError while one runs or anyone reads the cache,
     and the errors of `Cache.open`.
     """
-    folder = Path(cache)
+    folder = place_of(cache)
     read_manifest(folder)  # says what is there instead of a cache
     if dry_run:
         contents = _finished(folder)
@@ -85,7 +96,7 @@ def collect_garbage(
     return garbage
 
 
-def _finished(folder: Path) -> CacheContents:
+def _finished(folder: Place) -> CacheContents:
     if open_plan(folder) is not None:
         raise CacheIncompleteError(
             f"{folder} has an unfinished build, whose rows would be taken for garbage; expected none; "
@@ -141,17 +152,16 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
         commits = read_commits(folder / recipe.directory, recipe)
         dropped = [commit for commit in commits if commit.data is not None and commit.name not in kept]
         known = {rejection.key for commit in commits if commit not in dropped for rejection in commit.rejected}
-        number = next_shard(commits)
         for commit in dropped:  # each with what it was judged by
             if lost := [r for r in commit.rejected if r.key not in known]:
-                name, number = shard_name(number), number + 1
-                record_commit(folder / recipe.directory, name, recipe, rejected=lost, provenance=commit.provenance)
+                add_rejections(folder / recipe.directory, recipe, lost, commit.provenance)
     states = _live_states(contents, live)
     new = finish_cache(
         folder, contents.samples, contents.refused, states, manifest.models, manifest.format, contents.cut
     )
-    for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
-        remove(folder / name)
+    if knows_readers(folder):
+        for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
+            remove(folder / name)
 
 
 def _live_states(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> dict[str, TableState]:
@@ -171,41 +181,37 @@ def find_garbage(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -
     """What in the cache's folder is neither of its manifest nor one of the `live` shards; unknown files are left."""
     folder, manifest = contents.folder, contents.manifest
     paths: list[str] = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name in live:
-            recipe = next(r for r in shard_recipes(manifest.format, contents.recipes) if r.directory == entry.name)
-            paths += _dead_files(entry, recipe, {shard.commit.name for shard in live[entry.name]})
-        elif entry.name in (manifest.samples_file, manifest.index_folder):
+    for name, _ in sorted(listed(folder)):
+        if name in live:
+            recipe = next(r for r in shard_recipes(manifest.format, contents.recipes) if r.directory == name)
+            paths += _dead_files(folder / name, recipe, live[name])
+        elif name in (manifest.samples_file, manifest.index_folder):
             continue
-        elif any(fnmatch(entry.name, pattern) for pattern in _DERIVED) or SHARD_FOLDER.fullmatch(entry.name):
-            paths.append(entry.name)
-    freed = sum(_freed(file) for path in paths for file in _files(folder / path))
-    unused = sum(shard.unused_bytes for shards in live.values() for shard in shards)
-    return Garbage(paths=tuple(paths), bytes=freed, unused_bytes=unused)
+        elif any(fnmatch(name, pattern) for pattern in _DERIVED) or SHARD_FOLDER.fullmatch(name):
+            paths.append(name)
+    found = Inventory(folder)
+    old = [p for p in paths if found.is_older(folder / MANIFEST, _DAY) and found.is_older(folder / p, _DAY)]
+    return Garbage(
+        paths=tuple(old),
+        bytes=sum(found.freed(folder / path) for path in old),
+        unused_bytes=sum(shard.unused_bytes for shards in live.values() for shard in shards),
+        younger=len(paths) - len(old),
+    )
 
 
-def _dead_files(folder: Path, recipe: Recipe, kept: set[str]) -> list[str]:
+def _dead_files(folder: Place, recipe: Recipe, live: Sequence[LiveShard]) -> list[str]:
     """What in a folder of shards is of none that stays, commit records first; records of rejections stay."""
-    staying = kept | {commit.name for commit in read_commits(folder, recipe) if commit.data is None}
+    names = [name for name, _ in listed(folder)]  # before the records: all that is committed of these is known then
+    rejections = [commit for commit in read_commits(folder, recipe) if commit.data is None]
+    records = {f"{commit.name}.json" for commit in [*rejections, *(shard.commit for shard in live)]}
+    stems = {shard.commit.stem for shard in live}
     dead = [
-        entry.name
-        for entry in folder.iterdir()
-        if entry.name.startswith(".tmp-")
-        or ((shard := entry.name.split(".")[0]).isdecimal() and shard not in staying)
-    ]  # fmt: skip
+        name
+        for name in names
+        if name.startswith(".tmp-")
+        or (SHARD_NAME.fullmatch(shard_number(name)) and name not in records and name.partition(".")[0] not in stems)
+    ]
     return [f"{folder.name}/{name}" for name in sorted(dead, key=lambda name: (not name.endswith(".json"), name))]
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir() and not path.is_symlink():
-        yield from (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
-    else:
-        yield path
-
-
-def _freed(file: Path) -> int:
-    status = file.lstat()
-    return status.st_size if status.st_nlink == 1 else 0
 
 
 def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:

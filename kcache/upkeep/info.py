@@ -1,62 +1,75 @@
 """What is in a cache, in plain values: counts, sizes, recipes, statistics, rejections, what a build has yet to do."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kcache.build.plan import Plan, open_plan
+from kcache.places import Place, cache_place
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
-from kcache.store.manifest import MANIFEST
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import sides_of
+from kcache.store.samples import Refusal, read_refused
 from kcache.store.shards import read_commits
 from kcache.tally import Tally
 from kcache.upkeep.copying import CacheContents, read_contents
-from kcache.upkeep.garbage import LiveShard, find_garbage, live_shards
+from kcache.upkeep.garbage import find_garbage, live_shards
+from kcache.urls import is_read_afar
+
+NOT_LOOKED_AT = (
+    "whether every shard is there", "what the rows were made with", "what no sample uses and what is no part of it",
+)  # fmt: skip
+"""What is not said of a cache at a URL: for that all of its folders would have to be listed, and its records read."""
+_NEEDED = ("manifest.json", "samples-*.parquet", "index-*/*", "rejected.jsonl")
+"""Files that the rest is said from."""
 
 
-def describe_cache(cache: str | Path) -> dict[str, Any]:
+def describe_cache(cache: str | Place) -> dict[str, Any]:
     """All that `kcache cache-info` says, as JSON values under names that stay.
 
-    A folder whose first build is unfinished has None for what only a finished cache has. Raises CacheNotFoundError when
-    there is neither a cache nor a build, and the errors of `Cache.open`.
+    A folder whose first build is unfinished has None for what only a finished cache has, and so has a cache at a URL
+    for what is `not_looked_at`. Raises CacheNotFoundError when there is neither a cache nor a build, and the errors of
+    `Cache.open`.
     """
-    folder = Path(cache)
+    folder = cache_place(cache, _NEEDED)
+    is_far = is_read_afar(str(cache))
     plan = open_plan(folder)
-    about = {"cache": str(folder), "build": _progress(folder, plan)}
+    about = {"cache": str(cache), "build": _progress(folder, plan)}
     if plan is not None and not (folder / MANIFEST).exists():
         return about | dict.fromkeys(_FINISHED)
-    contents = read_contents(folder)
-    manifest, live = contents.manifest, live_shards(contents)
-    index = open_index(folder, manifest)
+    contents = None if is_far else read_contents(folder)
+    manifest = read_manifest(folder)
+    index, refused = open_index(folder, manifest), list(read_refused(folder))
+    recipes = {name: entry.recipe for name, entry in manifest.tables.items()}
     return about | {
         "format": manifest.format,
         "samples": manifest.samples,
         "bytes": sum(entry.bytes for entry in manifest.tables.values()),
-        "orphaned_bytes": _orphaned(contents, live, plan),
+        "orphaned_bytes": None if contents is None else _orphaned(contents, plan),
         "fingerprint": manifest.fingerprint,
         "models": {role: dict(model) for role, model in manifest.models.items()},
-        "provenance": dict(sorted(contents.provenance.items())),
-        "tables": _tables(contents),
+        "provenance": None if contents is None else dict(sorted(contents.provenance.items())),
+        "tables": _tables(manifest),
         "resolutions": sides_of(manifest.tables),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
-        "tokens": statistics(token_counts(contents.recipes, index)),
+        "tokens": statistics(token_counts(recipes, index)),
         "losses": _losses(tally_of(folder, manifest, index)),
-        "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in contents.refused],
-        "rejected_by": _by_reason(contents),
+        "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in refused],
+        "rejected_by": _by_reason(refused),
+        "not_looked_at": list(NOT_LOOKED_AT) if is_far else [],
     }
 
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "captions", "tokens", "losses", "rejected", "rejected_by",
+    "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
 )  # fmt: skip
 
 
-def _progress(folder: Path, plan: Plan | None) -> dict[str, Any]:
+def _progress(folder: Place, plan: Plan | None) -> dict[str, Any]:
     """Rows done and planned by table of the unfinished build, if there is one."""
     if plan is None:
         return {"unfinished": False, "tables": {}}
@@ -68,7 +81,7 @@ def _progress(folder: Path, plan: Plan | None) -> dict[str, Any]:
     return {"unfinished": True, "tables": tables}
 
 
-def _tables(contents: CacheContents) -> dict[str, Any]:
+def _tables(manifest: Manifest) -> dict[str, Any]:
     return {
         name: {
             "rows": entry.rows,
@@ -77,7 +90,7 @@ def _tables(contents: CacheContents) -> dict[str, Any]:
             "fingerprint": entry.recipe.fingerprint,
             "recipe": entry.recipe.to_json(),
         }
-        for name, entry in sorted(contents.manifest.tables.items())
+        for name, entry in sorted(manifest.tables.items())
     }
 
 
@@ -86,13 +99,13 @@ def _losses(tally: Tally) -> dict[str, Any]:
     return asdict(tally) | {"pictures_small": small, "sentences": tally.sentences}
 
 
-def _orphaned(contents: CacheContents, live: Mapping[str, list[LiveShard]], plan: Plan | None) -> int:
+def _orphaned(contents: CacheContents, plan: Plan | None) -> int:
     """About what `cache-gc --compact` would free; what an unfinished build has written is none of it."""
-    garbage = find_garbage(contents, live)
+    garbage = find_garbage(contents, live_shards(contents))
     return garbage.unused_bytes + (garbage.bytes if plan is None else 0)
 
 
-def _by_reason(contents: CacheContents) -> list[dict[str, Any]]:
-    counts = Counter((refusal.stage, refusal.reason) for refusal in contents.refused)
+def _by_reason(refused: Sequence[Refusal]) -> list[dict[str, Any]]:
+    counts = Counter((refusal.stage, refusal.reason) for refusal in refused)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [{"stage": stage, "reason": reason, "count": count} for (stage, reason), count in ordered]

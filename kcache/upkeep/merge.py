@@ -10,6 +10,7 @@ of the first cache first. The new cache owns its files: removing an old one take
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,31 +19,30 @@ from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
-from kcache.disk.durable import exclusive, remove_leftovers, sync_folder
-from kcache.disk.filesystems import sync
+from kcache.disk.durable import new_file, sync_folder
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, ConfigError, ModelError
+from kcache.places import Place, cache_place, place_of
+from kcache.places.effects import make_folder, publish, temporary_folder
+from kcache.places.fetching import reading
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import DigestMemo, unpack_keys
 from kcache.store.index import TableState
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
-from kcache.store.shards import (
-    Commit,
-    discard_uncommitted,
-    read_commits,
-    read_side_file,
-    write_commit,
-)
+from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
 from kcache.upkeep.convert import write_shards
 from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents
 from kcache.upkeep.garbage import LiveShard, live_shards
 
+_BLOCK_BYTES = 8 << 20
 
-def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: CountReport | None = None) -> Manifest:
+
+def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: CountReport | None = None) -> Manifest:
     """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.
 
     `new` is a cache once all of it is there; after an interruption the same call finishes it. `report` is called with
@@ -52,14 +52,14 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
     """
     if not caches:
         raise ConfigError("no cache to merge given; expected at least one")
-    parts, target = [read_contents(Path(cache)) for cache in caches], Path(new)
+    parts, target = [read_contents(cache_place(cache)) for cache in caches], place_of(new)
     first = parts[0]
     for part in parts[1:]:
         _check_alike(first, part)
     samples = _united(parts)
     form, recipes = first.manifest.format, first.recipes
     check_new_cache(target, form, recipes, samples_digest(samples))
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)
         live = [live_shards(part) for part in parts]
@@ -81,7 +81,8 @@ def merge_caches(new: str | Path, caches: Sequence[str | Path], *, report: Count
         write_shards(merged, target, form, report=report)
         states = read_committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form, merged.cut)
-        remove_superseded(target, manifest)
+        if knows_readers(target):
+            remove_superseded(target, manifest)
         stop_here()
     return manifest
 
@@ -154,7 +155,7 @@ def _united(parts: Sequence[CacheContents]) -> list[Sample]:
     return with_ids(list(by_id.values()))
 
 
-def _states(parts: Sequence[CacheContents], target: Path) -> dict[str, TableState]:
+def _states(parts: Sequence[CacheContents], target: Place) -> dict[str, TableState]:
     """What is committed in `target`, with all that the tables of `parts` have rejected."""
     states = read_committed(target, parts[0].manifest.format, parts[0].recipes)
     return {
@@ -168,7 +169,7 @@ def _states(parts: Sequence[CacheContents], target: Path) -> dict[str, TableStat
 
 
 def _link_shards(
-    sources: Sequence[tuple[Path, Sequence[LiveShard]]], folder: Path, recipe: Recipe, report: CountReport | None
+    sources: Sequence[tuple[Place, Sequence[LiveShard]]], folder: Place, recipe: Recipe, report: CountReport | None
 ) -> None:
     """Commit in `folder`, under new numbers, every shard in use that has rows which no shard before it has."""
     committed = {commit.name: commit for commit in read_commits(folder, recipe)}
@@ -184,9 +185,8 @@ def _link_shards(
         present |= keys
         commit = _renumbered(shard.commit, shard_name(number), recipe)
         number += 1
-        if commit.name not in committed:
-            _link(source, shard.commit, folder, commit)
-        elif committed[commit.name].files != commit.files:
+        there = committed[commit.name] if commit.name in committed else _link(source, shard.commit, folder, commit)
+        if there.files != commit.files:
             raise CacheMismatchError(
                 f"{folder / commit.name} is a shard of another merge; expected the one of {source}; "
                 f"remove {folder.parent} and merge again"
@@ -195,10 +195,11 @@ def _link_shards(
         report(recipe.table, len(every), len(every))
 
 
-def _shard_keys(folder: Path, commit: Commit, recipe: Recipe) -> set[bytes]:
-    if commit.data != commit.name:
+def _shard_keys(folder: Place, commit: Commit, recipe: Recipe) -> set[bytes]:
+    if recipe.of_tars:
         return set(committed_tar_keys(folder, commit))
-    return set(unpack_keys(read_side_file(folder, commit, recipe)["key"]))
+    [side] = read_side_files(folder, [commit], recipe)
+    return set(unpack_keys(side["key"]))
 
 
 def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
@@ -208,27 +209,29 @@ def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
     return replace(commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=())
 
 
-def _link(source: Path, commit: Commit, folder: Path, new: Commit) -> None:
-    folder.mkdir(exist_ok=True)
-    discard_uncommitted(folder, new.name)
-    places = {source / old.path: folder / file.path for old, file in zip(commit.files, new.files, strict=True)}
-    for old, place in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(old, place)
-    made = {parent for place in places.values() for parent in place.parents if parent.is_relative_to(folder)}
-    for parent in sorted(made, key=lambda path: len(path.parts), reverse=True):
-        sync_folder(parent)
-    write_commit(folder, new)
+def _link(source: Place, commit: Commit, folder: Place, new: Commit) -> Commit:
+    """Commit in `folder` the shard `commit` of the table at `source` as `new`; returns what is committed then."""
+    make_folder(folder)
+    with temporary_folder(folder) as temporary:
+        for old, file in zip(commit.files, new.files, strict=True):
+            made = temporary / file.path
+            made.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / old.path, made)
+        for parent, _, _ in os.walk(temporary, topdown=False):
+            sync_folder(Path(parent))
+        for path in sorted(temporary.iterdir()):
+            publish(path, folder / path.name)
+        shutil.rmtree(temporary)  # a link that is there already is not moved onto itself
+    return write_commit(folder, new)
 
 
-def _link_or_copy(old: Path, place: Path) -> None:
+def _link_or_copy(old: Place, made: Path) -> None:
     """Committed files never change, so two caches may share one; across file systems there are no hard links."""
-    try:
-        os.link(old, place, follow_symlinks=False)
-    except OSError:
-        shutil.copyfile(old, place)
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
+    if isinstance(old, Path):
+        with suppress(OSError):
+            os.link(old, made, follow_symlinks=False)
+            return
+    with reading(old) as content, new_file(made) as file:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        while count := content.readinto(buffer):
+            file.write(buffer[:count])

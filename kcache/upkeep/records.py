@@ -2,9 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +13,10 @@ from kcache.build.plan import open_plan
 from kcache.disk.durable import json_bytes
 from kcache.errors import CacheCorruptError, KcacheError, UnreadableError
 from kcache.foreign import check_withheld
+from kcache.places import Place
+from kcache.places.fetching import at_once, listed
 from kcache.store.index import CAPTION_BOUNDS, open_index
-from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
 from kcache.store.samples import Sample, samples_digest, stored_samples
 from kcache.store.shards import Commit, read_commit, record_json
 
@@ -40,7 +41,7 @@ class BrokenFile:
 class Records:
     """What the small files of a cache say, as far as they could be read."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest | None = None
     index: Mapping[str, np.ndarray] | None = None
     samples: "pyarrow.Table | None" = None
@@ -56,7 +57,7 @@ class Records:
         self.known.add(path)
 
 
-def read_records(folder: Path) -> Records:
+def read_records(folder: Place) -> Records:
     """Read and check the small files of the cache at `folder`, each as far as those before it allow.
 
     Raises CacheNotFoundError or CacheMismatchError where there is no cache that this version reads.
@@ -99,7 +100,7 @@ def _read_derived(records: Records) -> None:
             records.add_broken("rejected.jsonl", f"its sha256 is {digest[:16]}…, not {manifest.rejected_digest[:16]}…")
     except OSError as error:
         check_withheld(error, folder / "rejected.jsonl")
-        records.add_broken("rejected.jsonl", error.strerror)
+        records.add_broken("rejected.jsonl", error.strerror or error)
     try:
         records.index = open_index(folder, manifest)
     except CacheCorruptError as error:
@@ -119,11 +120,14 @@ def _read_card(records: Records, manifest: Manifest) -> None:
 
 def _read_commits(records: Records) -> None:
     """The commit records of all tables, those of the manifest or not."""
-    folders = [path for path in sorted(records.folder.iterdir()) if _TABLE_FOLDER.fullmatch(path.name)]
-    for folder in (path for path in folders if path.is_dir() and not path.is_symlink()):
-        for path in sorted(folder.glob("*.json")):
-            if SHARD_NAME.fullmatch(path.stem):
-                _read_record(records, path, f"{folder.name}/{path.stem}")
+    for name, is_folder in sorted(listed(records.folder)):
+        if is_folder and _TABLE_FOLDER.fullmatch(name):
+            paths = [path for path in (records.folder / name).glob("*.json") if SHARD_NAME.fullmatch(path.stem)]
+            for number, found in sorted(_checked(paths).items()):
+                records.known.add(f"{name}/{number}.json")
+                records.commits[f"{name}/{number}"] = found if isinstance(found, Commit) else None
+                if isinstance(found, CacheCorruptError):
+                    records.add_broken(f"{name}/{number}.json", found, f"{name}/{number}")
     for shard in _manifest_shards(records.manifest):
         if shard not in records.commits:
             records.commits[shard] = None
@@ -133,21 +137,27 @@ def _read_commits(records: Records) -> None:
         if commit is not None:
             records.known |= {f"{parent}/{file.path}" for file in commit.files}
         else:  # nothing says which files are the shard's: all that bear its name count as such
-            records.known |= {shard, *(f"{parent}/{path.name}" for path in records.folder.glob(f"{shard}.*"))}
+            number = shard.partition("/")[2]
+            own = (path.name for path in (records.folder / parent).glob(f"{number}*"))
+            records.known |= {f"{parent}/{name}" for name in own if shard_number(name) == number}
 
 
-def _read_record(records: Records, path: Path, shard: str) -> None:
-    records.known.add(f"{shard}.json")
-    records.commits[shard] = None
-    try:
-        commit = read_commit(path)
-        if path.read_bytes() != json_bytes(record_json(commit)):
-            raise CacheCorruptError("it says what was written, but not byte for byte")
-        if not path.parent.name.endswith("-" + commit.fingerprint[:8]):
-            raise CacheCorruptError(f"it is of another table, with fingerprint {commit.fingerprint[:8]}")
-        records.commits[shard] = commit
-    except CacheCorruptError as error:
-        records.add_broken(f"{shard}.json", error, shard)
+def _checked(paths: Sequence[Place]) -> dict[str, Commit | CacheCorruptError]:
+    """By number, the commit records at `paths`, or what is wrong with them."""
+    found: dict[str, Commit | CacheCorruptError] = {}
+
+    def check(path: Place) -> None:
+        try:
+            found[path.stem] = commit = read_commit(path)
+            if path.read_bytes() != json_bytes(record_json(commit)):
+                raise CacheCorruptError("it says what was written, but not byte for byte")
+            if not path.parent.name.endswith("-" + commit.fingerprint[:8]):
+                raise CacheCorruptError(f"it is of another table, with fingerprint {commit.fingerprint[:8]}")
+        except CacheCorruptError as error:
+            found[path.stem] = error
+
+    at_once(check, paths)
+    return found
 
 
 def _read_plan(records: Records) -> None:
@@ -164,4 +174,4 @@ def _read_plan(records: Records) -> None:
 
 def _manifest_shards(manifest: Manifest | None) -> list[str]:
     tables = manifest.tables.values() if manifest else ()
-    return sorted({shard.data.removesuffix(".tar") for table in tables for shard in table.shards})
+    return sorted({shard.label for table in tables for shard in table.shards})

@@ -8,25 +8,27 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kcache.build.build import complete
 from kcache.build.builder import BuildReport
+from kcache.build.committed import record_rejections
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
 from kcache.config import AS_FOUND, Say, SourceConfig, unheard
-from kcache.disk.durable import exclusive, remove
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device
+from kcache.places import Place, place_of
+from kcache.places.effects import make_folder, remove
+from kcache.places.holds import exclusive
 from kcache.store.index import StoredRows
-from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
 from kcache.store.samples import Refusal, Sample, picture_list, samples_digest, sizes_by_key, with_ids
-from kcache.store.shards import Commit, discard_uncommitted, record_rejections
+from kcache.store.shards import Commit
 from kcache.upkeep.copying import RowCopier
 from kcache.upkeep.records import Records, read_records
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
@@ -47,7 +49,7 @@ class RepairResult:
 
 def repair_cache(
     source: str,
-    cache: str | Path,
+    cache: str | Place,
     *,
     reading: SourceConfig = AS_FOUND,
     device: str | None = None,
@@ -63,7 +65,7 @@ def repair_cache(
     needed, and ConfigError for a device that is not there.
     """
     check_device(device)
-    folder = Path(cache)
+    folder = place_of(cache)
     before = verify_cache(folder, checked)
     if not before.corrupt:
         return RepairResult(before=before, encoded={}, after=before)
@@ -90,7 +92,7 @@ def repair_cache(
     return RepairResult(before=before, encoded=encoded, after=after)
 
 
-def _survey(source: str, folder: Path, manifest: Manifest, reading: SourceConfig, device: str | None) -> Survey:
+def _survey(source: str, folder: Place, manifest: Manifest, reading: SourceConfig, device: str | None) -> Survey:
     """The source, and the encoders of the manifest; raises CacheMismatchError when they would make other rows."""
     found = {role: _repository(manifest, role) for role in manifest.models}
     config = replace(
@@ -118,7 +120,7 @@ def _repository(manifest: Manifest, role: str) -> Repository:
     return find_repository(str(model["name"]), model["revision"], components(role, stage_of(manifest.tables)))
 
 
-def _recorded_refusals(folder: Path, before: VerifyResult) -> list[Refusal] | None:
+def _recorded_refusals(folder: Place, before: VerifyResult) -> list[Refusal] | None:
     """What rejected.jsonl says, None when it is broken."""
     if any(file.path == "rejected.jsonl" for file in before.files):
         return None
@@ -192,16 +194,24 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
                 _copy_rows(folder, entry.recipe, rows, wanted, sizes, commit.provenance if commit else {})
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):
                 rejected.append((entry.recipe, commit))
-        parent, _, name = shard.partition("/")
-        remove(folder / f"{shard}.json")
-        discard_uncommitted(folder / parent, name)
+        _remove_shard(folder, shard)
     for recipe, commit in rejected:
         record_rejections(folder / recipe.directory, recipe, commit.rejected, commit.provenance)
 
 
+def _remove_shard(folder: Place, shard: str) -> None:
+    """Remove a shard's record, and then all that bears its number: whoever has it again writes whole files."""
+    parent, _, number = shard.partition("/")
+    remove(folder / f"{shard}.json")
+    bearing: list[Place] = list((folder / parent).glob(f"{number}*"))
+    for path in bearing:
+        if shard_number(path.name) == number:
+            remove(path)
+
+
 def _sound_entries(index: np.ndarray, entry: TableEntry, shard: str, before: VerifyResult) -> np.ndarray:
     """Numbers of the entries of a table's index whose rows stand in `shard` and are not broken."""
-    positions = [i for i, known in enumerate(entry.shards) if known.data.removesuffix(".tar") == shard]
+    positions = [i for i, known in enumerate(entry.shards) if known.label == shard]
     inside = np.isin(index["shard"], positions)
     inside[[row.entry for row in before.rows if row.table == entry.recipe.table]] = False
     return np.flatnonzero(inside)
@@ -223,7 +233,7 @@ def _entry_keys(samples: "pyarrow.Table", table: str) -> list[bytes]:
 
 
 def _copy_rows(
-    folder: Path,
+    folder: Place,
     recipe: Recipe,
     rows: StoredRows,
     keys: tuple[bytes, ...],
@@ -233,8 +243,8 @@ def _copy_rows(
     """Commit the rows of `keys` as a new shard of their table, behind all that are in its folder."""
     if keys:
         table = folder / recipe.directory
-        table.mkdir(exist_ok=True)
-        names = {path.name.partition(".")[0] for path in table.iterdir()}
+        make_folder(table)
+        names = {shard_number(path.name) for path in table.iterdir()}
         number = 1 + max((int(name) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
         RowCopier(folder, recipe, rows, sizes).write(
             table, PlannedShard(name=shard_name(number), keys=keys), provenance

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kcache.foreign import check_withheld
+from kcache.places import Place
+from kcache.places.fetching import reading
 from kcache.store.checksums import crc32c
 
 BLOCK_BYTES = 1 << 20
@@ -44,17 +45,17 @@ class Scan:
     """Why the file could not be read to its end."""
 
 
-def scan_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], None]) -> Scan:
+def scan_file(path: Place, fields: Sequence[RowSpans], advance: Callable[[int], None]) -> Scan:
     """Read the file at `path` and check the rows that `fields` say are in it.
 
     Plain reads rather than a memory map: an unreadable sector is then an error to report, not a signal that ends the
-    process. `advance` is called with the number of bytes read since the last call.
+    process. `advance` is called with the number of bytes read since the last call. Raises StoreError.
     """
     rows = _Rows(fields)
     size = checksum = 0
     error = None
     try:
-        with path.open("rb", buffering=0) as file:
+        with reading(path) as file:
             buffer = memoryview(bytearray(rows.longest_block()))
             while True:
                 wanted = rows.next_cut() - size
@@ -68,7 +69,9 @@ def scan_file(path: Path, fields: Sequence[RowSpans], advance: Callable[[int], N
                     break
     except OSError as problem:
         check_withheld(problem, path)
-        error = problem.strerror or str(problem)
+        error = problem.strerror or (
+            "there is no such file" if isinstance(problem, FileNotFoundError) else str(problem)
+        )
     return Scan(bytes=size, crc32c=checksum, broken=rows.broken_by_field(), error=error)
 
 

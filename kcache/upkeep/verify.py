@@ -5,7 +5,6 @@ records, manifest, index, samples and rejections against their digests. A row th
 that use it. Files that nothing vouches for are orphaned: no part of the cache, and no fault of it.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from kcache.disk.readers import Reading
+from kcache.places import Place, cache_place
+from kcache.places.fetching import AT_ONCE, FETCHES, listed
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.rows import unit_bytes
@@ -23,7 +24,7 @@ from kcache.upkeep.records import BrokenFile, Records, read_records
 from kcache.upkeep.scan import RowSpans, Scan, scan_file
 
 READ_THREADS = 2
-"""One waits for the disk while the other computes checksums; more only make a disk's head jump."""
+"""Of a disk: one waits for the disk while the other computes checksums; more only make a disk's head jump."""
 REPORT_SECONDS = 0.2
 """How often progress is reported."""
 
@@ -79,15 +80,15 @@ class VerifyProgress:
     seconds: float
 
 
-def verify_cache(cache: str | Path, report: Callable[[VerifyProgress], None] | None = None) -> VerifyResult:
-    """Check every byte of the cache at `cache`, which nothing should be writing meanwhile.
+def verify_cache(cache: str | Place, report: Callable[[VerifyProgress], None] | None = None) -> VerifyResult:
+    """Check every byte of the cache at `cache`, a folder or a URL, which nothing should be writing meanwhile.
 
     What is broken is in the result, not raised. Raises CacheNotFoundError or CacheMismatchError where there is no cache
-    that this version reads.
+    that this version reads, and StoreError where a store fails: that says nothing of the cache.
     """
-    start = time.perf_counter()
-    with Reading(Path(cache)):
-        records = read_records(Path(cache))
+    start, folder = time.perf_counter(), cache_place(cache)
+    with Reading(folder):
+        records = read_records(folder)
         targets = _targets(records)
         scans = _scan_all(records.folder, targets, report)
     files, rows = list(records.broken), list[BrokenRow]()
@@ -171,21 +172,26 @@ def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
                     spans = RowSpans(offsets, lengths, sums, *form.pieces(unit))
                     path = form.field_file(shard.data, row_field)
                     rows = _Field(table=table, name=row_field.name, shard=position, spans=spans)
-                    yield path, shard.data.removesuffix(".tar"), rows
+                    yield path, shard.label, rows
 
 
-def _scan_all(folder: Path, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
+def _scan_all(folder: Place, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
     start, total = time.perf_counter(), sum(target.committed.bytes for target in targets if target.committed)
-    done = [0] * len(targets)
+    done, far = [0] * len(targets), not isinstance(folder, Path)
 
     def scan(number: int) -> Scan:
         def advance(count: int) -> None:
             done[number] += count
 
         target = targets[number]
-        return scan_file(folder / target.path, [rows.spans for rows in target.fields], advance)
+        for again in reversed(range(FETCHES if far else 1)):  # what is wrong may have changed on its way
+            done[number] = 0
+            found = scan_file(folder / target.path, [rows.spans for rows in target.fields], advance)
+            if not again or not (_difference(target.committed, found) or any(map(len, found.broken))):
+                break
+        return found
 
-    with ThreadPoolExecutor(READ_THREADS, "kcache-verify") as pool:
+    with ThreadPoolExecutor(AT_ONCE if far else READ_THREADS, "kcache-verify") as pool:
         running = [pool.submit(scan, number) for number in range(len(targets))]
         waiting = set(running)
         try:
@@ -239,15 +245,14 @@ def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
     return records.samples["id"][sample].as_py(), records.samples["name"][sample].as_py()
 
 
-def _orphans(folder: Path, known: set[str]) -> Iterator[str]:
+def _orphans(folder: Place, known: set[str]) -> Iterator[str]:
     """What stands in the folder of a cache and is neither part of it nor leads to a part of it."""
     parents = {path[: i + 1] for path in known for i, letter in enumerate(path) if letter == "/"}
     inside = [""]
     while inside:
         prefix = inside.pop()
-        for entry in os.scandir(folder / prefix):
-            path = prefix + entry.name
-            is_folder = entry.is_dir(follow_symlinks=False)
+        for name, is_folder in listed(folder / prefix if prefix else folder):
+            path = prefix + name
             if path not in known and is_folder and f"{path}/" in parents:
                 inside.append(f"{path}/")
             elif path not in known:

@@ -13,9 +13,10 @@ import pytest
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, renewed, take, turn, worker_place
 from kcache.config import BuildConfig
-from kcache.disk.durable import remove_leftovers, write_json
+from kcache.disk.durable import json_bytes, remove_leftovers, write_json
 from kcache.disk.leases import LEASE_SECONDS, seconds_left
 from kcache.errors import CacheCorruptError, ConfigError
+from kcache.places import Place, effects, leases, place_of
 from kcache.processes import Process, is_gone, this_process
 
 
@@ -44,21 +45,31 @@ def test_only_the_certainly_dead_are_gone() -> None:
     assert not is_gone(replace(here, namespace="1", started="1"))
 
 
-def test_a_claim_is_held_by_one_and_says_by_whom(tmp_path: Path) -> None:
-    claim = tmp_path / "text-00000"
+@pytest.fixture(params=["disk", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Where nothing is, on a disk and in buckets."""
+    if request.param == "disk":
+        return tmp_path
+    return place_of(
+        f"memory://test/{tmp_path.name}" if request.param == "memory" else request.getfixturevalue("bucket")
+    )
+
+
+def test_a_claim_is_held_by_one_and_says_by_whom(folder: Place) -> None:
+    claim = folder / "text-00000"
     assert take(claim) is None
     assert take(claim) == this_process()
-    said = json.loads(claim.read_text())
+    said = json.loads(claim.read_bytes())
     assert (said["pid"], said["host"]) == (os.getpid(), this_process().host)
     assert said["boot"]
     assert said["started"]
 
 
 @pytest.mark.parametrize("dead", [{"started": "1"}, {"boot": "before"}, {"pid": 2**22 + 1}])
-def test_the_claim_of_the_dead_is_taken_over(tmp_path: Path, dead: dict[str, object]) -> None:
-    write_json(tmp_path / "claim", asdict(replace(this_process(), **dead)))
-    assert take(tmp_path / "claim") is None
-    assert holder(tmp_path / "claim") == this_process()
+def test_the_claim_of_the_dead_is_taken_over(folder: Place, dead: dict[str, object]) -> None:
+    effects.write_json(folder / "claim", asdict(replace(this_process(), **dead)))
+    assert take(folder / "claim") is None
+    assert holder(folder / "claim") == this_process()
 
 
 ELSEWHERE = [{"host": "elsewhere", "boot": "before"}, {"namespace": "1"}, {"machine": "namesake"}]
@@ -90,6 +101,56 @@ def test_the_claim_of_another_machine_is_respected_until_its_lease_runs_out(
     assert holder(claim) == this_process()
 
 
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_in_a_bucket_a_lease_runs_from_when_it_was_last_seen_to_change(
+    bucket: str, elsewhere: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, other = place_of(bucket) / "claim", replace(this_process(), **elsewhere)
+    said, now = asdict(other) | {"token": "theirs"}, 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    effects.write_json(claim, said)
+    assert take(claim) == other
+    now += leases.BUCKET_SECONDS - 1
+    assert take(claim) == other
+    leases.renew(claim, said)  # as its holder does
+    now += 1
+    assert take(claim) == other
+    now += leases.BUCKET_SECONDS - 1
+    assert take(claim) == other
+    now += 1
+    assert take(claim) is None
+    assert holder(claim) == this_process()
+    leases.renew(claim, said)  # by the one that was only suspended
+    assert is_mine(claim)
+
+
+def test_a_claim_that_is_renewed_meanwhile_is_not_taken_over(folder: Place) -> None:
+    claim, said = folder / "claim", asdict(replace(this_process(), host="elsewhere"))
+
+    def gives_up(_: Place, found: Process) -> bool:
+        if renewals:
+            effects.write_json(claim, said | {"renewed": renewals.pop()})
+            return True
+        return False
+
+    effects.write_json(claim, said)
+    renewals = [2, 1]
+    assert take(claim, gives_up) == replace(this_process(), host="elsewhere")
+    assert json.loads(claim.read_bytes()) == said | {"renewed": 2}
+
+
+def test_one_that_follows_a_process_with_its_number_does_not_hold_what_that_held(folder: Place) -> None:
+    claim = folder / "claim"
+    effects.write_json(claim, asdict(this_process()) | {"token": "before"})
+    assert not is_mine(claim)
+    assert take(claim) is None
+    assert is_mine(claim)
+    effects.write_json(claim, asdict(this_process()) | {"token": "after"})
+    assert not is_mine(claim)
+    let_go(claim)
+    assert claim.exists()
+
+
 def test_a_process_that_runs_here_keeps_its_claim_however_old(tmp_path: Path) -> None:
     assert take(tmp_path / "claim") is None
     backdate(tmp_path / "claim", 10 * LEASE_SECONDS)
@@ -115,14 +176,33 @@ def test_leases_are_renewed_while_a_builder_works_and_only_its_own(
     assert (mine.exists(), lost.exists()) == (False, True)
 
 
-def test_take_over_does_not_wait_and_says_so_once(tmp_path: Path) -> None:
+def test_in_a_bucket_leases_are_renewed_by_what_changes_and_given_back(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, lost = place_of(bucket) / "mine", place_of(bucket) / "lost"
+    assert take(mine) is take(lost) is None
+    theirs = json_bytes(asdict(replace(this_process(), host="elsewhere")))
+    effects.write_bytes(lost, theirs)
+    monkeypatch.setattr("kcache.build.claims.RENEW_SECONDS", 0.001)
+    seen = {mine.read_bytes()}
+    with renewed():
+        while len(seen) < 4:
+            seen.add(mine.read_bytes())
+    assert lost.read_bytes() == theirs
+    assert (is_mine(mine), is_mine(lost)) == (True, False)
+    let_go(mine)
+    let_go(lost)
+    assert (mine.exists(), lost.exists()) == (False, True)
+
+
+def test_take_over_does_not_wait_and_says_so_once(folder: Place) -> None:
     said: list[str] = []
     other = replace(this_process(), host="pod-a")
     for name in ("text-00000", "text-00001"):
-        write_json(tmp_path / name, asdict(other))
-        assert take(tmp_path / name, Patience(say=said.append).gives_up) == other
+        effects.write_json(folder / name, asdict(other))
+        assert take(folder / name, Patience(say=said.append).gives_up) == other
     patience = Patience(say=said.append, take_over=True)
-    assert [take(tmp_path / name, patience.gives_up) for name in ("text-00000", "text-00001")] == [None, None]
+    assert [take(folder / name, patience.gives_up) for name in ("text-00000", "text-00001")] == [None, None]
     assert said == [f"taking over what process {os.getpid()} on pod-a left unfinished, as --take-over says"]
 
 
@@ -170,38 +250,57 @@ def test_what_a_writer_elsewhere_left_goes_when_its_lease_has_run_out(tmp_path: 
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_damaged_claim_is_named(tmp_path: Path) -> None:
-    (tmp_path / "claim").write_text("{}")
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b"{", b"\xff"])
+def test_a_damaged_claim_is_named(folder: Place, content: bytes) -> None:
+    effects.write_bytes(folder / "claim", content)
     with pytest.raises(CacheCorruptError, match="claim cannot be read"):
-        take(tmp_path / "claim")
+        take(folder / "claim")
 
 
-def _take_over(folder: Path, start: "multiprocessing.synchronize.Barrier") -> None:
+def _take_over(url: str, takers: Path, start: "multiprocessing.synchronize.Barrier") -> None:
     start.wait(60)
     for number in range(50):
-        if take(folder / str(number)) is None:
-            with (folder / f"{number}.takers").open("a") as file:
+        if take(place_of(url) / str(number)) is None:
+            with (takers / f"{number}.takers").open("a") as file:
                 file.write("x")
+    start.wait(60)  # all live until the last is done: a claim of one that has ended may rightly be taken over
 
 
-def test_of_many_who_take_over_one_gets_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["disk", "bucket"])
+def test_of_many_who_take_over_one_gets_it(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    url = str(tmp_path) if kind == "disk" else request.getfixturevalue("bucket")
     for number in range(50):
-        write_json(tmp_path / str(number), asdict(replace(this_process(), started="1")))
+        effects.write_json(place_of(url) / str(number), asdict(replace(this_process(), started="1")))
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(3)
-    takers = [context.Process(target=_take_over, args=(tmp_path, start)) for _ in range(3)]
+    takers = [context.Process(target=_take_over, args=(url, tmp_path, start)) for _ in range(3)]
     for taker in takers:
         taker.start()
-    # All live until the last is done: a claim of one that has ended may rightly be taken over.
     for taker in takers:
         taker.join(60)
     assert all(len((tmp_path / f"{number}.takers").read_text()) == 1 for number in range(50))
 
 
-def test_a_turn_ends_with_its_claim(tmp_path: Path) -> None:
-    with turn(tmp_path, Patience(say=print)):
-        assert [entry.name for entry in tmp_path.iterdir()] == [".turn"]
-    assert list(tmp_path.iterdir()) == []
+def test_a_turn_ends_with_its_claim(folder: Place) -> None:
+    with turn(folder, Patience(say=print)):
+        assert [entry.name for entry in folder.iterdir()] == [".turn"]
+    assert list(folder.iterdir()) == []
+
+
+def test_the_longer_a_wait_the_more_seldom_it_is_looked(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects.write_json(folder / ".turn", asdict(replace(this_process(), host="elsewhere")))
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 40:
+            effects.remove(folder / ".turn")
+
+    monkeypatch.setattr("kcache.build.claims.time.sleep", sleep)
+    with turn(folder, Patience(say=print)):
+        pass
+    assert pauses == sorted(pauses)
+    assert (len(pauses), pauses[0], pauses[-1]) == (40, 0.1, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_rows_are_stored_in_the_order_of_the_plan(trimmed: tuple, source: Path) 
     cache = Cache.open(trimmed[0])
     recipe = cache.recipes["text"]
     [commit] = read_commits(trimmed[0] / recipe.directory, recipe)
-    keys = [bytes(row["key"]) for row in np.load(trimmed[0] / recipe.directory / f"{commit.name}.rows.npy")]
+    keys = [bytes(row["key"]) for row in np.load(trimmed[0] / recipe.directory / f"{commit.stem}.rows.npy")]
     wanted = [key for sample in cache.samples["caption_keys"].to_pylist() for key in sample]
     assert keys[1:] == list(dict.fromkeys(wanted))
 

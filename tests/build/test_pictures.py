@@ -19,7 +19,7 @@ from kcache.disk.durable import json_bytes
 from kcache.encoders import frozen
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.errors import ConfigError
-from kcache.store.manifest import recorded_config
+from kcache.store.manifest import recorded_config, shard_number
 from kcache.store.shards import read_commit, record_json
 from kcache.upkeep.compare import compare_online
 from kcache.upkeep.repair import repair_cache
@@ -99,7 +99,7 @@ def as_before(cache: Path) -> None:
     """Make a cache what a kcache that recorded no sizes leaves when it is stopped before the manifest."""
     for path in cache.glob("*-*/*.sizes.npy"):
         path.unlink()
-        record = path.with_name(path.name.replace(".sizes.npy", ".json"))
+        record = path.with_name(f"{shard_number(path.name)}.json")
         data = record_json(read_commit(record))
         data["files"] = [file for file in data["files"] if file["path"] != path.name]
         data.pop("digest")
@@ -230,7 +230,7 @@ def test_encoders_in_the_loop_and_a_repair_convert_colours_as_the_recipe_says(
         made_by = json.loads(next(cache.glob("latents-*/00000.json")).read_bytes())["provenance"]
         assert made_by["littlecms"][0].isdecimal()
         before = Cache.open(cache).read(range(4), ["latents"])["latents"]
-        latents = next(cache.glob("latents-*/00000/latents/c/0/0/0/0"))
+        latents = next(cache.glob("latents-*/00000-*/latents/c/0/0/0/0"))
         latents.write_bytes(bytes(latents.stat().st_size))
         assert repair_cache(str(colorful), cache, device="cpu").encoded == {"latents-64": 4}
         repaired = Cache.open(cache).read(range(4), ["latents"])["latents"]
@@ -266,5 +266,5 @@ def test_the_limit_of_pixels_is_the_builds_and_not_the_caches(oracle: Path, tmp_
     assert len(Cache.open(cache)) == 2
     assert BuildConfig().max_pixels == 64_000_000
     assert len(compare_online(str(source), cache, 2, device="cpu")) == 4
-    shutil.rmtree(next(cache.glob("latents-*/00001")))
+    shutil.rmtree(next(cache.glob("latents-*/00001-*/")))
     assert sum(repair_cache(str(source), cache, device="cpu").encoded.values()) == 1

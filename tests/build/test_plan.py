@@ -1,5 +1,7 @@
 """Plans are pure: what is missing, once, in order, cut without overlap; and a frozen one comes back as it was."""
 
+import json
+import secrets
 from pathlib import Path
 
 import pytest
@@ -7,12 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuring.synthetic import synthetic_recipe
 
-from kcache.build.plan import Plan, close_plan, freeze_plan, open_plan, plan_table, shard_name
+from kcache.build.plan import OPEN, Plan, close_plan, freeze_plan, open_plan, plan_table, shard_name
 from kcache.errors import CacheBusyError, CacheCorruptError
+from kcache.places import Place, place_of
+from kcache.places.effects import remove, write_bytes, write_json
 from kcache.store.recipe import Field
 
 RECIPE = synthetic_recipe("image_embeds", (Field(name="image_embeds", shape=(4,)),), "float16")
 KEYS = st.lists(st.integers(0, 40).map(lambda i: i.to_bytes(16, "big")), max_size=60)
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A place for a cache, where nothing is yet."""
+    return tmp_path if request.param == "disk" else place_of(f"memory://plans/{secrets.token_hex(6)}")
 
 
 def a_plan(keys: list[bytes]) -> Plan:
@@ -33,27 +43,72 @@ def test_every_missing_key_is_planned_once_in_order(
     assert all(len(shard.keys) == rows_per_shard for shard in shards[:-1])
 
 
-def test_a_frozen_plan_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_frozen_plan_is_read_as_it_was(cache: Place) -> None:
     plan = a_plan([bytes([i]) * 16 for i in range(8)])
-    freeze_plan(tmp_path, plan)
-    assert open_plan(tmp_path) == plan
-    close_plan(tmp_path)
-    assert open_plan(tmp_path) is None
-    assert list(tmp_path.iterdir()) == []
+    freeze_plan(cache, plan)
+    assert open_plan(cache) == plan
+    close_plan(cache, plan)
+    assert open_plan(cache) is None
+    assert list(cache.iterdir()) == []
 
 
-def test_a_second_plan_is_refused(tmp_path: Path) -> None:
-    freeze_plan(tmp_path, a_plan([b"a" * 16]))
+def test_a_second_plan_is_refused(cache: Place) -> None:
+    first = a_plan([b"a" * 16])
+    freeze_plan(cache, first)
     with pytest.raises(CacheBusyError, match="holds a plan already"):
-        freeze_plan(tmp_path, a_plan([b"b" * 16]))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["plans"]
+        freeze_plan(cache, a_plan([b"b" * 16]))
+    assert open_plan(cache) == first
+    freeze_plan(cache, first)  # by another builder that found the same
+    assert open_plan(cache) == first
 
 
-def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
-    freeze_plan(tmp_path, a_plan([b"a" * 16, b"b" * 16]))
-    keys = next(tmp_path.glob("plans/*/image_embeds.keys.npy"))
+def test_what_was_not_opened_is_no_plan(cache: Place) -> None:
+    plan, other = a_plan([b"a" * 16]), a_plan([b"b" * 16])
+    freeze_plan(cache, plan)
+    remove(cache / "plans" / OPEN)  # as a builder that is killed leaves it, before it opens or while it closes a plan
+    assert open_plan(cache) is None
+    freeze_plan(cache, other)
+    assert open_plan(cache) == other
+    close_plan(cache, plan)
+    assert open_plan(cache) == other
+
+
+def test_half_of_a_plan_is_written_anew(cache: Place) -> None:
+    plan = a_plan([b"a" * 16, b"b" * 16])
+    folder = cache / "plans" / plan.digest[:16]
+    freeze_plan(cache, plan)
+    remove(cache / "plans" / OPEN)
+    remove(folder / "image_embeds.keys.npy")
+    freeze_plan(cache, plan)
+    assert open_plan(cache) == plan
+
+
+def test_a_plan_of_schema_1_is_open_by_being_there(cache: Place) -> None:
+    plan = a_plan([b"a" * 16, b"b" * 16])
+    freeze_plan(cache, plan)
+    remove(cache / "plans" / OPEN)
+    said = cache / "plans" / plan.digest[:16] / "plan.json"
+    write_json(said, {**json.loads(said.read_bytes()), "schema_version": 1})
+    assert open_plan(cache) == plan
+    close_plan(cache, plan)
+    assert open_plan(cache) is None
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"{}", b'{"digest": "../../x"}', b"{"])
+def test_a_damaged_name_of_a_plan_is_told(cache: Place, damage: bytes) -> None:
+    freeze_plan(cache, a_plan([b"a" * 16]))
+    write_bytes(cache / "plans" / OPEN, damage)
+    with pytest.raises(CacheCorruptError, match="remove this open plan"):
+        open_plan(cache)
+
+
+def test_a_damaged_plan_is_named(cache: Place) -> None:
+    plan = a_plan([b"a" * 16, b"b" * 16])
+    freeze_plan(cache, plan)
+    keys = cache / "plans" / plan.digest[:16] / "image_embeds.keys.npy"
     content = bytearray(keys.read_bytes())
     content[-1] ^= 1
-    keys.write_bytes(content)
+    write_bytes(keys, bytes(content))
     with pytest.raises(CacheCorruptError, match="digest does not match"):
-        open_plan(tmp_path)
+        open_plan(cache)

@@ -234,8 +234,8 @@ def test_another_schema_or_form_is_refused_rather_than_taken_for_fresh(
     other = {"zarr": "webdataset", "webdataset": "zarr"}[form]
     with pytest.raises(CacheMismatchError, match=f"is a {form} cache; --format {other} was asked for"):
         foretold(*built, oracle, format=other)
-    monkeypatch.setattr("kcache.store.manifest.SCHEMA_VERSION", 2)
-    with pytest.raises(CacheMismatchError, match="has schema version 1; this kcache reads version 2"):
+    monkeypatch.setattr("kcache.store.manifest.SCHEMA_VERSIONS", (3, 4))
+    with pytest.raises(CacheMismatchError, match="has schema version 2; this kcache reads 3 and 4"):
         foretold(*built, oracle)
 
 

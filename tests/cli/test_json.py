@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from in_bucket import put
 from small_builds import copy_pictures
 
 import kcache.build.estimate
@@ -101,7 +102,8 @@ def test_caches(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     recipe = Cache.open(cache).recipes["text"]
     table = plan_table(recipe, [bytes(16)], (), (), rows_per_shard=64, first_shard=0)
     freeze_plan(unfinished, Plan(tables=(table,)))
-    info = [printed("cache-info", str(folder), "--json") for folder in (cache, unfinished)]
+    far = put(cache, f"memory://json/{tmp_path.name}")
+    info = [printed("cache-info", str(folder), "--json") for folder in (cache, unfinished, far)]
     assert_as_said("cache-info", *info)
 
     new, merged = str(tmp_path / "new"), str(tmp_path / "merged")

@@ -259,7 +259,7 @@ def test_what_is_not_there_is_a_source_error(spec: str, tmp_path: Path, monkeypa
         ("owner/name@main", "for the Hub's dataset owner/name, give only that id"),
         ("datasets/owner/name", "for the Hub's dataset owner/name, give only that id"),
         ("https://huggingface.co/datasets/owner/name/tree/main", "give its id, 'owner/name'"),
-        ("file://localhost/my%20photos", "give '/my photos'"),
+        ("file://localhost/my%20photos", "there is no file or folder '/my photos'"),
         ("saved", "holds saved/inner, which save_to_disk wrote; give"),
         ("hidden", "begin with a dot are hidden, and not read"),
         ("a", r"b/x.arrow: .* rows are read from parquet files and from folders that save_to_disk wrote"),

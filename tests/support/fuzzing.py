@@ -259,7 +259,7 @@ def damage_commit(rng: random.Random, lab: Lab) -> Callable[[], object]:
 
 def damage_side_file(rng: random.Random, lab: Lab) -> Callable[[], object]:
     record = rng.choice(sorted(lab.cache.glob("*-*/0*.json")))
-    path = record.with_suffix(".rows.npy")
+    [path] = record.parent.glob(f"{record.stem}-*.rows.npy")
     content = path.read_bytes()
     if rng.random() < 0.4:
         content = damaged_bytes(rng, content)

@@ -40,6 +40,7 @@ def s3_server() -> Iterator[dict[str, str]]:
         "AWS_SECRET_ACCESS_KEY": "no secret",
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
+        "FILER_URL": f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}",
     }
     command = [
         str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",

@@ -148,7 +148,7 @@ def test_rows_that_no_sample_uses_are_left_behind(
 
 def test_a_damaged_row_stops_the_conversion(caches: dict[str, Path], tmp_path: Path) -> None:
     cache = Path(shutil.copytree(caches["zarr"], tmp_path / "cache"))
-    path = next(cache.glob("latents-64-*/00000/latents/c/0/0/0/0"))
+    path = next(cache.glob("latents-64-*/00000-*/latents/c/0/0/0/0"))
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)

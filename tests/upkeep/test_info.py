@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from in_bucket import put
 from small_builds import build, copy_pictures, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheNotFoundError
+from kcache.places.bucket import BucketPath
 from kcache.upkeep.garbage import collect_garbage
 from kcache.upkeep.info import describe_cache
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("form")
 
 KEYS = {
     "cache", "build", "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables",
-    "resolutions", "captions", "tokens", "losses", "rejected", "rejected_by",
+    "resolutions", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
 }  # fmt: skip
 
 
@@ -43,6 +45,22 @@ def test_everything_is_said_under_names_that_stay(built: tuple[Path, Path], form
     assert about["tables"]["text"]["recipe"] == cache.recipes["text"].to_json()
     assert about["build"] == {"unfinished": False, "tables": {}}
     assert about["provenance"]["device"].startswith("cpu")
+
+
+def test_of_a_url_is_said_what_needs_no_listing(built: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    far, here = put(built[1], f"memory://info/{built[1].parent.name}"), describe_cache(built[1])
+    listed, iterdir, below = list[str](), BucketPath.iterdir, BucketPath.below
+    monkeypatch.setattr(BucketPath, "iterdir", lambda path: listed.append(path.name) or iterdir(path))
+    monkeypatch.setattr(BucketPath, "below", lambda path: listed.append(path.name) or below(path))
+    about = describe_cache(str(far))
+    assert set(listed) <= {"plans"}
+    assert about.keys() == KEYS
+    assert {name for name in KEYS if about[name] != here[name]} == {
+        "cache", "orphaned_bytes", "provenance", "not_looked_at",
+    }  # fmt: skip
+    assert (about["orphaned_bytes"], about["provenance"], here["not_looked_at"]) == (None, None, [])
+    with pytest.raises(CacheNotFoundError, match=r"memory://info/none is not a finished cache"):
+        describe_cache("memory://info/none")
 
 
 def test_statistics_are_of_the_captions_and_their_tokens(built: tuple[Path, Path]) -> None:

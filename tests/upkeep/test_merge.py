@@ -13,7 +13,7 @@ from kcache import Cache
 from kcache.encoders.repositories import find_repository
 from kcache.errors import CacheMismatchError, CacheNotFoundError, ModelError
 from kcache.store.recipe import json_digest
-from kcache.store.shards import write_commit
+from kcache.store.shards import Commit, write_commit
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.verify import verify_cache
 
@@ -110,12 +110,12 @@ def test_an_interrupted_merge_is_no_cache_and_is_finished(
     for _ in range(2):
         left = 1
 
-        def interrupted(*arguments: object) -> None:
+        def interrupted(*arguments: object) -> Commit:
             nonlocal left
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
-            write_commit(*arguments)  # type: ignore[arg-type]
+            return write_commit(*arguments)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
             patch.setattr("kcache.upkeep.merge.write_commit", interrupted)

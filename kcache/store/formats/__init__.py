@@ -2,6 +2,7 @@
 
 - `zarr`: groups of arrays, as `shards` writes them
 - `webdataset`: tars of whole samples, as a build writes them when all rows are there
+- `side_files`: what stands beside the data of both
 """
 
 from typing import Protocol

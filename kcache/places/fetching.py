@@ -1,0 +1,102 @@
+"""Reading much of a bucket at once: spans that lie near together as one request, and many requests in flight.
+
+Of a disk the same functions read what they are asked for, as it lies there.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from kcache.places.bucket import BucketPath
+from kcache.places.client import told
+from kcache.places.opened import opened
+from kcache.places.place import Place
+
+AT_ONCE = 16
+"""Requests that wait for a store at a time: with some 85 MB/s each, more than most networks carry."""
+FETCHES = 3
+"""How often what arrives from a store otherwise than it was written is fetched."""
+_NEAR_BYTES = 128 << 10
+"""Bytes that nobody asked for and that are fetched all the same: a request of its own takes as long."""
+_MOST_BYTES = 8 << 20
+"""Bytes after which another request begins."""
+
+_Item = TypeVar("_Item")
+
+
+def near(files: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Which of the spans starts[i] to ends[i] of files[i] to fetch together: their numbers, (k,) int64 per request.
+
+    The spans of one request are of one file, by start, with little between them.
+    """
+    if not len(files):
+        return []
+    order = np.lexsort((starts, files))
+    files, starts, ends = files[order], starts[order], ends[order]
+    far = np.ones(len(order), np.bool_)
+    far[1:] = (files[1:] != files[:-1]) | (starts[1:] - ends[:-1] > _NEAR_BYTES)
+    run = np.cumsum(far) - 1
+    steps = (starts - starts[far][run]) // _MOST_BYTES
+    far[1:] |= steps[1:] != steps[:-1]
+    return np.split(order, np.flatnonzero(far)[1:])
+
+
+def at_once(work: Callable[[_Item], object], items: Sequence[_Item]) -> None:
+    """Call `work` with each of `items`, many at a time; of several errors the one of the first item is raised."""
+    if len(items) == 1:
+        work(items[0])
+        return
+    with ThreadPoolExecutor(min(AT_ONCE, max(1, len(items))), "kcache-fetch") as pool:
+        try:
+            for _ in pool.map(work, items):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def missing(paths: Iterable[Place]) -> list[Place]:
+    """Those of `paths` at which nothing is; a folder of a bucket is listed once, however many are looked for in it."""
+    listed: dict[BucketPath, set[BucketPath]] = {}
+    found = []
+    for path in paths:
+        if isinstance(path, Path):
+            there = path.exists()
+        else:
+            if path.parent not in listed:
+                listed[path.parent] = set(path.parent.iterdir())
+            there = path in listed[path.parent]
+        if not there:
+            found.append(path)
+    return found
+
+
+def listed(folder: Place) -> Iterator[tuple[str, bool]]:
+    """What stands right in a folder: each name, and whether it is a folder; a link is none."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as entries:
+            yield from ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        return
+    with told(folder):
+        found = folder.store.list_with_delimiter(f"{folder.key}/" if folder.key else None)
+    yield from ((name.rstrip("/").rpartition("/")[2], True) for name in found["common_prefixes"])
+    yield from ((entry["path"].rpartition("/")[2], False) for entry in found["objects"])
+
+
+class Readable(Protocol):
+    """A file that is read from front to back."""
+
+    def readinto(self, target: memoryview, /) -> int | None:
+        """Fill `target` from the file's next bytes; gives how many there were, 0 at the end."""
+        ...
+
+
+@contextmanager
+def reading(path: Place) -> Iterator[Readable]:
+    """A file to be read from front to back, by large pieces; raises OSError, StoreError among them."""
+    with path.open("rb", buffering=0) if isinstance(path, Path) else opened(path) as file:
+        yield file

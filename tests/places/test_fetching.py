@@ -1,0 +1,66 @@
+"""What is fetched together, at once, whole or not at all."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from in_bucket import put
+
+from kcache.places.bucket import BucketPath
+from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, at_once, missing, near, reading
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 26), st.integers(1, 1 << 17)), max_size=60))
+def test_near_spans_share_a_request_and_each_is_in_one(spans: "list[tuple[int, int, int]]") -> None:
+    files, starts, lengths = (
+        np.array(column, np.int64) for column in (zip(*spans, strict=True) if spans else [()] * 3)
+    )
+    requests = near(files, starts, starts + lengths)
+    assert sorted(np.concatenate([np.empty(0, int), *requests]).tolist()) == list(range(len(spans)))
+    for rows in requests:
+        assert len(set(files[rows].tolist())) == 1
+        assert (np.diff(starts[rows]) >= 0).all()
+        assert (starts[rows][1:] - (starts + lengths)[rows][:-1] <= _NEAR_BYTES).all()
+        assert starts[rows][-1] - starts[rows][0] < _MOST_BYTES
+
+
+def test_rows_of_one_file_that_touch_are_one_request() -> None:
+    starts = np.array([200, 0, 100, _NEAR_BYTES + 301, _NEAR_BYTES + 401])
+    requests = near(np.zeros(5, np.int64), starts, starts + 100)
+    assert [rows.tolist() for rows in requests] == [[1, 2, 0], [3, 4]]
+
+
+def test_many_are_at_work_and_the_first_error_is_told() -> None:
+    together = threading.Barrier(4, timeout=60)
+    at_once(lambda _: together.wait(), range(4))
+
+    def fail(number: int) -> None:
+        if number % 2:
+            raise ValueError(str(number))
+
+    with pytest.raises(ValueError, match="1"):
+        at_once(fail, range(6))
+
+
+@pytest.fixture(params=["memory", "disk"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> "Path | BucketPath":
+    (tmp_path / "f").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "f" / name).write_bytes(name.encode() * 1000)
+    return tmp_path / "f" if request.param == "disk" else put(tmp_path / "f", f"memory://fetching/{tmp_path.name}/f")
+
+
+def test_missing_files_are_found_by_one_listing(folder: "Path | BucketPath", monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, listing = [], BucketPath.iterdir
+    monkeypatch.setattr(BucketPath, "iterdir", lambda path: listed.append(path) or listing(path))
+    assert missing(folder / name for name in "abcd") == [folder / "c", folder / "d"]
+    assert len(listed) == isinstance(folder, BucketPath)
+
+
+def test_a_file_is_read_from_front_to_back(folder: "Path | BucketPath") -> None:
+    buffer = memoryview(bytearray(600))
+    with reading(folder / "a") as file:
+        assert [file.readinto(buffer) for _ in range(3)] == [600, 400, 0]
