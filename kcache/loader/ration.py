@@ -14,6 +14,7 @@ AT_ONCE = 32
 _LEAST_AT_ONCE = 4
 _WINDOWS = 2
 """Room for more windows than that would be filled in vain: it bridges as long as a window lasts already."""
+_HEADERS = 2048
 _UNEVEN = 1.05
 """Rows of different length in a window have no more than so many times the bytes that they have on average."""
 
@@ -26,8 +27,8 @@ class Ration:
     """Per field: slots, each for a row, or a token of a ragged field."""
     flight_bytes: int
     """For ranges that were asked for and whose rows are in no slot yet."""
-    range_bytes: int
-    """What a range has at most."""
+    most_bytes: int
+    """After which a range ends with the row that reaches it."""
 
 
 def ration(
@@ -45,7 +46,9 @@ def ration(
         for mean, most, unit in zip(means, longest, layout.units, strict=True)
     ]
     arena = sum(count * unit for count, unit in zip(units, layout.units, strict=True))
-    range_bytes = 2 * max(int(shape.block_rows * sum(means)), sum(longest))
+    # A block with what stands between its rows: headers in a tar, rows of fields that are not read.
+    most_bytes = shape.block_rows * int(2 * sum(means) + _HEADERS * len(means))
+    range_bytes = most_bytes + max(longest)
     # Each range is there twice: a slow one is asked for again, and one that came is copied.
     least = arena + 2 * range_bytes * _LEAST_AT_ONCE
     given = asked if asked is not None else free_memory() // (2 * world_size)
@@ -57,4 +60,4 @@ def ration(
         )
     flight = min(2 * range_bytes * AT_ONCE, given - arena)
     factor = min(_WINDOWS, (given - flight) / arena)
-    return Ration(units=tuple(int(count * factor) for count in units), flight_bytes=flight, range_bytes=range_bytes)
+    return Ration(units=tuple(int(count * factor) for count in units), flight_bytes=flight, most_bytes=most_bytes)

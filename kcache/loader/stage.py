@@ -94,6 +94,11 @@ class Stage:
         """Requests so far."""
         return self._ranges.requests
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all slots, and what ranges under way may take."""
+        return sum(arena.slots.nbytes for arena in self._arenas) + self._ration.flight_bytes
+
     def close(self) -> None:
         """End what is under way."""
         with self._changed:
@@ -147,6 +152,8 @@ class Stage:
         """Ask for the rows of all `wishes`, in the planner's thread."""
         try:
             for samples, captions, dropped in wishes:
+                if self._closed:  # wishes may have no end
+                    return
                 positions = self._cache.positions(samples, self._layout.fields, captions, **dropped)
                 for fetch, run in self._fetches(samples, positions):
                     if not self._wait_for_room(fetch):
@@ -166,13 +173,11 @@ class Stage:
             run = Run(self._planned, [each[part] for each in units])
             mine = rows[:, part].reshape(-1).copy()
             mine["use"] -= part.start
-            fetches = plan_fetches(mine, self._ration.range_bytes // 2, self.tally)
+            fetches = plan_fetches(mine, self._ration.most_bytes, self.tally)
             if self._remarks and (remark := self.tally.remark()) is not None:
                 self._remarks = False
                 logger.warning("streaming: %s", remark)
             with self._changed:
-                if self._closed:
-                    return
                 self._runs.append(run)
                 self._planned += run.count
             yield from ((fetch, run) for fetch in fetches)
@@ -210,7 +215,7 @@ class Stage:
 
         def room() -> bool:
             fits = all(arena.left >= count for arena, count in zip(self._arenas, needed, strict=True))
-            light = self._bytes_flying + 2 * fetch.length <= self._ration.flight_bytes
+            light = self._flying == 0 or self._bytes_flying + 2 * fetch.length <= self._ration.flight_bytes
             return self._closed or (fits and light and self._flying < AT_ONCE)
 
         with self._changed:
