@@ -9,50 +9,47 @@ from in_bucket import put
 from short_runs import STAGES, assert_equal_weights, config, course
 
 from kcache.errors import ConfigError, RunError
-from kcache.report.run import report_run
+from kcache.report.page import Table
+from kcache.report.run import read_run, run_sections
 from kcache.store.run_directory import read_metrics
-from kcache.training.log import Progress
 from kcache.training.trainer import train
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_bucket_a_disk_and_memory_give_the_same_losses(stage: str, cache: str, bucket: str, tmp_path: Path) -> None:
+def test_a_bucket_and_memory_give_the_same_losses(stage: str, cache: str, bucket: str, tmp_path: Path) -> None:
     put(Path(cache), bucket)
     dropout = {"caption_dropout": 0.3} if stage == "prior" else {"image_dropout": 0.3}
+    expected, streamed = tmp_path / "memory", tmp_path / "bucket"
+    told: list[Mapping[str, float]] = []
+    for run_dir, path, residency in ((expected, cache, "ram"), (streamed, bucket, "stream")):
+        settings = {"shuffle": "stream", "residency": residency, "max_train_steps": 2, **dropout}
+        train(path, config(run_dir, stage, **settings), report=lambda progress: told.append(progress.waits))
+    assert course(streamed) == course(expected)
+    assert_equal_weights(streamed, expected, stage)
+    assert told[0] == {}
+    assert told[-1].keys() == {"store", "verification", "copying"}
+    assert all(0 <= share <= 1 for share in told[-1].values())
+    assert {"wait_store", "wait_verification", "wait_copying"} <= read_metrics(streamed)[-1].keys()
+    assert waits_reported(streamed) == ["the store", "verification", "copying"]
+    assert waits_reported(expected) == []
 
-    def run(name: str, path: str, **settings: Any) -> Path:
-        shared = {"shuffle": "stream", "max_train_steps": 3, **dropout, **settings}
-        train(path, config(tmp_path / name, stage, **shared))
+
+def waits_reported(run_dir: Path) -> list[str]:
+    tables = [block for section in run_sections(read_run(run_dir)) for block in section.blocks]
+    rows = [row[0] for block in tables if isinstance(block, Table) for row in block.rows]
+    return [name.removeprefix("Of that, for ") for name in rows if name.startswith("Of that, for ")]
+
+
+def test_a_run_goes_on_as_if_it_had_not_ended(cache: str, tmp_path: Path) -> None:
+    def run(name: str, **settings: Any) -> Path:
+        train(cache, config(tmp_path / name, **({"shuffle": "stream", "residency": "stream"} | settings)))
         return tmp_path / name
 
-    expected = run("memory", cache, residency="ram")
-    waits = {f"wait_{name}" for name in ("store", "verification", "copying")}
-    assert not waits & read_metrics(expected)[-1].keys()
-    for name, path in {"disk": cache, "bucket": bucket}.items():
-        streamed = run(name, path, residency="stream")
-        assert course(streamed) == course(expected)
-        assert_equal_weights(streamed, expected, stage)
-        assert waits <= read_metrics(streamed)[-1].keys()
-    run("half", bucket, residency="stream", max_train_steps=2)
-    again = run("half", cache, residency="stream", resume_from_checkpoint="latest")
-    assert course(again) == course(expected)
-    assert_equal_weights(again, expected, stage)
+    run("half", max_train_steps=2)
+    again = run("half", max_train_steps=3, resume_from_checkpoint="latest", residency="mmap")
+    assert course(again) == course(run("whole", max_train_steps=3))
     with pytest.raises(RunError, match="shuffle: stream → full"):
-        run("half", cache, shuffle="full", max_train_steps=4, resume_from_checkpoint="latest")
-
-
-def test_what_was_waited_for_is_told(cache: str, tmp_path: Path) -> None:
-    told: list[Mapping[str, float]] = []
-
-    def report(progress: Progress) -> None:
-        told.append(progress.waits)
-
-    train(cache, config(tmp_path / "run", shuffle="stream", residency="stream"), report)
-    assert [waits.keys() for waits in told] == [{"store", "verification", "copying"}] * len(told)
-    assert all(0 <= share <= 1 for waits in told for share in waits.values())
-    page = report_run(tmp_path / "run").read_text()
-    for row in ("Of that, for the store", "Of that, for verification", "Of that, for copying"):
-        assert row in page
+        run("half", shuffle="full", residency="auto", max_train_steps=4, resume_from_checkpoint="latest")
 
 
 def test_what_streaming_needs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
