@@ -130,8 +130,11 @@ def show_build(report: Report, progress: "BuildProgress") -> None:
 
 
 def show_training(report: Report, stage: str, progress: "TrainProgress") -> None:
-    """Per optimizer step: loss, learning rate and samples per second."""
+    """Per optimizer step: loss, learning rate and samples per second, and what was waited for, from 1 % on."""
     detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {progress.samples_per_second:,.1f} samples/s"
+    for what, share in progress.waits.items():
+        if share >= 0.01:
+            detail += f", waiting for {'the store' if what == 'store' else what}: {share:.0%}"
     report.show(stage, progress.step, progress.max_steps, detail)
 
 

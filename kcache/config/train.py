@@ -173,13 +173,23 @@ class TrainConfig(SourceConfig):
         beside=("push_to_hub",),
         lenient=True,
     )
-    residency: Literal["auto", "gpu", "ram", "mmap"] = setting(
+    residency: Literal["auto", "gpu", "ram", "mmap", "stream"] = setting(
         "auto",
-        "Where the rows wait: whole tables on the GPU or in RAM, or mapped files. `auto` decides by size.",
+        "Where the rows wait: whole tables on the GPU or in RAM, mapped files, or a few windows of a streamed order. "
+        "`auto` decides by size.",
         shown="never",
     )
-    shuffle: Literal["full", "block"] = setting(
-        "full", "A new permutation of all samples each epoch, or of blocks of neighbours for slow disks.", kept=True
+    shuffle: Literal["full", "block", "stream"] = setting(
+        "full",
+        "A new permutation of all samples each epoch, or of blocks of neighbours for slow disks, or for streaming.",
+        kept=True,
+    )
+    stage_bytes: int | None = setting(
+        None,
+        "Memory in bytes that a process takes to stream into. Half of what is free, shared out, when left out.",
+        least=1,
+        shown="never",
+        beside=("shuffle",),
     )
     seed: int = setting(
         0, "Decides order, captions, noise and timesteps.", least=0, below=2**63, kept=True, shown="always"
@@ -246,6 +256,11 @@ class TrainConfig(SourceConfig):
             raise ConfigError(
                 f"--residency {self.residency} says where the rows of a cache wait; with --online there are none, as "
                 "the encoders make them; expected one of the two; leave --residency out"
+            )
+        if self.residency == "stream" and self.shuffle != "stream":
+            raise ConfigError(
+                f"--residency stream with --shuffle {self.shuffle}, which wants rows from everywhere at any time; "
+                "expected an order that is read in blocks; give --shuffle stream"
             )
         self._check_revisions()
 

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED = range(7)
+_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM = range(8)
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
@@ -26,6 +26,7 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray
 
     "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
     nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
+    The third shuffle, "stream", is no array: see `kcache.loader.streamed`.
     """
     generator = _stream(seed, _ORDER, epoch)
     if shuffle == "full":
@@ -36,6 +37,18 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray
     for start in range(0, samples, WINDOW_ROWS):
         generator.shuffle(order[start : start + WINDOW_ROWS])
     return order
+
+
+def draw_blocks(seed: int, epoch: int, blocks: int) -> np.ndarray:
+    """The order in which "stream" shuffling takes its blocks in epoch `epoch`: (blocks,) int32."""
+    order = np.arange(blocks, dtype=np.int32)
+    _stream(seed, _STREAM, epoch).shuffle(order)
+    return order
+
+
+def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int) -> np.ndarray:
+    """The order of the `rows` of one window of one lane in "stream" shuffling: (rows,) int64; alone, as any other."""
+    return _stream(seed, _STREAM, epoch, 1 + lane, window).permutation(rows)
 
 
 def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...], draws: int = 1) -> np.ndarray:
@@ -90,6 +103,6 @@ def draw_seed(seed: int, turn: int) -> int:
     return int(_stream(seed, _SEED, turn).integers(2**63))
 
 
-def _stream(seed: int, purpose: int, turn: int, number: int = 0) -> np.random.Generator:
+def _stream(seed: int, purpose: int, turn: int, number: int = 0, window: int = 0) -> np.random.Generator:
     # The generator counts in the lowest word of its counter; what tells streams apart is higher, so they never meet.
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, turn, number]))
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, window, turn, number]))

@@ -1,6 +1,7 @@
-"""Where rows wait until a batch takes them: whole tables on the device or in memory, or files that are mapped."""
+"""Where rows wait until a batch takes them: whole tables on the device or in memory, mapped files, or a stage."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,16 +64,26 @@ def _upload(cache: Cache, name: str, device: torch.device) -> tuple[torch.Tensor
     return table, np.concatenate(bounds)
 
 
-def choose_residency(asked: str, cache: Any, fields: Sequence[str], processes: int, device: torch.device) -> str:
-    """Where rows of `fields` are to wait: "gpu", "ram" or "mmap", or "online" when they come from no cache.
+def choose_residency(
+    asked: str, cache: Any, fields: Sequence[str], processes: int, device: torch.device, shuffle: str = "full"
+) -> str:
+    """Where rows of `fields` are to wait: "gpu", "ram", "mmap" or "stream", or "online" when they come from no cache.
 
     "auto" takes the first of "gpu", only on CUDA, and "ram", whose tables, in each of the `processes`, fit into half of
-    the free memory; else "mmap". Raises ConfigError for a wish that is none, or that the device cannot hold.
+    the free memory; else "mmap", or "stream" of a bucket, which cannot be mapped. Raises ConfigError for a wish that is
+    none, that the device cannot hold, or that does not go with the `shuffle`.
     """
-    if asked not in ("auto", "gpu", "ram", "mmap"):
-        raise ConfigError(f"residency is {asked!r}; expected 'auto', 'gpu', 'ram' or 'mmap'")
+    if asked not in ("auto", "gpu", "ram", "mmap", "stream"):
+        raise ConfigError(f"residency is {asked!r}; expected 'auto', 'gpu', 'ram', 'mmap' or 'stream'")
     if not isinstance(cache, Cache):
         return "online"
+    if asked == "stream":
+        return _streamed(cache, shuffle)
+    if asked == "mmap" and not isinstance(cache.path, Path):
+        raise ConfigError(
+            f"residency is 'mmap', but {cache.path} lies in an object store, whose files cannot be mapped; expected "
+            "'auto', 'gpu', 'ram' or 'stream'; give one of these, or copy the cache to a disk"
+        )
     size = cache.resident_bytes(fields)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if asked == "gpu" and device.type == "cuda" and size > free:
@@ -84,4 +95,15 @@ def choose_residency(asked: str, cache: Any, fields: Sequence[str], processes: i
         return asked
     if size <= free // 2:
         return "gpu"
-    return "ram" if size * processes <= free_memory() // 2 else "mmap"
+    if size * processes <= free_memory() // 2:
+        return "ram"
+    return "mmap" if isinstance(cache.path, Path) else _streamed(cache, shuffle)
+
+
+def _streamed(cache: Cache, shuffle: str) -> str:
+    if shuffle != "stream":
+        raise ConfigError(
+            f"the rows of {cache.path} are to be streamed, but shuffle is {shuffle!r}, which wants rows from "
+            "everywhere at any time; expected an order that is read in blocks; give --shuffle stream"
+        )
+    return "stream"

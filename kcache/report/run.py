@@ -246,6 +246,9 @@ def _speed(run: Run) -> list[Block]:
     ]
     waits, memory = finite(run.metrics, "loader_wait"), finite(run.metrics, "peak_memory_bytes")
     rows.append(["Share of time waiting for batches", f"{waits.mean():.1%}" if len(waits) else NOT_RECORDED])
+    for what in ("store", "verification", "copying"):
+        if len(shares := finite(run.metrics, f"wait_{what}")):
+            rows.append([f"Of that, for {'the store' if what == 'store' else what}", f"{shares.mean():.1%}"])
     rows.append(["Memory at most", f"{memory.max() / 1e9:.2f} GB" if len(memory) else NOT_RECORDED])
     return [figure, Table(head=["What", "Value"], rows=rows), _starts(run)]
 

@@ -38,6 +38,9 @@ class Progress:
     """Learning rate of the last step."""
     samples_per_second: float
     """Of all processes together, since the last report."""
+    waits: Mapping[str, float]
+    """Shares of the time since the last report (0 to 1) that this process waited for streamed rows, by what for: the
+    "store", "verification" and "copying"; empty where rows are not streamed."""
 
 
 class RunLog:
@@ -47,7 +50,7 @@ class RunLog:
         self._run = run
         self._steps: list[tuple[int, float]] = []
         self._values: list[torch.Tensor] = []
-        self._since, self._waited = time.perf_counter(), 0.0
+        self.restart_clock()
         self._slow, self._step_seconds = True, SLOW_SECONDS  # until that is known
         # Trackers take plain values only.
         plain = {
@@ -97,6 +100,7 @@ class RunLog:
     def restart_clock(self) -> None:
         """Leave the time since the last fetch out of the speed."""
         self._since, self._waited = time.perf_counter(), self._run.loader.waited
+        self._waits = self._run.loader.waits
 
     def fetch(self) -> Progress:
         """Write the steps kept to metrics.jsonl, averaged over all processes.
@@ -110,7 +114,9 @@ class RunLog:
         now = time.perf_counter()
         self._slow, self._step_seconds = seconds >= SLOW_SECONDS, (now - self._since) / len(values)
         rate = self._run.global_batch / self._step_seconds
+        waits = self._shares_of_waiting(now - self._since)
         use = {"samples_per_second": rate, **self._use(now - self._since)}
+        use |= {f"wait_{name}": share for name, share in waits.items()}
         entries = [
             {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, **use}
             for (step, lr), (loss, norm) in zip(self._steps, values, strict=True)
@@ -129,7 +135,14 @@ class RunLog:
             loss=sum(entry["loss"] for entry in entries) / len(entries),
             lr=entries[-1]["lr"],
             samples_per_second=rate,
+            waits=waits,
         )
+
+    def _shares_of_waiting(self, seconds: float) -> dict[str, float]:
+        """What this process has waited for in the last `seconds`, as shares of them, where rows are streamed."""
+        waits, before = self._run.loader.waits, self._waits
+        self._waits = waits
+        return {name: min(1.0, (total - before.get(name, 0.0)) / seconds) for name, total in waits.items()}
 
     def _use(self, seconds: float) -> dict[str, float]:
         """What this process has used of the last `seconds` to wait for batches, a share, and of memory, at most."""

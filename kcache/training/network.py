@@ -93,7 +93,7 @@ def _what_takes_less(config: TrainConfig) -> str:
         "--mixed-precision bf16": config.mixed_precision == "no",
         "--lora-rank 16": config.lora_rank is None,
         "--use-8bit-adam": not config.use_8bit_adam and config.lora_rank is None,
-        "--residency mmap": config.residency != "mmap",
+        "--residency mmap": config.residency not in ("mmap", "stream"),
         "no --validation-prompts": bool(config.validation_prompts),
     }
     flags = ", ".join(flag for flag, is_left in turned.items() if is_left) or "a GPU with more memory"

@@ -11,7 +11,8 @@ from kcache.disk.durable import shared, writing
 from kcache.encoders.repositories import COMPONENTS, Repository
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
-from kcache.loader.batches import CacheLoader, RowReader, changed_samples
+from kcache.loader.batches import CacheLoader, RowReader
+from kcache.loader.course import changed_samples
 from kcache.settings import marks_of
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, RESULT, logger

@@ -223,6 +223,7 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         world_size=accelerator.num_processes,
         device=accelerator.device,
         residency=config.residency,
+        stage_bytes=config.stage_bytes,
         caption_dropout=config.caption_dropout if objective.dropped == "caption" else 0.0,
         image_dropout=config.image_dropout if objective.dropped == "image" else 0.0,
         draws=draws,

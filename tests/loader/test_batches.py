@@ -17,8 +17,8 @@ from measuring.synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
-from kcache.loader.batches import changed_samples
 from kcache.loader.chance import draw_noise, epoch_order
+from kcache.loader.course import changed_samples
 from kcache.upkeep.convert import convert_cache
 
 SAMPLES = 23

@@ -73,7 +73,7 @@ def test_a_device_that_cannot_hold_the_tables_is_said(cache: Cache, monkeypatch:
         ConfigError, match=r"residency is 'gpu', but the tables of latents take .* cuda has 0.0 GB free"
     ):
         choose_residency("gpu", cache, ["latents"], 1, CUDA)
-    with pytest.raises(ConfigError, match="residency is 'tape'; expected 'auto', 'gpu', 'ram' or 'mmap'"):
+    with pytest.raises(ConfigError, match="residency is 'tape'; expected 'auto', 'gpu', 'ram', 'mmap' or 'stream'"):
         choose_residency("tape", cache, ["latents"], 1, CUDA)
 
 

@@ -1,0 +1,59 @@
+"""Training from rows that are streamed is training from rows in memory: out of a bucket, and after an interruption."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_bucket import put
+from short_runs import STAGES, assert_equal_weights, config, course
+
+from kcache.errors import ConfigError, RunError
+from kcache.report.page import Table
+from kcache.report.run import read_run, run_sections
+from kcache.store.run_directory import read_metrics
+from kcache.training.trainer import train
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bucket_and_memory_give_the_same_losses(stage: str, cache: str, bucket: str, tmp_path: Path) -> None:
+    put(Path(cache), bucket)
+    dropout = {"caption_dropout": 0.3} if stage == "prior" else {"image_dropout": 0.3}
+    expected, streamed = tmp_path / "memory", tmp_path / "bucket"
+    told: list[Mapping[str, float]] = []
+    for run_dir, path, residency in ((expected, cache, "ram"), (streamed, bucket, "stream")):
+        settings = {"shuffle": "stream", "residency": residency, "max_train_steps": 2, **dropout}
+        train(path, config(run_dir, stage, **settings), report=lambda progress: told.append(progress.waits))
+    assert course(streamed) == course(expected)
+    assert_equal_weights(streamed, expected, stage)
+    assert told[0] == {}
+    assert told[-1].keys() == {"store", "verification", "copying"}
+    assert all(0 <= share <= 1 for share in told[-1].values())
+    assert {"wait_store", "wait_verification", "wait_copying"} <= read_metrics(streamed)[-1].keys()
+    assert waits_reported(streamed) == ["the store", "verification", "copying"]
+    assert waits_reported(expected) == []
+
+
+def waits_reported(run_dir: Path) -> list[str]:
+    tables = [block for section in run_sections(read_run(run_dir)) for block in section.blocks]
+    rows = [row[0] for block in tables if isinstance(block, Table) for row in block.rows]
+    return [name.removeprefix("Of that, for ") for name in rows if name.startswith("Of that, for ")]
+
+
+def test_a_run_goes_on_as_if_it_had_not_ended(cache: str, tmp_path: Path) -> None:
+    def run(name: str, **settings: Any) -> Path:
+        train(cache, config(tmp_path / name, **({"shuffle": "stream", "residency": "stream"} | settings)))
+        return tmp_path / name
+
+    run("half", max_train_steps=2)
+    again = run("half", max_train_steps=3, resume_from_checkpoint="latest", residency="mmap")
+    assert course(again) == course(run("whole", max_train_steps=3))
+    with pytest.raises(RunError, match="shuffle: stream → full"):
+        run("half", shuffle="full", residency="auto", max_train_steps=4, resume_from_checkpoint="latest")
+
+
+def test_what_streaming_needs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--residency stream with --shuffle full.*give --shuffle stream"):
+        config(tmp_path, residency="stream")
+    with pytest.raises(ConfigError, match="--stage-bytes changes nothing without --shuffle"):
+        config(tmp_path, stage_bytes=10**9)
