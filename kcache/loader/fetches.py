@@ -22,6 +22,8 @@ more request, and are fewer than the latents of a picture. Headers in tars and c
 
 _ALONE, _FETCHED = 0.01, 1.05
 """Rows asked for alone, as a share of all, and bytes read for each that is wanted, from which on it is said."""
+_RUNS, _RUN_ROWS = 16, 1024
+"""Rows that are looked at to know how long they are at most."""
 _COUNTS = ("position", "block", "offset", "extent", "length")
 _NUMBERS = ("use", "field", "file")
 ROW = np.dtype([*((name, "<i4") for name in _NUMBERS), *((name, "<i8") for name in _COUNTS), ("crc32c", "<u4")])
@@ -112,14 +114,15 @@ class Layout:
         return rows
 
     def mean_bytes(self, name: str) -> float:
-        """Bytes of a row of a field, on average of some that are spread over the table."""
-        entries = self._cache.index[self._cache.table_of(name)]
-        return float(entries[:: max(1, len(entries) // 16_384)][name]["length"].mean())
+        """Bytes of a row of a field, on average of the table."""
+        return self._cache.resident_bytes([name]) / self._cache.table_length(name)
 
     def most_bytes(self, name: str) -> int:
-        """Bytes of the longest of them."""
+        """Bytes of the longest row of some runs of neighbours that are spread over the table."""
         entries = self._cache.index[self._cache.table_of(name)]
-        return int(entries[:: max(1, len(entries) // 16_384)][name]["length"].max())
+        # Runs: the index is read in parts.
+        starts = range(0, len(entries), max(_RUN_ROWS, len(entries) // _RUNS))
+        return max(int(entries[start : start + _RUN_ROWS][name]["length"].max()) for start in starts)
 
     def corrupt(self, fetch: Fetch, row: np.void, detail: str) -> CacheCorruptError:
         """The error for a row that is not what was committed."""

@@ -8,6 +8,8 @@ class Arena:
 
     def __init__(self, units: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
         self.slots = np.empty((units, *shape), dtype)
+        self.bytes = self.slots.reshape(units, -1).view(np.uint8)
+        """The same memory, (units, bytes of one) uint8."""
         self._unused = np.arange(units, dtype=np.int32)[::-1].copy()
         self.left = units
 

@@ -283,16 +283,19 @@ class Stage:
             rows = fetch.rows[fetch.rows["field"] == number]
             if not len(rows):
                 continue
-            payloads = []
-            for row in rows:
+            arena, payloads = self._arenas[number], []
+            for place, row in enumerate(rows):
                 payload = self._payload(found, fetch, row)
                 if (missing := int(row["length"]) - len(payload)) > 0:
                     return row, f"the file ends {missing} bytes before the row does"
                 if (checksum := crc32c(payload)) != row["crc32c"]:
                     return row, f"crc32c is {checksum:08x}, expected {int(row['crc32c']):08x}"
-                payloads.append(payload)
-            arena = self._arenas[number].slots
-            arena[into] = np.concatenate(payloads).view(arena.dtype).reshape(-1, *arena.shape[1:])
+                if self._ragged[number]:
+                    payloads.append(payload)
+                else:
+                    arena.bytes[into[place]] = payload
+            if payloads:
+                arena.bytes[into] = np.concatenate(payloads).reshape(len(into), -1)
         return None
 
     def _payload(self, found: np.ndarray, fetch: Fetch, row: np.void) -> np.ndarray:

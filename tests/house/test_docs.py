@@ -102,6 +102,11 @@ def test_the_document_on_going_on_runs_and_names_every_setting(
     run_document(document, kcache_command)
 
 
+def test_the_document_on_streaming_runs(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    run_document(ROOT / "docs" / "streaming.md", kcache_command)
+    assert {"wait_store", "wait_verification", "wait_copying"} <= read_metrics(Path("runs/prior"))[-1].keys()
+
+
 def test_the_readme_runs(place: Path, kcache_command: Callable[..., int]) -> None:
     *_, names = run_document(README, kcache_command, together=True)
     assert set(names["batch"]) >= {"image_embeds", "latents"}

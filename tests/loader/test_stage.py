@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -238,7 +239,7 @@ def test_bytes_that_changed_on_their_way_are_asked_for_again(path: Path, faulty:
 def test_damage_is_named(
     path: Path, tmp_path: Path, bucket: str, stages: list[Stage], where: str, harm: str, said: str
 ) -> None:
-    root: Any = put(path, bucket) if where == "bucket" else _copy(path, tmp_path / "cache")
+    root: Any = put(path, bucket) if where == "bucket" else Path(shutil.copytree(path, tmp_path / "cache"))
     cache = Cache.open(root)
     key = cache.samples["image_key"][16].as_py().hex()
     file: Any = cache.field_files("latents").files[0].path
@@ -253,12 +254,6 @@ def test_damage_is_named(
     assert str(file) in str(raised.value)
     assert stages[-1].refetched >= (3 if harm == "bit" else 0)
     assert alive() == set()
-
-
-def _copy(folder: Path, to: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(folder, to))
 
 
 def _harm(file: Any, change: Any) -> None:
