@@ -29,7 +29,6 @@ from kcache.store.shards import OFFSETS, Commit, Rejection, RowBlock, commit_sha
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
-_Committed = Callable[[Commit], None]
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
 
@@ -135,15 +134,14 @@ def encode_shards(
     meter: Meter,
     done: Callable[[int], None],
     kept: _Kept = lambda _: True,
-    committed: _Committed = lambda _: None,
+    committed: Callable[[Commit], None] = lambda _: None,
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
-    `done` is called with the number of inputs dealt with since the last call, `committed` when a shard is. What `kept`
-    denies is not committed.
+    `done` is told of inputs dealt with since, `committed` of each shard. What `kept` denies is not committed.
     """
     recipe = encoder.recipe
-    made_by = provenance(encoder.device)
+    write = partial(commit_shard, folder, recipe=recipe, provenance=provenance(encoder.device))
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
         ahead: deque[_Planned] = deque()
         prepare = partial(_prepare, encoder, fetch, meter.clock)
@@ -156,7 +154,7 @@ def encode_shards(
                 _encode_shard(encoder, prepared, rows, meter, done, committing)
                 if committing is not None:
                     meter.timed("write", committing.result)
-                committing = writer.submit(_commit, folder, rows, recipe, made_by, kept, committed)
+                committing = writer.submit(_commit, rows, recipe, write, kept, committed)
             if committing is not None:
                 meter.timed("write", committing.result)
         finally:
@@ -164,14 +162,11 @@ def encode_shards(
 
 
 def _commit(
-    folder: Place, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept, committed: _Committed
+    rows: _OpenShard, recipe: Recipe, write: Callable[..., Commit], kept: _Kept, committed: Callable[[Commit], None]
 ) -> None:
     block = rows.block(recipe)
     if kept(rows.planned):  # asked last: this process may have been suspended for long
-        commit = commit_shard(
-            folder, rows.planned.name, recipe, block, rejected=rows.rejected, absent=rows.absent, provenance=made_by
-        )
-        committed(commit)
+        committed(write(rows.planned.name, block=block, rejected=rows.rejected, absent=rows.absent))
 
 
 _Planned = tuple[PlannedShard, Future[_Input]]
@@ -265,8 +260,7 @@ def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _Ope
         if reason is None:
             rows.numbers.append(number)
         else:
-            key = rows.planned.keys[number].hex()
-            rows.rejected.append(Rejection(key=key, stage="encode", reason=reason))
+            rows.rejected.append(Rejection(key=rows.planned.keys[number].hex(), stage="encode", reason=reason))
     lengths = None if offsets is None else np.diff(offsets)
     for f in encoder.recipe.fields:
         chosen = np.repeat(kept, lengths) if f.ragged and lengths is not None else kept

@@ -85,6 +85,8 @@ class _Turn:
     """Inputs of the table that are this builder's."""
     start: float = field(default_factory=time.perf_counter)
     reported: float = 0.0
+    shown: int = -1
+    """Inputs that were done by then."""
 
     def run(self) -> None:
         """Raises what an actor could not do, EngineError, or what ends the build where a signal came."""
@@ -149,21 +151,21 @@ class _Turn:
         meter.held_up += seconds["held_up"]
 
     def _report(self) -> None:
-        now, report = time.perf_counter(), self.builder.report
-        if report is None or (now - self.reported < REPORT_SECONDS and self.ledger.open):
+        now, looks, seconds = time.perf_counter(), self._looks(), self._seconds()
+        done = self.ledger.inputs + sum(look.done.get(name, 0) for hand, look in looks for name in hand.shards)
+        due = now - self.reported >= REPORT_SECONDS if self.ledger.open else done != self.shown
+        if self.builder.report is None or not due:
             return
-        self.reported, looks, seconds = now, self._looks(), self._seconds()
+        self.reported, self.shown = now, done
         seconds.pop("held_up", None)
         spent = sum(seconds.values()) or 1.0
-        under_way = sum(look.done.get(name, 0) for hand, look in looks for name in hand.shards)
-        hosts = {hand.look.host for hand in self.crew.hands if hand.look}
-        there = sum(hand.look is not None for hand in self.crew.hands)
-        who = f"{counted(there, 'actor')} on {counted(len(hosts), 'machine')}"
+        there = [hand.look.host for hand in self.crew.hands if hand.look]
+        who = f"{counted(len(there), 'actor')} on {counted(len(set(there)), 'machine')}"
         if self.ledger.retries:
             who += f", {counted(self.ledger.retries, 'shard')} handed out again"
-        report(
+        self.builder.report(
             BuildProgress(
-                table=self.table.recipe.table, done=self.ledger.inputs + under_way, total=self.total(),
+                table=self.table.recipe.table, done=done, total=self.total(),
                 seconds=now - self.start, busy={stage: value / spent for stage, value in seconds.items()}, who=who,
             )
         )  # fmt: skip

@@ -21,6 +21,7 @@ TORCH_FREE = [
     "kcache.store",
     "kcache.sources",
     "kcache.build",
+    "kcache.engines",
     "kcache.upkeep",
     "kcache.report",
     "kcache_cli.app",
