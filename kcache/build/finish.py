@@ -16,16 +16,15 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.disk.durable import json_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
 from kcache.places import Place
-from kcache.places.effects import remove, swap_bytes, write_bytes
+from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
@@ -193,8 +192,7 @@ def finish_cache(
         models=models,
     )
     write_card(cache, manifest, int(np.diff(samples.caption_bounds).max()) if len(samples) else 1)
-    if before != (content := json_bytes(manifest.to_json())):
-        swap_bytes(cache / MANIFEST, content, before)
+    write_manifest(cache, manifest, before)
     return manifest
 
 
