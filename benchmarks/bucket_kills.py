@@ -5,7 +5,7 @@ step is a request that changes the bucket, before and after it. A killed build i
 the bucket is copied out by plain HTTP, and must be what an undisturbed build makes on a disk: the same names, the same
 bytes. Prints JSON; exits with 1 when a cache differed.
 
-    python benchmarks/bucket_kills.py --every 1 --random 40 --together 20 --rate 0.2
+    python benchmarks/bucket_kills.py --every 1 --random 40 --stops 10 --together 20 --rate 0.2
 """
 
 import argparse
@@ -30,6 +30,8 @@ from kills import FORMATS, HANG_SECONDS, Bench, Steps, Tally
 from measuring.record import machine
 
 import kcache.places.bucket
+from kcache.build.claims import TURN
+from kcache.build.plan import CLAIMS
 
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -139,8 +141,15 @@ class Cache:
         self.name, self.folder, self.url = name, folder, f"{BUCKET}/{name}"
 
     def check(self, tally: Tally, expected: Path) -> None:
-        """Copy it out and compare it with one that lies on a disk."""
-        tally.check(copy_out(self.name, self.folder / "copy"), expected)
+        """Copy it out and compare it with one that lies on a disk.
+
+        What a builder tried the store with that was killed then goes with `kcache cache-gc`, a day later.
+        """
+        copy = copy_out(self.name, self.folder / "copy")
+        for path in copy.glob(".tmp-probe-*"):
+            path.unlink()
+            tally.at["left for cache-gc"] += 1
+        tally.check(copy, expected)
 
 
 def kill_at_steps(bench: Bench, form: str, source: Path, base: Path | None, expected: Path, every: int) -> Tally:
@@ -181,6 +190,24 @@ def kill_at_random(bench: Bench, form: str, kills: int, expected: Path) -> Tally
             bench.build(bench.pictures, cache.url, form)
             cache.check(tally, expected)
     return tally
+
+
+def stop_at_random(bench: Bench, form: str, stops: int, expected: Path) -> dict[str, Any]:
+    """Stop builders with Ctrl-C's signal and with SIGTERM, by turns, and look at what they leave behind."""
+    rng, tally, left, codes = random.Random(0), Tally(), set[str](), Counter[str]()
+    for number in range(stops):
+        with fresh(bench.folder, None) as cache:
+            builder = bench.start_command(cache.url, form)
+            time.sleep(rng.uniform(0.2, 2))
+            os.kill(builder.pid, (signal.SIGINT, signal.SIGTERM)[number % 2])
+            code, told = builder.end()
+            codes[str(code)] += 1
+            if code not in (0, 130, 143):
+                tally.differing += told[-3:]
+            left |= {name for name in listed(cache.name) if name.startswith((".tmp-", TURN)) or f"/{CLAIMS}/" in name}
+            bench.build(bench.pictures, cache.url, form)
+            cache.check(tally, expected)
+    return {"codes": dict(codes), "left_behind": sorted(left), **tally.result()}
 
 
 def together(bench: Bench, form: str, runs: int, expected: Path) -> dict[str, Any]:
@@ -244,6 +271,8 @@ def run(bench: Bench, store: Store, arguments: argparse.Namespace) -> dict[str, 
             ).result()
         if arguments.random:
             result["random"] = kill_at_random(bench, form, arguments.random // len(FORMATS), first).result()
+        if arguments.stops:
+            result["stops"] = stop_at_random(bench, form, arguments.stops // len(FORMATS), first)
         if arguments.together:
             result["together"] = together(bench, form, arguments.together // len(FORMATS), first)
         for kind in arguments.kinds if arguments.rate else ():
@@ -256,6 +285,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="kill at every so many steps; 0 for none")
     parser.add_argument("--random", type=int, default=40, help="kills at random moments, over both forms")
+    parser.add_argument("--stops", type=int, default=10, help="stops by signals at random moments, over both forms")
     parser.add_argument("--together", type=int, default=20, help="runs with four builders, over both forms")
     parser.add_argument("--rate", type=float, default=0.2, help="share of the requests that fail; 0 for no such build")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="how they fail, one build each")

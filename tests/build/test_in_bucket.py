@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_builds
 from faulty_s3 import Faults
 from filer import copy_in, copy_out, listed
 from small_builds import copy_pictures, digests, encoded, foretold, small_config
@@ -26,8 +27,6 @@ from kcache.processes import this_process
 from kcache.store.shards import RowBlock, commit_shard
 from kcache.upkeep.verify import verify_cache
 
-pytestmark = pytest.mark.usefixtures("form")
-
 
 @pytest.fixture(scope="module")
 def source(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,11 +34,24 @@ def source(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(form: str, source: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pictures on a disk."""
-    cache = tmp_path_factory.mktemp(form) / "cache"
-    build_at(str(cache), source, oracle)
-    return cache
+def on_disk(source: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Gives a cache of the pictures on a disk, of the form of the moment."""
+    folder = tmp_path_factory.mktemp("local")
+
+    def on_disk() -> Path:
+        if not (cache := folder / small_builds.FORM).exists():
+            build_at(str(cache), source, oracle)
+        return cache
+
+    return on_disk
+
+
+@pytest.fixture
+def local(on_disk: Callable[[], Path]) -> Path:
+    return on_disk()
+
+
+both_forms = pytest.mark.usefixtures("form")
 
 
 def build_at(url: str, source: Path, oracle: Path, **changes: Any) -> BuildResult:
@@ -59,6 +71,7 @@ def assert_same(url: str, local: Path, folder: Path) -> None:
     assert digests(copy_out(key_of(url), folder / "copied")) == digests(local)
 
 
+@both_forms
 def test_a_build_is_the_same_as_on_a_disk_and_opens_wherever_it_is_copied(
     bucket: str, source: Path, oracle: Path, local: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +100,7 @@ def test_where_nothing_is_to_do_a_build_asks_little_and_writes_its_turn_only(
     assert listed(key_of(faulty.url)) == before
 
 
+@both_forms
 def test_what_changed_is_encoded_and_what_was_superseded_stays_for_readers(
     bucket: str, oracle: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +126,7 @@ def test_what_changed_is_encoded_and_what_was_superseded_stays_for_readers(
     assert build_at(bucket, fewer, oracle, replace=True).samples == 1
 
 
+@both_forms
 def test_a_build_that_broke_off_goes_on(
     bucket: str, source: Path, oracle: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,8 +216,9 @@ def test_who_builds_elsewhere_is_waited_for_and_its_work_taken_over_when_asked(
     assert_same(bucket, local, tmp_path)
 
 
+@both_forms
 def test_a_shard_that_another_plan_committed_first_stays_and_no_row_is_missed(
-    bucket: str, planned: BucketPath, source: Path, oracle: Path, form: str
+    bucket: str, planned: BucketPath, source: Path, oracle: Path
 ) -> None:
     job = survey(str(source), place_of(bucket), small_config(oracle, rows_per_shard=4), lambda _: None)
     for recipe in job.recipes.values():

@@ -29,7 +29,7 @@ def outcome() -> dict[str, Any]:
 def in_bucket() -> dict[str, Any]:
     """The same of a cache in a bucket, killed at every 97th step, and of builds whose requests' answers are lost."""
     together = ["--together", "4", "--rate", "0.2", "--kinds", "lost_answer"]
-    return results("bucket_kills.py", "--random", "0", "--every", "97", *together)
+    return results("bucket_kills.py", "--random", "0", "--stops", "0", "--every", "97", *together)
 
 
 def results(script: str, *arguments: str) -> dict[str, Any]:
