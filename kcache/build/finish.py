@@ -5,9 +5,10 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,21 +16,26 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.disk.durable import json_bytes
 from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
 from kcache.places import Place
-from kcache.places.effects import remove, swap_bytes, write_bytes
+from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
+from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
 
+if TYPE_CHECKING:
+    import pyarrow
+
 _REPORT_SECONDS = 10.0
 """How often it is said how many pictures were decoded for their sizes alone."""
+_TOGETHER = 1 << 20
+"""Entries of an index that are written together."""
 _REASONS = 3
 """Reasons that are told where nothing else came of a build."""
 _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
@@ -37,36 +43,57 @@ _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
 _CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
-def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
+def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[Samples, list[Refusal]]:
     """The samples whose image is in every image table and that keep a caption where there are texts; and the others.
 
     A caption that was rejected costs the sample only that caption, as long as another one is left.
     """
-    images = {
-        name: (state.stored.key_set, state.rejected) for name, state in tables.items() if kind_of(name).per == "image"
-    }
-    text = tables.get(TEXT.name)
-    text_keys = (text.stored.key_set, text.rejected) if text else None
-    whole, refused = [], []
-    for sample in samples:
-        reasons = [
-            _refusal(sample.name, sample.image_key, rejected)
-            for stored, rejected in images.values()
-            if sample.image_key not in stored
-        ]
-        if reasons:
-            refused.append(reasons[0])
-            continue
-        if text_keys is None or (sample.caption_keys and text_keys[0].issuperset(sample.caption_keys)):
-            whole.append(sample)
-            continue
-        kept = [i for i, key in enumerate(sample.caption_keys) if key in text_keys[0]]
-        lost = [key for key in sample.caption_keys if key not in text_keys[0]]
-        refused += [_refusal(sample.name, key, text_keys[1]) for key in lost]
-        if kept:
-            captions = tuple(sample.captions[i] for i in kept)
-            whole.append(replace(sample, captions=captions, caption_keys=tuple(sample.caption_keys[i] for i in kept)))
-    return whole, refused
+    columns = Samples.of(samples)
+    complete = _complete(columns, tables)
+    refused = list[Refusal]()
+
+    def kept(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
+        if complete[span].all():
+            return table
+        here = zip(sample_list(table), complete[span].tolist(), strict=True)
+        return table_of([s for sample, is_whole in here for s in ([sample] if is_whole else part(sample))])
+
+    def part(sample: Sample) -> list[Sample]:
+        whole, reasons = _whole_part(sample, tables)
+        refused.extend(reasons)
+        return whole
+
+    return columns.changed(kept), refused
+
+
+def _complete(samples: Samples, tables: Mapping[str, TableState]) -> np.ndarray:
+    """(N,) bool: the samples of which all rows are there."""
+    complete = np.ones(len(samples), np.bool_)
+    for name, state in tables.items():
+        there = state.stored.find(kind_of(name).keys(samples)) >= 0
+        if kind_of(name).per == "image":
+            complete &= there
+        else:
+            lacking = np.concatenate([[0], np.cumsum(~there)])
+            bounds = samples.caption_bounds
+            complete &= (np.diff(bounds) > 0) & (lacking[bounds[1:]] == lacking[bounds[:-1]])
+    return complete
+
+
+def _whole_part(sample: Sample, tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
+    """What is left of a sample of which not all rows are there, [] or itself with fewer captions, and why."""
+    for name, state in tables.items():
+        if kind_of(name).per == "image" and state.stored.find([sample.image_key])[0] < 0:
+            return [], [_refusal(sample.name, sample.image_key, state.rejected)]
+    text = tables[TEXT.name]
+    there = (text.stored.find(sample.caption_keys) >= 0).tolist()
+    kept = [i for i, is_there in enumerate(there) if is_there]
+    lost = [key for key, is_there in zip(sample.caption_keys, there, strict=True) if not is_there]
+    refused = [_refusal(sample.name, key, text.rejected) for key in lost]
+    if not kept:
+        return [], refused
+    captions = tuple(sample.captions[i] for i in kept)
+    return [replace(sample, captions=captions, caption_keys=tuple(sample.caption_keys[i] for i in kept))], refused
 
 
 def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureSizes") -> Manifest:
@@ -148,6 +175,7 @@ def finish_cache(
     The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
     """
     before = _content(cache / MANIFEST)
+    samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     in_parts = is_in_parts(state.stored.shards for state in tables.values())
     index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=in_parts)
@@ -163,9 +191,8 @@ def finish_cache(
         rejected_digest=rejected_digest,
         models=models,
     )
-    write_card(cache, manifest, max((len(sample.captions) for sample in samples), default=1))
-    if before != (content := json_bytes(manifest.to_json())):
-        swap_bytes(cache / MANIFEST, content, before)
+    write_card(cache, manifest, int(np.diff(samples.caption_bounds).max()) if len(samples) else 1)
+    write_manifest(cache, manifest, before)
     return manifest
 
 
@@ -196,21 +223,27 @@ class PictureSizes:
         self._sizes = {sample.image_key: (sample.width, sample.height) for sample in job.before}
         self._refused: dict[bytes, InputRejected] = {}
 
-    def measured(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Refusal]]:
+    def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
-        keys = dict.fromkeys(sample.image_key for sample in samples)
+        columns = Samples.of(samples)
+        keys = dict.fromkeys(columns.image_keys)
         if not keys.keys() <= self._sizes.keys() | self._refused.keys():
             # Shards of an interrupted build by a kcache before this one have no sizes.
             self._sizes = recorded_sizes(self._job.folder, self._job.recipes) | self._sizes
             self._measure([key for key in keys if key not in self._sizes and key not in self._refused])
-        sized, refused = [], []
-        for sample in samples:
-            if (error := self._refused.get(sample.image_key)) is not None:
-                refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
-            else:
-                width, height = self._sizes[sample.image_key]
-                sized.append(replace(sample, width=width, height=height))
-        return sized, refused
+        refused = list[Refusal]()
+
+        def sized(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
+            found = []
+            for sample in sample_list(table):
+                if (error := self._refused.get(sample.image_key)) is not None:
+                    refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
+                else:
+                    width, height = self._sizes[sample.image_key]
+                    found.append(replace(sample, width=width, height=height))
+            return table_of(found)
+
+        return columns.changed(sized), refused
 
     def _measure(self, keys: Sequence[bytes]) -> None:
         """Decode the pictures of `keys` for their sizes, which nothing recorded."""
@@ -250,17 +283,23 @@ def _current(cache: Place) -> Manifest | None:
 
 
 def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
-    counts = [len(sample.caption_keys) if TEXT.name in tables else 0 for sample in samples]
-    arrays = {CAPTION_BOUNDS: in_memory(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64))}
+    columns = Samples.of(samples)
+    bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
+    arrays = {CAPTION_BOUNDS: in_memory(bounds)}
     for name, state in tables.items():
-        keys = kind_of(name).indexed(samples)
+        keys = kind_of(name).indexed(columns)
         positions = state.stored.find(keys)
         if (positions < 0).any():
             raise CacheIncompleteError(
                 f"{name} lacks {int((positions < 0).sum())} of {len(keys)} rows that were thought stored; build again"
             )
-        arrays[name] = in_memory(state.stored.entries[positions])
+        arrays[name] = Rows(state.stored.entries.dtype, len(positions), _entries(state.stored.entries, positions))
     return arrays
+
+
+def _entries(stored: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(positions), _TOGETHER):
+        yield stored[positions[first : first + _TOGETHER]]
 
 
 def _table_entry(state: TableState) -> TableEntry:

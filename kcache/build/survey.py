@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kcache.build.committed import Committed, read_committed
@@ -19,7 +19,8 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import DigestMemo, caption_key, content_key
+from kcache.store.digests import DigestMemo, Keys, caption_key, content_key
+from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
@@ -54,7 +55,7 @@ class Survey:
     leaving: Leaving = NOBODY
     """Which of them it will not have."""
 
-    def wanted(self, table: str) -> list[bytes]:
+    def wanted(self, table: str) -> Keys:
         """The keys that `table` should hold, in sample order, the reserved row first."""
         return kind_of(table).wanted(self.samples)
 
@@ -103,7 +104,8 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say) -> Survey:
             recipes = {name: in_srgb(recipe) for name, recipe in recipes.items()}
         if any(recipe.preprocess.get("color") == "srgb" for recipe in recipes.values()):
             check_color_management()
-        samples, positions, unreadable = _offered(opened, memo, config.rehash, say)
+        positions, unreadable = dict[bytes, int](), list[Refusal]()
+        samples = Samples.of(_offered(opened, memo, config.rehash, say, positions, unreadable))
     return Survey(
         folder=folder,
         config=config,
@@ -169,10 +171,9 @@ def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) 
 
 
 def _offered(
-    source: Source, memo: DigestMemo, rehash: bool, say: Say
-) -> tuple[list[Sample], dict[bytes, int], list[Refusal]]:
-    """What the source offers, where in it each image stands, and which images cannot be read."""
-    samples, positions, refused = [], {}, []
+    source: Source, memo: DigestMemo, rehash: bool, say: Say, positions: dict[bytes, int], refused: list[Refusal]
+) -> Iterator[Sample]:
+    """The samples one by one, their places added to `positions`, and to `refused` those that are none."""
     begun = reported = time.monotonic()
     for i in range(len(source)):
         if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
@@ -191,16 +192,17 @@ def _offered(
             refused.append(Refusal(name=source.name(i), stage="source", reason=reason))
             continue
         keys = tuple(caption_key(caption) for caption in captions)
-        samples.append(Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys))
         positions[key] = i
-    return samples, positions, refused
+        yield Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys)
 
 
-def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> list[Sample]:
+def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> Sequence[Sample]:
     """Those that can become the cache's: no table has rejected the image, nor all the captions."""
     of_images = [state.rejected for name, state in tables.items() if kind_of(name).per == "image"]
     images = frozenset[bytes]().union(*of_images)
     captions = tables[TEXT.name].rejected if TEXT.name in tables else {}
+    if not images and not captions:
+        return samples
     return [
         s
         for s in samples

@@ -78,6 +78,9 @@ class Keys(Sequence[bytes]):
         for first in range(0, len(self), _UNPACKED):
             yield from unpack_keys(self.packed[first : first + _UNPACKED])
 
+    def __add__(self, other: "Keys") -> "Keys":
+        return Keys(np.concatenate([self.packed, other.packed]))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keys) and np.array_equal(self.packed, other.packed)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from kcache.config import Stage
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, Keys
 
 SCHEMA_VERSION = 1
 """That of recipes, for ever: it is part of their fingerprints, and `kcache.store.manifest` has that of caches."""
@@ -64,19 +64,19 @@ class TableKind:
     sided: bool = False
     """Whether there is a table for each side that pictures are cropped to."""
 
-    def keys(self, samples: Sequence[Keyed]) -> list[bytes]:
+    def keys(self, samples: Sequence[Keyed]) -> Keys:
         """The key of each row that `samples` use, in their order; a key that several use comes several times."""
-        if self.per == "caption":
-            return [key for sample in samples for key in sample.caption_keys]
-        return [sample.image_key for sample in samples]
+        together = getattr(samples, f"{self.per}_keys", None)  # as samples in columns have them
+        each = (sample.caption_keys if self.per == "caption" else (sample.image_key,) for sample in samples)
+        return together or Keys.of(key for keys in each for key in keys)
 
-    def wanted(self, samples: Sequence[Keyed]) -> list[bytes]:
+    def wanted(self, samples: Sequence[Keyed]) -> Keys:
         """The keys that a table holds when it holds all of `samples`, in their order, the reserved one first."""
-        return [*self._reserved(), *self.keys(samples)]
+        return Keys.of(self._reserved()) + self.keys(samples)
 
-    def indexed(self, samples: Sequence[Keyed]) -> list[bytes]:
+    def indexed(self, samples: Sequence[Keyed]) -> Keys:
         """The key of each entry of a table's index: those of `samples` in their order, and the reserved one."""
-        return [*self.keys(samples), *self._reserved()]
+        return self.keys(samples) + Keys.of(self._reserved())
 
     def dropped(self, captions: Any, images: Any) -> Any:
         """Of two masks, for captions and for images, the one that applies to rows of this kind; None for neither."""

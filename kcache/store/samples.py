@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kcache.disk.durable import new_file, writing
 from kcache.errors import CacheCorruptError
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import write_bytes
+from kcache.places.effects import publish, remove, temporary_folder
 from kcache.places.opened import opened
+from kcache.store.digests import Keys
+from kcache.store.formats.columns import Sample as Sample
+from kcache.store.formats.columns import Samples, sample_schema
+from kcache.store.formats.columns import sample_list as sample_list
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json
 
@@ -27,24 +32,10 @@ if TYPE_CHECKING:
 
 _CUT = "kcache_tokens_cut"
 """Key in the metadata of the parquet file: {key of a caption: its tokens that were cut off}, where one was too long."""
+_ROW_GROUP = 1 << 20
+"""Samples that are written together: what pyarrow takes by itself."""
 SAMPLES_PER_PART = 1 << 14
 """Samples that `read_some_samples` holds at a time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One image with its captions, as a source offers it, and with id and size as a cache has it."""
-
-    name: str
-    """Where it came from: the source's name for it."""
-    image_key: bytes
-    captions: tuple[str, ...]
-    caption_keys: tuple[bytes, ...]
-    id: str = ""
-    """"" until it is known which samples there are: see `sample_ids`."""
-    width: int = 0
-    """Pixels, as seen: after EXIF orientation; 0 until they are asked for."""
-    height: int = 0
 
 
 class Picture(NamedTuple):
@@ -70,50 +61,46 @@ class Refusal:
 
 def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
     """One id per sample, unique: the image's key in hex, then "-2", "-3", … where the same image comes again."""
-    seen: dict[bytes, int] = {}
-    ids = []
-    for key in image_keys:
-        seen[key] = count = seen.get(key, 0) + 1
-        ids.append(key.hex() if count == 1 else f"{key.hex()}-{count}")
-    return ids
+    return [_id(key, count) for key, count in zip(image_keys, _counts(Keys.of(image_keys)).tolist(), strict=True)]
 
 
-def with_ids(samples: Sequence[Sample]) -> list[Sample]:
+def _id(key: bytes, count: int) -> str:
+    return key.hex() if count == 1 else f"{key.hex()}-{count}"
+
+
+def _counts(keys: Keys) -> np.ndarray:
+    """(n,) how many of the keys up to each one are equal to it."""
+    order, new = keys.in_order()
+    counts = np.ones(len(keys), np.int64)
+    if not new.all():
+        numbers = np.arange(len(keys))
+        counts[order] = numbers - np.maximum.accumulate(np.where(new, numbers, 0)) + 1
+    return counts
+
+
+def with_ids(samples: Sequence[Sample]) -> Samples:
     """The samples of a cache with their ids."""
-    ids = sample_ids([sample.image_key for sample in samples])
-    return [
-        Sample(
-            id=i, name=s.name, image_key=s.image_key, captions=s.captions, caption_keys=s.caption_keys,
-            width=s.width, height=s.height,
-        )
-        for i, s in zip(ids, samples, strict=True)
-    ]  # fmt: skip
+    import pyarrow as pa
+
+    columns = Samples.of(samples)
+    counts = _counts(columns.image_keys)
+
+    def named(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
+        keys = table["image_key"].to_pylist()
+        ids = [_id(key, count) for key, count in zip(keys, counts[span].tolist(), strict=True)]
+        return table.set_column(0, "id", pa.array(ids, pa.string()))
+
+    return columns.changed(named)
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """sha256 (hex) of what the samples are, in order: ids, names and caption keys."""
     digest = hashlib.sha256()
-    for sample in samples:
-        line = [sample.id, sample.name, [key.hex() for key in sample.caption_keys]]
-        digest.update(canonical_json(line).encode() + b"\n")
+    for table in Samples.of(samples).tables:
+        columns = (table[name].to_pylist() for name in ("id", "name", "caption_keys"))
+        for identity, name, keys in zip(*columns, strict=True):
+            digest.update(canonical_json([identity, name, [key.hex() for key in keys]]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _schema() -> "pyarrow.Schema":
-    """The columns of the parquet file."""
-    import pyarrow as pa
-
-    return pa.schema(
-        {
-            "id": pa.string(),
-            "name": pa.string(),
-            "image_key": pa.binary(16),
-            "captions": pa.list_(pa.string()),
-            "caption_keys": pa.list_(pa.binary(16)),
-            "width": pa.int32(),
-            "height": pa.int32(),
-        }
-    )
 
 
 def write_samples(cache: Place, samples: Sequence[Sample], cut: Mapping[bytes, int] | None = None) -> tuple[str, str]:
@@ -121,21 +108,38 @@ def write_samples(cache: Place, samples: Sequence[Sample], cut: Mapping[bytes, i
 
     `cut` are the tokens of captions that were cut off, by key of the caption, as far as they were counted.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in _schema()]
-    buffer = io.BytesIO()
-    used = {key.hex() for sample in samples for key in sample.caption_keys}
-    counted = {key.hex(): tokens for key, tokens in (cut or {}).items() if key.hex() in used}
-    schema = _schema().with_metadata({_CUT: canonical_json(counted)} if counted else None)
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
-    content = buffer.getvalue()
-    file_digest = hashlib.sha256(content).hexdigest()
-    path = cache / f"samples-{file_digest[:16]}.parquet"
-    if not path.exists() or path.read_bytes() != content:
-        write_bytes(path, content)
-    return samples_digest(samples), file_digest
+    columns = Samples.of(samples)
+    counted = _counted(columns, cut or {})
+    schema = sample_schema().with_metadata({_CUT: canonical_json(counted)} if counted else None)
+    with temporary_folder(cache) as temporary:
+        made = temporary / "samples.parquet"
+        with writing(made), new_file(made) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in columns.groups(_ROW_GROUP):
+                writer.write_table(group.cast(schema))
+        with made.open("rb") as written:
+            file_digest = hashlib.file_digest(written, "sha256").hexdigest()
+        path = cache / f"samples-{file_digest[:16]}.parquet"
+        if not _is(path, file_digest):
+            publish(made, path)
+        remove(temporary)
+    return samples_digest(columns), file_digest
+
+
+def _counted(samples: Samples, cut: Mapping[bytes, int]) -> dict[str, int]:
+    """The tokens that were cut off, by key in hex, of the captions that samples have."""
+    used = Keys.of(cut).among(samples.caption_keys).tolist() if cut else ()
+    return {key.hex(): tokens for (key, tokens), is_used in zip(cut.items(), used, strict=True) if is_used}
+
+
+def _is(path: Place, digest: str) -> bool:
+    """Whether the file is there, with that sha256 (hex)."""
+    try:
+        with opened(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except FileNotFoundError:
+        return False
 
 
 def read_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
@@ -186,15 +190,6 @@ def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
     with _reading(path), opened(path) as file:
         table = pq.read_table(file, columns=["width", "height"], use_threads=False, pre_buffer=False)
         return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
-
-
-def sample_list(table: "pyarrow.Table") -> list[Sample]:
-    """The samples in an Arrow table, as `stored_samples` gives it."""
-    columns = table.to_pydict()
-    return [
-        Sample(**{**dict(zip(columns, row, strict=True)), "captions": tuple(row[3]), "caption_keys": tuple(row[4])})
-        for row in zip(*columns.values(), strict=True)
-    ]
 
 
 def picture_list(table: "pyarrow.Table") -> list[Picture]:
@@ -251,7 +246,7 @@ def _check_digest(found: str, manifest: Manifest) -> None:
 
 
 def _check_schema(schema: "pyarrow.Schema") -> None:
-    if not schema.equals(_schema()):
+    if not schema.equals(sample_schema()):
         raise ValueError(f"its columns are {schema.to_string(show_schema_metadata=False)}")
 
 

@@ -141,7 +141,7 @@ def _has_both(name: str, revision: str | None, recipe: Recipe, other: Recipe) ->
         )
 
 
-def _united(parts: Sequence[CacheContents]) -> list[Sample]:
+def _united(parts: Sequence[CacheContents]) -> Sequence[Sample]:
     """All samples in the order of the caches, of each id one, with all its captions."""
     by_id: dict[str, Sample] = {}
     for sample in (sample for part in parts for sample in part.samples):

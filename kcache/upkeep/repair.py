@@ -140,7 +140,9 @@ def _rejections(job: Survey) -> list[Refusal]:
     ]
 
 
-def _samples(job: Survey, records: Records, before: VerifyResult, refused: Sequence[Refusal] | None) -> list[Sample]:
+def _samples(
+    job: Survey, records: Records, before: VerifyResult, refused: Sequence[Refusal] | None
+) -> Sequence[Sample]:
     """The cache's samples, as the source offers them; raises SourceError where it lacks a picture that is needed."""
     if records.samples is None:
         return _offered_samples(job, records, refused or ())
@@ -164,7 +166,7 @@ def _needed_samples(before: VerifyResult) -> list[int]:
     return sorted({row.entry for row in before.rows if kind_of(row.table).per == "image"})
 
 
-def _offered_samples(job: Survey, records: Records, refused: Sequence[Refusal]) -> list[Sample]:
+def _offered_samples(job: Survey, records: Records, refused: Sequence[Refusal]) -> Sequence[Sample]:
     """The samples of the source, which must be those that the manifest has the digest of."""
     names = {refusal.name for refusal in refused}
     samples = with_ids([sample for sample in job.samples if sample.name not in names])

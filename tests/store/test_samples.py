@@ -1,5 +1,8 @@
 """Samples: ids that stay when others come, and a parquet file that any tool reads."""
 
+import hashlib
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +14,18 @@ from hypothesis import strategies as st
 
 from kcache.errors import CacheCorruptError
 from kcache.store import samples
+from kcache.store.formats import columns
+from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
 from kcache.store.manifest import Manifest
-from kcache.store.samples import Sample, read_samples, read_some_samples, sample_ids, write_samples
+from kcache.store.samples import (
+    Sample,
+    read_samples,
+    read_some_samples,
+    sample_ids,
+    samples_digest,
+    with_ids,
+    write_samples,
+)
 
 
 @given(st.lists(st.integers(0, 5).map(lambda i: bytes([i]) * 16)))
@@ -97,3 +110,53 @@ def test_some_samples_of_a_broken_list_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CacheCorruptError, match="No such file"):
         read_some_samples(tmp_path, manifest, np.arange(1), ["name"])
+
+
+def some(count: int) -> list[Sample]:
+    """Samples of few pictures, with up to three captions each."""
+    return [
+        Sample(
+            name=f"né {i}", image_key=bytes([i % 5] * 16), captions=("one", "", "drei")[: i % 4],
+            caption_keys=tuple(bytes([c] * 15 + [0]) for c in range(min(i % 4, 3))), width=i, height=2 * i,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+def test_samples_in_columns_are_those_of_the_list(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", 4)
+    monkeypatch.setattr(columns, "_IN_MEMORY", 3)  # more are in a file
+    listed = some(count)
+    found = Samples.of(listed)
+    assert (list(found), len(found), found == listed) == (listed, count, True)
+    assert [found[i] for i in range(-count, count)] == listed + listed
+    assert found[1:7] == listed[1:7]
+    assert list(found.image_keys) == [sample.image_key for sample in listed]
+    assert list(found.caption_keys) == [key for sample in listed for key in sample.caption_keys]
+    assert np.diff(found.caption_bounds).tolist() == [len(sample.captions) for sample in listed]
+    ids = sample_ids([sample.image_key for sample in listed])
+    assert list(with_ids(listed)) == [replace(s, id=i) for s, i in zip(listed, ids, strict=True)]
+    for rows in (1, 4, 6, 1000):
+        groups = list(found.groups(rows))
+        assert [s for group in groups for s in sample_list(group)] == listed
+        assert all(len(group) == rows for group in groups[:-1])
+
+
+def test_samples_lie_in_the_same_bytes_however_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, cut = list(with_ids(some(50))), {bytes(16): 3, b"x" * 16: 1}
+    schema = sample_schema().with_metadata({"kcache_tokens_cut": json.dumps({"00" * 16: 3}, separators=(",", ":"))})
+    monkeypatch.setattr(samples, "_ROW_GROUP", 20)
+    pq.write_table(table_of(listed).cast(schema), expected := io.BytesIO(), compression="zstd", row_group_size=20)
+    for per_table in (1, 7, 20, 1000):
+        monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", per_table)
+        _, digest = write_samples(tmp_path, listed, cut)
+        assert (tmp_path / f"samples-{digest[:16]}.parquet").read_bytes() == expected.getvalue()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_digest_is_that_of_lines_of_json() -> None:
+    lines = [[s.id, s.name, [key.hex() for key in s.caption_keys]] for s in with_ids(some(9))]
+    expected = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    assert samples_digest(some(0)) == hashlib.sha256().hexdigest()
+    assert samples_digest(with_ids(some(9))) == hashlib.sha256(expected.encode()).hexdigest()

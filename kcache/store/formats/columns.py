@@ -1,0 +1,190 @@
+"""Samples in columns: Arrow tables of some ten thousand each, with no Python object for every sample.
+
+Many are kept in files that are mapped, so that what takes memory is what is looked at.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from kcache.disk.durable import writing
+from kcache.store.digests import KEY_BYTES, Keys
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SAMPLES_PER_TABLE = 1 << 16
+_IN_MEMORY = 16
+"""Tables that are kept in memory; where there are more, all are in a file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image with its captions, as a source offers it, and with id and size as a cache has it."""
+
+    name: str
+    """Where it came from: the source's name for it."""
+    image_key: bytes
+    captions: tuple[str, ...]
+    caption_keys: tuple[bytes, ...]
+    id: str = ""
+    """"" until it is known which samples there are: see `sample_ids`."""
+    width: int = 0
+    """Pixels, as seen: after EXIF orientation; 0 until they are asked for."""
+    height: int = 0
+
+
+def sample_schema() -> "pyarrow.Schema":
+    """The columns of samples."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "id": pa.string(),
+            "name": pa.string(),
+            "image_key": pa.binary(16),
+            "captions": pa.list_(pa.string()),
+            "caption_keys": pa.list_(pa.binary(16)),
+            "width": pa.int32(),
+            "height": pa.int32(),
+        }
+    )
+
+
+def table_of(samples: Sequence[Sample]) -> "pyarrow.Table":
+    """Some samples in columns."""
+    import pyarrow as pa
+
+    schema = sample_schema()
+    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def sample_list(table: "pyarrow.Table") -> list[Sample]:
+    """The samples in such a table."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return [
+        Sample(
+            id=identity, name=name, image_key=key, captions=tuple(captions), caption_keys=tuple(keys),
+            width=width, height=height,
+        )
+        for identity, name, key, captions, keys, width, height in rows
+    ]  # fmt: skip
+
+
+class Samples(Sequence[Sample]):
+    """Samples in columns, asked as a list of them is."""
+
+    def __init__(self, tables: Iterable["pyarrow.Table"]) -> None:
+        """`tables` have the columns of `sample_schema`, in one piece each."""
+        self.tables = _kept(iter(tables))
+        self._starts = np.cumsum([0, *map(len, self.tables)])
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> "Samples":
+        """The samples as they are, or in columns."""
+        return samples if isinstance(samples, Samples) else cls(map(table_of, _runs(samples)))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        number = range(len(self))[at]
+        table = int(np.searchsorted(self._starts, number, "right")) - 1
+        [sample] = sample_list(self.tables[table].slice(number - int(self._starts[table]), 1))
+        return sample
+
+    def __iter__(self) -> Iterator[Sample]:
+        for table in self.tables:
+            yield from sample_list(table)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # they are as long as they are
+
+    @cached_property
+    def image_keys(self) -> Keys:
+        """The key of each image."""
+        return Keys(np.concatenate([_no_keys(), *(packed(table["image_key"]) for table in self.tables)]))
+
+    @cached_property
+    def caption_keys(self) -> Keys:
+        """The keys of all captions, sample by sample."""
+        return Keys(
+            np.concatenate([_no_keys(), *(packed(_whole(table["caption_keys"]).flatten()) for table in self.tables)])
+        )
+
+    @cached_property
+    def caption_bounds(self) -> np.ndarray:
+        """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
+        counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self.tables]
+        return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+
+    def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
+        """The samples, each table as `change` makes it, which is told which samples it has."""
+        spans = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
+        return Samples(change(table, slice(*span)) for table, span in zip(self.tables, spans, strict=True))
+
+    def groups(self, rows: int) -> Iterator["pyarrow.Table"]:
+        """All of it in tables of `rows` samples in one piece, the last one shorter; one that is empty where none is."""
+        import pyarrow as pa
+
+        tables = list[pa.Table]()
+        for table in self.tables:
+            while sum(map(len, tables)) + len(table) > rows:
+                head = rows - sum(map(len, tables))
+                yield pa.concat_tables([*tables, table.slice(0, head)]).combine_chunks()
+                tables, table = [], table.slice(head)
+            tables.append(table)
+        yield pa.concat_tables([sample_schema().empty_table(), *tables]).combine_chunks()
+
+
+def _kept(tables: Iterator["pyarrow.Table"]) -> list["pyarrow.Table"]:
+    """The tables, in memory where they are few; else mapped from a file that is gone with them."""
+    import pyarrow as pa
+
+    few = list(islice(tables, _IN_MEMORY + 1))
+    if len(few) <= _IN_MEMORY:
+        return few
+    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
+        path = Path(folder) / "samples.arrow"
+        with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, sample_schema()) as writer:
+            for table in chain(few, tables):
+                for batch in table.combine_chunks().to_batches():
+                    writer.write_batch(batch)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return [pa.Table.from_batches([reader.get_batch(i)]) for i in range(reader.num_record_batches)]
+
+
+def _runs(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    left = iter(samples)
+    while run := list(islice(left, SAMPLES_PER_TABLE)):
+        yield run
+
+
+def _no_keys() -> np.ndarray:
+    return np.empty((0, KEY_BYTES), np.uint8)
+
+
+def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
+    """The keys in a column, (n, 16) uint8."""
+    array = _whole(column)
+    content = np.frombuffer(array.buffers()[1] or b"", np.uint8)
+    return content[array.offset * KEY_BYTES : (array.offset + len(array)) * KEY_BYTES].reshape(-1, KEY_BYTES)
+
+
+def _whole(column: "pyarrow.ChunkedArray | pyarrow.Array") -> Any:
+    return column.combine_chunks() if hasattr(column, "chunks") else column
