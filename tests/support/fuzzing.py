@@ -17,6 +17,7 @@ import random
 import shutil
 import tarfile
 import tempfile
+import tokenize
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from kcache.build.plan import Plan, freeze_plan, open_plan, plan_table
 from kcache.errors import KcacheError
 from kcache.sources import open_source
 from kcache.store.digests import DigestMemo
+from kcache.store.formats.parts import PARTS, list_parts
 from kcache.store.index import stored_rows
 from kcache.store.recipe import canonical_json
 from kcache.store.shards import read_commits
@@ -207,8 +209,14 @@ def damage_index(rng: random.Random, lab: Lab) -> Callable[[], object]:
         contents[name] = damaged_bytes(rng, contents[name])
     else:
         contents[name] = npy(damaged_array(rng, np.load(io.BytesIO(contents[name]))))
-    sums = [[n.removesuffix(".npy"), len(content), crc32c(content)] for n, content in sorted(contents.items())]
-    manifest["index_digest"] = hashlib.sha256(canonical_json(sums).encode()).hexdigest()
+    with tempfile.TemporaryDirectory() as made:
+        for path in paths:
+            Path(made, path.name).write_bytes(contents[path.name])
+        try:
+            contents[PARTS] = list_parts(Path(made), [path.stem for path in paths])
+        except (ValueError, SyntaxError, tokenize.TokenError, TypeError, LookupError, MemoryError):  # it is no array
+            contents[PARTS] = paths[0].with_name(PARTS).read_bytes()
+    manifest["index_digest"] = hashlib.sha256(contents[PARTS]).hexdigest()
     for name, content in contents.items():
         lab.write(lab.cache / f"index-{manifest['index_digest'][:16]}" / name, content)
     lab.write(lab.cache / "manifest.json", _sealed(manifest))
