@@ -34,6 +34,13 @@ def test_rows_of_one_file_that_touch_are_one_request() -> None:
     assert [rows.tolist() for rows in requests] == [[1, 2, 0], [3, 4]]
 
 
+def test_a_long_run_of_rows_is_several_requests() -> None:
+    starts = np.arange(0, 3 * _MOST_BYTES, 100_000)
+    requests = near(np.zeros(len(starts), np.int64), starts, starts + 100_000)
+    assert [len(rows) for rows in requests] == [84, 84, 84]
+    assert all(starts[rows][-1] - starts[rows][0] < _MOST_BYTES for rows in requests)
+
+
 def test_many_are_at_work_and_the_first_error_is_told() -> None:
     together = threading.Barrier(4, timeout=60)
     at_once(lambda _: together.wait(), range(4))

@@ -12,6 +12,7 @@ from kcache import Cache
 from kcache.errors import CacheCorruptError, CacheNotFoundError, StoreError
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import remove
+from kcache.store.rows import gather
 
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
 
@@ -148,3 +149,18 @@ def test_rows_come_right_from_a_store_that_fails_now_and_then(
     for numbers in (range(len(disk)), [2, 7], [9, 0, 4]):
         assert equal(opened.read(numbers, FIELDS), disk.read(numbers, FIELDS))
     assert {"cut", "wrong_bytes"} <= faulty.happened.keys()
+
+
+@pytest.mark.parametrize("field", ["latents", "text_encoder_hidden_states"])
+def test_an_index_that_points_anywhere_gives_no_row(there: BucketPath, field: str) -> None:
+    cache = Cache.open(there)
+    files, entries = cache.field_files(field), cache.index[cache.table_of(field)][:3].copy()
+    for offset in (1 << 63, 1 << 40, (1 << 64) - 1):
+        entries[field]["offset"][1] = offset
+        with pytest.raises(CacheCorruptError, match=r"the file ends \d+ bytes before the row does"):
+            gather(files, entries, np.empty)
+    entries[field]["offset"][1] = entries[field]["offset"][0]
+    if cache.field(field).ragged:
+        entries[field]["length"][1] = (1 << 32) - 128
+        with pytest.raises(CacheCorruptError, match="it has 4294967168 bytes"):
+            gather(files, entries, lambda *_: pytest.fail("memory was taken"))
