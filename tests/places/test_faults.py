@@ -135,13 +135,14 @@ def test_a_store_that_swaps_whatever_is_there_is_refused(faulty: Faults, monkeyp
 
 
 def test_what_the_library_does_not_ask_again_is_asked_again(faulty: Faults) -> None:
-    folder = place(faulty)
-    for number in range(3):
-        write_bytes(folder / str(number), b"x")
-    faulty.rates = {"cut": 0.7}
-    assert len(list(folder.below())) == len(list(folder.iterdir())) == 3
-    faulty.rates = {"lost_answer": 0.7}
-    remove(folder)
-    assert list(folder.below()) == []
-    assert faulty.happened["cut"] > 0
-    assert faulty.happened["lost_answer"] > 0
+    for number in range(4):
+        folder = place(faulty) / str(number)
+        faulty.rates = {}
+        write_bytes(folder / "file", b"x")
+        faulty.rates = {"cut": 0.5}
+        assert len(list(folder.below())) == len(list(folder.iterdir())) == 1
+        faulty.rates = {"lost_answer": 0.5}
+        remove(folder)
+        assert list(folder.below()) == []
+    assert faulty.happened["cut"] > 1
+    assert faulty.happened["lost_answer"] > 1

@@ -70,7 +70,8 @@ class Faults:
         }  # fmt: skip
         # Names of places differ from run to run, and so do those that a store gives to uploads.
         name = unquote(urlsplit(target).path).split("/", 3)[-1]
-        what = f"{method} {name} {query.get('partNumber')} {query.get('prefix')} {headers.get('Range')}"
+        prefix = query.get("prefix", [""])[0].partition("/")[2]
+        what = f"{method} {name} {prefix} {query.get('partNumber')} {headers.get('Range')}"
         with self._lock:
             self.requests["LIST" if "list-type" in query else method] += 1
             self._made[what] += 1
