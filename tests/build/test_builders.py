@@ -14,7 +14,7 @@ import kcache.build.claims
 import kcache.build.encode
 from kcache import Cache
 from kcache.build.build import build_cache
-from kcache.build.claims import TURN
+from kcache.build.claims import TURN, Patience
 from kcache.build.plan import claims_folder, freeze_plan, open_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.disk.durable import write_json
@@ -172,3 +172,17 @@ def test_a_build_of_something_else_beside_a_running_one_is_refused(
     with pytest.raises(CacheBusyError, match="being built from another source by process"):
         build(fewer, cache, oracle)
     assert build(fewer, cache, oracle, take_over=True).samples == 2
+
+
+def test_a_claim_is_let_go_when_its_shard_is_committed(planned: tuple[Path, Path]) -> None:
+    cache, folder = planned
+    plan = open_plan(cache)
+    assert plan is not None
+    claims, table = kcache.build.builder._Claims(cache, plan, Patience(say=print)), plan.tables[0]
+    mine = claims.claimed(table, table.shards, kcache.build.builder._Progress("", 9, None))
+    first, second = next(mine), next(mine)
+    assert claims.kept(table, first)
+    assert claims.kept(table, second)  # asked once the first is committed
+    assert [path.name for path in folder.iterdir()] == [claims.path(table, second).name]
+    claims.release()
+    assert list(folder.iterdir()) == []
