@@ -47,7 +47,7 @@ def completions(
         ("kcache cache-build photos c --stage ", ["prior", "decoder", "all"]),
         ("kcache cache-build photos c --dtype ", ["float16", "float32"]),
         ("kcache cache-convert a b --format ", ["zarr", "webdataset"]),
-        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap"]),
+        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap", "stream"]),
         ("kcache train-prior c --mixed-precision b", ["bf16"]),
         ("kcache cache-info cach", []),  # nothing, so that bash offers files and folders
     ],
