@@ -57,6 +57,10 @@ class StoreError(KcacheError, OSError):
     """Raised when an object store does not do what it is asked: no connection, no permission, no end of trouble."""
 
 
+class EngineError(KcacheError, RuntimeError):
+    """Raised when an engine's machines do not do what they are asked: no cluster, other versions, actors that die."""
+
+
 class MemoryShortError(KcacheError, MemoryError):
     """Raised when memory ran out, of the machine or of a device, with the flags that take less."""
 

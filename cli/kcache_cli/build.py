@@ -57,6 +57,7 @@ def cache_build(
       torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
     """
     from kcache.build.build import build_cache
+    from kcache.engines import engine_of
 
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
@@ -66,7 +67,10 @@ def cache_build(
         return
     try:
         with Report() as report:
-            result = build_cache(source, cache, config, report=partial(show_build, report), say=report.note)
+            engine = engine_of(source, config)
+            result = build_cache(
+                source, cache, config, report=partial(show_build, report), say=report.note, engine=engine
+            )
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {cache} is kept: run the same command to go on")
         raise

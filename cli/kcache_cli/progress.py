@@ -123,6 +123,9 @@ def show_build(report: Report, progress: "BuildProgress") -> None:
         rate = progress.done / progress.seconds if progress.seconds else 0.0
         busy = ", ".join(f"{name} {share:.0%}" for name, share in progress.busy.items())
         detail = f"{rate:,.0f} rows/s" + (f" ({busy})" if busy else "")
+        if progress.who:
+            left = f", {duration_text((progress.total - progress.done) / rate)} left" if rate else ""
+            detail += f"{left}, by {progress.who}"
         report.show(progress.table, progress.done, progress.total, detail)
 
 

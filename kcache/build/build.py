@@ -5,7 +5,7 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -66,7 +66,7 @@ class BuildResult:
 
 def build_cache(
     source: str, cache: str, config: BuildConfig, *,
-    report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder,
+    report: BuildReport | None = None, say: Say = unheard, engine: Callable[..., Builder] = Builder,
 ) -> BuildResult:  # fmt: skip
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
@@ -87,7 +87,7 @@ def build_cache(
 
 
 def complete(
-    job: Survey, *, report: BuildReport | None = None, say: Say = unheard, engine: type[Builder] = Builder
+    job: Survey, *, report: BuildReport | None = None, say: Say = unheard, engine: Callable[..., Builder] = Builder
 ) -> BuildResult:
     """Encode whatever the cache of `job` lacks, and make it one of the job's samples; raises like `build_cache`."""
     start, folder = time.perf_counter(), job.folder

@@ -50,6 +50,8 @@ class BuildProgress:
     """Time spent on this table so far."""
     busy: Mapping[str, float]
     """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
+    who: str = ""
+    """Of an engine: how many encode, on how many machines, and how often that had to be tried again."""
 
 
 BuildReport = Callable[[BuildProgress], None]
@@ -268,6 +270,12 @@ class _Claims:
         let_go(claim)
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
         return False
+
+    def settled(self, table: TablePlan, shard: PlannedShard) -> None:
+        """Let go of a shard that is committed."""
+        claim = self.path(table, shard)
+        self._held.pop(claim, None)
+        let_go(claim)
 
     def release(self) -> None:
         """Let go of everything: what is committed needs no claim, and what is not is free for others."""

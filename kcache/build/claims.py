@@ -45,22 +45,41 @@ _SAID = tuple(field.name for field in fields(Process))
 
 _PLACES = (
     ("RANK", "WORLD_SIZE"),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
 """Where launchers say which of how many processes this one is."""
+_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
 
 
 def worker_place(worker: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Which builder of how many this is: (I, N) of `worker` "I/N", else what a launcher says, else (0, 1)."""
+    """Which builder of how many this is: (I, N) of `worker` "I/N", else what launchers say, else (0, 1).
+
+    No two processes of a job or of an array of jobs have one place, whatever the array's numbers are: places may be
+    left without a process. https://slurm.schedmd.com/job_array.html has what its variables mean.
+    """
     if worker is not None:
         index, _, count = worker.partition("/")
         return int(index), int(count)
+    job, jobs = _place_in_array(environment)
     for index_name, count_name in _PLACES:
         index, count = environment.get(index_name, ""), environment.get(count_name, "")
         if index.isdecimal() and count.isdecimal() and int(count):
-            return int(index) % int(count), int(count)  # the tasks of a Slurm array may be counted from anywhere
-    return 0, 1
+            return job * int(count) + int(index) % int(count), jobs * int(count)
+    return job, jobs
+
+
+def _place_in_array(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which job of how many this is: by rank where the numbers of a Slurm array are evenly spaced, else by number."""
+    if not all(environment.get(name, "").isdecimal() for name in _ARRAY):
+        return 0, 1
+    job, first, last = (int(environment[name]) for name in _ARRAY)
+    count, step = (environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("COUNT", "STEP"))
+    # Of "0,3-3:4,8" Slurm says a step of 4, too.
+    if count.isdecimal() and step.isdecimal() and (int(count) - 1) * int(step) == last - first:
+        rank, off = divmod(job - first, int(step) or 1)
+        if not off:
+            return rank, int(count)
+    return job - first, last - first + 1
 
 
 def holder(claim: Place) -> Process | None:

@@ -25,10 +25,11 @@ from kcache.places import Place
 from kcache.store.digests import pack_keys
 from kcache.store.formats.side_files import size_rows
 from kcache.store.recipe import Recipe, kind_of
-from kcache.store.shards import OFFSETS, Rejection, RowBlock, commit_shard
+from kcache.store.shards import OFFSETS, Commit, Rejection, RowBlock, commit_shard
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
+_Committed = Callable[[Commit], None]
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
 
@@ -134,10 +135,12 @@ def encode_shards(
     meter: Meter,
     done: Callable[[int], None],
     kept: _Kept = lambda _: True,
+    committed: _Committed = lambda _: None,
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
-    `done` is called with the number of inputs dealt with since the last call. What `kept` denies is not committed.
+    `done` is called with the number of inputs dealt with since the last call, `committed` when a shard is. What `kept`
+    denies is not committed.
     """
     recipe = encoder.recipe
     made_by = provenance(encoder.device)
@@ -153,19 +156,22 @@ def encode_shards(
                 _encode_shard(encoder, prepared, rows, meter, done, committing)
                 if committing is not None:
                     meter.timed("write", committing.result)
-                committing = writer.submit(_commit, folder, rows, recipe, made_by, kept)
+                committing = writer.submit(_commit, folder, rows, recipe, made_by, kept, committed)
             if committing is not None:
                 meter.timed("write", committing.result)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _commit(folder: Place, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept) -> None:
+def _commit(
+    folder: Place, rows: _OpenShard, recipe: Recipe, made_by: Mapping[str, str], kept: _Kept, committed: _Committed
+) -> None:
     block = rows.block(recipe)
     if kept(rows.planned):  # asked last: this process may have been suspended for long
-        commit_shard(
+        commit = commit_shard(
             folder, rows.planned.name, recipe, block, rejected=rows.rejected, absent=rows.absent, provenance=made_by
         )
+        committed(commit)
 
 
 _Planned = tuple[PlannedShard, Future[_Input]]

@@ -59,6 +59,15 @@ class BuildConfig(SourceConfig):
     take_over: bool = setting(
         False, "Take over the shards of builders elsewhere at once, without waiting for their leases to run out."
     )
+    engine: Literal["local", "ray"] = setting(
+        "local", "Who encodes: this process, or `ray`, the machines of a Ray cluster (pip install 'kcache[ray]')."
+    )
+    address: str | None = setting(
+        None,
+        "HOST:PORT of the Ray cluster: the one that runs here when left out, else one that is started for this build, "
+        "as `local` always does.",
+        beside=("engine",),
+    )
     rehash: bool = setting(
         False, "Read every file again, instead of trusting that an unchanged size and time mean unchanged content."
     )
@@ -69,6 +78,11 @@ class BuildConfig(SourceConfig):
         if self.worker is not None and not _is_place(self.worker):
             raise ConfigError(
                 f"--worker is {self.worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4"
+            )
+        if self.worker is not None and self.engine != "local":
+            raise ConfigError(
+                f"--worker is {self.worker!r}, but --engine {self.engine} hands out all shards itself; expected one "
+                "process to start the build; leave --worker out"
             )
         if not self.resolution:
             raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")

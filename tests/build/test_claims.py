@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, renewed, take, turn, worker_place
 from kcache.config import BuildConfig
@@ -309,13 +312,57 @@ def test_the_longer_a_wait_the_more_seldom_it_is_looked(folder: Place, monkeypat
         (None, {}, (0, 1)),
         ("1/3", {"RANK": "0", "WORLD_SIZE": "2"}, (1, 3)),
         (None, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (1, 2)),
-        (None, {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4"}, (0, 4)),
         (None, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (5, 8)),
         (None, {"RANK": "1"}, (0, 1)),
+        (None, {"SLURM_ARRAY_TASK_ID": "1"}, (0, 1)),
     ],
 )
 def test_the_place_among_the_builders(worker: str | None, environment: dict[str, str], place: tuple[int, int]) -> None:
     assert worker_place(worker, environment) == place
+
+
+def _of_array(ids: Sequence[int], step: int) -> list[dict[str, str]]:
+    """What Slurm 22.05 tells each job of an array with these numbers, `step` being one that its text names, else 1."""
+    said = {"MIN": min(ids), "MAX": max(ids), "COUNT": len(ids), "STEP": step}
+    return [{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {**said, "ID": i}.items()} for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("ids", "step", "places"),
+    [
+        ([1, 2, 3, 4], 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ([1, 5, 9], 4, [(0, 3), (1, 3), (2, 3)]),
+        ([6], 1, [(0, 1)]),
+        ([3, 7], 1, [(0, 5), (4, 5)]),  # --array=3,7: modulo the number of jobs they would be one
+        ([0, 3, 8], 4, [(0, 3), (3, 9), (2, 3)]),  # --array=0,3-3:4,8
+    ],
+)
+def test_the_place_in_an_array_of_jobs(ids: list[int], step: int, places: list[tuple[int, int]]) -> None:
+    assert [worker_place(None, environment) for environment in _of_array(ids, step)] == places
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_no_two_processes_of_an_array_have_one_place(ids: set[int], step: int, processes: int, launched: bool) -> None:
+    names = ("RANK", "WORLD_SIZE") if launched else ("SLURM_PROCID", "SLURM_NTASKS")
+    places = [
+        worker_place(None, {**job, names[0]: str(process), names[1]: str(processes)})
+        for job in _of_array(sorted(ids), step)
+        for process in range(processes)
+    ]
+    assert len(set(places)) == len(ids) * processes
+    assert all(0 <= place < count for place, count in places)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 20), st.integers(1, 4))
+def test_the_places_of_an_even_array_are_counted_without_gaps(first: int, step: int, jobs: int, tasks: int) -> None:
+    places = [
+        worker_place(None, {**job, "SLURM_PROCID": str(task), "SLURM_NTASKS": str(tasks)})
+        for job in _of_array(range(first, first + jobs * step, step), step)
+        for task in range(tasks)
+    ]
+    assert places == [(place, jobs * tasks) for place in range(jobs * tasks)]
 
 
 @pytest.mark.parametrize("worker", ["4/4", "1", "a/b", "-1/2", "0/0", ""])

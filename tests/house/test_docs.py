@@ -168,8 +168,13 @@ def test_cached_equals_online_as_it_says(place_with_cache: Path, kcache_command:
 
 def test_several_processes_as_it_says(place: Path, kcache_command: Callable[..., int]) -> None:
     run_document(ROOT / "docs" / "multi-gpu.md", kcache_command)
-    for run in ("prior", "decoder"):
-        assert len((place / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 3
+    for run, steps in (("prior", 3), ("decoder", 2)):
+        assert len((place / "runs" / run / "metrics.jsonl").read_text().splitlines()) == steps
+
+
+def test_clusters_as_it_says(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    run_document(ROOT / "docs" / "clusters.md", kcache_command)
+    assert len((place_with_cache / "runs" / "decoder" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_caches_lie_in_object_stores_as_it_says(place: Path, s3: str, kcache_command: Callable[..., int]) -> None:

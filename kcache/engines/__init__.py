@@ -1,0 +1,14 @@
+"""Building on other machines: an engine hands the shards of a plan to whomever it has.
+
+- `engine`: which one a build was asked for
+- `tasks`: what travels between the process that plans and those that encode
+- `actor`: one that encodes, wherever it is
+- `ledger`: what is to be handed out, who has what, and what the lost had
+- `cluster`: Ray: joining a cluster or starting one here, and how many actors it has room for
+- `crew`: the actors that are there
+- `ray_builder`: a builder that has its plans worked off by actors
+"""
+
+from kcache.engines.engine import engine_of
+
+__all__ = ["engine_of"]

@@ -1,0 +1,80 @@
+"""What travels between the process that plans and those that encode: small things, never rows.
+
+A task says which inputs make a shard and where they are. Whether they are still what they were, their keys tell.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from kcache.build.plan import PlannedShard
+from kcache.build.survey import Survey, fetcher
+from kcache.config import BuildConfig
+from kcache.encoders.repositories import Repository
+from kcache.store.recipe import Recipe, kind_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What an actor has to know, whatever it will encode."""
+
+    source: str
+    """As the user gave it; relative names count from `directory`."""
+    cache: str
+    """A folder that every machine sees, or a URL."""
+    plan: str
+    """Where the plan that is worked off lies: who sees it sees the cache."""
+    config: BuildConfig
+    repositories: Mapping[str, Repository]
+    """Where the encoders were found, by role, and which revisions that were."""
+    need_captions: bool
+    directory: str
+    threads: int
+    """Of torch: sums are added up in an order that depends on it, so it is that of a build without an engine."""
+    workers: int
+    """Threads that decode."""
+    version: str
+    """Of kcache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A shard to be encoded and committed."""
+
+    recipe: Recipe
+    shard: PlannedShard
+    pictures: Mapping[bytes, tuple[int, str]] = field(default_factory=dict)
+    """By key: where in the source the picture stood, and its name there, which stays when others are added."""
+    captions: Mapping[bytes, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """How an actor is doing."""
+
+    host: str
+    table: str
+    """Whose encoder it holds; "" for none."""
+    done: Mapping[str, int]
+    """Inputs dealt with, of each shard that it has."""
+    seconds: Mapping[str, float]
+    """What the time of its encoding thread went into, of that table, as `TableResult.seconds` has it."""
+    said: tuple[str, ...]
+    """What was worth a line since the last look."""
+
+
+def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
+    """A function from shards of a table of `job` to tasks."""
+    if kind_of(recipe.table).per == "caption":
+        caption = fetcher(job, recipe.table)
+
+        def of_captions(shard: PlannedShard) -> Task:
+            found = {key: text for key in shard.keys if isinstance(text := caption(key), str)}
+            return Task(recipe=recipe, shard=shard, captions=found)
+
+        return of_captions
+
+    def of_pictures(shard: PlannedShard) -> Task:
+        numbers = {key: number for key in shard.keys if (number := job.positions.get(key)) is not None}
+        return Task(recipe=recipe, shard=shard, pictures={k: (n, job.source.name(n)) for k, n in numbers.items()})
+
+    return of_pictures

@@ -1,0 +1,189 @@
+"""Builds by actors of a Ray cluster of several nodes, all on this machine, which come and go as they like.
+
+Whatever is lost, a cache ends with the bytes of one that a single process built.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from held_actor import HeldActor
+from small_builds import build, copy_pictures, digests, small_config
+
+from kcache import Cache
+from kcache.build.build import build_cache
+from kcache.build.builder import BuildProgress
+from kcache.engines import engine_of
+from kcache.engines.cluster import _ENVIRONMENT
+from kcache.errors import ConfigError, EngineError
+
+SECONDS = 200.0
+"""Until something that is waited for must have happened."""
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+def until(happened: Callable[[], Any]) -> Any:
+    """What `happened` gives once it is true."""
+    end = time.monotonic() + SECONDS
+    while not (result := happened()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def parent(pid: int) -> int:
+    """The process that started another one; 0 when that one has ended."""
+    try:
+        state, of = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(of)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster whose head encodes nothing; its nodes are the tests' own."""
+    # Its sockets have paths of at most 107 letters, wherever this checkout and the tests' folders are.
+    folder = tempfile.mkdtemp(prefix="kc-ray-", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        for name, value in _ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # nodes import what the tests do
+        from ray.cluster_utils import Cluster
+
+        # That a node is gone is noticed within seconds, and not within a minute.
+        health = {
+            "health_check_initial_delay_ms": 500,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 3,
+        }
+        head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": health}
+        # With its hooks, nodes could only be added by the main thread, which is building.
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def source(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_pictures(oracle, tmp_path_factory.mktemp("ray") / "pictures", 9)
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of the cache that one process builds."""
+    cache = tmp_path_factory.mktemp("alone") / "cache"
+    build(source, cache, oracle, rows_per_shard=2)
+    return digests(cache)
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Actors stop in the middle of their shards; waits for so many of them, and gives their processes."""
+    monkeypatch.setattr("kcache.engines.crew.EncodingActor", HeldActor)
+    (tmp_path / "cache.hold").touch()
+    folder = tmp_path / "cache.held"
+    return lambda count: until(
+        lambda: len(found := sorted(folder.glob("*"))) >= count and [int(path.name) for path in found]
+    )
+
+
+def build_on(cluster: Any, source: Path, cache: Path, oracle: Path, **more: Any) -> Any:
+    config = small_config(oracle, rows_per_shard=2, engine="ray", address=cluster.address)
+    return build_cache(str(source), str(cache), config, engine=engine_of(str(source), config), **more)
+
+
+def test_nodes_actors_and_shards_that_are_lost_cost_nothing(
+    cluster: Any,
+    source: Path,
+    oracle: Path,
+    tmp_path: Path,
+    alone: dict[str, str],
+    held: Callable[[int], list[int]],
+) -> None:
+    """In the middle of their shards one actor is killed, and the node of the other lost; a new node comes."""
+    cache, said, progress = tmp_path / "cache", list[str](), list[BuildProgress]()
+    first, second = (cluster.add_node(**NODE) for _ in range(2))
+    on_first = first.all_processes["raylet"][0].process.pid
+
+    def take_away() -> None:
+        os.kill(next(pid for pid in held(2) if parent(pid) == on_first), signal.SIGKILL)
+        cluster.remove_node(second, allow_graceful=False)
+        cluster.add_node(**NODE)
+        held(4)  # the first node and the new one have got an actor each
+        (tmp_path / "cache.hold").unlink()
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    result = build_on(cluster, source, cache, oracle, say=said.append, report=progress.append)
+    thief.join()
+    assert digests(cache) == alone
+    losses = sorted(line for line in said if line.startswith("an actor on "))
+    assert [line.rpartition(": ")[2] for line in losses] == ["2 shards handed out again"] * 2, losses
+    assert {p.table for p in progress} == {"image_embeds", "text", "latents-64"}
+    assert (progress[-1].done, progress[-1].total, result.samples) == (9, 9, 9)
+    assert progress[-1].who == "2 actors on 1 machine"
+    assert result.tables["latents-64"].seconds["encode"] > 0
+    until(lambda: not any(map(parent, held(4))))
+
+
+def test_a_driver_that_is_stopped_or_killed_goes_on_when_it_is_started_again(
+    cluster: Any, source: Path, oracle: Path, tmp_path: Path, alone: dict[str, str], held: Callable[[int], list[int]]
+) -> None:
+    cache = tmp_path / "cache"
+    until(lambda: cluster.worker_nodes or cluster.add_node(**NODE))
+    arguments = [str(source), str(cache), str(oracle), cluster.address]
+    command = f"from held_actor import build_held\nbuild_held(*{arguments!r})"
+
+    with subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True) as driver:
+        one, *_ = held(1)
+        driver.send_signal(signal.SIGINT)
+        errors = driver.communicate(timeout=SECONDS)[1]
+    assert "stopping as soon as nothing is half done" in errors
+    assert driver.returncode == -signal.SIGINT
+    until(lambda: not parent(one))
+    assert not list(cache.glob("*/.tmp-*"))  # it was told to give up, and had the time to clear up
+    (tmp_path / "cache.held" / str(one)).unlink()
+
+    with subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL) as driver:
+        held(1)
+        driver.kill()
+    (tmp_path / "cache.hold").unlink()
+    assert build_on(cluster, source, cache, oracle).samples == 9
+    assert digests(cache) == alone
+    assert len(Cache.open(str(cache))) == 9
+
+
+def test_a_cluster_that_is_not_there_is_one_message(source: Path, oracle: Path, tmp_path: Path) -> None:
+    config = small_config(oracle, engine="ray", address="somewhere:no port")
+    with pytest.raises(EngineError, match=r"there is no Ray cluster at somewhere:no port: .*; expected one that runs"):
+        build_cache(str(source), str(tmp_path / "cache"), config, engine=engine_of(str(source), config))
+
+
+def test_without_ray_one_message_says_what_to_install(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.engines.engine.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'kcache\[ray\]'"):
+        engine_of("photos", small_config(oracle, engine="ray"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"address": "head:6379"}, "--address changes nothing without --engine"),
+     ({"engine": "ray", "worker": "0/2"}, "--engine ray hands out all shards itself")],
+)  # fmt: skip
+def test_settings_that_mean_nothing_together_are_refused(oracle: Path, settings: dict[str, str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        small_config(oracle, **settings)
