@@ -85,9 +85,10 @@ def test_the_other_form_holds_the_same(caches: dict[str, Path], form: str, tmp_p
 
 @pytest.fixture(scope="module")
 def sides(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Four pictures, and a cache of them with latents of two sides."""
+    """Four pictures, one with a caption that is cut off, and a cache of them with latents of two sides."""
     folder = tmp_path_factory.mktemp("sides")
     pictures = copy_pictures(oracle, folder / "pictures", 4)
+    (pictures / "img_01.txt").write_text("a word " * 200)
     build(pictures, folder / "cache", oracle, dtype="float16", format="zarr", rows_per_shard=3, resolution=(32, 64))
     return pictures, folder / "cache"
 
@@ -180,7 +181,7 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
     caches: dict[str, Path], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_cache(caches[form], tmp_path / "whole", OTHER[form], rows_per_shard=2)
-    for _ in range(4):
+    for plan_is_lost in (False, True, False, True):
         left = 1
 
         def interrupted(*arguments: object, **options: object) -> object:
@@ -198,6 +199,8 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
                 convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
         with pytest.raises(CacheNotFoundError):
             Cache.open(tmp_path / "new")
+        if plan_is_lost:  # the records alone say what is there
+            shutil.rmtree(tmp_path / "new" / "plans", ignore_errors=True)
     made = list[str]()
 
     def counted(temporary: Path, folder: Path, name: str) -> Any:
