@@ -92,10 +92,10 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
 ) -> None:
     """A builder stops just before its first commit; another takes its claims, does the work, and finishes the cache."""
     cache, said, before = tmp_path / "cache", list[str](), dict[str, str]()
-    kept = kcache.build.builder._Claims.kept
+    kept = kcache.build.builder.Claims.kept
 
     def suspended(claims: Any, table: Any, shard: Any) -> bool:
-        monkeypatch.setattr(kcache.build.builder._Claims, "kept", kept)
+        monkeypatch.setattr(kcache.build.builder.Claims, "kept", kept)
         if (plan := open_plan(cache)) is None:
             return bool(kept(claims, table, shard))
         for claim in claims_folder(cache, plan).iterdir():
@@ -107,7 +107,7 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
         before.update(digests(cache))
         return bool(kept(claims, table, shard))
 
-    monkeypatch.setattr(kcache.build.builder._Claims, "kept", suspended)
+    monkeypatch.setattr(kcache.build.builder.Claims, "kept", suspended)
     config = small_config(oracle, format=form, rows_per_shard=4)
     result = build_cache(str(source), str(cache), config, say=said.append)
     assert (result.samples, digests(cache)) == (6, before)
