@@ -88,16 +88,13 @@ def holder(claim: Place) -> Process | None:
     return None if found is None else found[1]
 
 
-def _read(claim: Place, *, again: bool = True) -> tuple[bytes, Process, str] | None:
+def _read(claim: Place) -> tuple[bytes, Process, str] | None:
     """What a claim holds, whose it is, and its token."""
     try:
         found = read_checked(claim, _parsed)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        if again:  # it may just be being written, where the file system has no hard links
-            time.sleep(POLL_SECONDS)
-            return _read(claim, again=False)
         raise CacheCorruptError(
             f"claim {claim} cannot be read ({error}); remove it when no other builder of this cache is running"
         ) from error
