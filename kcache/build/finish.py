@@ -23,8 +23,8 @@ from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
-from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, write_manifest
+from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
@@ -177,12 +177,12 @@ def finish_cache(
     before = _content(cache / MANIFEST)
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
-    in_parts = is_in_parts(state.stored.shards for state in tables.values())
-    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=in_parts)
+    entries = {name: _table_entry(state) for name, state in tables.items()}
+    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
-        tables={name: _table_entry(state) for name, state in tables.items()},
+        tables=entries,
         samples=len(samples),
         samples_digest=samples_digest,
         samples_file_digest=samples_file_digest,
