@@ -108,10 +108,10 @@ def complete(
                     before, verdicts = _counts(job, found), other_verdicts(job, found.tables)
                     for note in verdicts:
                         say(note)
-                plan = plan or _new_plan(job, found, builder.seen)
-                if plan is None and is_mine(folder / TURN):
-                    clear_plans(folder)
-                    with suppress(CacheBusyError):  # another builder finished meanwhile: look again
+                with suppress(CacheBusyError):  # another one had the turn, and opened a plan or finished: look again
+                    plan = plan or _new_plan(job, found, builder.seen)
+                    if plan is None and is_mine(folder / TURN):
+                        clear_plans(folder)
                         manifest = _finish(job, found, sizes)
                         break
             if plan is not None:
