@@ -181,6 +181,31 @@ def test_a_shard_that_another_committed_first_stays(source: Path, oracle: Path, 
     assert digests(cache) == before
 
 
+def test_of_what_others_committed_no_claim_is_held(planned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim is a request or more in a bucket, and so is each renewal of one that is held."""
+    cache, claims = planned
+    plan, taken, take = open_plan(cache), list[str](), kcache.build.claims.take
+    assert plan is not None
+    table = plan.tables[0]
+    first, second = table.shards
+    (cache / table.recipe.directory).mkdir()
+    (cache / table.recipe.directory / f"{first.name}.json").write_bytes(b"")
+
+    def counted(claim: Path, *arguments: Any) -> Any:
+        taken.append(claim.name)
+        return take(claim, *arguments)
+
+    monkeypatch.setattr("kcache.build.builder.take", counted)
+    own = kcache.build.builder._Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
+    progress = kcache.build.builder._Progress("", 0, None)
+    assert list(own.claimed(table, table.shards, progress)) == [second]
+    own.settled(table, second)
+    (cache / table.recipe.directory / f"{second.name}.json").write_bytes(b"")  # since it was last looked
+    assert list(own.claimed(table, table.shards, progress)) == []
+    assert taken == [f"{table.recipe.table}-{second.name}"] * 2
+    assert list(claims.iterdir()) == []
+
+
 @pytest.mark.parametrize(("rows", "told"), [(4, 0), (None, 0), (3, 1)])
 def test_that_an_open_plan_has_shards_of_another_size_is_said(
     source: Path, oracle: Path, planned: tuple[Path, Path], rows: int | None, told: int
