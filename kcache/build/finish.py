@@ -223,6 +223,10 @@ class PictureSizes:
         self._sizes = {sample.image_key: (sample.width, sample.height) for sample in job.before}
         self._refused: dict[bytes, InputRejected] = {}
 
+    def readable(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The samples without those of which it was found that their picture cannot be read any more."""
+        return [sample for sample in samples if sample.image_key not in self._refused] if self._refused else samples
+
     def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
         columns = Samples.of(samples)
@@ -314,13 +318,9 @@ def _write_rejections(cache: Place, refused: Sequence[Refusal]) -> tuple[int, st
     rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
-    _write_changed(cache / "rejected.jsonl", content)
+    if _content(cache / "rejected.jsonl") != content:
+        write_bytes(cache / "rejected.jsonl", content)
     return len(rejections), hashlib.sha256(content).hexdigest()
-
-
-def _write_changed(path: Place, content: bytes) -> None:
-    if _content(path) != content:
-        write_bytes(path, content)
 
 
 def _content(path: Place) -> bytes | None:
