@@ -212,7 +212,7 @@ class Claims:
         self._held: dict[Place, bool] = {}
         """What is claimed, in order; whether it is being committed, and done when the next one is."""
         self._others = frozenset[str]()
-        self._looked = -math.inf
+        self._looked = ("", -math.inf)
 
     def path(self, table: TablePlan, shard: PlannedShard) -> Place:
         return self._folder / f"{table.recipe.table}-{shard.name}"
@@ -226,11 +226,12 @@ class Claims:
     ) -> Iterator[PlannedShard]:
         """Those of `shards` that this builder gets, each one claimed when it is asked for.
 
-        Of those that others claimed, only what is not committed when the rest is done is looked at one by one.
+        Of those that others claimed or committed, as listings now and then show, only what is not committed when the
+        rest is done is looked at one by one.
         """
         later = []
         for shard in shards:
-            if self.path(table, shard).name in self._names():
+            if shard.name in self._dealt_with(table):
                 later.append(shard)
             elif self._take(table, shard):
                 yield shard
@@ -244,11 +245,13 @@ class Claims:
             else:
                 progress.total -= len(shard.keys)
 
-    def _names(self) -> frozenset[str]:
-        """Names of what is claimed, looked at now and then."""
-        if (now := time.monotonic()) - self._looked > _LIST_SECONDS:
-            self._others = frozenset(path.name for path in self._folder.glob("*"))
-            self._looked = now
+    def _dealt_with(self, table: TablePlan) -> frozenset[str]:
+        """Names of the shards that are claimed or committed, looked at now and then."""
+        name, looked = self._looked
+        if name != table.recipe.table or time.monotonic() - looked > _LIST_SECONDS:
+            claimed = {path.name.rpartition("-")[2] for path in self._folder.glob(f"{table.recipe.table}-*")}
+            committed = {path.stem for path in (self._cache / table.recipe.directory).glob("*.json")}
+            self._others, self._looked = frozenset(claimed | committed), (table.recipe.table, time.monotonic())
         return self._others
 
     def _take(self, table: TablePlan, shard: PlannedShard) -> bool:
@@ -265,7 +268,9 @@ class Claims:
             make_folder(self._folder)  # a copy that was made by another tool lacks what was empty
             return self._take(table, shard)
         self._held[claim] = False
-        return not (self._cache / table.recipe.directory / f"{shard.name}.json").is_file()
+        if is_committed := (self._cache / table.recipe.directory / f"{shard.name}.json").is_file():
+            self.settled(table, shard)
+        return not is_committed
 
     def kept(self, table: TablePlan, shard: PlannedShard) -> bool:
         """Whether a shard that was claimed is still this builder's to commit; says so where it is not.
