@@ -182,7 +182,7 @@ class CacheCopier:
         """Those that the shards are of."""
         return shard_recipes(self._form, self._contents.recipes)
 
-    def wanted(self, recipe: Recipe) -> list[bytes]:
+    def wanted(self, recipe: Recipe) -> Sequence[bytes]:
         """The keys of all that shards of `recipe` hold in the end."""
         samples = self._contents.samples
         if not recipe.of_tars:
