@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kcache.tally import counted
+
 if TYPE_CHECKING:
     from kcache.build import BuildProgress
     from kcache.store import Manifest
@@ -44,7 +46,7 @@ def say_manifest(new: str, manifest: "Manifest", as_json: bool) -> None:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
         say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
     else:
-        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
+        say(f"{new}: {counted(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
 
 
 def note(text: str) -> None:
@@ -58,11 +60,6 @@ def bytes_text(count: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def count_text(count: int, noun: str) -> str:
-    """A count with its noun: "1 sample", "1,797 samples"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def duration_text(seconds: float) -> str:

@@ -18,10 +18,11 @@ from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
+from kcache.tally import counted
 from kcache.upkeep.verify import VerifyProgress
 from kcache_cli import app as cli
 from kcache_cli.flags import check_folder
-from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, show_build
 from kcache_cli.sample import file_name
 from kcache_cli.verify import show_verify
 
@@ -296,7 +297,7 @@ def test_a_small_cache_is_not_verified_as_nothing(capsys: pytest.CaptureFixture[
 
 def test_numbers_for_people() -> None:
     assert [bytes_text(count) for count in (999, 25_100_000, 3_000_000_000_000)] == ["999 B", "25.1 MB", "3.0 TB"]
-    assert [count_text(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
+    assert [counted(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
     assert [duration_text(seconds) for seconds in (0.42, 60, 200, 7500)] == [
         "0.4 s",
         "1 min 00 s",
