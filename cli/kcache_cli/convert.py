@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kcache.urls import check_lasting
 from kcache_cli.progress import Report, say_manifest, show_counts
 
 
@@ -28,6 +29,7 @@ def cache_convert(
     """
     from kcache.upkeep.convert import convert_cache
 
+    check_lasting(new)
     with Report() as report:
         manifest = convert_cache(cache, new, form, report=show_counts(report, "written"))
     say_manifest(new, manifest, as_json)
