@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from kcache.config import Stage
+from kcache.urls import check_lasting
 from kcache_cli.progress import Report, note, say_manifest, show_counts
 
 
@@ -55,6 +56,7 @@ def cache_convert(
     """
     from kcache.upkeep.convert import convert_cache
 
+    check_lasting(new)
     try:
         with Report() as report:
             manifest = convert_cache(

@@ -273,7 +273,7 @@ def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypat
     ran = run("cache-build", "s", "c")
     assert ran.status == 0
     shares = "80% of the time encoding, 10% waiting for decoded inputs (0.1% with enough for a batch at hand)"
-    assert f"text: {shares}, 10% for the disk" in ran.out
+    assert f"text: {shares}, 10% writing" in ran.out
 
 
 def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
