@@ -11,6 +11,7 @@ import typer
 from kcache.config import BuildConfig
 from kcache.errors import RejectedInputsError
 from kcache.tally import counted
+from kcache.urls import check_lasting
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, bytes_text, duration_text, note, say, show_build
 
@@ -60,6 +61,7 @@ def cache_build(
     from kcache.build.build import build_cache
     from kcache.engines import engine_of
 
+    check_lasting(cache)
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
         from kcache.build.estimate import estimate_build
@@ -120,4 +122,4 @@ def _time_text(seconds: Mapping[str, float]) -> str:
     total = sum(seconds[stage] for stage in ("decode", "encode", "write")) or 1.0
     decode, encode, write = (f"{seconds[stage] / total:.0%}" for stage in ("decode", "encode", "write"))
     held_up = f"{seconds['held_up'] / total:.1%} with enough for a batch at hand"
-    return f"{encode} of the time encoding, {decode} waiting for decoded inputs ({held_up}), {write} for the disk"
+    return f"{encode} of the time encoding, {decode} waiting for decoded inputs ({held_up}), {write} writing"

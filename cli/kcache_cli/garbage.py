@@ -34,7 +34,8 @@ def cache_gc(
     from kcache.upkeep.garbage import collect_garbage
 
     with Report() as report:
-        garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show_counts(report, "done"))
+        show = show_counts(report, "done")
+        garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show, say=report.note)
     if as_json:
         say(json.dumps(dataclasses.asdict(garbage), indent=2))
         return

@@ -136,7 +136,7 @@ def show_training(report: Report, stage: str, progress: "TrainProgress") -> None
 
 
 def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
-    """What shows, by name, how many rows, samples or files are done, and how many in a second."""
+    """What shows, by name, how many rows, samples or files are done, how many in a second, and what time is left."""
     last = time.monotonic()
     begun: dict[str, float] = {}
 
@@ -144,6 +144,8 @@ def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
         nonlocal last
         start = begun.setdefault(name, last)  # where the one before it ended
         last = time.monotonic()
-        report.show(name, done, total, f"{noun}, {done / max(last - start, 1e-9):,.0f}/s")
+        rate = done / max(last - start, 1e-9)
+        left = f", {duration_text((total - done) / rate)} left" if 0 < done < total else ""
+        report.show(name, done, total, f"{noun}, {rate:,.0f}/s{left}")
 
     return show

@@ -88,7 +88,7 @@ def cache_verify(
     if result.corrupt:
         raise CacheCorruptError(
             f"{cache} is corrupt: {counted(len(result.files), 'file')} and {counted(len(result.rows), 'row')} "
-            "are not what was committed; encode them again: "
+            "are not what was committed; if it was copied, copy it again, else encode them anew: "
             f"kcache cache-verify {cache} --source SOURCE --repair"
         )
 
