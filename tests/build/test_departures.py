@@ -10,6 +10,7 @@ from small_builds import build, copy_pictures, digests, encoded, foretold
 from kcache import Cache
 from kcache.build.departures import Leaving, kept_beyond, leaving, united
 from kcache.errors import CacheMismatchError, ConfigError, SourceError
+from kcache.store.digests import caption_key
 from kcache.store.samples import Refusal, Sample
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.repair import repair_cache
@@ -21,7 +22,7 @@ def samples(*told: str) -> list[Sample]:
     """Samples told as NAME:PICTURE:CAPTION."""
     parts = [text.split(":") for text in told]
     return [
-        Sample(name=name, image_key=picture.encode(), captions=(caption,), caption_keys=(caption.encode(),))
+        Sample(name=name, image_key=caption_key(picture), captions=(caption,), caption_keys=(caption_key(caption),))
         for name, picture, caption in parts
     ]
 
