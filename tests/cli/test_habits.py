@@ -47,7 +47,7 @@ def completions(
         ("kcache cache-build photos c --stage ", ["prior", "decoder", "all"]),
         ("kcache cache-build photos c --dtype ", ["float16", "float32"]),
         ("kcache cache-convert a b --format ", ["zarr", "webdataset"]),
-        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap"]),
+        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap", "stream"]),
         ("kcache train-prior c --mixed-precision b", ["bf16"]),
         ("kcache cache-info cach", []),  # nothing, so that bash offers files and folders
     ],
@@ -127,5 +127,5 @@ def test_looking_through_many_images_is_reported(oracle: Path, tmp_path: Path, m
     monkeypatch.setattr(kcache.build.survey, "_REPORT_SECONDS", 0.0)
     source, said = open_source(str(copy_pictures(oracle, tmp_path / "pictures", 3))), list[str]()
     with DigestMemo(tmp_path / "memo") as memo:
-        kcache.build.survey._offered(source, memo, False, said.append)
+        list(kcache.build.survey._offered(source, memo, False, said.append, {}, []))
     assert [line.split(" images")[0] for line in said] == [f"looked through {i} of 3" for i in range(3)]
