@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from kcache.build.claims import Patience, holder, is_mine, let_go, take
+from kcache.build.claims import Patience, holder, is_mine, let_go, take, unless_lost
 from kcache.build.committed import Committed
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
@@ -93,7 +93,9 @@ class Builder:
         try:
             while left := unfinished(self.job.folder, plan):
                 for table, shards in left:
-                    self._work(table, self._in_order(shards), claims, found)
+                    with unless_lost(claims.held):
+                        self._work(table, self._in_order(shards), claims, found)
+                    claims.forget_lost()
                 if not claims.open():
                     break
                 self._wait(plan, claims)
@@ -275,6 +277,16 @@ class _Claims:
         let_go(claim)
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
         return False
+
+    def held(self) -> list[Place]:
+        """What is claimed."""
+        return list(self._held)
+
+    def forget_lost(self) -> None:
+        """Let go of what was taken over by another builder."""
+        for claim in [claim for claim in self._held if not is_mine(claim)]:
+            let_go(claim)
+            del self._held[claim]
 
     def settled(self, table: TablePlan, shard: PlannedShard) -> None:
         """Let go of a shard that is committed."""

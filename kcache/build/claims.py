@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
@@ -154,6 +154,19 @@ def is_mine(claim: Place) -> bool:
         return claim.absolute() in _held and (found := _read(claim)) is not None and found[2] == _held[claim.absolute()]
     except (OSError, KcacheError):
         return False
+
+
+@contextmanager
+def unless_lost(claims: Callable[[], Iterable[Place]]) -> Iterator[None]:
+    """In the block, what fails is passed over if one of the `claims` held then is not this process's any more.
+
+    Another builder has then done that work, and cleared up after this one, who was suspended for long.
+    """
+    try:
+        yield
+    except (OSError, CacheCorruptError):
+        if all(map(is_mine, claims())):
+            raise
 
 
 def let_go(claim: Place) -> None:

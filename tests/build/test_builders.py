@@ -1,6 +1,7 @@
 """Several builders of one cache: who takes which shard, who waits for whom, and what the dead leave behind."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -154,6 +155,34 @@ def test_one_that_was_suspended_while_it_planned_joins_the_plan_that_another_ope
     elsewhere("kcache.build.build.freeze_plan", plan)
     assert build(source, cache, oracle, rows_per_shard=4).samples == 6
     assert {commit.rows for path in cache.glob("*/0*.json") if (commit := read_commit(path)).rows} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("form", "moment"),
+    [
+        ("zarr", "kcache.store.shards.publish_shard"),
+        ("webdataset", "kcache.build.joined_tars.publish_shard"),
+        ("zarr", "kcache.store.formats.index_files.publish"),
+    ],
+)
+def test_one_that_was_suspended_while_it_wrote_drops_what_is_gone(
+    source: Path, oracle: Path, tmp_path: Path, elsewhere: Callable[[str, Callable[[], None]], None],
+    form: str, moment: str,
+) -> None:  # fmt: skip
+    """Another builder took over its claims, removed what it was making, and has finished."""
+    cache, before = tmp_path / "cache", dict[str, str]()
+
+    def finish() -> None:
+        for path in (*cache.glob("plans/*/claims/*"), cache / TURN):
+            path.unlink(missing_ok=True)
+        for path in (*cache.glob(".tmp-*"), *cache.glob("*/.tmp-*")):
+            shutil.rmtree(path)
+        build(source, cache, oracle, format=form, rows_per_shard=4)
+        before.update(digests(cache))
+
+    elsewhere(moment, finish)
+    assert build(source, cache, oracle, format=form, rows_per_shard=4).samples == 6
+    assert digests(cache) == before
 
 
 def test_one_that_was_suspended_while_it_finished_names_nothing_that_is_gone(
