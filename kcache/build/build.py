@@ -109,7 +109,7 @@ def complete(
                     for note in verdicts:
                         say(note)
                 # Another one had the turn meanwhile, and opened a plan or finished: look again.
-                with unless_lost(lambda: [folder / TURN]), suppress(CacheBusyError):
+                with unless_lost(lambda: not is_mine(folder / TURN)), suppress(CacheBusyError):
                     plan = plan or _new_plan(job, found, builder.seen, sizes)
                     if plan is None and is_mine(folder / TURN):
                         clear_plans(folder)

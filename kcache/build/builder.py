@@ -7,7 +7,7 @@ taken over, at once if it ran on this machine, else when its lease has run out.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -55,6 +55,8 @@ class BuildProgress:
 
 
 BuildReport = Callable[[BuildProgress], None]
+Work = Callable[[TablePlan, Sequence[PlannedShard], "Claims"], None]
+"""Called with shards of a table, to make those that it can claim."""
 
 
 def unfinished(cache: Place, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
@@ -67,6 +69,35 @@ def _uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard])
     """Those of `shards` that have no commit record: found out by one listing, as each look may be a request."""
     committed = {path.stem for path in (cache / table.recipe.directory).glob("*.json")}
     return [shard for shard in shards if shard.name not in committed]
+
+
+def work_off(cache: Place, plan: Plan, place: tuple[int, int], patience: Patience, work: Work) -> None:
+    """Have `work` do, as builder I of N, what nobody else does of `plan`, until all is committed or it is closed."""
+    claims = Claims(cache, plan, patience)
+    try:
+        while left := unfinished(cache, plan):
+            for table, shards in left:
+                with unless_lost(claims.lost):
+                    work(table, _in_order(shards, place), claims)
+            if not claims.open():
+                break
+            _wait(cache, plan, claims, patience)
+    finally:
+        claims.release()
+
+
+def _in_order(shards: Sequence[PlannedShard], place: tuple[int, int]) -> list[PlannedShard]:
+    """First those of this builder, then its neighbour's, and so on."""
+    index, count = place
+    return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
+
+
+def _wait(cache: Place, plan: Plan, claims: "Claims", patience: Patience) -> None:
+    """Wait a moment for the builders that hold the shards left; a dead one's are claimed next."""
+    left = [claims.path(table, shard) for table, shards in unfinished(cache, plan) for shard in shards]
+    held = {claim: other for claim in left if (other := holder(claim)) is not None}
+    if held:
+        patience.wait(held)
 
 
 @dataclass
@@ -89,18 +120,7 @@ class Builder:
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        claims = _Claims(self.job.folder, plan, self.patience)
-        try:
-            while left := unfinished(self.job.folder, plan):
-                for table, shards in left:
-                    with unless_lost(claims.held):
-                        self._work(table, self._in_order(shards), claims, found)
-                    claims.forget_lost()
-                if not claims.open():
-                    break
-                self._wait(plan, claims)
-        finally:
-            claims.release()
+        work_off(self.job.folder, plan, self.place, self.patience, partial(self._work, found=found))
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
                 self._see(table)
@@ -121,20 +141,8 @@ class Builder:
         meter = self.meters.get(table)
         return {**meter.seconds, "held_up": meter.held_up} if meter else {}
 
-    def _in_order(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
-        """First those of this builder, then its neighbour's, and so on."""
-        index, count = self.place
-        return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
-
-    def _wait(self, plan: Plan, claims: "_Claims") -> None:
-        """Wait a moment for the builders that hold the shards left; a dead one's are claimed next."""
-        left = [claims.path(table, shard) for table, shards in unfinished(self.job.folder, plan) for shard in shards]
-        held = {claim: other for claim in left if (other := holder(claim)) is not None}
-        if held:
-            self.patience.wait(held)
-
-    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims", found: Committed) -> None:
-        progress = _Progress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
+    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "Claims", found: Committed) -> None:
+        progress = ShardProgress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
         mine = claims.claimed(table, shards, progress)
         # What is needed for the work is read only once there is some: with a claim held, nobody ends the plan.
         if (first := next(mine, None)) is None:
@@ -151,9 +159,9 @@ class Builder:
         self,
         table: TablePlan,
         shards: Iterator[PlannedShard],
-        progress: "_Progress",
+        progress: "ShardProgress",
         found: Committed,
-        claims: "_Claims",
+        claims: "Claims",
     ) -> None:
         job = self.job
         whole, _ = whole_samples(job.samples, found.tables)
@@ -169,7 +177,7 @@ class Builder:
         writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))
 
     def _encode(
-        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress", claims: "_Claims"
+        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "ShardProgress", claims: "Claims"
     ) -> None:
         import torch
 
@@ -191,7 +199,7 @@ class Builder:
                 )  # fmt: skip
 
 
-class _Claims:
+class Claims:
     """This builder's claims on the shards of one plan."""
 
     def __init__(self, cache: Place, plan: Plan, patience: Patience) -> None:
@@ -212,7 +220,7 @@ class _Claims:
         return is_open(self._cache, self._plan)
 
     def claimed(
-        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "_Progress"
+        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "ShardProgress"
     ) -> Iterator[PlannedShard]:
         """Those of `shards` that this builder gets, each one claimed when it is asked for.
 
@@ -227,10 +235,9 @@ class _Claims:
                 yield shard
             else:
                 progress.total -= len(shard.keys)
-        left = _uncommitted(self._cache, table, later) if later else []
-        progress.total -= sum(len(shard.keys) for shard in later) - sum(len(shard.keys) for shard in left)
-        for shard in left:
-            if self._take(table, shard):
+        left = {shard.name for shard in _uncommitted(self._cache, table, later)} if later else ()
+        for shard in later:
+            if shard.name in left and self._take(table, shard):
                 yield shard
             else:
                 progress.total -= len(shard.keys)
@@ -267,9 +274,7 @@ class _Claims:
 
         Shards are committed one after the other: what was asked about before is done.
         """
-        for done in [claim for claim, asked in list(self._held.items()) if asked]:
-            let_go(done)
-            del self._held[done]
+        self._let_go([claim for claim, asked in self._held.items() if asked])
         claim = self.path(table, shard)
         self._held[claim] = True
         if kept := is_mine(claim):
@@ -278,29 +283,27 @@ class _Claims:
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
         return False
 
-    def held(self) -> list[Place]:
-        """What is claimed."""
-        return list(self._held)
-
-    def forget_lost(self) -> None:
-        """Let go of what was taken over by another builder."""
-        for claim in [claim for claim in self._held if not is_mine(claim)]:
-            let_go(claim)
-            del self._held[claim]
+    def lost(self) -> bool:
+        """Whether another builder has taken over any that were held; those are let go of."""
+        lost = [claim for claim in self._held if not is_mine(claim)]
+        self._let_go(lost)
+        return lost != []
 
     def settled(self, table: TablePlan, shard: PlannedShard) -> None:
         """Let go of a shard that is committed."""
-        claim = self.path(table, shard)
-        self._held.pop(claim, None)
-        let_go(claim)
+        self._let_go([self.path(table, shard)])
 
     def release(self) -> None:
         """Let go of everything: what is committed needs no claim, and what is not is free for others."""
-        for claim in list(self._held):
+        self._let_go(list(self._held))
+
+    def _let_go(self, claims: Iterable[Place]) -> None:
+        for claim in claims:
+            self._held.pop(claim, None)
             let_go(claim)
 
 
-class _Progress:
+class ShardProgress:
     """Counts inputs of one table and reports now and then."""
 
     def __init__(self, table: str, total: int, report: BuildReport | None) -> None:
@@ -317,10 +320,8 @@ class _Progress:
         now = time.perf_counter()
         if self._report and (now - self._reported >= REPORT_SECONDS or self._done == self.total):
             self._reported = now
-            seconds = now - self._start
-            self._report(
-                BuildProgress(table=self._table, done=self._done, total=self.total, seconds=seconds, busy=busy)
-            )
+            table, seconds = self._table, now - self._start
+            self._report(BuildProgress(table=table, done=self._done, total=self.total, seconds=seconds, busy=busy))
 
     def counted(self, shards: Iterator[PlannedShard]) -> Iterator[PlannedShard]:
         """The `shards`, each counted as written when the next one is asked for."""

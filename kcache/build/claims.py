@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
@@ -157,15 +157,15 @@ def is_mine(claim: Place) -> bool:
 
 
 @contextmanager
-def unless_lost(claims: Callable[[], Iterable[Place]]) -> Iterator[None]:
-    """In the block, what fails is passed over if one of the `claims` held then is not this process's any more.
+def unless_lost(lost: Callable[[], bool]) -> Iterator[None]:
+    """In the block, what fails is passed over if `lost` says then that a claim is not this process's any more.
 
     Another builder has then done that work, and cleared up after this one, who was suspended for long.
     """
     try:
         yield
     except (OSError, CacheCorruptError):
-        if all(map(is_mine, claims())):
+        if not lost():
             raise
 
 

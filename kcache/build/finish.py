@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -238,14 +239,16 @@ class PictureSizes:
         refused = list[Refusal]()
 
         def sized(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
-            found = []
-            for sample in sample_list(table):
-                if (error := self._refused.get(sample.image_key)) is not None:
-                    refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
-                else:
-                    width, height = self._sizes[sample.image_key]
-                    found.append(replace(sample, width=width, height=height))
-            return table_of(found)
+            keys = table["image_key"].to_pylist()
+            for name, error in zip(table["name"].to_pylist(), map(self._refused.get, keys), strict=True):
+                if error is not None:
+                    refused.append(Refusal(name=name, stage=error.stage, reason=error.reason))
+            stays = [key not in self._refused for key in keys]
+            sizes, table = [self._sizes[key] for key in compress(keys, stays)], table.filter(stays).combine_chunks()
+            for name, sides in zip(("width", "height"), np.array(sizes, np.int32).reshape(-1, 2).T, strict=True):
+                at = table.schema.get_field_index(name)
+                table = table.set_column(at, table.field(at), [sides])
+            return table
 
         return columns.changed(sized), refused
 

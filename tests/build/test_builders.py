@@ -18,7 +18,7 @@ import kcache.build.claims
 import kcache.build.encode
 from kcache import Cache
 from kcache.build.build import build_cache
-from kcache.build.claims import TURN
+from kcache.build.claims import TURN, Patience
 from kcache.build.plan import claims_folder, freeze_plan, open_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.disk.durable import write_json
@@ -97,10 +97,10 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
 ) -> None:
     """A builder stops just before its first commit; another takes its claims, does the work, and finishes the cache."""
     cache, said, before = tmp_path / "cache", list[str](), dict[str, str]()
-    kept = kcache.build.builder._Claims.kept
+    kept = kcache.build.builder.Claims.kept
 
     def suspended(claims: Any, table: Any, shard: Any) -> bool:
-        monkeypatch.setattr(kcache.build.builder._Claims, "kept", kept)
+        monkeypatch.setattr(kcache.build.builder.Claims, "kept", kept)
         if (plan := open_plan(cache)) is None:
             return bool(kept(claims, table, shard))
         for claim in claims_folder(cache, plan).iterdir():
@@ -112,7 +112,7 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
         before.update(digests(cache))
         return bool(kept(claims, table, shard))
 
-    monkeypatch.setattr(kcache.build.builder._Claims, "kept", suspended)
+    monkeypatch.setattr(kcache.build.builder.Claims, "kept", suspended)
     config = small_config(oracle, format=form, rows_per_shard=4)
     result = build_cache(str(source), str(cache), config, say=said.append)
     assert (result.samples, digests(cache)) == (6, before)
@@ -225,8 +225,8 @@ def test_of_what_others_committed_no_claim_is_held(planned: tuple[Path, Path], m
         return take(claim, *arguments)
 
     monkeypatch.setattr("kcache.build.builder.take", counted)
-    own = kcache.build.builder._Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
-    progress = kcache.build.builder._Progress("", 0, None)
+    own = kcache.build.builder.Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
+    progress = kcache.build.builder.ShardProgress("", 0, None)
     assert list(own.claimed(table, table.shards, progress)) == [second]
     own.settled(table, second)
     (cache / table.recipe.directory / f"{second.name}.json").write_bytes(b"")  # since it was last looked
@@ -282,3 +282,17 @@ def test_a_build_of_something_else_beside_a_running_one_is_refused(
     with pytest.raises(CacheBusyError, match="being built from another source by process"):
         build(fewer, cache, oracle)
     assert build(fewer, cache, oracle, take_over=True).samples == 2
+
+
+def test_a_claim_is_let_go_when_its_shard_is_committed(planned: tuple[Path, Path]) -> None:
+    cache, folder = planned
+    plan = open_plan(cache)
+    assert plan is not None
+    claims, table = kcache.build.builder.Claims(cache, plan, Patience(say=print)), plan.tables[0]
+    mine = claims.claimed(table, table.shards, kcache.build.builder.ShardProgress("", 9, None))
+    first, second = next(mine), next(mine)
+    assert claims.kept(table, first)
+    assert claims.kept(table, second)  # asked once the first is committed
+    assert [path.name for path in folder.iterdir()] == [claims.path(table, second).name]
+    claims.release()
+    assert list(folder.iterdir()) == []
