@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +24,8 @@ from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
-from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, write_manifest
+from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
@@ -177,12 +178,12 @@ def finish_cache(
     before = _content(cache / MANIFEST)
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
-    in_parts = is_in_parts(state.stored.shards for state in tables.values())
-    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=in_parts)
+    entries = {name: _table_entry(state) for name, state in tables.items()}
+    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
-        tables={name: _table_entry(state) for name, state in tables.items()},
+        tables=entries,
         samples=len(samples),
         samples_digest=samples_digest,
         samples_file_digest=samples_file_digest,
@@ -223,6 +224,10 @@ class PictureSizes:
         self._sizes = {sample.image_key: (sample.width, sample.height) for sample in job.before}
         self._refused: dict[bytes, InputRejected] = {}
 
+    def readable(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The samples without those of which it was found that their picture cannot be read any more."""
+        return [sample for sample in samples if sample.image_key not in self._refused] if self._refused else samples
+
     def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
         columns = Samples.of(samples)
@@ -234,14 +239,16 @@ class PictureSizes:
         refused = list[Refusal]()
 
         def sized(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
-            found = []
-            for sample in sample_list(table):
-                if (error := self._refused.get(sample.image_key)) is not None:
-                    refused.append(Refusal(name=sample.name, stage=error.stage, reason=error.reason))
-                else:
-                    width, height = self._sizes[sample.image_key]
-                    found.append(replace(sample, width=width, height=height))
-            return table_of(found)
+            keys = table["image_key"].to_pylist()
+            for name, error in zip(table["name"].to_pylist(), map(self._refused.get, keys), strict=True):
+                if error is not None:
+                    refused.append(Refusal(name=name, stage=error.stage, reason=error.reason))
+            stays = [key not in self._refused for key in keys]
+            sizes, table = [self._sizes[key] for key in compress(keys, stays)], table.filter(stays).combine_chunks()
+            for name, sides in zip(("width", "height"), np.array(sizes, np.int32).reshape(-1, 2).T, strict=True):
+                at = table.schema.get_field_index(name)
+                table = table.set_column(at, table.field(at), [sides])
+            return table
 
         return columns.changed(sized), refused
 
@@ -314,13 +321,9 @@ def _write_rejections(cache: Place, refused: Sequence[Refusal]) -> tuple[int, st
     rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
-    _write_changed(cache / "rejected.jsonl", content)
+    if _content(cache / "rejected.jsonl") != content:
+        write_bytes(cache / "rejected.jsonl", content)
     return len(rejections), hashlib.sha256(content).hexdigest()
-
-
-def _write_changed(path: Place, content: bytes) -> None:
-    if _content(path) != content:
-        write_bytes(path, content)
 
 
 def _content(path: Place) -> bytes | None:

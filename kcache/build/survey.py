@@ -226,7 +226,7 @@ def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
                 differing = [f"--max-pixels {limit:,}, this is {job.config.max_pixels:,}"]
             if differing:
                 then[key] = tuple(differing)
-    counts = Counter(then[s.image_key] for s in job.samples if s.image_key in then)
+    counts = Counter(then[s.image_key] for s in (job.samples if then else ()) if s.image_key in then)
     return [
         f"{counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
         f"({'; '.join(differing)}): --retry-rejected tries {'it' if count == 1 else 'them'} again"

@@ -66,10 +66,9 @@ class TableKind:
 
     def keys(self, samples: Sequence[Keyed]) -> Keys:
         """The key of each row that `samples` use, in their order; a key that several use comes several times."""
-        if self.per == "caption":
-            together = getattr(samples, "caption_keys", None)  # as samples in columns have them
-            return together or Keys.of(key for sample in samples for key in sample.caption_keys)
-        return getattr(samples, "image_keys", None) or Keys.of(sample.image_key for sample in samples)
+        together = getattr(samples, f"{self.per}_keys", None)  # as samples in columns have them
+        each = (sample.caption_keys if self.per == "caption" else (sample.image_key,) for sample in samples)
+        return together or Keys.of(key for keys in each for key in keys)
 
     def wanted(self, samples: Sequence[Keyed]) -> Keys:
         """The keys that a table holds when it holds all of `samples`, in their order, the reserved one first."""

@@ -56,7 +56,7 @@ HARMLESS: list[dict[str, Any]] = [
 ELSEWHERE = {
     "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "format",
     "revision", "prior_revision", "decoder_revision",
-    "image_column", "caption_column", "split", "follow_links",
+    "image_column", "caption_column", "split", "follow_links", "engine", "address",
 }  # fmt: skip
 """Settings with a test of their own."""
 

@@ -47,7 +47,8 @@ def completions(
         ("kcache cache-build photos c --stage ", ["prior", "decoder", "all"]),
         ("kcache cache-build photos c --dtype ", ["float16", "float32"]),
         ("kcache cache-convert a b --format ", ["zarr", "webdataset"]),
-        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap"]),
+        ("kcache cache-convert a b --stage ", ["prior", "decoder", "all"]),
+        ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap", "stream"]),
         ("kcache train-prior c --mixed-precision b", ["bf16"]),
         ("kcache cache-info cach", []),  # nothing, so that bash offers files and folders
     ],
@@ -112,7 +113,7 @@ def test_counts_are_shown_with_their_rate(monkeypatch: pytest.MonkeyPatch, capsy
     show("latents-64", 10, 10)
     assert shown == [
         ("text", 8, 8, "written, 4/s"),
-        ("latents-64", 5, 10, "written, 5/s"),
+        ("latents-64", 5, 10, "written, 5/s, 1.0 s left"),
         ("latents-64", 10, 10, "written, 5/s"),
     ]
 
@@ -127,5 +128,5 @@ def test_looking_through_many_images_is_reported(oracle: Path, tmp_path: Path, m
     monkeypatch.setattr(kcache.build.survey, "_REPORT_SECONDS", 0.0)
     source, said = open_source(str(copy_pictures(oracle, tmp_path / "pictures", 3))), list[str]()
     with DigestMemo(tmp_path / "memo") as memo:
-        kcache.build.survey._offered(source, memo, False, said.append)
+        list(kcache.build.survey._offered(source, memo, False, said.append, {}, []))
     assert [line.split(" images")[0] for line in said] == [f"looked through {i} of 3" for i in range(3)]

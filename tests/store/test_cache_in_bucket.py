@@ -144,7 +144,7 @@ def test_rows_come_right_from_a_store_that_fails_now_and_then(
 ) -> None:
     monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
     there = put(Path(cache), faulty.url)
-    faulty.rates = {"slow_down": 0.2, "cut": 0.2, "wrong_bytes": 0.2, "lost_request": 0.1}
+    faulty.rates = {"slow_down": 0.2, "cut": 0.2, "wrong_bytes": 0.1, "lost_request": 0.1}
     disk, opened = Cache.open(cache), Cache.open(there)
     for numbers in (range(len(disk)), [2, 7], [9, 0, 4]):
         assert equal(opened.read(numbers, FIELDS), disk.read(numbers, FIELDS))

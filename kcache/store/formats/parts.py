@@ -177,8 +177,8 @@ class Parts:
             parts = np.arange(len(self._sound))
         else:
             parts = np.atleast_1d(numbers % len(self)) >> self._shift
-        if len(missing := np.unique(parts[~self._sound[parts]])):
-            self._verify(missing)
+        if len(missing := parts[~self._sound[parts]]):
+            self._verify(np.unique(missing))
 
     def _verify(self, parts: np.ndarray) -> None:
         wrong = [part for part in parts.tolist() if not self._is_sound(part, self._content[self._span(part)])]
