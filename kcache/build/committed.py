@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from kcache.build.joined_tars import shard_recipes
 from kcache.disk.durable import npy_of
 from kcache.errors import CacheMismatchError
 from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.store.checksums import crc32c
-from kcache.store.digests import unpack_keys
 from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST
@@ -125,37 +126,35 @@ def add_rejections(folder: Place, recipe: Recipe, rejected: Sequence[Rejection],
         number += 1
 
 
-def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> dict[bytes, tuple[int, int]]:
-    """Width and height, by image key, of the pictures that were encoded into tables of `recipes`, as decoded."""
-    sizes: dict[bytes, tuple[int, int]] = {}
+def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> np.ndarray:
+    """Of `SIZES`: the pictures that were encoded into tables of `recipes`, as decoded; one may come several times."""
+    sizes = [np.empty(0, SIZES)]
     for recipe in recipes.values():
         if kind_of(recipe.table).per == "image":
             folder = cache / recipe.directory
-            for commit in read_commits(folder, recipe):
-                sizes |= _read_sizes(folder, commit)
-    return sizes
+            sizes += [_read_sizes(folder, commit) for commit in read_commits(folder, recipe)]
+    return np.concatenate(sizes)
 
 
-def _read_sizes(folder: Place, commit: Commit) -> dict[bytes, tuple[int, int]]:
-    """Width and height of the pictures behind a shard's rows, by key; {} where they are not recorded, or not any more.
+def _read_sizes(folder: Place, commit: Commit) -> np.ndarray:
+    """Of `SIZES`: the pictures behind a shard's rows; none where that is not recorded, or not any more.
 
     They can be found again from the pictures, so what is damaged of them is passed over here, as it is by nothing that
     verifies a cache.
     """
+    nothing = np.empty(0, SIZES)
     record = next((file for file in commit.files if file.path == sizes_name(commit.stem)), None)
     if record is None:
-        return {}
+        return nothing
     path = folder / record.path
     try:
         content = path.read_bytes()
         rows = npy_of(content, path.name)
     except (OSError, ValueError):
-        return {}
+        return nothing
     if crc32c(content) != record.crc32c or rows.dtype != SIZES or rows.ndim != 1:
-        return {}
-    rows = rows[(rows["width"] > 0) & (rows["height"] > 0)]
-    sizes = zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)
-    return dict(zip(unpack_keys(rows["key"]), sizes, strict=True))
+        return nothing
+    return rows[(rows["width"] > 0) & (rows["height"] > 0)]
 
 
 def check_target(folder: Place) -> None:

@@ -4,23 +4,23 @@ A cache becomes what its source offers. What is no longer offered may be meant t
 copied, not mounted or another one: so whoever leaves is counted and named, and most of a cache leave only when asked.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
 from kcache.places import Place
+from kcache.store.digests import Keys, content_key
+from kcache.store.formats.columns import Samples
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT, kind_of
-from kcache.store.samples import Picture, Refusal, Sample, picture_list, read_refused, sample_list, stored_samples
+from kcache.store.samples import Refusal, Sample, counts_so_far, read_refused, samples_in_columns
 
 if TYPE_CHECKING:
-    import pyarrow
-
     from kcache.build.survey import Survey
 
-Earlier = TypeVar("Earlier", Picture, Sample)
 _EXAMPLES = 3
 
 
@@ -86,10 +86,10 @@ class Leaving:
 NOBODY = Leaving()
 
 
-def _earlier(cache: Place) -> "pyarrow.Table | None":
+def _earlier(cache: Place) -> Samples | None:
     """The samples of the finished cache in the folder; None where there is none. Raises CacheCorruptError."""
     try:
-        return stored_samples(cache, read_manifest(cache))
+        return samples_in_columns(cache, read_manifest(cache))
     except CacheNotFoundError:
         return None
 
@@ -101,27 +101,30 @@ def beside_earlier(job: "Survey") -> "Survey":
     known.
     """
     try:
-        table = _earlier(job.folder)
+        before = _earlier(job.folder)
     except CacheCorruptError as error:
         if job.config.max_train_samples is not None:
             raise ConfigError(
                 f"{error}; which samples stay beyond --max-train-samples is not known: leave it out"
             ) from error
         return replace(job, notes=(*job.notes, f"whether samples leave the cache is not known: {error}"))
-    if table is None:
+    if before is None:
         return job
     if job.config.max_train_samples is not None:
-        earlier = sample_list(table)
-        kept = kept_beyond(earlier, job.samples)
+        kept = kept_beyond(before, job.samples)
         _check_kept(job, kept)
-        staying = {sample.name for sample in kept}
-        now = [refusal for refusal in job.refused if refusal.name not in staying]
-        judged = {sample.name for sample in job.samples} | staying | {refusal.name for refusal in now}
-        beyond = [refusal for refusal in _earlier_refusals(job.folder) if refusal.name not in judged]
-        job = replace(job, samples=united(earlier, job.samples), refused=[*now, *beyond])
-    before = picture_list(table)
+        now = _not_called(job.refused, _names(kept))
+        judged = _names(job.samples) + _names(kept) + _keys_of((refusal.name,) for refusal in now)
+        beyond = _not_called(_earlier_refusals(job.folder), judged)
+        job = replace(job, samples=united(before, job.samples), refused=[*now, *beyond])
     who = leaving(before, job.samples, job.refused)
     return replace(job, before=before, leaving=who, notes=(*job.notes, *who.notes))
+
+
+def _not_called(refused: Sequence[Refusal], names: Keys) -> list[Refusal]:
+    """Those of `refused` whose names are none of `names`, which `_names` gave."""
+    known = _keys_of((refusal.name,) for refusal in refused).among(names)
+    return [refusal for refusal, is_known in zip(refused, known.tolist(), strict=True) if not is_known]
 
 
 def _earlier_refusals(folder: Place) -> list[Refusal]:
@@ -131,10 +134,10 @@ def _earlier_refusals(folder: Place) -> list[Refusal]:
         return []  # it is derived, and written anew by this build
 
 
-def _check_kept(job: "Survey", kept: Sequence[Sample]) -> None:
-    tables = job.committed().tables if kept else {}
+def _check_kept(job: "Survey", kept: Samples) -> None:
+    tables = job.committed().tables if len(kept) else {}
     lacking = [name for name, state in tables.items() if (state.stored.find(kind_of(name).keys(kept)) < 0).any()]
-    if TEXT.name in tables and not all(sample.captions for sample in kept):
+    if TEXT.name in tables and not np.diff(kept.caption_bounds).all():
         lacking.append(f"{TEXT.name} (no captions)")
     if lacking:
         raise ConfigError(
@@ -144,63 +147,78 @@ def _check_kept(job: "Survey", kept: Sequence[Sample]) -> None:
         )
 
 
-def leaving(earlier: Sequence[Earlier], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
+def leaving(earlier: Sequence[Sample], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
     """Which of the `earlier` samples of a cache it will not have when it is made of those `offered`."""
-    absent = _absent(earlier, offered)
+    before = Samples.of(earlier)
+    absent = before.where(_absent(before, Samples.of(offered)))
     if not absent:
-        return Leaving(had=len(earlier))
-    new, unread = _new_names(earlier, offered), {refusal.name for refusal in refused}
-    names = [sample.name for sample in absent]
+        return Leaving(had=len(before))
+    unread = {refusal.name for refusal in refused}
+    new = _names(absent).among(_new_names(before, Samples.of(offered))).tolist()
+    names = list(zip((sample.name for sample in absent), new, strict=True))
     return Leaving(
-        had=len(earlier),
-        gone=tuple(name for name in names if name not in new and name not in unread),
-        changed=tuple(name for name in names if name in new),
-        refused=tuple(name for name in names if name in unread and name not in new),
+        had=len(before),
+        gone=tuple(name for name, is_new in names if not is_new and name not in unread),
+        changed=tuple(name for name, is_new in names if is_new),
+        refused=tuple(name for name, is_new in names if name in unread and not is_new),
     )
 
 
-def kept_beyond(earlier: Sequence[Sample], looked_at: Sequence[Sample]) -> list[Sample]:
+def kept_beyond(earlier: Sequence[Sample], looked_at: Sequence[Sample]) -> Samples:
     """The `earlier` samples that stay beside those `looked_at`, the first of a source: all but replaced pictures."""
-    new = _new_names(earlier, looked_at)
-    return [sample for sample in _absent(earlier, looked_at) if sample.name not in new]
+    before, now = Samples.of(earlier), Samples.of(looked_at)
+    return before.where(_absent(before, now) & ~_names(before).among(_new_names(before, now)))
 
 
-def united(earlier: Sequence[Sample], looked_at: Sequence[Sample]) -> list[Sample]:
+def united(earlier: Sequence[Sample], looked_at: Sequence[Sample]) -> Samples:
     """Those `looked_at` and, behind them, those that stay; in their old order all, where none is new."""
-    together = [*looked_at, *kept_beyond(earlier, looked_at)]
-    known = {_identity(sample): number for number, sample in enumerate(earlier)}
-    places = [known.get(_identity(sample)) for sample in together]
-    if len(together) == len(earlier) and None not in places and len(set(places)) == len(places):
-        return [sample for _, sample in sorted(zip(places, together, strict=True), key=lambda pair: pair[0] or 0)]
+    before = Samples.of(earlier)
+    together = Samples([*Samples.of(looked_at).tables, *kept_beyond(before, looked_at).tables])
+    known, found = (_keys(samples, "name", "image_key", "caption_keys").unique() for samples in (before, together))
+    if len(known) == len(before) == len(found) == len(together) and found.among(known).all():
+        return before
     return together
 
 
-def _identity(sample: Sample) -> tuple[str, bytes, tuple[bytes, ...]]:
-    return sample.name, sample.image_key, sample.caption_keys
-
-
-def _absent(earlier: Sequence[Earlier], offered: Sequence[Sample]) -> list[Earlier]:
-    """Those of `earlier` that no offered sample continues: by its picture, under whatever name."""
-    same = {(sample.name, sample.image_key) for sample in offered}
-    if all((sample.name, sample.image_key) in same for sample in earlier):
-        return []
-    room = Counter(sample.image_key for sample in offered)
-    room.subtract(sample.image_key for sample in earlier if (sample.name, sample.image_key) in same)
-    absent = []
-    for sample in earlier:
-        if (sample.name, sample.image_key) in same:
-            continue
-        if room[sample.image_key] > 0:  # renamed
-            room[sample.image_key] -= 1
-        else:
-            absent.append(sample)
+def _absent(earlier: Samples, offered: Samples) -> np.ndarray:
+    """(n,) bool: those of `earlier` that no offered sample continues: by its picture, under whatever name."""
+    same = _keys(earlier, "name", "image_key").among(_keys(offered, "name", "image_key"))
+    absent = ~same
+    if absent.any():
+        # Of a picture that is offered more often than under its earlier names, as many were renamed.
+        others = earlier.image_keys[~same]
+        room = _count(others, offered.image_keys) - _count(others, earlier.image_keys[same])
+        absent[~same] = counts_so_far(others) > room
     return absent
 
 
-def _new_names(earlier: Sequence[Earlier], offered: Sequence[Sample]) -> set[str]:
+def _count(keys: Keys, among: Keys) -> np.ndarray:
+    """(n,) int64: how often each of `keys` is `among` others."""
+    order, new = among.in_order()
+    counts = np.diff(np.append(np.flatnonzero(new), len(among)))
+    return np.append(counts, 0)[among[order[new]].find(keys)]
+
+
+def _new_names(earlier: Samples, offered: Samples) -> Keys:
     """The names under which pictures are offered that no earlier sample shows: another picture of the name is old."""
-    known = {sample.image_key for sample in earlier}
-    return {sample.name for sample in offered if sample.image_key not in known}
+    return _names(offered.where(~offered.image_keys.among(earlier.image_keys)))
+
+
+def _names(samples: Sequence[Sample]) -> Keys:
+    return _keys(Samples.of(samples), "name")
+
+
+def _keys(samples: Samples, *columns: str) -> Keys:
+    """A key for what `columns` say of each sample."""
+    parts = [Keys.of(())]
+    for table in samples.tables:
+        parts.append(_keys_of(zip(*(table[name].to_pylist() for name in columns), strict=True)))
+    return Keys(np.concatenate([part.packed for part in parts]))
+
+
+def _keys_of(values: Iterable[tuple[Any, ...]]) -> Keys:
+    """A key for each of some values, whose letters and bytes tell them apart."""
+    return Keys.of(content_key(repr(value).encode()) for value in values)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device, kept_to_groups
-from kcache.store.digests import KEY_BYTES
+from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.formats.columns import Samples
 from kcache.store.formats.side_files import SIZES, side_dtype
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
@@ -136,12 +137,13 @@ def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = u
 
 def _token_counts(job: Survey) -> np.ndarray:
     """Valid tokens of the captions, or of evenly spaced ones, (n,) int64; [0] where there is no text."""
-    captions = [caption for sample in job.samples for caption in sample.captions]
-    if TEXT.name not in job.recipes or not captions:
+    samples = Samples.of(job.samples)
+    numbers = _spread(range(len(samples.caption_keys)), TOKENIZED_CAPTIONS)
+    if TEXT.name not in job.recipes or not numbers:
         return np.zeros(1, np.int64)
-    chosen = _spread(captions, TOKENIZED_CAPTIONS)
+    chosen = samples.captions(np.array(numbers))
     length = job.recipes[TEXT.name].batch_shape[1]
-    tokenized = load_tokenizer(job.repository(TEXT.name))(list(chosen), max_length=length, truncation=True)
+    tokenized = load_tokenizer(job.repository(TEXT.name))(chosen, max_length=length, truncation=True)
     return np.array([len(ids) for ids in tokenized["input_ids"]], np.int64)
 
 
@@ -155,8 +157,7 @@ def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> in
     named = with_ids(samples)
     rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
     plan = plan_tars(job.folder, job.recipes, named, rows)
-    wanted = set(plan.keys)
-    new = [sample for key, sample in zip(tar_keys(named), named, strict=True) if key in wanted]
+    new = named.where(Keys.of(tar_keys(named)).among(plan.keys))
     return tar_bytes(job.recipes, new, sum(len(table.shards) for table in plan.tables), tokens)
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +21,14 @@ from kcache.machine import threads_for
 from kcache.places import Place
 from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
+from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
+from kcache.store.formats.side_files import SIZES
 from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
-from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
+from kcache.store.samples import Refusal, Sample, Sizes, read_cut, with_ids, with_sizes, write_samples
 from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def _complete(samples: Samples, tables: Mapping[str, TableState]) -> np.ndarray:
         if kind_of(name).per == "image":
             complete &= there
         else:
-            lacking = np.concatenate([[0], np.cumsum(~there)])
-            bounds = samples.caption_bounds
-            complete &= (np.diff(bounds) > 0) & (lacking[bounds[1:]] == lacking[bounds[:-1]])
+            complete &= (np.diff(samples.caption_bounds) > 0) & (samples.count_captions(~there) == 0)
     return complete
 
 
@@ -118,11 +117,12 @@ def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, Tab
     if TEXT.name not in tables:
         return {}
     recipe, stored = tables[TEXT.name].recipe, tables[TEXT.name].stored
-    captions = {key: text for sample in samples for key, text in zip(sample.caption_keys, sample.captions, strict=True)}
-    positions = stored.find(list(captions))
+    columns = Samples.of(samples)
+    keys = columns.caption_keys.unique()
+    positions = stored.find(keys)
     tokens = token_counts({TEXT.name: recipe}, {TEXT.name: np.append(stored.entries[positions], stored.entries[:1])})
     longest = recipe.batch_shape[1]
-    full = {key: text for (key, text), count in zip(captions.items(), tokens, strict=True) if count == longest}
+    full = columns.texts(keys[tokens == longest])
     known = _known_cut(job.folder, recipe) if full else {}
     if full.keys() <= known.keys():
         return {key: known[key] for key in full}
@@ -207,7 +207,7 @@ def remove_superseded(cache: Place, manifest: Manifest) -> None:
             remove(path)
 
 
-def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection]) -> Refusal:
+def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection | InputRejected]) -> Refusal:
     rejection = rejected.get(key)
     if rejection is None:
         return Refusal(name=name, stage=_CHANGED.stage, reason=_CHANGED.reason)
@@ -221,7 +221,7 @@ class PictureSizes:
         self._job = job
         self._say = say
         # Those of the cache before; without them, what was recorded counts, or is found again.
-        self._sizes = {sample.image_key: (sample.width, sample.height) for sample in job.before}
+        self._sizes = Sizes(job.before)
         self._refused: dict[bytes, InputRejected] = {}
 
     def readable(self, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -231,28 +231,23 @@ class PictureSizes:
     def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
         columns = Samples.of(samples)
-        keys = dict.fromkeys(columns.image_keys)
-        if not keys.keys() <= self._sizes.keys() | self._refused.keys():
+        if self._lacking(columns):
             # Shards of an interrupted build by a kcache before this one have no sizes.
-            self._sizes = recorded_sizes(self._job.folder, self._job.recipes) | self._sizes
-            self._measure([key for key in keys if key not in self._sizes and key not in self._refused])
-        refused = list[Refusal]()
+            self._sizes.add(recorded_sizes(self._job.folder, self._job.recipes))
+            if lacking := self._lacking(columns):
+                self._measure(lacking)
+        at = self._sizes.find(columns.image_keys)
+        refused = [_refusal(sample.name, sample.image_key, self._refused) for sample in columns.where(at < 0)]
+        found = self._sizes.rows[at[at >= 0]]
+        return columns.where(at >= 0).changed(lambda table, span: with_sizes(table, found[span])), refused
 
-        def sized(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
-            keys = table["image_key"].to_pylist()
-            for name, error in zip(table["name"].to_pylist(), map(self._refused.get, keys), strict=True):
-                if error is not None:
-                    refused.append(Refusal(name=name, stage=error.stage, reason=error.reason))
-            stays = [key not in self._refused for key in keys]
-            sizes, table = [self._sizes[key] for key in compress(keys, stays)], table.filter(stays).combine_chunks()
-            for name, sides in zip(("width", "height"), np.array(sizes, np.int32).reshape(-1, 2).T, strict=True):
-                at = table.schema.get_field_index(name)
-                table = table.set_column(at, table.field(at), [sides])
-            return table
+    def _lacking(self, samples: Samples) -> Keys:
+        """The pictures of which nothing is known."""
+        keys = samples.image_keys
+        lacking = keys[self._sizes.find(keys) < 0].unique()
+        return lacking[~lacking.among(self._refused)]
 
-        return columns.changed(sized), refused
-
-    def _measure(self, keys: Sequence[bytes]) -> None:
+    def _measure(self, keys: Keys) -> None:
         """Decode the pictures of `keys` for their sizes, which nothing recorded."""
         from kcache.encoders.decoding import Decoding, decode_image
 
@@ -266,7 +261,8 @@ class PictureSizes:
             except InputRejected as error:
                 return error
 
-        reported = time.monotonic()
+        reported, sizes = time.monotonic(), np.zeros(len(keys), SIZES)
+        sizes["key"] = keys.packed
         with ThreadPoolExecutor(threads_for(self._job.config.num_workers), "kcache-decode") as pool:
             try:
                 for number, (key, found) in enumerate(zip(keys, pool.map(size, keys), strict=True)):
@@ -277,9 +273,10 @@ class PictureSizes:
                     if isinstance(found, InputRejected):
                         self._refused[key] = found
                     else:
-                        self._sizes[key] = found
+                        sizes["width"][number], sizes["height"][number] = found
             finally:
                 pool.shutdown(cancel_futures=True)
+        self._sizes.add(sizes[sizes["width"] > 0])
 
 
 def _current(cache: Place) -> Manifest | None:

@@ -1,9 +1,12 @@
 """What a build has to do: what the source offers, which tables are wanted, and what of them is committed."""
 
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
@@ -19,12 +22,12 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import DigestMemo, Keys, caption_key, content_key
+from kcache.store.digests import DigestMemo, Keys, Positions, caption_key, content_key
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
-from kcache.store.samples import Picture, Refusal, Sample, read_samples
+from kcache.store.samples import Refusal, Sample
 from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
@@ -40,8 +43,8 @@ class Survey:
     source: Source
     samples: Sequence[Sample]
     """What the source offers, without ids and sizes."""
-    positions: Mapping[bytes, int]
-    """Where in the source each image stands, by key."""
+    positions: Positions
+    """Where in the source each image stands."""
     refused: Sequence[Refusal]
     repositories: Mapping[str, Repository]
     """Where the encoders are, by role: "prior" and, where it is needed, "decoder"."""
@@ -50,7 +53,7 @@ class Survey:
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
     """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
-    before: Sequence[Picture] = ()
+    before: Samples = field(default_factory=lambda: Samples(()))
     """The samples that the cache has, as far as they are to be compared with what it will have."""
     leaving: Leaving = NOBODY
     """Which of them it will not have."""
@@ -104,14 +107,14 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say) -> Survey:
             recipes = {name: in_srgb(recipe) for name, recipe in recipes.items()}
         if any(recipe.preprocess.get("color") == "srgb" for recipe in recipes.values()):
             check_color_management()
-        positions, unreadable = dict[bytes, int](), list[Refusal]()
-        samples = Samples.of(_offered(opened, memo, config.rehash, say, positions, unreadable))
+        numbers, unreadable = array("q"), list[Refusal]()
+        samples = Samples.of(_offered(opened, memo, config.rehash, say, numbers, unreadable))
     return Survey(
         folder=folder,
         config=config,
         source=opened,
         samples=samples,
-        positions=positions,
+        positions=Positions(samples.image_keys, np.array(numbers, np.int64)),
         refused=[*opened.refused, *unreadable],
         repositories=repositories,
         recipes=recipes,
@@ -171,9 +174,9 @@ def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) 
 
 
 def _offered(
-    source: Source, memo: DigestMemo, rehash: bool, say: Say, positions: dict[bytes, int], refused: list[Refusal]
+    source: Source, memo: DigestMemo, rehash: bool, say: Say, numbers: "array[int]", refused: list[Refusal]
 ) -> Iterator[Sample]:
-    """The samples one by one, their places added to `positions`, and to `refused` those that are none."""
+    """The samples one by one, their places added to `numbers`, and to `refused` those that are none."""
     begun = reported = time.monotonic()
     for i in range(len(source)):
         if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
@@ -192,7 +195,7 @@ def _offered(
             refused.append(Refusal(name=source.name(i), stage="source", reason=reason))
             continue
         keys = tuple(caption_key(caption) for caption in captions)
-        positions[key] = i
+        numbers.append(i)
         yield Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys)
 
 
@@ -203,11 +206,9 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> S
     captions = tables[TEXT.name].rejected if TEXT.name in tables else {}
     if not images and not captions:
         return samples
-    return [
-        s
-        for s in samples
-        if s.image_key not in images and not (s.caption_keys and all(key in captions for key in s.caption_keys))
-    ]
+    columns = Samples.of(samples)
+    rejected, counts = columns.count_captions(columns.caption_keys.among(captions)), np.diff(columns.caption_bounds)
+    return columns.where(~columns.image_keys.among(images) & ((rejected < counts) | (counts == 0)))
 
 
 def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
@@ -226,7 +227,8 @@ def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
                 differing = [f"--max-pixels {limit:,}, this is {job.config.max_pixels:,}"]
             if differing:
                 then[key] = tuple(differing)
-    counts = Counter(then[s.image_key] for s in (job.samples if then else ()) if s.image_key in then)
+    keys = Samples.of(job.samples).image_keys
+    counts = Counter(then[key] for key in keys[keys.among(then)])
     return [
         f"{counted(count, 'input')} {'was' if count == 1 else 'were'} rejected by another decoder "
         f"({'; '.join(differing)}): --retry-rejected tries {'it' if count == 1 else 'them'} again"
@@ -272,14 +274,15 @@ def missing_rows(
 
 def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> dict[str, str]:
     """For each table of `plan`, in words, why the rows that it lacks are missing; "" where none is."""
-    known = _known_keys(job.folder)
+    known = job.before.image_keys + job.before.caption_keys
     reasons = {}
     for table in plan.tables:
         name = table.recipe.table
         kind = kind_of(name)
-        keys = set(table.keys) - {kind.reserved}
-        retried = len(keys & states[name].rejected.keys())
-        lost = len((keys & known) - states[name].rejected.keys()) if name in job.earlier else 0
+        keys = table.keys[~table.keys.among(() if kind.reserved is None else (kind.reserved,))]
+        rejected = keys.among(states[name].rejected)
+        retried = int(rejected.sum())
+        lost = int((keys.among(known) & ~rejected).sum()) if name in job.earlier else 0
         found = job.earlier.get(name, table.recipe)
         if not table.keys:
             reasons[name] = ""
@@ -300,26 +303,16 @@ def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> di
     return reasons
 
 
-def _known_keys(folder: Place) -> frozenset[bytes]:
-    """Keys of the images and captions of the samples that the cache has."""
-    try:
-        samples = read_samples(folder, read_manifest(folder))
-    except KcacheError:
-        return frozenset()
-    captions = (key for keys in samples["caption_keys"].to_pylist() for key in keys)
-    return frozenset(samples["image_key"].to_pylist()).union(captions)
-
-
 def fetcher(job: Survey, table: str) -> Callable[[bytes], bytes | str | None]:
     """A function from a key of `table` to its content, None where the source no longer gives that content."""
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
-        return {key: text for s in job.samples for key, text in zip(s.caption_keys, s.captions, strict=True)}.get
+        samples = Samples.of(job.samples)
+        return lambda key: samples.texts((key,)).get(key)
 
     def fetch(key: bytes) -> bytes | str | None:
-        if key not in job.positions:
-            return None
-        content = job.source.image(job.positions[key])
-        return content if content_key(content) == key else None
+        [number] = job.positions.find((key,)).tolist()
+        content = job.source.image(number) if number >= 0 else None
+        return content if content is not None and content_key(content) == key else None
 
     return fetch

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kcache.build.plan import PlannedShard
-from kcache.build.survey import Survey, fetcher
+from kcache.build.survey import Survey
 from kcache.config import BuildConfig
 from kcache.encoders.repositories import Repository
+from kcache.store.formats.columns import Samples
 from kcache.store.recipe import Recipe, kind_of
 
 
@@ -65,16 +66,12 @@ class Look:
 def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
     """A function from shards of a table of `job` to tasks."""
     if kind_of(recipe.table).per == "caption":
-        caption = fetcher(job, recipe.table)
-
-        def of_captions(shard: PlannedShard) -> Task:
-            found = {key: text for key in shard.keys if isinstance(text := caption(key), str)}
-            return Task(recipe=recipe, shard=shard, captions=found)
-
-        return of_captions
+        samples = Samples.of(job.samples)
+        return lambda shard: Task(recipe=recipe, shard=shard, captions=samples.texts(shard.keys))
 
     def of_pictures(shard: PlannedShard) -> Task:
-        numbers = {key: number for key in shard.keys if (number := job.positions.get(key)) is not None}
-        return Task(recipe=recipe, shard=shard, pictures={k: (n, job.source.name(n)) for k, n in numbers.items()})
+        standing = zip(shard.keys, job.positions.find(shard.keys).tolist(), strict=True)
+        pictures = {key: (number, job.source.name(number)) for key, number in standing if number >= 0}
+        return Task(recipe=recipe, shard=shard, pictures=pictures)
 
     return of_pictures

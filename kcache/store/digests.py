@@ -148,6 +148,28 @@ class Keys(Sequence[bytes]):
         return others.find(self) >= 0
 
 
+class Positions:
+    """A number for each key, of equal ones that of the last: sorted when it is first asked for."""
+
+    def __init__(self, keys: Keys, numbers: np.ndarray | None = None) -> None:
+        """`numbers` (n,) int64 of the `keys`; None for where they stand."""
+        self._keys = keys
+        self._numbers = numbers
+
+    def find(self, keys: Iterable[bytes]) -> np.ndarray:
+        """The number of each of `keys`: (n,) int64, -1 for what has none."""
+        known, numbers = self._sorted
+        at = known.find(Keys.of(keys))
+        at[at >= 0] = numbers[at[at >= 0]]
+        return at
+
+    @cached_property
+    def _sorted(self) -> tuple[Keys, np.ndarray]:
+        order, new = self._keys.in_order()
+        last = order[np.append(new[1:], True)[: len(new)]]
+        return self._keys[last], last if self._numbers is None else self._numbers[last]
+
+
 def unpack_keys(packed: np.ndarray) -> list[bytes]:
     """The keys that `pack_keys` packed; raises ValueError for what is no array of keys."""
     if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):

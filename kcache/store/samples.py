@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +20,11 @@ from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, remove, temporary_folder
 from kcache.places.opened import opened
-from kcache.store.digests import Keys
+from kcache.store.digests import Keys, Positions
+from kcache.store.formats.columns import SAMPLES_PER_TABLE, Samples, packed, sample_schema
 from kcache.store.formats.columns import Sample as Sample
-from kcache.store.formats.columns import Samples, sample_schema
 from kcache.store.formats.columns import sample_list as sample_list
+from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json
 
@@ -36,15 +37,6 @@ _ROW_GROUP = 1 << 20
 """Samples that are written together: what pyarrow takes by itself."""
 SAMPLES_PER_PART = 1 << 14
 """Samples that `read_some_samples` holds at a time."""
-
-
-class Picture(NamedTuple):
-    """What is known of the picture of a sample: of millions, these are sooner made."""
-
-    name: str
-    image_key: bytes
-    width: int
-    height: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +53,14 @@ class Refusal:
 
 def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
     """One id per sample, unique: the image's key in hex, then "-2", "-3", … where the same image comes again."""
-    return [_id(key, count) for key, count in zip(image_keys, _counts(Keys.of(image_keys)).tolist(), strict=True)]
+    return [_id(key, count) for key, count in zip(image_keys, counts_so_far(Keys.of(image_keys)).tolist(), strict=True)]
 
 
 def _id(key: bytes, count: int) -> str:
     return key.hex() if count == 1 else f"{key.hex()}-{count}"
 
 
-def _counts(keys: Keys) -> np.ndarray:
+def counts_so_far(keys: Keys) -> np.ndarray:
     """(n,) how many of the keys up to each one are equal to it."""
     order, new = keys.in_order()
     counts = np.ones(len(keys), np.int64)
@@ -83,7 +75,7 @@ def with_ids(samples: Sequence[Sample]) -> Samples:
     import pyarrow as pa
 
     columns = Samples.of(samples)
-    counts = _counts(columns.image_keys)
+    counts = counts_so_far(columns.image_keys)
 
     def named(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
         keys = table["image_key"].to_pylist()
@@ -149,10 +141,6 @@ def read_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
     return table
 
 
-def _samples_path(cache: Place, manifest: Manifest) -> Place:
-    return cache / manifest.samples_file
-
-
 def stored_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
     """The samples as `read_samples` gives them, however many the manifest counts; raises CacheCorruptError."""
     import pyarrow as pa
@@ -168,6 +156,15 @@ def stored_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
         _check_schema(table.schema)
         _check_values(table)
     return table
+
+
+def samples_in_columns(cache: Place, manifest: Manifest) -> Samples:
+    """The samples, however many the manifest counts, in memory a part at a time; raises CacheCorruptError."""
+    return Samples(_parts(cache, manifest, SAMPLES_PER_TABLE))
+
+
+def _samples_path(cache: Place, manifest: Manifest) -> Place:
+    return cache / manifest.samples_file
 
 
 def read_cut(cache: Place, manifest: Manifest) -> dict[bytes, int]:
@@ -193,9 +190,37 @@ def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
         return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
 
 
-def picture_list(table: "pyarrow.Table") -> list[Picture]:
-    """The pictures of the samples in such a table."""
-    return list(map(Picture._make, zip(*(table[name].to_pylist() for name in Picture._fields), strict=True)))
+class Sizes:
+    """Width and height of pictures, by key of the picture."""
+
+    def __init__(self, samples: Samples) -> None:
+        """Those of some samples of a cache."""
+        self.rows = np.empty(0, SIZES)
+        self.find = Positions(Keys.of(())).find
+        self.add(*map(_sizes, samples.tables))
+
+    def add(self, *rows: np.ndarray) -> None:
+        """Note what is new of some `rows`, each of `SIZES`; of those that are new twice, the last."""
+        self.rows = np.concatenate([self.rows, *(some[self.find(Keys(some["key"])) < 0] for some in rows)])
+        self.find = Positions(Keys(self.rows["key"])).find
+
+
+def _sizes(table: "pyarrow.Table") -> np.ndarray:
+    sizes = np.empty(len(table), SIZES)
+    sizes["key"] = packed(table["image_key"])
+    for name in ("width", "height"):
+        sizes[name] = table[name].to_numpy()
+    return sizes
+
+
+def with_sizes(table: "pyarrow.Table", sizes: np.ndarray) -> "pyarrow.Table":
+    """Some samples with the `sizes` of their pictures, of `SIZES`."""
+    import pyarrow as pa
+
+    for name in ("width", "height"):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(sizes[name], pa.int32()))
+    return table
 
 
 def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:
@@ -211,23 +236,30 @@ def read_some_samples(
 
     The file is read and checked part by part, and never in memory as a whole. Raises CacheCorruptError.
     """
+    rows, seen = list[dict[str, Any]](), 0
+    for part in _parts(cache, manifest, SAMPLES_PER_PART, list(columns)):
+        first, last = np.searchsorted(numbers, (seen, seen + len(part)))
+        rows += part.take(numbers[first:last] - seen).to_pylist()
+        seen += len(part)
+    _check_count(cache, manifest, seen)
+    return rows
+
+
+def _parts(cache: Place, manifest: Manifest, rows: int, columns: list[str] | None = None) -> "Iterator[pyarrow.Table]":
+    """The samples, or some columns of them, so many at a time; raises CacheCorruptError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, rows, seen = _samples_path(cache, manifest), list[dict[str, Any]](), 0
+    path = _samples_path(cache, manifest)
     with _reading(path):
         with opened(path) as file:
             _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
         with opened(path) as file, pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet:
             _check_schema(parquet.schema_arrow)
-            for batch in parquet.iter_batches(SAMPLES_PER_PART, columns=list(columns), use_threads=False):
+            for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
                 part = pa.Table.from_batches([batch])
                 _check_values(part)
-                first, last = np.searchsorted(numbers, (seen, seen + len(part)))
-                rows += part.take(numbers[first:last] - seen).to_pylist()
-                seen += len(part)
-    _check_count(cache, manifest, seen)
-    return rows
+                yield part.replace_schema_metadata(None)
 
 
 @contextmanager

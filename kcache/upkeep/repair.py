@@ -24,10 +24,11 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device
 from kcache.places import Place, place_of
 from kcache.places.effects import make_folder, remove
+from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
-from kcache.store.samples import Refusal, Sample, picture_list, samples_digest, sizes_by_key, with_ids
+from kcache.store.samples import Refusal, Sample, samples_digest, sizes_by_key, with_ids
 from kcache.store.shards import Commit
 from kcache.upkeep.copying import RowCopier
 from kcache.upkeep.records import Records, read_records
@@ -83,7 +84,7 @@ def repair_cache(
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
     # With their sizes: the source may lack pictures whose rows are sound.
-    known = () if records.samples is None else picture_list(records.samples)
+    known = Samples.of(()) if records.samples is None else Samples.of_table(records.samples)
     result = complete(replace(job, samples=samples, refused=refused, before=known), report=report, say=say)
     after = verify_cache(folder, checked)
     if after.corrupt:
@@ -149,7 +150,9 @@ def _samples(
     columns = [records.samples[name].to_pylist() for name in ("name", "image_key", "captions", "caption_keys")]
     rows = list(zip(*columns, strict=True))
     needed = range(len(rows)) if records.index is None else _needed_samples(before)
-    missing = [rows[i][0] for i in needed if i < len(rows) and rows[i][1] not in job.positions]
+    pictures = [rows[i][:2] for i in needed if i < len(rows)]
+    offered = job.positions.find([key for _, key in pictures]) >= 0
+    missing = [name for (name, _), is_offered in zip(pictures, offered.tolist(), strict=True) if not is_offered]
     if missing:
         raise SourceError(
             f"{job.source.description}: of the pictures behind broken rows it lacks {len(missing)}, such as "

@@ -1,15 +1,19 @@
 """Who leaves a cache when it is built again: counted, named, and most of them only when that is asked for."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_builds import build, copy_pictures, digests, encoded, foretold
 
 from kcache import Cache
 from kcache.build.departures import Leaving, kept_beyond, leaving, united
 from kcache.errors import CacheMismatchError, ConfigError, SourceError
+from kcache.store.digests import caption_key
 from kcache.store.samples import Refusal, Sample
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.repair import repair_cache
@@ -21,7 +25,7 @@ def samples(*told: str) -> list[Sample]:
     """Samples told as NAME:PICTURE:CAPTION."""
     parts = [text.split(":") for text in told]
     return [
-        Sample(name=name, image_key=picture.encode(), captions=(caption,), caption_keys=(caption.encode(),))
+        Sample(name=name, image_key=caption_key(picture), captions=(caption,), caption_keys=(caption_key(caption),))
         for name, picture, caption in parts
     ]
 
@@ -61,6 +65,33 @@ def test_who_leaves_is_told_by_picture(offered: tuple[str, ...], refused: tuple[
 def test_what_lies_beyond_the_first_samples_stays(looked_at: tuple[str, ...], stay: str, names: str) -> None:
     assert [sample.name for sample in kept_beyond(HAD, samples(*looked_at))] == stay.split()
     assert [sample.name for sample in united(HAD, samples(*looked_at))] == names.split()
+
+
+SAMPLES = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.sampled_from("ABCD"), st.sampled_from("12")).map(":".join), max_size=7
+).map(lambda told: samples(*told))
+
+
+@given(had=SAMPLES, offered=SAMPLES, refused=st.sets(st.sampled_from("abcde")))
+def test_who_leaves_and_stays_is_told_one_by_one(had: list[Sample], offered: list[Sample], refused: set[str]) -> None:
+    same = {(s.name, s.image_key) for s in offered}
+    room = Counter(s.image_key for s in offered)
+    room.subtract(s.image_key for s in had if (s.name, s.image_key) in same)
+    absent = []
+    for s in had:
+        if (s.name, s.image_key) not in same:
+            room[s.image_key] -= 1
+            absent += [s] if room[s.image_key] < 0 else []
+    new = {s.name for s in offered if s.image_key not in {s.image_key for s in had}}
+    found = leaving(had, offered, [Refusal(name=name, stage="source", reason="") for name in refused])
+    assert (found.had, found.changed) == (len(had), tuple(s.name for s in absent if s.name in new))
+    assert found.gone == tuple(s.name for s in absent if s.name not in new | refused)
+    assert found.refused == tuple(s.name for s in absent if s.name in refused - new)
+    stay = [s for s in absent if s.name not in new]
+    assert list(kept_beyond(had, offered)) == stay
+    together = [*offered, *stay]
+    in_order = len(set(map(repr, together))) == len(together) and sorted(map(repr, together)) == sorted(map(repr, had))
+    assert list(united(had, offered)) == (had if in_order else together)
 
 
 def test_the_words_name_counts_and_examples() -> None:

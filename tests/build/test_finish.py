@@ -19,6 +19,7 @@ from kcache.build.plan import Plan
 from kcache.errors import InputRejected
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
+from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState, index_dtype
 from kcache.store.recipe import Field, kind_of
 from kcache.store.samples import Refusal, Sample
@@ -127,11 +128,12 @@ def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_
         return plan(*arguments)
 
     def measured(sizes: PictureSizes, keys: Sequence[bytes]) -> None:
-        sizes._sizes |= dict.fromkeys(keys, (64, 64))
-        sizes._refused[min(keys)] = InputRejected("source", "it is gone")
+        *there, gone = sorted(keys)
+        sizes._sizes.add(size_rows(there, dict.fromkeys(there, (64, 64))))
+        sizes._refused[gone] = InputRejected("source", "it is gone")
 
     monkeypatch.setattr("kcache.build.build.plan_tars", counted)
-    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: {})
+    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: size_rows((), {}))
     monkeypatch.setattr(PictureSizes, "_measure", measured)
     result = build(copy_pictures(oracle, tmp_path / "pictures"), tmp_path / "cache", oracle, format="webdataset")
     assert (result.samples, result.rejected) == (5, 1)

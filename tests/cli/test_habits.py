@@ -1,6 +1,7 @@
 """What is expected of any command line: completion, examples that can be typed, hints for misspelt words, progress."""
 
 import shlex
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,5 +129,5 @@ def test_looking_through_many_images_is_reported(oracle: Path, tmp_path: Path, m
     monkeypatch.setattr(kcache.build.survey, "_REPORT_SECONDS", 0.0)
     source, said = open_source(str(copy_pictures(oracle, tmp_path / "pictures", 3))), list[str]()
     with DigestMemo(tmp_path / "memo") as memo:
-        list(kcache.build.survey._offered(source, memo, False, said.append, {}, []))
+        list(kcache.build.survey._offered(source, memo, False, said.append, array("q"), []))
     assert [line.split(" images")[0] for line in said] == [f"looked through {i} of 3" for i in range(3)]

@@ -7,12 +7,21 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kcache.store import digests
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, DigestMemo, Keys, caption_key, content_key
+from kcache.store.digests import (
+    EMPTY_CAPTION_KEY,
+    ZERO_IMAGE_KEY,
+    DigestMemo,
+    Keys,
+    Positions,
+    caption_key,
+    content_key,
+)
 
 LONG_AGO = 1_000_000_000
 
@@ -198,6 +207,14 @@ def test_keys_in_an_array_are_what_they_are_in_a_list(keys: list[bytes], others:
             patch.setattr(digests, "_SORTED_FROM", sorted_from)
             found = Keys.of(known).find(packed).tolist()
         assert found == [known.index(key) if key in known else -1 for key in keys]
+
+
+@given(keys=KEYS, others=KEYS)
+def test_the_last_of_equal_keys_says_the_number(keys: list[bytes], others: list[bytes]) -> None:
+    for numbers in (range(len(keys)), [7 * i % 11 for i in range(len(keys))]):
+        expected = dict(zip(keys, numbers, strict=True))
+        found = Positions(Keys.of(keys), None if isinstance(numbers, range) else np.array(numbers, np.int64))
+        assert found.find(others).tolist() == [expected.get(key, -1) for key in others]
 
 
 def test_many_keys_are_taken_out_one_by_one() -> None:

@@ -18,13 +18,16 @@ from kcache.errors import CacheCorruptError
 from kcache.store import samples
 from kcache.store.formats import columns
 from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
+from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
 from kcache.store.samples import (
     Sample,
+    Sizes,
     read_samples,
     read_some_samples,
     sample_ids,
     samples_digest,
+    samples_in_columns,
     with_ids,
     write_samples,
 )
@@ -116,6 +119,16 @@ def test_some_samples_of_a_broken_list_are_refused(tmp_path: Path) -> None:
         read_some_samples(tmp_path, manifest, np.arange(1), ["name"])
 
 
+def test_a_list_is_read_in_columns_or_refused(tmp_path: Path) -> None:
+    manifest = written(tmp_path, list("abc"))
+    found = samples_in_columns(tmp_path, manifest)
+    assert found == sample_list(read_samples(tmp_path, manifest))
+    with pytest.raises(CacheCorruptError, match="its sha256 is"):
+        samples_in_columns(
+            tmp_path, replace(manifest, samples_file_digest=manifest.samples_file_digest[:16] + "0" * 48)
+        )
+
+
 def some(count: int) -> list[Sample]:
     """Samples of few pictures, with up to three captions each."""
     return [
@@ -145,6 +158,30 @@ def test_samples_in_columns_are_those_of_the_list(count: int, monkeypatch: pytes
         groups = list(found.groups(rows))
         assert [s for group in groups for s in sample_list(group)] == listed
         assert all(len(group) == rows for group in groups[:-1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 50])
+def test_of_samples_in_columns_some_are_taken(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", 4)
+    listed = some(count)
+    found = Samples.of_table(table_of(listed).slice(count // 3)).where(np.arange(count - count // 3) % 3 != 1)
+    kept = [sample for i, sample in enumerate(listed[count // 3 :]) if i % 3 != 1]
+    assert (list(found), list(found.image_keys)) == (kept, [sample.image_key for sample in kept])
+    texts = {key: text for s in kept for key, text in zip(s.caption_keys, s.captions, strict=True)}
+    asked = [bytes([c] * 15 + [0]) for c in (2, 9, 0, 1, 0)]
+    assert found.texts(asked) == {key: texts[key] for key in asked if key in texts}
+    captions = [text for sample in kept for text in sample.captions]
+    assert found.captions(np.arange(len(captions))[::-1]) == captions[::-1]
+    odd = [bool(i % 2) for i in range(len(captions))]
+    which = iter(odd)
+    counts = [sum(next(which) for _ in sample.captions) for sample in kept]
+    assert found.count_captions(np.array(odd, np.bool_)).tolist() == counts
+    sizes = Sizes(found)
+    sizes.add(np.array([(list(b"x" * 16), 1, 2), (list(bytes(16)), 3, 4), (list(b"x" * 16), 5, 6)], SIZES))
+    known = {bytes(16): (3, 4), **{s.image_key: (s.width, s.height) for s in kept}, b"x" * 16: (5, 6)}
+    rows = sizes.rows[sizes.find(list(known))]
+    assert list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)) == list(known.values())
+    assert sizes.find([b"y" * 16]).tolist() == [-1]
 
 
 def test_samples_lie_in_the_same_bytes_however_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

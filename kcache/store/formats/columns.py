@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from kcache.disk.durable import writing
-from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.digests import KEY_BYTES, Keys, Positions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -95,6 +95,13 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @classmethod
+    def of_table(cls, table: "pyarrow.Table") -> "Samples":
+        """The samples in a table of any length."""
+        import pyarrow as pa
+
+        return cls(pa.Table.from_batches([batch]) for batch in table.to_batches(SAMPLES_PER_TABLE))
+
     @overload
     def __getitem__(self, at: int) -> Sample: ...
     @overload
@@ -133,6 +140,42 @@ class Samples(Sequence[Sample]):
         """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
         counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self.tables]
         return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+
+    def count_captions(self, which: np.ndarray) -> np.ndarray:
+        """(N,) int64: how many captions of each sample are those of all that `which` (n,) of bool is true of."""
+        return np.diff(np.concatenate([[0], np.cumsum(which)])[self.caption_bounds])
+
+    def captions(self, numbers: np.ndarray) -> list[str]:
+        """Of all captions, sample by sample, those with these `numbers` (k,), which are as those of their keys."""
+        first = self._first_captions
+        tables = np.searchsorted(first, numbers, "right") - 1
+        places = zip(tables.tolist(), (numbers - first[tables]).tolist(), strict=True)
+        return [self._texts[table][number].as_py() for table, number in places]
+
+    @cached_property
+    def _first_captions(self) -> np.ndarray:
+        return self.caption_bounds[self._starts]
+
+    @cached_property
+    def _texts(self) -> list[Any]:
+        return [_whole(table["captions"]).flatten() for table in self.tables]
+
+    def texts(self, keys: Iterable[bytes]) -> dict[bytes, str]:
+        """The captions that have these `keys`, by key, as far as there are such."""
+        asked = Keys.of(keys)
+        numbers = self._by_key.find(asked)
+        found = numbers >= 0
+        return dict(zip(asked[found], self.captions(numbers[found]), strict=True))
+
+    @cached_property
+    def _by_key(self) -> Positions:
+        return Positions(self.caption_keys)
+
+    def where(self, chosen: np.ndarray) -> "Samples":
+        """Those that `chosen` (N,) of bool is true of."""
+        import pyarrow as pa
+
+        return self if chosen.all() else self.changed(lambda table, span: table.filter(pa.array(chosen[span])))
 
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""
@@ -188,4 +231,6 @@ def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
 
 
 def _whole(column: "pyarrow.ChunkedArray | pyarrow.Array") -> Any:
-    return column.combine_chunks() if hasattr(column, "chunks") else column
+    if not hasattr(column, "chunks"):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which would be a copy
