@@ -196,10 +196,8 @@ def check_withheld(error: Exception, path: object) -> None:
         raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
-        raise UnreadableError(
-            f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged; "
-            f"{_WITHHELD[number]}"
-        ) from error
+        found = f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged"
+        raise UnreadableError(f"{found}; {_WITHHELD[number]}") from error
 
 
 def corrupt(error: Exception, path: object, do: str) -> CacheCorruptError:
