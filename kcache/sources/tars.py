@@ -67,9 +67,8 @@ class TarSource:
         return self.samples[i].captions
 
     def image(self, i: int) -> bytes:
-        sample = self.samples[i]
-        path = self.tars[sample.tar][1]
-        return image_at(path, sample.offset, sample.size, sample.key_of_image, self.windows)
+        at = self.samples[i]
+        return image_at(self.tars[at.tar][1], at.offset, at.size, at.key_of_image, self.windows)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         sample = self.samples[i]
