@@ -51,7 +51,8 @@ class Tally:
     alone: int = 0
     """Of those, the ones that took a request for themselves, though their block has others."""
     wanted: int = 0
-    """Bytes of the rows, each row counted once in a run of samples."""
+    """Bytes of the rows, each row counted once in a run of samples, and of those that dropout leaves unused among
+    them: these are read along, and no cache would spare them."""
     fetched: int = 0
     """Bytes of the ranges."""
 
@@ -204,5 +205,15 @@ def _count(rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray, tally: Tal
     _, group, counts = np.unique(of_block, return_inverse=True, return_counts=True)
     tally.rows += len(rows)
     tally.alone += int((counts[group][firsts[alone]] > 1).sum())
-    tally.wanted += int(rows["length"].sum() - rows["length"][1:][same].sum())
+    tally.wanted += int(rows["length"].sum() - rows["length"][1:][same].sum() + _unused_bytes(rows))
     tally.fetched += int(lengths.sum())
+
+
+def _unused_bytes(rows: np.ndarray) -> float:
+    """Bytes of the rows in whose place samples take the one for no input, about."""
+    reserved, total = rows["block"] < 0, 0.0
+    for field in np.unique(rows["field"][reserved]):
+        mine = rows["field"] == field
+        if (own := mine & ~reserved).any():
+            total += float((mine & reserved).sum() * rows["length"][own].mean())
+    return total

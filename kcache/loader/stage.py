@@ -5,6 +5,7 @@ in order of first use, a range of neighbours at a time, as soon as there are slo
 gives their slots back. There is no eviction, so nothing is read twice, and whoever waits waits for what comes next.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -88,6 +89,7 @@ class Stage:
         self._unpackers = ThreadPoolExecutor(_UNPACKERS, "kcache-unpack")
         self._planner = threading.Thread(target=self._plan, args=(wishes,), name="kcache-stage", daemon=True)
         self._planner.start()
+        atexit.register(self.close)  # of whoever leaves a pass open: later, a program that ends has no modules any more
 
     @property
     def requests(self) -> int:
@@ -100,7 +102,8 @@ class Stage:
         return sum(arena.slots.nbytes for arena in self._arenas) + self._ration.flight_bytes
 
     def close(self) -> None:
-        """End what is under way."""
+        """End what is under way; again, nothing."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -248,9 +251,12 @@ class Stage:
 
         def arrived(content: "Future[memoryview]") -> None:
             came = time.perf_counter()
-            with self._changed:  # `close` ends the unpackers after it
-                if not self._closed:
-                    self._unpackers.submit(self._receive, content, came, fetch, run, slots, tries)
+            try:
+                with self._changed:  # `close` ends the unpackers after it
+                    if not self._closed:
+                        self._unpackers.submit(self._receive, content, came, fetch, run, slots, tries)
+            except RuntimeError as error:  # the interpreter ends, and waits for whoever waits for rows
+                self._fail(error)
 
         asked.add_done_callback(arrived)
 
@@ -274,7 +280,10 @@ class Stage:
         except CancelledError:
             return
         except BaseException as error:  # noqa: BLE001 - it is raised where the rows are taken
-            self._fail(self._layout.explained(error, fetch))
+            try:
+                error = self._layout.explained(error, fetch)
+            finally:
+                self._fail(error)
 
     def _unpack(self, content: memoryview, fetch: Fetch, slots: list[np.ndarray]) -> tuple[np.void, str] | None:
         """Copy the rows in `content` into their slots; or say which one is not what was committed, and how."""

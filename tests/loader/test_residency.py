@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_bucket import put
 from measuring.synthetic import write_synthetic_cache
 
 from kcache import Cache
@@ -79,3 +80,22 @@ def test_a_device_that_cannot_hold_the_tables_is_said(cache: Cache, monkeypatch:
 
 def test_what_is_no_cache_has_no_residency(tmp_path: Path) -> None:
     assert choose_residency("auto", object(), FIELDS, 1, CUDA) == "online"
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_another_order_cannot_be_streamed(cache: Cache, shuffle: str) -> None:
+    with pytest.raises(ConfigError, match=f"shuffle is '{shuffle}'.*give --shuffle stream"):
+        choose_residency("stream", cache, FIELDS, 1, CPU, shuffle)
+
+
+def test_auto_of_a_bucket_is_memory_or_a_stage(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(cache.path, Path)
+    far = Cache.open(put(cache.path, "memory://residency/cache"))
+    assert choose_residency("auto", far, FIELDS, 1, CPU) == "ram"
+    monkeypatch.setattr("kcache.loader.residency.free_memory", lambda: 0)
+    assert choose_residency("auto", far, FIELDS, 1, CPU, "stream") == "stream"
+    assert choose_residency("auto", cache, FIELDS, 1, CPU, "stream") == "mmap"
+    with pytest.raises(ConfigError, match=r"shuffle is 'full'.*give --shuffle stream"):
+        choose_residency("auto", far, FIELDS, 1, CPU)
+    with pytest.raises(ConfigError, match="lies in an object store, whose files cannot be mapped"):
+        choose_residency("mmap", far, FIELDS, 1, CPU)

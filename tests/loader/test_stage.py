@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
 from kcache.loader.fetches import Layout
 from kcache.loader.ranges import Ranges
-from kcache.loader.stage import Arrival, Stage
+from kcache.loader.stage import Arrival, Stage, make_stages
 from kcache.loader.streamed import StreamShape
 from kcache.places.bucket import BucketPath
 from kcache.upkeep.convert import convert_cache
@@ -286,6 +287,7 @@ def test_what_lies_apart_is_said_once(
     caplog.set_level(logging.WARNING, "kcache.loader.stage")
     monkeypatch.setattr("kcache.loader.fetches._ALONE", 0.02)  # blocks at the borders of small shards are more than 1 %
     list(loader(path))
+    list(loader(path, caption_dropout=0.3, image_dropout=0.3))
     assert caplog.messages == []
     list(islice(loader(many_captions).forever(), 40))
     (said,) = caplog.messages
@@ -308,19 +310,12 @@ def test_waits_are_told_apart() -> None:
     assert list(parts(20, 21)) == [6, 0, 0]
 
 
-@pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_another_order_cannot_be_streamed(path: Path, shuffle: str) -> None:
-    with pytest.raises(ConfigError, match=f"shuffle is '{shuffle}'.*give --shuffle stream"):
-        loader(path, shuffle=shuffle)
-
-
-def test_auto_of_a_bucket_is_memory_or_a_stage(path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(path, bucket)
-    assert loader(bucket, residency="auto").residency == "ram"
-    monkeypatch.setattr("kcache.loader.residency.free_memory", lambda: 0)
-    assert loader(bucket, residency="auto").residency == "stream"
-    assert loader(path, residency="auto").residency == "mmap"
-    with pytest.raises(ConfigError, match=r"shuffle is 'full'.*give --shuffle stream"):
-        loader(bucket, residency="auto", shuffle="full")
-    with pytest.raises(ConfigError, match="lies in an object store, whose files cannot be mapped"):
-        loader(bucket, residency="mmap")
+@pytest.mark.timeout(30)
+def test_a_program_that_ends_waits_for_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it ends in the middle of a pass, pools of threads take nothing any more, and those that wait are joined."""
+    cache = Cache.open(put(path, "memory://ends/cache"))
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+    wishes = (np.arange(8), np.zeros(8, np.int64), {})
+    stage = make_stages(cache, FIELDS, SHAPE, 8, 1, 1 << 24)(iter([wishes]))
+    with closing(stage), pytest.raises(RuntimeError, match="shutdown"):
+        stage.take(0, 8, np.empty)
