@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from kcache.errors import CacheCorruptError, KcacheError, MemoryShortError, StoreError, UnreadableError
+from kcache.errors import CacheCorruptError, ConfigError, KcacheError, MemoryShortError, StoreError, UnreadableError
 
 _CPP = re.compile(r"\(?Exception raised from|C\+\+ CapturedTraceback|\nframe #0|For more information check:")
 """Where what only programmers read begins: the stack of C++, in messages of torch's, and links."""
@@ -191,8 +191,8 @@ def is_fault(error: BaseException) -> bool:
 
 
 def check_withheld(error: Exception, path: object) -> None:
-    """Raise UnreadableError, or the StoreError that it is, where an error of reading `path` says nothing of it."""
-    if isinstance(error, StoreError):
+    """Raise what says nothing of `path`: UnreadableError, or the StoreError or ConfigError that an error of it is."""
+    if isinstance(error, StoreError | ConfigError):
         raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
@@ -205,6 +205,8 @@ def check_withheld(error: Exception, path: object) -> None:
 def corrupt(error: Exception, path: object, do: str) -> CacheCorruptError:
     """What to raise where `path`, a part of a cache, cannot be read, and what to `do`; see `check_withheld`."""
     check_withheld(error, path)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return CacheCorruptError(f"{error.filename} is not there; if the cache was copied, finish that, else {do}")
     return CacheCorruptError(f"{path} cannot be read ({error}); {do}")
 
 

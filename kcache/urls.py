@@ -12,6 +12,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _SLIP = re.compile(r"(s3|gs|az|hf|memory|file):(?!/)", re.IGNORECASE)
 """A URL without its slashes, which would be the name of a folder."""
 _SECRET = re.compile(r"[^/]*@")
+_QUERY = re.compile(r"\?[^/?]*=")
+"""What signs a URL, or chooses a version."""
 _REMOTE = re.compile(r"[^/\s:@]+@[^/\s:@]+:")
 _HUB_PAGE = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 _STORES = {
@@ -77,6 +79,13 @@ def _problem_of_store(scheme: str, rest: str) -> str | None:
             f"a URL {scheme}://… with a name or password in it, not repeated here, is not taken; expected one without; "
             "give credentials as the store's own tools take them, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+    if _QUERY.search(rest):
+        return (
+            f"a URL {scheme}://… with parameters behind a ?, not repeated here, is not taken; expected {scheme}://"
+            "bucket/path alone; give credentials as the store's own tools take them"
+        )
+    if rest != rest.strip():
+        return f"{f'{scheme}://{rest}'!a} ends with a blank; give it without"
     if not bucket:
         return f"'{scheme}://' names no bucket; expected {scheme}://bucket/path"
     if {".", ".."} & set(key.split("/")):
@@ -100,6 +109,8 @@ def remote(path: str | Path) -> str | None:
         return None
     if url is not None:
         return _remote_url(url[1], url[2])
+    if (url := _URL.match(text.lstrip())) is not None:
+        return f"a URL {url[1]}://… with a blank before it is not taken; give it without"
     if _REMOTE.match(text):
         return f"{text!a} is a place on another machine; expected a path of this one; copy it, e.g. with rsync"
     if (slip := _SLIP.match(text)) is not None:
@@ -125,6 +136,14 @@ def _remote_url(scheme: str, rest: str) -> str:
         copy = f"copy it with the store's own tool, e.g. {_STORES[kind]}, and name the copy"
         return f"{shown} is a URL of an object store, which is not supported; expected s3://, gs:// or az://; {copy}"
     return f"{shown} is a URL, which is not supported; expected a path of this machine; copy it and name the copy"
+
+
+def check_lasting(path: str) -> None:
+    """Raise ConfigError for a place that would be gone with this process."""
+    if (url := store_url(path)) is not None and url.startswith("memory:"):
+        raise ConfigError(
+            f"{url} is gone when this command ends; expected a place that stays; give a path, or s3://, gs:// or az://"
+        )
 
 
 def check_local(path: str | Path) -> None:

@@ -10,8 +10,10 @@ import typer
 
 from kcache.config import BuildConfig
 from kcache.errors import RejectedInputsError
+from kcache.tally import counted
+from kcache.urls import check_lasting
 from kcache_cli.flags import with_flags
-from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
     from kcache.build.build import BuildResult
@@ -59,6 +61,7 @@ def cache_build(
     from kcache.build.build import build_cache
     from kcache.engines import engine_of
 
+    check_lasting(cache)
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
         from kcache.build.estimate import estimate_build
@@ -77,7 +80,7 @@ def cache_build(
     _print_result(result, as_json)
     if strict and result.rejected:
         raise RejectedInputsError(
-            f"{count_text(result.rejected, 'input')} rejected; expected none under --strict; see {cache}/rejected.jsonl"
+            f"{counted(result.rejected, 'input')} rejected; expected none under --strict; see {cache}/rejected.jsonl"
         )
 
 
@@ -87,10 +90,10 @@ def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> Non
         return
     for name, table in estimate.tables.items():
         size = f", {bytes_text(table.bytes)}" if table.bytes else ""
-        todo = f"{count_text(table.missing, 'row')} to encode ({table.why}){size}, {duration_text(table.seconds)}"
+        todo = f"{counted(table.missing, 'row')} to encode ({table.why}){size}, {duration_text(table.seconds)}"
         say(f"{name}: {todo}" if table.missing else f"{name}: 0 to do")
         if table.unused:
-            say(f"{name}: {count_text(table.unused, 'row')} that no sample uses any more: see `kcache cache-gc`")
+            say(f"{name}: {counted(table.unused, 'row')} that no sample uses any more: see `kcache cache-gc`")
     say(f"{bytes_text(estimate.bytes)} to write, about {duration_text(estimate.seconds)}")
     for stage, saving in estimate.savings.items():
         step = f"{saving.sample_seconds * batch:.2g} s a step of {batch}"
@@ -110,8 +113,8 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
     for sentence in result.losses:
         say(sentence)
     if result.rejected:
-        say(f"{count_text(result.rejected, 'input')} rejected: {result.cache}/rejected.jsonl says which and why")
-    say(f"{result.cache}: {count_text(result.samples, 'sample')}, {duration_text(result.seconds)}")
+        say(f"{counted(result.rejected, 'input')} rejected: {result.cache}/rejected.jsonl says which and why")
+    say(f"{result.cache}: {counted(result.samples, 'sample')}, {duration_text(result.seconds)}")
 
 
 def _time_text(seconds: Mapping[str, float]) -> str:
@@ -119,4 +122,4 @@ def _time_text(seconds: Mapping[str, float]) -> str:
     total = sum(seconds[stage] for stage in ("decode", "encode", "write")) or 1.0
     decode, encode, write = (f"{seconds[stage] / total:.0%}" for stage in ("decode", "encode", "write"))
     held_up = f"{seconds['held_up'] / total:.1%} with enough for a batch at hand"
-    return f"{encode} of the time encoding, {decode} waiting for decoded inputs ({held_up}), {write} for the disk"
+    return f"{encode} of the time encoding, {decode} waiting for decoded inputs ({held_up}), {write} writing"

@@ -1,10 +1,12 @@
-"""`kcache cache-convert`: the same cache in the other form."""
+"""`kcache cache-convert`: the same cache in the other form, or of fewer tables."""
 
 from typing import Annotated, Literal
 
 import typer
 
-from kcache_cli.progress import Report, say_manifest, show_counts
+from kcache.config import Stage
+from kcache.urls import check_lasting
+from kcache_cli.progress import Report, note, say_manifest, show_counts
 
 
 def cache_convert(
@@ -14,20 +16,55 @@ def cache_convert(
     form: Annotated[
         Literal["zarr", "webdataset"], typer.Option("--format", help="Form of the new cache's shards on disk.")
     ],
+    stage: Annotated[
+        Stage, typer.Option("--stage", help="Which trainer the new cache is for; `all` takes every table.")
+    ] = "all",
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--resolution", help="Take the latents of this side only; repeat it for several.", metavar="<int>", min=1
+        ),
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of several processes that write NEW together this is, as I/N counted from 0. Asked of torchrun "
+            "or Slurm when left out."
+        ),
+    ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="Take over the shards of processes elsewhere without waiting for their leases to run out.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a cache again in another form, without encoding anything.
+    """Write a cache again in another form, or for one trainer only, without encoding anything.
 
-    Samples, recipes and fingerprint stay the same, so both caches train equal models. The source of the pictures is not
-    needed. Interrupted, the same command finishes the work.
+    Samples and recipes stay the same, so both caches train equal models. The source of the pictures is not needed.
+    Interrupted, the same command goes on with what is not written yet; started several times, the processes share the
+    shards. Every byte goes through this machine: out of a bucket, and into one.
 
     \b
     Examples:
       kcache cache-convert caches/photos-768 published/photos-768 --format webdataset
+      kcache cache-convert caches/photos-768 published/photos-prior --format webdataset --stage prior
       kcache cache-convert published/photos-768 caches/photos-768 --format zarr
+      kcache cache-convert caches/photos-768 s3://caches/photos-768 --format webdataset --worker 0/4
     """
     from kcache.upkeep.convert import convert_cache
 
-    with Report() as report:
-        manifest = convert_cache(cache, new, form, report=show_counts(report, "written"))
+    check_lasting(new)
+    try:
+        with Report() as report:
+            manifest = convert_cache(
+                cache, new, form,
+                stage=stage, resolution=tuple(resolution or ()), worker=worker, take_over=take_over,
+                report=show_counts(report, "written"), say=report.note,
+            )  # fmt: skip
+    except (KeyboardInterrupt, SystemExit):
+        note(f"stopped; what was committed to {new} is kept: run the same command to go on")
+        raise
     say_manifest(new, manifest, as_json)

@@ -9,8 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kcache.tally import counted
 from kcache_cli.flags import check_folder
-from kcache_cli.progress import bytes_text, count_text, duration_text, note, say
+from kcache_cli.progress import bytes_text, duration_text, note, say
 
 if TYPE_CHECKING:
     from kcache.demo.result import DemoResult, ExamResult
@@ -58,11 +59,11 @@ def _print(result: "DemoResult", output: Path) -> None:
     console = Console(width=100)
     console.print(_speeds(result))
     console.print(_scores(result.exam))
-    images, captions = count_text(result.images, "picture"), count_text(result.captions, "caption")
+    images, captions = counted(result.images, "picture"), counted(result.captions, "caption")
     say(f"cache    {images} and {captions}, {bytes_text(result.cache_bytes)}, built in {result.build_seconds:.1f} s")
     say(f"again    {result.rebuild_seconds:.1f} s: 0 to do")
     for stage in result.stages:
-        say(f"{stage.stage:8} {count_text(stage.steps, 'step')} in {duration_text(result.seconds[stage.stage])}")
+        say(f"{stage.stage:8} {counted(stage.steps, 'step')} in {duration_text(result.seconds[stage.stage])}")
     say(f"all      {duration_text(result.total_seconds)}")
     say(f"page     {output / 'report.html'}")
     note(

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kcache.tally import counted
 from kcache.urls import check_local
-from kcache_cli.progress import bytes_text, count_text, say
+from kcache_cli.progress import bytes_text, say
 
 if TYPE_CHECKING:
     from kcache.report.doctor import Fact
@@ -68,7 +69,7 @@ def _print(facts: "list[Fact]", broken: int) -> None:
         area = fact.area
     terminal = Console()
     (terminal if terminal.is_terminal else Console(width=140)).print(table)
-    say(f"{count_text(broken, 'thing')} broken" if broken else "nothing is broken")
+    say(f"{counted(broken, 'thing')} broken" if broken else "nothing is broken")
 
 
 def _value_text(fact: "Fact") -> str:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kcache_cli.progress import Report, bytes_text, count_text, note, say, show_counts
+from kcache.tally import counted
+from kcache_cli.progress import Report, bytes_text, note, say, show_counts
 
 
 def cache_gc(
@@ -33,17 +34,18 @@ def cache_gc(
     from kcache.upkeep.garbage import collect_garbage
 
     with Report() as report:
-        garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show_counts(report, "done"))
+        show = show_counts(report, "done")
+        garbage = collect_garbage(cache, compact=compact, dry_run=dry_run, report=show, say=report.note)
     if as_json:
         say(json.dumps(dataclasses.asdict(garbage), indent=2))
         return
     for path in garbage.paths:
         note(path)
     did = "would be " if dry_run else ""
-    say(f"{count_text(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
+    say(f"{counted(len(garbage.paths), 'path')} {did}removed, {bytes_text(garbage.bytes)} {did}freed")
     if garbage.younger:
         say(
-            f"{count_text(garbage.younger, 'more path')} stay in the bucket, where nothing says who reads them, until "
+            f"{counted(garbage.younger, 'more path')} stay in the bucket, where nothing says who reads them, until "
             "they, and the manifest, are a day old; run this again then"
         )
     if garbage.unused_bytes and not compact:

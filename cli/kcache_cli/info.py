@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kcache_cli.progress import bytes_text, count_text, say
+from kcache.tally import counted
+from kcache_cli.progress import bytes_text, say
 
 SHOWN_REJECTED = 10
 """Rejected inputs that are named one by one; more are counted by reason, and --json names them all."""
@@ -39,7 +40,7 @@ def _print(about: dict[str, Any]) -> None:
         _print_build(about["build"])
         return
     size = bytes_text(about["bytes"])
-    say(f"{about['cache']}: {count_text(about['samples'], 'sample')}, {size}, {about['format']}")
+    say(f"{about['cache']}: {counted(about['samples'], 'sample')}, {size}, {about['format']}")
     for role, model in sorted(about["models"].items()):
         say(f"  {role}: {model['name']}" + (f" at {model['revision'][:12]}" if model["revision"] else ""))
     if about["captions"]:
@@ -74,7 +75,7 @@ def _statistics_text(values: dict[str, float]) -> str:
 
 def _print_rejected(about: dict[str, Any]) -> None:
     rejected = about["rejected"]
-    say(f"\n{count_text(len(rejected), 'input')} rejected" if rejected else "\nnothing rejected")
+    say(f"\n{counted(len(rejected), 'input')} rejected" if rejected else "\nnothing rejected")
     if len(rejected) <= SHOWN_REJECTED:
         for refusal in rejected:
             say(f"  {refusal['name']}: {refusal['stage']}: {refusal['reason']}")
@@ -86,7 +87,7 @@ def _print_rejected(about: dict[str, Any]) -> None:
 
 def _print_table(name: str, table: dict[str, Any]) -> None:
     recipe = table["recipe"]
-    rows, shards = count_text(table["rows"], "row"), count_text(table["shards"], "shard")
+    rows, shards = counted(table["rows"], "row"), counted(table["shards"], "shard")
     say(f"\n{name}: {rows}, {bytes_text(table['bytes'])} in {shards}")
     for field in recipe["fields"]:
         shape = ["n", *field["shape"]] if field["ragged"] else field["shape"]

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kcache.urls import check_lasting
 from kcache_cli.progress import Report, say_manifest, show_counts
 
 
@@ -24,6 +25,7 @@ def cache_merge(
     """
     from kcache.upkeep.merge import merge_caches
 
+    check_lasting(new)
     with Report() as report:
         manifest = merge_caches(new, caches, report=show_counts(report, "done"))
     say_manifest(new, manifest, as_json)

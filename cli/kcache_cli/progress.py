@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kcache.tally import counted
+
 if TYPE_CHECKING:
     from kcache.build import BuildProgress
     from kcache.store import Manifest
@@ -44,7 +46,7 @@ def say_manifest(new: str, manifest: "Manifest", as_json: bool) -> None:
         about = {"cache": new, "format": manifest.format, "samples": manifest.samples, "bytes": size}
         say(json.dumps({**about, "fingerprint": manifest.fingerprint}, indent=2))
     else:
-        say(f"{new}: {count_text(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
+        say(f"{new}: {counted(manifest.samples, 'sample')}, {bytes_text(size)}, {manifest.format}")
 
 
 def note(text: str) -> None:
@@ -58,11 +60,6 @@ def bytes_text(count: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def count_text(count: int, noun: str) -> str:
-    """A count with its noun: "1 sample", "1,797 samples"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def duration_text(seconds: float) -> str:
@@ -139,7 +136,7 @@ def show_training(report: Report, stage: str, progress: "TrainProgress") -> None
 
 
 def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
-    """What shows, by name, how many rows, samples or files are done, and how many in a second."""
+    """What shows, by name, how many rows, samples or files are done, how many in a second, and what time is left."""
     last = time.monotonic()
     begun: dict[str, float] = {}
 
@@ -147,6 +144,8 @@ def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
         nonlocal last
         start = begun.setdefault(name, last)  # where the one before it ended
         last = time.monotonic()
-        report.show(name, done, total, f"{noun}, {done / max(last - start, 1e-9):,.0f}/s")
+        rate = done / max(last - start, 1e-9)
+        left = f", {duration_text((total - done) / rate)} left" if 0 < done < total else ""
+        report.show(name, done, total, f"{noun}, {rate:,.0f}/s{left}")
 
     return show

@@ -11,9 +11,10 @@ import typer
 
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
+from kcache.tally import counted
 from kcache_cli.config_file import ConfigOption
 from kcache_cli.flags import with_flags
-from kcache_cli.progress import Report, count_text, say, show_training
+from kcache_cli.progress import Report, say, show_training
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache to train from.")]
 SweepOption = Annotated[
@@ -126,7 +127,7 @@ def _sweep(cache: str, config: TrainConfig, sweep: Path) -> None:
     failed = [run.name for run in result.runs if run.error is not None]
     if failed:
         raise RunError(
-            f"{len(failed)} of {count_text(len(result.runs), 'run')} failed: {', '.join(failed)}; the reasons are "
+            f"{len(failed)} of {counted(len(result.runs), 'run')} failed: {', '.join(failed)}; the reasons are "
             "above; set them right and give the same command again: finished runs are not run again"
         )
 

@@ -9,8 +9,9 @@ import typer
 
 from kcache.config import SourceConfig
 from kcache.errors import CacheCorruptError, ConfigError
+from kcache.tally import counted
 from kcache_cli.flags import with_flags
-from kcache_cli.progress import Report, bytes_text, count_text, duration_text, note, say, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, note, say, show_build
 
 if TYPE_CHECKING:
     from kcache.upkeep.compare import Difference
@@ -86,8 +87,8 @@ def cache_verify(
         _print(result, about)
     if result.corrupt:
         raise CacheCorruptError(
-            f"{cache} is corrupt: {count_text(len(result.files), 'file')} and {count_text(len(result.rows), 'row')} "
-            "are not what was committed; encode them again: "
+            f"{cache} is corrupt: {counted(len(result.files), 'file')} and {counted(len(result.rows), 'row')} "
+            "are not what was committed; if it was copied, copy it again, else encode them anew: "
             f"kcache cache-verify {cache} --source SOURCE --repair"
         )
 
@@ -149,7 +150,7 @@ def _print(result: "VerifyResult", about: dict[str, Any]) -> None:
         say(f"rows encoded again: {rows or 'none'}")
     for difference in about.get("against_online", ()):
         say(
-            f"{difference['table']} {difference['field']}: {count_text(difference['rows'], 'row')}, largest difference "
+            f"{difference['table']} {difference['field']}: {counted(difference['rows'], 'row')}, largest difference "
             f"{difference['absolute']:.2e}, relative {difference['relative']:.2e}"
         )
     _print_list("orphaned file or folder", list(result.orphaned))

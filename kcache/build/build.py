@@ -108,10 +108,10 @@ def complete(
                     before, verdicts = _counts(job, found), other_verdicts(job, found.tables)
                     for note in verdicts:
                         say(note)
-                plan = plan or _new_plan(job, found, builder.seen)
-                if plan is None and is_mine(folder / TURN):
-                    clear_plans(folder)
-                    with suppress(CacheBusyError):  # another builder finished meanwhile: look again
+                with suppress(CacheBusyError):  # another one had the turn, and opened a plan or finished: look again
+                    plan = plan or _new_plan(job, found, builder.seen, sizes)
+                    if plan is None and is_mine(folder / TURN):
+                        clear_plans(folder)
                         manifest = _finish(job, found, sizes)
                         break
             if plan is not None:
@@ -170,11 +170,11 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Su
     return job
 
 
-def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]]) -> Plan | None:
+def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]], sizes: PictureSizes) -> Plan | None:
     """A plan, frozen, for what is missing; None when nothing is."""
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
     if found.waiting and not plan.rows:
-        whole, _ = whole_samples(job.samples, found.tables)
+        whole = sizes.readable(whole_samples(job.samples, found.tables)[0])
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
     if not plan.rows:

@@ -26,6 +26,7 @@ from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.places.holds import writing
 from kcache.stopping import stop_here
+from kcache.store.digests import Keys, Positions
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import read_commits
 
@@ -55,6 +56,8 @@ class BuildProgress:
 
 
 BuildReport = Callable[[BuildProgress], None]
+Work = Callable[[TablePlan, Sequence[PlannedShard], "Claims"], None]
+"""Called with shards of a table, to make those that it can claim."""
 
 
 def unfinished(cache: Place, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
@@ -67,6 +70,37 @@ def _uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard])
     """Those of `shards` that have no commit record: found out by one listing, as each look may be a request."""
     committed = {path.stem for path in (cache / table.recipe.directory).glob("*.json")}
     return [shard for shard in shards if shard.name not in committed]
+
+
+def work_off(cache: Place, plan: Plan, place: tuple[int, int], patience: Patience, work: Work) -> None:
+    """Have `work` do what nobody else does of the open `plan`; returns when all of it is committed, or it is closed.
+
+    `place` says that this is builder I of N.
+    """
+    claims = Claims(cache, plan, patience)
+    try:
+        while left := unfinished(cache, plan):
+            for table, shards in left:
+                work(table, _in_order(shards, place), claims)
+            if not claims.open():
+                break
+            _wait(cache, plan, claims, patience)
+    finally:
+        claims.release()
+
+
+def _in_order(shards: Sequence[PlannedShard], place: tuple[int, int]) -> list[PlannedShard]:
+    """First those of this builder, then its neighbour's, and so on."""
+    index, count = place
+    return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
+
+
+def _wait(cache: Place, plan: Plan, claims: "Claims", patience: Patience) -> None:
+    """Wait a moment for the builders that hold the shards left; a dead one's are claimed next."""
+    left = [claims.path(table, shard) for table, shards in unfinished(cache, plan) for shard in shards]
+    held = {claim: other for claim in left if (other := holder(claim)) is not None}
+    if held:
+        patience.wait(held)
 
 
 @dataclass
@@ -89,16 +123,7 @@ class Builder:
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        claims = _Claims(self.job.folder, plan, self.patience)
-        try:
-            while left := unfinished(self.job.folder, plan):
-                for table, shards in left:
-                    self._work(table, self._in_order(shards), claims, found)
-                if not claims.open():
-                    break
-                self._wait(plan, claims)
-        finally:
-            claims.release()
+        work_off(self.job.folder, plan, self.place, self.patience, partial(self._work, found=found))
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
                 self._see(table)
@@ -119,20 +144,8 @@ class Builder:
         meter = self.meters.get(table)
         return {**meter.seconds, "held_up": meter.held_up} if meter else {}
 
-    def _in_order(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
-        """First those of this builder, then its neighbour's, and so on."""
-        index, count = self.place
-        return sorted(shards, key=lambda shard: ((int(shard.name) - index) % count, int(shard.name)))
-
-    def _wait(self, plan: Plan, claims: "_Claims") -> None:
-        """Wait a moment for the builders that hold the shards left; a dead one's are claimed next."""
-        left = [claims.path(table, shard) for table, shards in unfinished(self.job.folder, plan) for shard in shards]
-        held = {claim: other for claim in left if (other := holder(claim)) is not None}
-        if held:
-            self.patience.wait(held)
-
-    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "_Claims", found: Committed) -> None:
-        progress = _Progress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
+    def _work(self, table: TablePlan, shards: Sequence[PlannedShard], claims: "Claims", found: Committed) -> None:
+        progress = ShardProgress(table.recipe.table, sum(len(shard.keys) for shard in shards), self.report)
         mine = claims.claimed(table, shards, progress)
         # What is needed for the work is read only once there is some: with a claim held, nobody ends the plan.
         if (first := next(mine, None)) is None:
@@ -149,25 +162,25 @@ class Builder:
         self,
         table: TablePlan,
         shards: Iterator[PlannedShard],
-        progress: "_Progress",
+        progress: "ShardProgress",
         found: Committed,
-        claims: "_Claims",
+        claims: "Claims",
     ) -> None:
         job = self.job
         whole, _ = whole_samples(job.samples, found.tables)
         named = with_ids(whole)
-        by_key = dict(zip(tar_keys(named), named, strict=True))
+        standing = Positions(Keys.of(tar_keys(named)))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
             """Those that are samples still and whose image can be read."""
-            readable, _ = self.sizes.measured([by_key[key] for key in keys if key in by_key])
+            readable, _ = self.sizes.measured([named[i] for i in standing.find(keys).tolist() if i >= 0])
             return dict(zip(tar_keys(readable), readable, strict=True))
 
         writer = TarWriter(job.folder, found.tables, found.provenance)
         writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))
 
     def _encode(
-        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "_Progress", claims: "_Claims"
+        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "ShardProgress", claims: "Claims"
     ) -> None:
         import torch
 
@@ -189,7 +202,7 @@ class Builder:
                 )  # fmt: skip
 
 
-class _Claims:
+class Claims:
     """This builder's claims on the shards of one plan."""
 
     def __init__(self, cache: Place, plan: Plan, patience: Patience) -> None:
@@ -200,7 +213,7 @@ class _Claims:
         self._held: dict[Place, bool] = {}
         """What is claimed, in order; whether it is being committed, and done when the next one is."""
         self._others = frozenset[str]()
-        self._looked = -math.inf
+        self._looked = ("", -math.inf)
 
     def path(self, table: TablePlan, shard: PlannedShard) -> Place:
         return self._folder / f"{table.recipe.table}-{shard.name}"
@@ -210,15 +223,16 @@ class _Claims:
         return is_open(self._cache, self._plan)
 
     def claimed(
-        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "_Progress"
+        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "ShardProgress"
     ) -> Iterator[PlannedShard]:
         """Those of `shards` that this builder gets, each one claimed when it is asked for.
 
-        Of those that others claimed, only what is not committed when the rest is done is looked at one by one.
+        Of those that others claimed or committed, as listings now and then show, only what is not committed when the
+        rest is done is looked at one by one.
         """
         later = []
         for shard in shards:
-            if self.path(table, shard).name in self._names():
+            if shard.name in self._dealt_with(table):
                 later.append(shard)
             elif self._take(table, shard):
                 yield shard
@@ -232,11 +246,13 @@ class _Claims:
             else:
                 progress.total -= len(shard.keys)
 
-    def _names(self) -> frozenset[str]:
-        """Names of what is claimed, looked at now and then."""
-        if (now := time.monotonic()) - self._looked > _LIST_SECONDS:
-            self._others = frozenset(path.name for path in self._folder.glob("*"))
-            self._looked = now
+    def _dealt_with(self, table: TablePlan) -> frozenset[str]:
+        """Names of the shards that are claimed or committed, looked at now and then."""
+        name, looked = self._looked
+        if name != table.recipe.table or time.monotonic() - looked > _LIST_SECONDS:
+            claimed = {path.name.rpartition("-")[2] for path in self._folder.glob(f"{table.recipe.table}-*")}
+            committed = {path.stem for path in (self._cache / table.recipe.directory).glob("*.json")}
+            self._others, self._looked = frozenset(claimed | committed), (table.recipe.table, time.monotonic())
         return self._others
 
     def _take(self, table: TablePlan, shard: PlannedShard) -> bool:
@@ -253,7 +269,9 @@ class _Claims:
             make_folder(self._folder)  # a copy that was made by another tool lacks what was empty
             return self._take(table, shard)
         self._held[claim] = False
-        return not (self._cache / table.recipe.directory / f"{shard.name}.json").is_file()
+        if is_committed := (self._cache / table.recipe.directory / f"{shard.name}.json").is_file():
+            self.settled(table, shard)
+        return not is_committed
 
     def kept(self, table: TablePlan, shard: PlannedShard) -> bool:
         """Whether a shard that was claimed is still this builder's to commit; says so where it is not.
@@ -283,7 +301,7 @@ class _Claims:
             let_go(claim)
 
 
-class _Progress:
+class ShardProgress:
     """Counts inputs of one table and reports now and then."""
 
     def __init__(self, table: str, total: int, report: BuildReport | None) -> None:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
+from kcache.config import Say
 from kcache.disk.durable import json_bytes
 from kcache.disk.leases import LEASE_SECONDS, RENEW_SECONDS
 from kcache.errors import CacheBusyError, CacheCorruptError, KcacheError
 from kcache.places import Place, leases
 from kcache.places.effects import create_bytes, read_checked
-from kcache.places.holds import writing
+from kcache.places.holds import exclusive, writing
 from kcache.processes import Process, is_gone, is_knowable, this_process
 from kcache.stopping import stop_here
 
@@ -88,16 +89,13 @@ def holder(claim: Place) -> Process | None:
     return None if found is None else found[1]
 
 
-def _read(claim: Place, *, again: bool = True) -> tuple[bytes, Process, str] | None:
+def _read(claim: Place) -> tuple[bytes, Process, str] | None:
     """What a claim holds, whose it is, and its token."""
     try:
         found = read_checked(claim, _parsed)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        if again:  # it may just be being written, where the file system has no hard links
-            time.sleep(POLL_SECONDS)
-            return _read(claim, again=False)
         raise CacheCorruptError(
             f"claim {claim} cannot be read ({error}); remove it when no other builder of this cache is running"
         ) from error
@@ -260,6 +258,17 @@ def turn(cache: Place, patience: Patience) -> Iterator[None]:
         yield
     finally:
         let_go(claim)
+
+
+@contextmanager
+def alone(cache: Place, say: Say) -> Iterator[None]:
+    """Have `cache` to remove what is committed: nobody on this machine holds or reads it, nobody anywhere has the turn.
+
+    Whoever has it is waited for, and builders wait meanwhile, as what they find committed must stay until their
+    manifest names it. Raises CacheBusyError, as `exclusive` does.
+    """
+    with exclusive(cache), renewed(), turn(cache, Patience(say=say)):
+        yield
 
 
 def refuse_beside_others(claims: Place, patience: Patience, how: str) -> None:

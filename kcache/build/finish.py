@@ -25,8 +25,8 @@ from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.formats.side_files import SIZES
-from kcache.store.index import CAPTION_BOUNDS, TableState, is_in_parts, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, write_manifest
+from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
+from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, Sizes, read_cut, with_ids, with_sizes, write_samples
 from kcache.store.shards import Rejection
@@ -178,12 +178,12 @@ def finish_cache(
     before = _content(cache / MANIFEST)
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
-    in_parts = is_in_parts(state.stored.shards for state in tables.values())
-    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=in_parts)
+    entries = {name: _table_entry(state) for name, state in tables.items()}
+    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
-        tables={name: _table_entry(state) for name, state in tables.items()},
+        tables=entries,
         samples=len(samples),
         samples_digest=samples_digest,
         samples_file_digest=samples_file_digest,
@@ -223,6 +223,10 @@ class PictureSizes:
         # Those of the cache before; without them, what was recorded counts, or is found again.
         self._sizes = Sizes(job.before)
         self._refused: dict[bytes, InputRejected] = {}
+
+    def readable(self, samples: Samples) -> Samples:
+        """The samples without those of which it was found that their picture cannot be read any more."""
+        return samples.where(~samples.image_keys.among(self._refused))
 
     def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
@@ -314,13 +318,9 @@ def _write_rejections(cache: Place, refused: Sequence[Refusal]) -> tuple[int, st
     rejections = sorted({(r.name, r.stage, r.reason) for r in refused})
     lines = [json.dumps({"name": n, "stage": s, "reason": r}, ensure_ascii=False) + "\n" for n, s, r in rejections]
     content = "".join(lines).encode("utf-8", "backslashreplace")
-    _write_changed(cache / "rejected.jsonl", content)
+    if _content(cache / "rejected.jsonl") != content:
+        write_bytes(cache / "rejected.jsonl", content)
     return len(rejections), hashlib.sha256(content).hexdigest()
-
-
-def _write_changed(path: Place, content: bytes) -> None:
-    if _content(path) != content:
-        write_bytes(path, content)
 
 
 def _content(path: Place) -> bytes | None:

@@ -7,6 +7,7 @@ are taken over from their tars: only what is new was encoded. The reserved rows 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample
 from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
 
-_RESERVED_KEY = content_key(RESERVED.encode())
+RESERVED_KEY = content_key(RESERVED.encode())
 
 
 def tar_recipe(name: str, recipes: Mapping[str, Recipe]) -> Recipe:
@@ -69,7 +70,7 @@ def committed_tar_keys(folder: Place, commit: Commit) -> list[bytes]:
 def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:
     """The plan for the tars of all `samples`, which have their ids, that are in none yet."""
     tables = []
-    for name, wanted in ((RESERVED, [_RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
+    for name, wanted in ((RESERVED, [RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
         recipe = tar_recipe(name, recipes)
         commits = read_commits(cache / recipe.directory, recipe)
         there = {key for commit in commits for key in committed_tar_keys(cache / recipe.directory, commit)}
@@ -126,17 +127,17 @@ class TarWriter:
     def _write_samples(self, shard: PlannedShard, samples: Mapping[bytes, Sample]) -> None:
         present = [key for key in shard.keys if key in samples]
         keys = [{table: kind_of(table).keys([samples[key]]) for table in self._recipes} for key in present]
-        joined = [self._joined(samples[key], own) for key, own in zip(present, keys, strict=True)]
+        joined = [self._joined(samples[key], rows) for key, rows in zip(present, self._rows(keys), strict=True)]
         absent = [key.hex() for key in shard.keys if key not in samples]
         self._commit(tar_recipe(SAMPLES, self._recipes), shard.name, joined, keys, present, absent)
 
     def _write_reserved(self, name: str) -> None:
         """The tar with the rows of the empty caption and of the all-zero image."""
         keys = {table: [key] if (key := kind_of(table).reserved) else [] for table in self._recipes}
-        sample = JoinedSample(id=RESERVED, captions=("",), info={"reserved": True}, rows=self._rows(keys))
-        self._commit(tar_recipe(RESERVED, self._recipes), name, [sample], [keys], [_RESERVED_KEY], ())
+        sample = JoinedSample(id=RESERVED, captions=("",), info={"reserved": True}, rows=self._rows([keys])[0])
+        self._commit(tar_recipe(RESERVED, self._recipes), name, [sample], [keys], [RESERVED_KEY], ())
 
-    def _joined(self, sample: Sample, keys: Mapping[str, Sequence[bytes]]) -> JoinedSample:
+    def _joined(self, sample: Sample, rows: Mapping[str, Sequence[np.ndarray]]) -> JoinedSample:
         info: dict[str, Any] = {
             "id": sample.id,
             "name": sample.name,
@@ -146,23 +147,33 @@ class TarWriter:
             "width": sample.width,
             "height": sample.height,
         }
-        return JoinedSample(id=sample.id, captions=sample.captions, info=info, rows=self._rows(keys))
+        return JoinedSample(id=sample.id, captions=sample.captions, info=info, rows=rows)
 
-    def _rows(self, keys: Mapping[str, Sequence[bytes]]) -> dict[str, list[np.ndarray]]:
-        """The rows of `keys`, by member; of tables without any, nothing."""
-        return {
-            _member(recipe, field, self._recipes): [self._row(table, field, key) for key in keys[table]]
-            for table, recipe in self._recipes.items()
-            for field in recipe.fields
-            if keys[table]
-        }
+    def _rows(self, keys: Sequence[Mapping[str, Sequence[bytes]]]) -> list[dict[str, list[np.ndarray]]]:
+        """The rows of each sample's `keys`, by member; of tables without any, nothing.
 
-    def _row(self, table: str, field: Field, key: bytes) -> np.ndarray:
-        [position] = self._stored[table].find([key])
-        if position < 0:
-            raise CacheIncompleteError(f"{self._cache}: {table} lacks the row {key.hex()}; build again to encode it")
-        rows, _ = gather(self._files[table, field.name], self._stored[table].entries[[position]], np.empty)
-        return rows if field.ragged else rows[0]
+        Those of all samples are read together, as each reading may be a request.
+        """
+        rows = [dict[str, list[np.ndarray]]() for _ in keys]
+        for table, recipe in self._recipes.items():
+            if not (wanted := [key for own in keys for key in own[table]]):
+                continue
+            entries = self._entries(table, wanted)
+            for field in recipe.fields:
+                found, bounds = gather(self._files[table, field.name], entries, np.empty)
+                each = iter(found if bounds is None else np.split(found, bounds[1:-1]))
+                member = _member(recipe, field, self._recipes)
+                for own, of_sample in zip(keys, rows, strict=True):
+                    if own[table]:
+                        of_sample[member] = list(islice(each, len(own[table])))
+        return rows
+
+    def _entries(self, table: str, keys: Sequence[bytes]) -> np.ndarray:
+        positions = self._stored[table].find(keys)
+        if (positions < 0).any():
+            lacking = keys[int(np.argmin(positions))].hex()
+            raise CacheIncompleteError(f"{self._cache}: {table} lacks the row {lacking}; build again to encode it")
+        return self._stored[table].entries[positions]
 
     def _commit(
         self,

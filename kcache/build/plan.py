@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kcache.disk.durable import json_bytes, npy_of, read_npy, writing
-from kcache.errors import CacheBusyError
+from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import (
@@ -32,7 +32,7 @@ from kcache.places.effects import (
 )
 from kcache.places.holds import knows_readers
 from kcache.store.digests import KEY_BYTES, Keys
-from kcache.store.manifest import check_count
+from kcache.store.manifest import check_count, check_version
 from kcache.store.recipe import Recipe, canonical_json
 
 CLAIMS = "claims"
@@ -164,17 +164,19 @@ def open_plan(cache: Place) -> Plan | None:
     try:
         if (digest := _open_digest(plans)) is not None:
             folder = plans / digest[:16]
-        elif (earlier := _of_schema_1(plans)) is not None:
+        elif _read(plans / OPEN) is None and (earlier := _of_schema_1(plans)) is not None:
             folder = earlier
         else:
             return None
         plan = _read_plan(folder)
         if digest not in (None, plan.digest):
             raise ValueError("its digest is not the one that is open")
+    except CacheMismatchError:
+        raise
     except _DAMAGES as error:
         if digest is not None and _open_digest(plans) != digest:
             return open_plan(cache)  # it was closed meanwhile
-        if digest is not None and isinstance(error, FileNotFoundError) and not knows_readers(cache):
+        if digest is not None and isinstance(error, FileNotFoundError):
             return None  # another builder was about to clear what was left of it: a new plan takes its place
         raise corrupt(error, plans, "remove this open plan and build again") from error
     return plan
@@ -196,7 +198,7 @@ def _of_schema_1(plans: Place) -> Place | None:
     folders = sorted(path for path in plans.iterdir() if path.name[:1] != ".") if plans.is_dir() else []
     for folder in folders:
         try:
-            if json.loads((folder / "plan.json").read_bytes())["schema_version"] == _SCHEMA_VERSION:
+            if json.loads((folder / "plan.json").read_bytes())["schema_version"] != 1:
                 continue
         except FileNotFoundError:
             continue
@@ -260,6 +262,7 @@ def _table_json(table: TablePlan) -> Mapping[str, object]:
 def _read_plan(folder: Place) -> Plan:
     """The plan in `folder`; raises what `_DAMAGES` lists."""
     data = json.loads((folder / "plan.json").read_bytes())
+    check_version(folder / "plan.json", data["schema_version"])
     plan = Plan(tables=tuple(_read_table(folder, table) for table in data["tables"]))
     if plan.digest != data["digest"]:
         raise ValueError("its digest does not match its content")

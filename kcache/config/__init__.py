@@ -20,6 +20,7 @@ from kcache.config.words import (
     MixedPrecision,
     Say,
     Stage,
+    check_worker,
     unheard,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "SourceConfig",
     "Stage",
     "TrainConfig",
+    "check_worker",
     "unheard",
 ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kcache.config.source import SourceConfig
-from kcache.config.words import COMPUTE_DTYPES, DECODER_REPO, PRIOR_REPO, MixedPrecision, Stage
+from kcache.config.words import COMPUTE_DTYPES, DECODER_REPO, PRIOR_REPO, MixedPrecision, Stage, check_worker
 from kcache.errors import ConfigError
 from kcache.settings import check, setting
 
@@ -75,10 +75,7 @@ class BuildConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.worker is not None and not _is_place(self.worker):
-            raise ConfigError(
-                f"--worker is {self.worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4"
-            )
+        check_worker(self.worker)
         if self.worker is not None and self.engine != "local":
             raise ConfigError(
                 f"--worker is {self.worker!r}, but --engine {self.engine} hands out all shards itself; expected one "
@@ -91,8 +88,3 @@ class BuildConfig(SourceConfig):
     def compute_dtype(self) -> str:
         """The dtype that the encoders run in, by torch's name."""
         return COMPUTE_DTYPES[self.mixed_precision]
-
-
-def _is_place(worker: str) -> bool:
-    index, _, count = worker.partition("/")
-    return index.isdecimal() and count.isdecimal() and int(index) < int(count)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Literal
 
+from kcache.errors import ConfigError
+
 Stage = Literal["prior", "decoder", "all"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -20,3 +22,10 @@ Say = Callable[[str], None]
 
 def unheard(_: str) -> None:
     """Discards what it is told."""
+
+
+def check_worker(worker: str | None) -> None:
+    """Raise ConfigError for a --worker that names no builder of several."""
+    index, _, count = ("0/1" if worker is None else worker).partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--worker is {worker!r}; expected I/N, builder I of N counted from 0, such as 0/4 to 3/4")

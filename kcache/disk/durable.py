@@ -209,32 +209,29 @@ def write_npy(final: Path, array: np.ndarray) -> None:
 
 
 def create_bytes(final: Path, content: bytes) -> bool:
-    """Write a file durably where there is none; returns False where there is one, also when two try at once.
+    """Write a file durably, in one step, where there is none; returns False where there is one.
 
-    A reader sees it whole, but on file systems without hard links, where it may find it empty for a moment.
+    That is so, too, when two try at once. Where a file system has no hard links, the later of two at the same moment
+    takes the place of the other, which may have been told True; what is there is whole all the same.
     """
     temporary = temporary_path(final.parent)
     with writing(final, len(content)):
         try:
-            _write_new(temporary, content)
+            with new_file(temporary) as file:
+                file.write(content)
             final.hardlink_to(temporary)  # fails where a name exists, on network file systems too
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            try:
-                _write_new(final, content)
-            except FileExistsError:
+            if final.exists():
                 return False
+            temporary.rename(final)
         finally:
             temporary.unlink(missing_ok=True)
+        sync_folder(final.parent)
     return True
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    with new_file(path) as file:
-        file.write(content)
 
 
 @contextmanager

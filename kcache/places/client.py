@@ -6,9 +6,11 @@ is shown: it holds URLs, in which signatures may be, and pages of its own data.
 """
 
 import errno
+import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kcache.errors import ConfigError, KcacheError, StoreError
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUTS = {"connect_timeout": "5s", "timeout": "120s", "read_timeout": "20s"}
 """Of a whole request 120 seconds, its body counted: by default obstore has 30, too few for a slow line."""
@@ -31,6 +35,8 @@ _GREETING = {"max_retries": 8, "retry_timeout": timedelta(seconds=15), "backoff"
 _NAME = ".kcache-hello"
 """Of a file that is asked for to hear whether a store answers at all; nobody ever writes it."""
 _LAST_WORD_SECONDS = 1.0
+_SILENT_SECONDS = 30.0
+"""After which it is said that a store is waited for, and how long."""
 _TRIES = 8
 """How often a request is made that breaks off."""
 
@@ -160,7 +166,8 @@ def told(place: object) -> Iterator[None]:
     But that nothing is there is FileNotFoundError, as on a disk.
     """
     try:
-        yield
+        with _watched(place):
+            yield
     except (KcacheError, MemoryError):
         raise
     except FileNotFoundError as error:
@@ -175,9 +182,44 @@ def told(place: object) -> Iterator[None]:
         raise _failed(place, error) from (kind and kind(re.sub(r"\?[^\s\"',)]*", "?…", str(error))))
 
 
+_waiting: dict[object, tuple[float, object]] = {}
+"""Of each request that is under way: since when, and for what."""
+
+
+@contextmanager
+def _watched(place: object) -> Iterator[None]:
+    """Have it said when the block takes long: stores are asked for minutes, and whoever waits must know."""
+    _watch()
+    request = object()
+    _waiting[request] = (time.monotonic(), place)
+    try:
+        yield
+    finally:
+        del _waiting[request]
+
+
+@cache
+def _watch() -> None:
+    def work() -> None:
+        while True:
+            time.sleep(_SILENT_SECONDS)
+            if word := _word(time.monotonic()):
+                logger.warning(word)
+
+    threading.Thread(target=work, name="kcache-watch", daemon=True).start()
+
+
+def _word(now: float) -> str | None:
+    """What there is to say of the request that has waited longest, if long; `now` is of `time.monotonic`."""
+    began, place = min(list(_waiting.values()), key=lambda request: request[0], default=(now, ""))
+    if now - began < _SILENT_SECONDS:
+        return None
+    return f"{place}: waiting for the object store for {now - began:.0f} s; it is asked again for some minutes"
+
+
 _ANSWERED = re.compile(r"status code: \d|\bstatus: \d")
 _NO_CREDENTIALS = re.compile(
-    r"169\.254\.|metadata\.google|No credentials|credential.*not (?:found|provided)|MissingAcc"
+    r"169\.254\.|metadata\.google|No credentials|credential.*not (?:found|provided)|Missing ?(?:Acc|Secret)"
 )
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|[Tt]he specified (?:bucket|container) does not exist")
 _CREDENTIALS = {

@@ -91,15 +91,17 @@ def write_json(final: Place, value: Any) -> None:
 def swap_bytes(final: Place, content: bytes, before: bytes | None) -> None:
     """Write a file in the place of `before`, None being nothing; raises CacheBusyError where it is not that any more.
 
-    In a bucket it may also be `content` already, written by a twin. On a disk whoever changes a file so holds its turn,
-    and nobody else can have changed it.
+    It may also be `content` already, written by a twin. A bucket changes it in one step; on a disk whoever does this
+    holds the turn, and one that was suspended for so long that another one had it since finds that out here.
     """
     if isinstance(final, Path):
-        durable.write_bytes(final, content)
-        return
-    found = conditional.read_version(final)
-    there, version = (None, None) if found is None else found
-    if there != content and (there != before or not conditional.swap(final, content, version)):
+        there = final.read_bytes() if final.exists() else None
+        if is_swapped := there in (content, before):
+            durable.write_bytes(final, content)
+    else:
+        there, version = conditional.read_version(final) or (None, None)
+        is_swapped = there == content or (there == before and conditional.swap(final, content, version))
+    if not is_swapped:
         raise CacheBusyError(f"{final} was changed by another process meanwhile; expected no one to; try again")
 
 

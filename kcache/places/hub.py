@@ -24,7 +24,7 @@ def snapshot(repository: str, revision: str | None, parts: Sequence[str] | None 
     url = f"hf://datasets/{repository}{f'@{revision}' if revision else ''}"
     folder = Path()
     for patterns in ([_HEAD], parts):
-        with told(StoreError, f"{url} cannot be fetched", "check the name and the revision"):
+        with told(StoreError, f"{url} cannot be fetched", "check the name, the revision and the network"):
             asked = None if patterns is None else list(patterns)
             folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=asked))
         if not (folder / _HEAD).is_file():

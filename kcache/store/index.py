@@ -18,7 +18,6 @@ from kcache.store.digests import KEY_BYTES, Keys
 from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.index_files import bytes_of as bytes_of
 from kcache.store.formats.index_files import index_dtype as index_dtype
-from kcache.store.formats.index_files import is_in_parts as is_in_parts
 from kcache.store.formats.index_files import open_index as open_index
 from kcache.store.formats.index_files import write_index as write_index
 from kcache.store.manifest import Manifest, ShardEntry

@@ -99,9 +99,8 @@ class Manifest:
 
     @property
     def schema_version(self) -> int:
-        """1 where that says all that is in it: a cache of which nothing changed keeps its manifest, byte for byte."""
-        shards = [shard for entry in self.tables.values() for shard in entry.shards]
-        return SCHEMA_VERSION if any("-" in shard.data.partition("/")[2] for shard in shards) else 1
+        """The first that says all that is in it: a cache of which nothing changed keeps its manifest, byte for byte."""
+        return schema_of(self.tables)
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +116,15 @@ class Manifest:
             data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
         body = json.loads(canonical_json(data))
         return {**body, "digest": json_digest(body)}
+
+
+def schema_of(tables: Mapping[str, TableEntry]) -> int:
+    """The schema version that says all of these tables: where all shards are named by number alone, the first does.
+
+    From the second on the index, too, is in parts.
+    """
+    shards = (shard for entry in tables.values() for shard in entry.shards)
+    return SCHEMA_VERSION if any("-" in shard.data.partition("/")[2] for shard in shards) else 1
 
 
 def write_manifest(cache: Place, manifest: Manifest, before: bytes | None) -> None:

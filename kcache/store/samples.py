@@ -150,8 +150,9 @@ def stored_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
     with _reading(path):
         content = path.read_bytes()
         _check_digest(hashlib.sha256(content).hexdigest(), manifest)
-        # Arrow's threads may still hold `content` when a short process ends, and then abort it.
-        table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False)
+        # pq.read_table has threads that may still hold `content` when a short process ends, and then abort it.
+        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as parquet:
+            table = parquet.read(use_threads=False)
         _check_schema(table.schema)
         _check_values(table)
     return table
@@ -184,8 +185,8 @@ def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
     import pyarrow.parquet as pq
 
     path = _samples_path(cache, manifest)
-    with _reading(path), opened(path) as file:
-        table = pq.read_table(file, columns=["width", "height"], use_threads=False, pre_buffer=False)
+    with _reading(path), opened(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+        table = parquet.read(["width", "height"], use_threads=False)
         return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
 
 

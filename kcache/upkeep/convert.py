@@ -1,27 +1,33 @@
-"""The same cache in the other form: rows are copied, checked on the way; nothing is encoded and no source is needed."""
+"""The same cache in the other form, or of fewer tables: rows are copied, checked on the way; nothing is encoded.
 
-from kcache.build.committed import read_committed, record_rejections
+What is to be written is frozen as a plan, as for a build, so that several processes may write it together, and what was
+interrupted goes on where it stopped. No source is needed.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import get_args
+
+from kcache.build.builder import BuildProgress, Claims, ShardProgress, unfinished, work_off
+from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, worker_place
+from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
-from kcache.build.joined_tars import TarWriter, plan_tars, tar_recipe
-from kcache.build.plan import plan_table
-from kcache.config import CountReport
-from kcache.encoders.recipes import default_rows_per_shard
-from kcache.errors import ConfigError
+from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan
+from kcache.config import CountReport, Say, Stage, check_worker, unheard
+from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError
 from kcache.places import Place, cache_place, place_of
+from kcache.places.bucket import BucketPath
+from kcache.places.conditional import check_store
 from kcache.places.effects import make_folder
-from kcache.places.holds import exclusive, knows_readers, remove_leftovers
+from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
+from kcache.store.digests import Keys
 from kcache.store.formats import FORMATS
-from kcache.store.index import table_state
-from kcache.store.manifest import Manifest
-from kcache.store.recipe import SAMPLES, kind_of
-from kcache.upkeep.copying import (
-    CacheContents,
-    RowCopier,
-    check_new_cache,
-    read_contents,
-    with_progress,
-)
+from kcache.store.manifest import Manifest, build_line
+from kcache.store.recipe import KINDS, kind_of, side_of, sides_of
+from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents
 
 
 def convert_cache(
@@ -29,75 +35,133 @@ def convert_cache(
     new: str | Place,
     form: str,
     *,
+    stage: Stage = "all",
+    resolution: Sequence[int] = (),
     rows_per_shard: int | None = None,
+    worker: str | None = None,
+    take_over: bool = False,
     report: CountReport | None = None,
+    say: Say = unheard,
 ) -> Manifest:
     """Write the cache at `cache` into the folder `new` in the form `form`, "zarr" or "webdataset".
 
-    Samples, recipes and fingerprint stay; rows that no sample uses are left behind. `new` is a cache once all of it is
-    there; after an interruption the same call finishes it. `rows_per_shard` None takes what makes about 256 MB.
-    `report` is called with what is written, how many rows or samples of it are done, and their number. Raises
-    ConfigError, CacheMismatchError for a `new` that holds something else, CacheBusyError, and the errors of
-    `Cache.open` for `cache`.
+    Samples and recipes stay; rows that no sample uses are left behind, and tables that `stage` does not read, or whose
+    latents are of none of the sides `resolution`, where any are given. `new` is a cache once all of it is there; after
+    an interruption the same call finishes it, and several may be at work together, each being `worker` "I/N".
+    `rows_per_shard` None takes what makes about 256 MB. `report` is called with what is written, how many rows or
+    samples of it this process has done, and how many there are for it. Raises ConfigError, CacheMismatchError for a
+    `new` that holds something else, CacheBusyError, and the errors of `Cache.open` for `cache`.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format is {form!r}; expected {' or '.join(FORMATS)}")
-    contents, target = read_contents(cache_place(cache)), place_of(new)
+    check_worker(worker)
+    source, target = cache_place(cache), place_of(new)
+    contents = _of_stage(read_contents(source), stage, resolution)
     check_new_cache(target, form, contents.recipes, contents.manifest.samples_digest)
+    check_store(target)
     make_folder(target)
-    with exclusive(target), stopped_when_safe():
-        remove_leftovers(target)
-        write_shards(contents, target, form, rows_per_shard, report)
-        tables = read_committed(target, form, contents.recipes)
-        manifest = finish_cache(
-            target, contents.samples, contents.refused, tables, contents.manifest.models, form, contents.cut
-        )
+    copier, patience = CacheCopier(contents, target, form), Patience(say=say, take_over=take_over)
+    with shared(target), renewed(), stopped_when_safe():
+        while True:
+            with turn(target, patience):
+                remove_leftovers(target)
+                plan = _plan_to_join(copier, target) or _new_plan(copier, target, rows_per_shard)
+                if plan is None and is_mine(target / TURN):
+                    clear_plans(target)
+                    with suppress(CacheBusyError):  # another process finished meanwhile: look again
+                        manifest = _finish(copier, contents, target, form)
+                        break
+            if plan is not None:
+                if BucketPath in (type(source), type(target)):
+                    size = copier.size(unfinished(target, plan))
+                    say(f"{_size_text(size)} to copy, through this machine, from {source} to {target}")
+                place = worker_place(worker, os.environ)
+                work_off(target, plan, place, patience, partial(_write, copier=copier, report=report))
+        stop_here()
+    with suppress(CacheBusyError), exclusive(target):
         if knows_readers(target):
             remove_superseded(target, manifest)
-        stop_here()
     return manifest
 
 
-def write_shards(
-    contents: CacheContents,
-    target: Place,
-    form: str,
-    rows_per_shard: int | None = None,
-    report: CountReport | None = None,
-) -> None:
-    """Commit in `target` whatever of `contents` it lacks, in the form `form`, and all that was rejected.
-
-    The cut is the same whenever it is resumed. `report` is as in `convert_cache`.
-    """
-    (_write_tables if form == "zarr" else _write_tars)(contents, target, rows_per_shard, report)
-
-
-def _write_tables(
-    contents: CacheContents, target: Place, rows_per_shard: int | None, report: CountReport | None
-) -> None:
-    for name, state in contents.tables.items():
-        there = table_state(target, state.recipe)
-        plan = plan_table(
-            state.recipe,
-            kind_of(name).wanted(contents.samples),
-            there.stored.known,
-            (),
-            rows_per_shard=rows_per_shard or default_rows_per_shard(state.recipe),
-            first_shard=there.next_shard,
-        )
-        folder = target / state.recipe.directory
-        copier = RowCopier(contents.folder, state.recipe, state.stored, contents.sizes)
-        for shard in with_progress(plan, name, report):
-            copier.write(folder, shard, contents.provenance)
-        record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
+def _of_stage(contents: CacheContents, stage: Stage, resolution: Collection[int]) -> CacheContents:
+    """What of a cache `stage` reads, with latents of these sides only; raises ConfigError for what is not in it."""
+    if stage not in get_args(Stage):
+        raise ConfigError(f"--stage is {stage!r}; expected {', '.join(get_args(Stage))}")
+    kinds = [kind for kind in KINDS if stage in ("all", *kind.readers)]
+    if resolution and not any(kind.sided for kind in kinds):
+        raise ConfigError(f"--resolution was given, but --stage {stage} reads no latents; leave it out")
+    folder, manifest = contents.folder, contents.manifest
+    has = f"{folder} has {', '.join(sorted(manifest.tables))}; expected a cache that has them"
+    if lacking := sorted(set(resolution) - set(sides_of(manifest.tables))):
+        line = build_line(folder, manifest, "latents", lacking[0])
+        raise ConfigError(f"--resolution {lacking[0]} asks for latents of that side, but {has}; add them to it: {line}")
+    names = [
+        name
+        for name in manifest.tables
+        if kind_of(name) in kinds and (not resolution or side_of(name) in (None, *resolution))
+    ]
+    for kind in kinds:
+        if stage != "all" and kind not in map(kind_of, names):
+            line = build_line(folder, manifest, kind.fields[0])
+            raise ConfigError(f"--stage {stage} reads {kind.name}, but {has}; add them to it: {line}")
+    return contents.of_tables(names)
 
 
-def _write_tars(contents: CacheContents, target: Place, rows_per_shard: int | None, report: CountReport | None) -> None:
-    recipe = tar_recipe(SAMPLES, contents.recipes)
-    writer = TarWriter(target, contents.tables, contents.provenance, rows_from=contents.folder)
-    plan = plan_tars(target, contents.recipes, contents.samples, rows_per_shard or default_rows_per_shard(recipe))
+def _plan_to_join(copier: CacheCopier, target: Place) -> Plan | None:
+    """The open plan, if it is not finished, else it is closed; raises CacheMismatchError where it is of other rows."""
+    plan = open_plan(target)
+    if plan is None:
+        return None
+    wanted = {recipe.fingerprint: recipe for recipe in copier.recipes}
     for table in plan.tables:
-        name = table.recipe.table
-        writer.write(name, with_progress(table, name, report), contents.planned)
-    rejected = [rejection for state in contents.tables.values() for rejection in state.rejected.values()]
-    record_rejections(target / recipe.directory, recipe, rejected, contents.provenance)
+        recipe = wanted.get(table.recipe.fingerprint)
+        if recipe is None or not table.keys.among(Keys.of(copier.wanted(recipe))).all():
+            raise CacheMismatchError(
+                f"{target} is being built, of other inputs or in another form; expected the cache that this makes, or "
+                "nothing; give a new or empty folder for the new cache"
+            )
+    if unfinished(target, plan):
+        return plan
+    close_plan(target, plan)
+    return None
+
+
+def _new_plan(copier: CacheCopier, target: Place, rows_per_shard: int | None) -> Plan | None:
+    """A plan, frozen, for what the target lacks; None when that is nothing."""
+    plan = copier.plan(rows_per_shard)
+    if not plan.rows:
+        return None
+    freeze_plan(target, plan)
+    return plan
+
+
+def _write(
+    table: TablePlan,
+    shards: Sequence[PlannedShard],
+    claims: Claims,
+    *,
+    copier: CacheCopier,
+    report: CountReport | None,
+) -> None:
+    """Copy the shards that nobody else has."""
+
+    def told(progress: BuildProgress) -> None:
+        if report is not None and progress.total:
+            report(progress.table, progress.done, progress.total)
+
+    progress = ShardProgress(table.recipe.table, sum(len(shard.keys) for shard in shards), told)
+    mine = progress.counted(claims.claimed(table, shards, progress))
+    copier.write(table.recipe, mine, partial(claims.kept, table))
+
+
+def _finish(copier: CacheCopier, contents: CacheContents, target: Place, form: str) -> Manifest:
+    """Write what makes the committed rows a cache; every process comes to the same bytes."""
+    copier.record_rejected()
+    tables = read_committed(target, form, contents.recipes)
+    models = contents.manifest.models
+    return finish_cache(target, contents.samples, contents.refused, tables, models, form, contents.cut)
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -1,17 +1,19 @@
 """A finished cache taken apart again: all that another cache of the same rows can be made of."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 
 import numpy as np
 
-from kcache.build.committed import read_committed
-from kcache.build.joined_tars import shard_recipes, tar_keys
-from kcache.build.plan import PlannedShard, TablePlan
+from kcache.build.claims import TURN
+from kcache.build.committed import read_committed, record_rejections
+from kcache.build.joined_tars import RESERVED_KEY, TarWriter, plan_tars, shard_recipes, tar_keys, tar_recipe
+from kcache.build.plan import Plan, PlannedShard, TablePlan, plan_table
 from kcache.config import CountReport
 from kcache.disk.readers import Reading
+from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheMismatchError
 from kcache.places import Place
 from kcache.places.effects import make_folder
@@ -20,15 +22,15 @@ from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
 from kcache.store.formats.side_files import size_rows
-from kcache.store.index import StoredRows, TableState
+from kcache.store.index import StoredRows, TableState, table_state
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.recipe import Recipe, kind_of
+from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
 from kcache.store.shards import RowBlock, commit_shard
 
-_DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*")
-"""What a cache holds beside its shards."""
+_DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*", "plans", TURN)
+"""What a cache holds beside its shards, while it is made, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,18 @@ class CacheContents:
     def sizes(self) -> dict[bytes, tuple[int, int]]:
         """Width and height of the samples' pictures, by key."""
         return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
+
+    def of_tables(self, names: Collection[str]) -> "CacheContents":
+        """The same samples with the rows of some tables only."""
+        tables = {name: entry for name, entry in self.manifest.tables.items() if name in names}
+        roles: set[str] = {kind_of(name).role for name in tables}
+        models = {role: model for role, model in self.manifest.models.items() if role in roles}
+        return replace(
+            self,
+            manifest=replace(self.manifest, tables=tables, models=models),
+            tables={name: state for name, state in self.tables.items() if name in tables},
+            cut=self.cut if TEXT.name in tables else {},
+        )
 
     @cached_property
     def _by_tar_key(self) -> dict[bytes, Sample]:
@@ -152,3 +166,82 @@ def with_progress(plan: TablePlan, name: str, report: CountReport | None) -> Ite
         done += len(shard.keys)
         if report is not None:
             report(name, done, len(plan.keys))
+
+
+class CacheCopier:
+    """Writes what is in a cache into the folder of another one, in either form, shard by shard."""
+
+    def __init__(self, contents: CacheContents, target: Place, form: str) -> None:
+        """`form` is that of the cache at `target`, "zarr" or "webdataset"."""
+        self._contents = contents
+        self._target = target
+        self._form = form
+
+    @cached_property
+    def recipes(self) -> list[Recipe]:
+        """Those that the shards are of."""
+        return shard_recipes(self._form, self._contents.recipes)
+
+    def wanted(self, recipe: Recipe) -> Sequence[bytes]:
+        """The keys of all that shards of `recipe` hold in the end."""
+        samples = self._contents.samples
+        if not recipe.of_tars:
+            return kind_of(recipe.table).wanted(samples)
+        return tar_keys(samples) if recipe.table == SAMPLES else [RESERVED_KEY]
+
+    def plan(self, rows_per_shard: int | None = None) -> Plan:
+        """What the target lacks, cut into shards; `rows_per_shard` None takes what makes about 256 MB."""
+        contents, tables = self._contents, []
+        if self._form != "zarr":
+            rows = rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, contents.recipes))
+            return plan_tars(self._target, contents.recipes, contents.samples, rows)
+        for recipe in self.recipes:
+            there, rows = table_state(self._target, recipe), rows_per_shard or default_rows_per_shard(recipe)
+            wanted, first = self.wanted(recipe), there.next_shard
+            tables.append(plan_table(recipe, wanted, there.stored.known, (), rows_per_shard=rows, first_shard=first))
+        return Plan(tables=tuple(tables))
+
+    def size(self, shards: Iterable[tuple[TablePlan, Sequence[PlannedShard]]]) -> int:
+        """Bytes of the rows in planned shards of some tables; of tars as many as their share of the samples has."""
+        contents, size, samples = self._contents, 0, 0
+        for table, own in shards:
+            if not table.recipe.of_tars:
+                size += sum(_size(contents.tables[table.recipe.table], shard.keys) for shard in own)
+            elif table.recipe.table == SAMPLES:
+                samples += sum(len(shard.keys) for shard in own)
+        if samples:
+            used = sum(_size(state, kind_of(name).keys(contents.samples)) for name, state in contents.tables.items())
+            size += used * samples // len(contents.samples)
+        return size
+
+    def write(
+        self, recipe: Recipe, shards: Iterable[PlannedShard], kept: Callable[[PlannedShard], bool] = lambda _: True
+    ) -> None:
+        """Commit planned shards of `recipe`, but those that `kept` denies; raises CacheCorruptError."""
+        contents = self._contents
+        if recipe.of_tars:
+            writer = TarWriter(self._target, contents.tables, contents.provenance, rows_from=contents.folder)
+            writer.write(recipe.table, shards, contents.planned, kept)
+            return
+        rows = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)
+        for shard in shards:
+            if kept(shard):
+                rows.write(self._target / recipe.directory, shard, contents.provenance)
+
+    def record_rejected(self) -> None:
+        """Commit what the cache has rejected; for when all shards are committed, as it takes the numbers after them."""
+        contents = self._contents
+        if self._form == "zarr":
+            for state in contents.tables.values():
+                folder = self._target / state.recipe.directory
+                record_rejections(folder, state.recipe, list(state.rejected.values()), contents.provenance)
+            return
+        recipe = tar_recipe(SAMPLES, contents.recipes)
+        rejected = [rejection for state in contents.tables.values() for rejection in state.rejected.values()]
+        record_rejections(self._target / recipe.directory, recipe, rejected, contents.provenance)
+
+
+def _size(state: TableState, keys: Sequence[bytes]) -> int:
+    """Bytes of the rows behind `keys`, those that are stored."""
+    entries = state.stored.entries[state.stored.find(keys)]
+    return sum(int(entries[field.name]["length"].sum(dtype=np.int64)) for field in state.recipe.fields)

@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
+from kcache.build.claims import alone
 from kcache.build.committed import add_rejections
 from kcache.build.finish import finish_cache
 from kcache.build.joined_tars import TarWriter, committed_tar_keys, shard_recipes, tar_keys
 from kcache.build.plan import TablePlan, open_plan
-from kcache.config import CountReport
+from kcache.config import CountReport, Say, unheard
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.places import Place, place_of
 from kcache.places.effects import remove
 from kcache.places.fetching import listed
-from kcache.places.holds import exclusive, knows_readers
+from kcache.places.holds import knows_readers
 from kcache.places.inventory import Inventory
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import Keys
@@ -65,12 +66,18 @@ class LiveShard:
 
 
 def collect_garbage(
-    cache: str | Place, *, compact: bool = False, dry_run: bool = False, report: CountReport | None = None
+    cache: str | Place,
+    *,
+    compact: bool = False,
+    dry_run: bool = False,
+    report: CountReport | None = None,
+    say: Say = unheard,
 ) -> Garbage:
     """Remove from the cache at `cache` what is no part of it; with `dry_run` only say what that is.
 
     Samples, fingerprint and rows stay what they are, and building again has nothing to do. `report` is
-    called with the table that `compact` writes again, or "removed", how many rows or paths are done, and their number.
+    called with the table that `compact` writes again, or "removed", how many rows or paths are done, and their number,
+    `say` what is worth a line: builders that plan or assemble are waited for, as they wait for this.
     Raises CacheIncompleteError while a build is unfinished, CacheBusyError while one runs or anyone reads the cache,
     and the errors of `Cache.open`.
     """
@@ -79,7 +86,7 @@ def collect_garbage(
     if dry_run:
         contents = _finished(folder)
         return find_garbage(contents, live_shards(contents))
-    with exclusive(folder), stopped_when_safe():
+    with stopped_when_safe(), alone(folder, say):
         contents = _finished(folder)
         if compact:
             _rewrite_mixed(contents, report)

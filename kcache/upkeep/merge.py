@@ -35,8 +35,7 @@ from kcache.store.manifest import Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
 from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
-from kcache.upkeep.convert import write_shards
-from kcache.upkeep.copying import CacheContents, check_new_cache, read_contents
+from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents, with_progress
 from kcache.upkeep.garbage import LiveShard, live_shards
 
 _BLOCK_BYTES = 8 << 20
@@ -78,7 +77,10 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
             tables=_states(parts, target),
             cut={key: tokens for part in parts for key, tokens in part.cut.items()},
         )
-        write_shards(merged, target, form, report=report)
+        copier = CacheCopier(merged, target, form)
+        for table in copier.plan().tables:
+            copier.write(table.recipe, with_progress(table, table.recipe.table, report))
+        copier.record_rejected()
         states = read_committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form, merged.cut)
         if knows_readers(target):

@@ -14,6 +14,7 @@ import numpy as np
 
 from kcache.build.build import complete
 from kcache.build.builder import BuildReport
+from kcache.build.claims import alone
 from kcache.build.committed import record_rejections
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
@@ -23,7 +24,6 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device
 from kcache.places import Place, place_of
 from kcache.places.effects import make_folder, remove
-from kcache.places.holds import exclusive
 from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
@@ -79,7 +79,7 @@ def repair_cache(
     job = _survey(source, folder, records.manifest, reading, device)
     refused = _recorded_refusals(folder, before)
     samples = _samples(job, records, before, refused)
-    with exclusive(folder):
+    with alone(folder, say):
         _replace_shards(records, records.manifest, before)
     if refused is None:
         refused = [*job.refused, *_rejections(job)]

@@ -1,6 +1,9 @@
 """Several builders of one cache: who takes which shard, who waits for whom, and what the dead leave behind."""
 
 import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,8 @@ from kcache.disk.durable import write_json
 from kcache.disk.leases import LEASE_SECONDS
 from kcache.errors import CacheBusyError
 from kcache.processes import this_process
-from kcache.store.shards import Commit, RowBlock, commit_shard, read_commits
+from kcache.store.shards import Commit, RowBlock, commit_shard, read_commit, read_commits
+from kcache.upkeep.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +96,10 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
 ) -> None:
     """A builder stops just before its first commit; another takes its claims, does the work, and finishes the cache."""
     cache, said, before = tmp_path / "cache", list[str](), dict[str, str]()
-    kept = kcache.build.builder._Claims.kept
+    kept = kcache.build.builder.Claims.kept
 
     def suspended(claims: Any, table: Any, shard: Any) -> bool:
-        monkeypatch.setattr(kcache.build.builder._Claims, "kept", kept)
+        monkeypatch.setattr(kcache.build.builder.Claims, "kept", kept)
         if (plan := open_plan(cache)) is None:
             return bool(kept(claims, table, shard))
         for claim in claims_folder(cache, plan).iterdir():
@@ -107,11 +111,63 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
         before.update(digests(cache))
         return bool(kept(claims, table, shard))
 
-    monkeypatch.setattr(kcache.build.builder._Claims, "kept", suspended)
+    monkeypatch.setattr(kcache.build.builder.Claims, "kept", suspended)
     config = small_config(oracle, format=form, rows_per_shard=4)
     result = build_cache(str(source), str(cache), config, say=said.append)
     assert (result.samples, digests(cache)) == (6, before)
     assert any("was taken over by another builder" in message for message in said)
+
+
+@pytest.fixture
+def elsewhere(source: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], None]:
+    """Lets something happen on another machine, in the middle of a build here, before a function of this name goes on.
+
+    A build there has the turn, and knows nothing of who holds the cache here.
+    """
+
+    def elsewhere(name: str, happen: Callable[[], None]) -> None:
+        module, _, attribute = name.rpartition(".")
+        function = getattr(sys.modules[module], attribute)
+
+        def suspended(*arguments: Any) -> Any:
+            monkeypatch.setattr(name, function)
+            with monkeypatch.context() as other:
+                other.setattr("kcache.build.claims._held", {})
+                other.setattr("kcache.build.build.exclusive", lambda _: nullcontext())
+                happen()
+            return function(*arguments)
+
+        monkeypatch.setattr(name, suspended)
+
+    return elsewhere
+
+
+def test_one_that_was_suspended_while_it_planned_joins_the_plan_that_another_opened(
+    source: Path, oracle: Path, tmp_path: Path, elsewhere: Callable[[str, Callable[[], None]], None]
+) -> None:
+    cache = tmp_path / "cache"
+
+    def plan() -> None:
+        job = survey(str(source), cache, small_config(oracle, rows_per_shard=2), lambda _: None)
+        freeze_plan(cache, missing_rows(job, job.committed().tables, retry=False, seen={}))
+
+    elsewhere("kcache.build.build.freeze_plan", plan)
+    assert build(source, cache, oracle, rows_per_shard=4).samples == 6
+    assert {commit.rows for path in cache.glob("*/0*.json") if (commit := read_commit(path)).rows} == {1, 2}
+
+
+def test_one_that_was_suspended_while_it_finished_names_nothing_that_is_gone(
+    source: Path, oracle: Path, tmp_path: Path, elsewhere: Callable[[str, Callable[[], None]], None]
+) -> None:
+    cache = tmp_path / "cache"
+
+    def finish() -> None:
+        (cache / TURN).unlink()
+        build(copy_pictures(oracle, tmp_path / "fewer", 3), cache, oracle)
+
+    elsewhere("kcache.build.finish.write_manifest", finish)
+    assert build(source, cache, oracle).samples == 6
+    assert not verify_cache(cache).corrupt
 
 
 def test_a_shard_that_another_committed_first_stays(source: Path, oracle: Path, tmp_path: Path) -> None:
@@ -123,6 +179,31 @@ def test_a_shard_that_another_committed_first_stays(source: Path, oracle: Path, 
         block = RowBlock(keys=np.zeros((1, 16), np.uint8), arrays={})
         assert commit_shard(cache / recipe.directory, first.name, recipe, block, provenance={}) == first
     assert digests(cache) == before
+
+
+def test_of_what_others_committed_no_claim_is_held(planned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim is a request or more in a bucket, and so is each renewal of one that is held."""
+    cache, claims = planned
+    plan, taken, take = open_plan(cache), list[str](), kcache.build.claims.take
+    assert plan is not None
+    table = plan.tables[0]
+    first, second = table.shards
+    (cache / table.recipe.directory).mkdir()
+    (cache / table.recipe.directory / f"{first.name}.json").write_bytes(b"")
+
+    def counted(claim: Path, *arguments: Any) -> Any:
+        taken.append(claim.name)
+        return take(claim, *arguments)
+
+    monkeypatch.setattr("kcache.build.builder.take", counted)
+    own = kcache.build.builder._Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
+    progress = kcache.build.builder._Progress("", 0, None)
+    assert list(own.claimed(table, table.shards, progress)) == [second]
+    own.settled(table, second)
+    (cache / table.recipe.directory / f"{second.name}.json").write_bytes(b"")  # since it was last looked
+    assert list(own.claimed(table, table.shards, progress)) == []
+    assert taken == [f"{table.recipe.table}-{second.name}"] * 2
+    assert list(claims.iterdir()) == []
 
 
 @pytest.mark.parametrize(("rows", "told"), [(4, 0), (None, 0), (3, 1)])

@@ -1,17 +1,25 @@
 """Finishing: which samples a cache gets of those that were offered, and where each of their rows stands."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from measuring.synthetic import synthetic_recipe
+from small_builds import build, copy_pictures
 
+import kcache.build.build
 from kcache.build import finish
-from kcache.build.finish import whole_samples
+from kcache.build.finish import PictureSizes, whole_samples
+from kcache.build.plan import Plan
+from kcache.build.survey import acceptable
+from kcache.errors import InputRejected
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
+from kcache.store.formats.side_files import SIZES
 from kcache.store.index import StoredRows, TableState, index_dtype
 from kcache.store.recipe import Field, kind_of
 from kcache.store.samples import Refusal, Sample
@@ -84,6 +92,15 @@ def looked_at_one_by_one(
     return whole, refused
 
 
+@given(samples=SAMPLES, tables=states())
+def test_samples_are_acceptable_in_columns_as_one_by_one(samples: list[Sample], tables: dict[str, TableState]) -> None:
+    images = {key for name, state in tables.items() if name != "text" for key in state.rejected}
+    captions = set(tables["text"].rejected) if "text" in tables else set[bytes]()
+    assert list(acceptable(samples, tables)) == [
+        s for s in samples if s.image_key not in images and not (s.caption_keys and captions.issuperset(s.caption_keys))
+    ]
+
+
 @given(samples=SAMPLES, tables=states(), per_table=st.sampled_from([1, 3, 100]))
 def test_samples_are_whole_in_columns_as_one_by_one(
     samples: list[Sample], tables: dict[str, TableState], per_table: int
@@ -105,3 +122,27 @@ def test_samples_are_whole_in_columns_as_one_by_one(
         found = [entry[FIELDS[name].name]["offset"] for run in arrays[name].runs for entry in run]
         assert found == [sorted(state.stored.key_set).index(key) for key in keys]
         assert arrays[name].length == len(keys)
+
+
+def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_build(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an older kcache, that recorded no sizes, was stopped before it wrote its tars."""
+    plan, planned = kcache.build.build.plan_tars, 0
+
+    def counted(*arguments: Any) -> Plan:
+        nonlocal planned
+        planned += 1
+        assert planned < 4
+        return plan(*arguments)
+
+    def measured(sizes: PictureSizes, keys: Keys) -> None:
+        gone, *others = sorted(keys)
+        sizes._sizes.add(np.array([(list(key), 64, 64) for key in others], SIZES))
+        sizes._refused[gone] = InputRejected("source", "it is gone")
+
+    monkeypatch.setattr("kcache.build.build.plan_tars", counted)
+    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: np.empty(0, SIZES))
+    monkeypatch.setattr(PictureSizes, "_measure", measured)
+    result = build(copy_pictures(oracle, tmp_path / "pictures"), tmp_path / "cache", oracle, format="webdataset")
+    assert (result.samples, result.rejected) == (5, 1)

@@ -20,7 +20,7 @@ from kcache.build.plan import (
     plan_table,
     shard_name,
 )
-from kcache.errors import CacheBusyError, CacheCorruptError
+from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.places import Place, place_of
 from kcache.places.effects import remove, write_bytes, write_json
 from kcache.store.recipe import Field
@@ -98,8 +98,8 @@ def test_what_closes_late_leaves_the_next_plan_alone(cache: Place) -> None:
     assert is_open(cache, second)
 
 
-def test_in_a_bucket_a_lost_plan_gives_way_to_another() -> None:
-    cache, first, second = place_of(f"memory://plans/{secrets.token_hex(6)}"), a_plan([b"a" * 16]), a_plan([b"b" * 16])
+def test_a_lost_plan_gives_way_to_another(cache: Place) -> None:
+    first, second = a_plan([b"a" * 16]), a_plan([b"b" * 16])
     freeze_plan(cache, first)
     remove(cache / "plans" / first.digest[:16])
     assert open_plan(cache) is None
@@ -127,6 +127,17 @@ def test_a_plan_of_schema_1_is_open_by_being_there(cache: Place) -> None:
     close_plan(cache, plan)
     assert open_plan(cache) is None
     assert list(cache.iterdir()) == []
+
+
+def test_a_plan_of_a_newer_kcache_is_neither_taken_nor_called_damaged(cache: Place) -> None:
+    plan = a_plan([b"a" * 16])
+    freeze_plan(cache, plan)
+    said = cache / "plans" / plan.digest[:16] / "plan.json"
+    write_json(said, {**json.loads(said.read_bytes()), "schema_version": 3})
+    with pytest.raises(CacheMismatchError, match="schema version 3; this kcache reads 1 and 2"):
+        open_plan(cache)
+    remove(cache / "plans" / OPEN)
+    assert open_plan(cache) is None
 
 
 @pytest.mark.parametrize("damage", [b"{}", b'{"digest": "../../x"}', b"{"])

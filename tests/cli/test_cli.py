@@ -18,10 +18,11 @@ from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
+from kcache.tally import counted
 from kcache.upkeep.verify import VerifyProgress
 from kcache_cli import app as cli
 from kcache_cli.flags import check_folder
-from kcache_cli.progress import Report, bytes_text, count_text, duration_text, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, show_build
 from kcache_cli.sample import file_name
 from kcache_cli.verify import show_verify
 
@@ -164,7 +165,16 @@ def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_pat
     (tmp_path / "merged" / ".tmp-1-dead").write_bytes(b"half a file")
     assert "1 path would be removed" in run("cache-gc", merged, "--dry-run").out
     assert json.loads(run("cache-gc", merged, "--json").out)["paths"] == [".tmp-1-dead"]
-    assert run("cache-convert", cache, str(tmp_path / "new"), "--format", "tar").status == 2
+    for flag in ("--format=tar", "--stage=both", "--resolution=0"):
+        assert run("cache-convert", cache, str(tmp_path / "new"), "--format=zarr", flag).status == 2
+    decoder = ("cache-convert", cache, str(tmp_path / "decoder"), "--format=zarr", "--stage=decoder")
+    assert run(*decoder, "--resolution=32", "--worker=1/2", "--take-over").status == 0
+    assert set(json.loads(run("cache-info", str(tmp_path / "decoder"), "--json").out)["tables"]) == {
+        "image_embeds",
+        "latents-32",
+    }
+    assert "--resolution 64 asks for latents" in run(*decoder, "--resolution=64").err
+    assert "--worker is '2/2'" in run(*decoder, "--worker=2/2").err
     assert run("cache-merge", str(tmp_path / "new"), cache, tars).status == 1
 
 
@@ -263,7 +273,7 @@ def test_strict_prints_the_result_before_it_exits_with_three(run: Any, monkeypat
     ran = run("cache-build", "s", "c")
     assert ran.status == 0
     shares = "80% of the time encoding, 10% waiting for decoded inputs (0.1% with enough for a batch at hand)"
-    assert f"text: {shares}, 10% for the disk" in ran.out
+    assert f"text: {shares}, 10% writing" in ran.out
 
 
 def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +297,7 @@ def test_a_small_cache_is_not_verified_as_nothing(capsys: pytest.CaptureFixture[
 
 def test_numbers_for_people() -> None:
     assert [bytes_text(count) for count in (999, 25_100_000, 3_000_000_000_000)] == ["999 B", "25.1 MB", "3.0 TB"]
-    assert [count_text(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
+    assert [counted(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
     assert [duration_text(seconds) for seconds in (0.42, 60, 200, 7500)] == [
         "0.4 s",
         "1 min 00 s",

@@ -48,6 +48,7 @@ def completions(
         ("kcache cache-build photos c --stage ", ["prior", "decoder", "all"]),
         ("kcache cache-build photos c --dtype ", ["float16", "float32"]),
         ("kcache cache-convert a b --format ", ["zarr", "webdataset"]),
+        ("kcache cache-convert a b --stage ", ["prior", "decoder", "all"]),
         ("kcache train-decoder c --residency ", ["auto", "gpu", "ram", "mmap", "stream"]),
         ("kcache train-prior c --mixed-precision b", ["bf16"]),
         ("kcache cache-info cach", []),  # nothing, so that bash offers files and folders
@@ -113,7 +114,7 @@ def test_counts_are_shown_with_their_rate(monkeypatch: pytest.MonkeyPatch, capsy
     show("latents-64", 10, 10)
     assert shown == [
         ("text", 8, 8, "written, 4/s"),
-        ("latents-64", 5, 10, "written, 5/s"),
+        ("latents-64", 5, 10, "written, 5/s, 1.0 s left"),
         ("latents-64", 10, 10, "written, 5/s"),
     ]
 

@@ -70,6 +70,9 @@ def test_damage_in_a_bucket_is_told_with_its_place(
     ("arguments", "said"),
     [
         (["cache-info", "memory://none/at-all"], "memory://none/at-all is not a finished cache: there is nothing"),
+        (["cache-build", "photos", "memory://none/c"], "memory://none/c is gone when this command ends"),
+        (["cache-convert", "CACHE", "memory://none/c", "--format=zarr"], "is gone when this command ends; expected a"),
+        (["cache-merge", "memory://none/c", "CACHE"], "memory://none/c is gone when this command ends"),
         (["cache-gc", "hf://datasets/a/b"], "which is only read"),
         (["cache-convert", "CACHE", "hf://datasets/a/b", "--format=zarr"], "which is only read"),
         (["report", "CACHE", "--output=s3://bucket/report.html"], "is in an object store; expected a path"),

@@ -3,12 +3,14 @@
 import errno
 import multiprocessing
 import os
+import stat
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import kcache.disk.durable
 from kcache.disk.durable import (
     create_bytes,
     exclusive,
@@ -90,6 +92,25 @@ def test_a_file_is_created_once(tmp_path: Path, links: bool, monkeypatch: pytest
     assert not create_bytes(tmp_path / "file", b"second")
     assert (tmp_path / "file").read_bytes() == b"first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_created_whole_or_not_at_all(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is given to it when all of it is on disk, and is on disk then itself."""
+    sync, synced = kcache.disk.durable.sync, list[tuple[bool, bool]]()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    def noted(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "file").exists()))
+        sync(descriptor)
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("kcache.disk.durable.sync", noted)
+    assert create_bytes(tmp_path / "file", b"content")
+    assert synced == [(False, False), (True, True)]
 
 
 def test_several_may_share_what_one_may_not_hold_alone(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_every_path_may_be_a_url_and_none_is_made_into_a_folder(
         ("gs://me:hunter2@bucket/it", "with a name or password in it, not repeated here, is not taken"),
         ("https://me:hunter2@host/it", "with a name or password in it, not repeated here, is not taken"),
         ("https://host/it?Signature=hunter2", "'https://host/it' is a URL of the web; download"),
+        ("s3://bucket/it?X-Amz-Signature=hunter2", "with parameters behind a [?], not repeated here, is not taken"),
+        ("s3://bucket/it ", "'s3://bucket/it ' ends with a blank; give it without"),
+        (" s3://bucket/it", "a URL s3://… with a blank before it is not taken; give it without"),
         ("me@host:it", "'me@host:it' is a place on another machine; .*rsync"),
     ]:
         refused(given, url, cache, said)

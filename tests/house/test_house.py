@@ -29,9 +29,9 @@ TORCH_FREE = [
 HEAVY = ("accelerate", "datasets", "diffusers", "torch", "transformers")
 
 
-def python(code: str) -> str:
+def python(code: str, *arguments: str | Path) -> str:
     """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def best_seconds(command: list[str | Path]) -> float:
@@ -58,6 +58,32 @@ def test_no_module_of_the_words_the_store_or_the_sources_loads_torch() -> None:
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+ON_A_DISK = """
+import sys
+from kcache import Cache
+from kcache.loader import CacheLoader
+from kcache_cli import app
+
+source, cache, *settings = sys.argv[1:]
+for words in (["info", cache], ["verify", cache], ["gc", cache, "--dry-run"], ["build", source, cache, *settings]):
+    sys.argv = ["kcache", f"cache-{words[0]}", *words[1:]]
+    try:
+        app.main()
+    except SystemExit as ended:
+        assert not ended.code, words
+assert len(list(CacheLoader(Cache.open(cache), ["latents"], 4))) > 1
+print([name for name in ("boto3", "botocore", "obstore", "ray") if name in sys.modules])
+"""
+
+
+def test_what_works_on_a_disk_loads_nothing_for_object_stores_and_clusters(cache: str, oracle: Path) -> None:
+    settings = ["--resolution=64", "--dtype=float32", "--batch-size=4"]
+    settings += [f"--pretrained-{name}-model-name-or-path={oracle / name}" for name in ("prior", "decoder")]
+    said = python(ON_A_DISK, oracle / "data", cache, *settings).splitlines()
+    assert "0 to do" in said
+    assert said[-1] == "[]"
 
 
 def test_import_is_quick() -> None:

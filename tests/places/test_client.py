@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,7 @@ import pytest
 from faulty_s3 import Faults
 from obstore.exceptions import GenericError
 
+from kcache.build.plan import open_plan
 from kcache.errors import ConfigError, KcacheError, StoreError
 from kcache.places import client, place_of
 from kcache.places.bucket import BucketPath
@@ -95,6 +97,18 @@ def test_an_endpoint_that_is_none(environment: Callable[..., None], endpoint: st
     ) as said:
         BucketPath.of("s3://caches/x").read_bytes()
     assert HIDDEN not in str(said.value)
+    with pytest.raises(ConfigError):  # it says nothing of what lies there
+        open_plan(BucketPath.of("s3://caches/x"))
+
+
+def test_whoever_waits_for_a_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_waiting", {})
+    with told("s3://b/k"):
+        assert client._word(time.monotonic()) is None
+        assert client._word(time.monotonic() + 31) == (
+            "s3://b/k: waiting for the object store for 31 s; it is asked again for some minutes"
+        )
+    assert client._word(time.monotonic() + 31) is None
 
 
 def test_a_store_that_throttles_without_end(faulty: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +126,7 @@ def test_a_store_that_throttles_without_end(faulty: Faults, monkeypatch: pytest.
         ("<Code>ExpiredToken</Code>", "the credentials have run out; get new ones, and start again"),
         ("Received redirect without LOCATION", "the bucket lies in another region; set AWS_REGION to the bucket's"),
         ("PUT http://169.254.169.254/latest/api/token", "there are no credentials for the object store; set AWS_ACC"),
+        ("Missing SecretAccessKey", "there are no credentials for the object store; set AWS_ACCESS_KEY_ID and AWS_SEC"),
         ("status code: 500 Internal", "the object store is in trouble; wait a while, and start again"),
         ("status code: 418 I'm a teapot", "the object store answers 418; check AWS_ENDPOINT_URL"),
         ("", "the object store failed (GenericError); check AWS_ENDPOINT_URL"),

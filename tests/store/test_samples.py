@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,7 +113,9 @@ def test_some_samples_of_a_broken_list_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheCorruptError, match="its sha256 is"):
         read_some_samples(tmp_path, manifest, np.arange(1), ["name"])
     path.unlink()
-    with pytest.raises(CacheCorruptError, match="No such file"):
+    with pytest.raises(
+        CacheCorruptError, match=r"parquet is not there; if the cache was copied, finish that, else build"
+    ):
         read_some_samples(tmp_path, manifest, np.arange(1), ["name"])
 
 
@@ -197,3 +201,32 @@ def test_the_digest_is_that_of_lines_of_json() -> None:
     expected = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     assert samples_digest(some(0)) == hashlib.sha256().hexdigest()
     assert samples_digest(with_ids(some(9))) == hashlib.sha256(expected.encode()).hexdigest()
+
+
+def test_reading_the_samples_leaves_no_threads_behind(tmp_path: Path) -> None:
+    """One of Arrow's that still holds a file or bytes of Python's when a short command ends would abort it."""
+    sample = Sample(
+        id="00", name="a", image_key=bytes(16), captions=("b",), caption_keys=(bytes(16),), width=3, height=4
+    )
+    _, digest = write_samples(tmp_path, [sample])
+    told = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path), digest], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "3 1 1 0\n"
+
+
+ALONE = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, pyarrow, pyarrow.parquet
+from kcache.store.samples import read_some_samples, short_sides, stored_samples
+folder, digest = sys.argv[1:]
+file = f"samples-{digest[:16]}.parquet"
+manifest = SimpleNamespace(samples_file=file, samples_file_digest=digest, samples=1)
+before = len(os.listdir("/proc/self/task"))
+side = short_sides(Path(folder), manifest)[0]
+some = read_some_samples(Path(folder), manifest, np.zeros(1, int), ["id"])
+rows = len(stored_samples(Path(folder), manifest)), len(some)
+print(side, *rows, len(os.listdir("/proc/self/task")) - before)
+"""

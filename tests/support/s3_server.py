@@ -1,7 +1,6 @@
 """A real object store on this machine, for as long as a test session: SeaweedFS, which keeps to S3's rules."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 BUCKET = "caches"
 _SECONDS = 60.0
 """Until it must be up: it takes one or two alone, and more beside other tests."""
+_KEEPER = 'folder=$1; shift; "$@" >"$folder/log" 2>&1 & read -r _; kill -9 $!; wait $!; rm -rf "$folder"'
+"""A shell that has the server, and clears up when its input ends: also when who has the other end is killed."""
 
 
 def _free_ports(count: int) -> list[int]:
@@ -46,20 +47,23 @@ def s3_server() -> Iterator[dict[str, str]]:
         str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-webdav=false", "-admin.ui=false", "-master.telemetry=false", *(f"-{n}={port}" for n, port in ports.items()),
     ]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, **environment, "S3_BUCKET": BUCKET}, stdout=log, stderr=log, cwd=folder
-        )
+    keeper = subprocess.Popen(
+        ["sh", "-c", _KEEPER, "sh", str(folder), *command],
+        env={**os.environ, **environment, "S3_BUCKET": BUCKET},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
     try:
-        _wait_for(server, environment, folder / "log")
+        _wait_for(environment, folder / "log")
         yield environment
     finally:
-        server.kill()  # asked to end, it takes half a minute
-        server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        keeper.communicate()  # asked to end, the server would take half a minute
 
 
-def _wait_for(server: "subprocess.Popen[bytes]", environment: dict[str, str], log: Path) -> None:
+def _wait_for(environment: dict[str, str], log: Path) -> None:
     from obstore.store import S3Store
 
     store = S3Store(
@@ -80,6 +84,6 @@ def _wait_for(server: "subprocess.Popen[bytes]", environment: dict[str, str], lo
             store.delete("up")
             return
         except Exception:  # noqa: BLE001  # whatever it is, the server is not up yet
-            if server.poll() is not None or time.monotonic() > end:
+            if time.monotonic() > end:
                 raise RuntimeError(f"the object store did not start: {log.read_text()[-2000:]}") from None
             time.sleep(0.1)

@@ -6,22 +6,33 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import webdataset
 from in_bucket import contents, put
+from short_runs import config as short_run
+from short_runs import course
 from small_builds import build, copy_pictures, digests, encoded
 
+import kcache.build.builder
+import kcache.build.claims
 from kcache import Cache
 from kcache.build.joined_tars import SAMPLES
+from kcache.build.plan import claims_folder, open_plan
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
 from kcache.places import place_of
-from kcache.store.shards import record_commit
+from kcache.places.bucket import BucketPath
+from kcache.store.shards import publish_shard, record_commit
+from kcache.training import train
 from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.verify import verify_cache
 
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
 OTHER = {"zarr": "webdataset", "webdataset": "zarr"}
@@ -72,6 +83,76 @@ def test_the_other_form_holds_the_same(caches: dict[str, Path], form: str, tmp_p
     assert (tmp_path / "new" / "rejected.jsonl").read_bytes() == (caches[form] / "rejected.jsonl").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def sides(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Four pictures, one with a caption that is cut off, and a cache of them with latents of two sides."""
+    folder = tmp_path_factory.mktemp("sides")
+    pictures = copy_pictures(oracle, folder / "pictures", 4)
+    (pictures / "img_01.txt").write_text("a word " * 200)
+    build(pictures, folder / "cache", oracle, dtype="float16", format="zarr", rows_per_shard=3, resolution=(32, 64))
+    return pictures, folder / "cache"
+
+
+@pytest.mark.parametrize(
+    ("form", "stage", "asked", "tables", "models"),
+    [
+        ("webdataset", "prior", (), {"image_embeds", "text"}, {"prior"}),
+        ("zarr", "decoder", (32,), {"image_embeds", "latents-32"}, {"decoder", "prior"}),
+        ("webdataset", "all", (64,), {"image_embeds", "latents-64", "text"}, {"decoder", "prior"}),
+    ],
+)
+def test_what_one_trainer_reads_is_a_cache_that_a_build_makes_alike(
+    sides: tuple[Path, Path], oracle: Path, tmp_path: Path,
+    form: str, stage: Any, asked: tuple[int, ...], tables: set[str], models: set[str],
+) -> None:  # fmt: skip
+    pictures, cache = sides
+    manifest = convert_cache(cache, tmp_path / "new", form, stage=stage, resolution=asked, rows_per_shard=3)
+    assert (set(manifest.tables), set(manifest.models)) == (tables, models)
+    assert manifest.samples_digest == Cache.open(cache).samples_digest
+    assert not verify_cache(tmp_path / "new").corrupt
+    before = digests(tmp_path / "new")
+    settings: dict[str, Any] = {"dtype": "float16", "format": form, "stage": stage, "resolution": asked or (64,)}
+    assert encoded(build(pictures, tmp_path / "new", oracle, **settings)) == {}
+    assert digests(tmp_path / "new") == before
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert {name for name in ("image_embeds", "text", "latents-32", "latents-64") if f"| `{name}` |" in card} == tables
+    # What was left out can be left out of tars, too, and the form may stay.
+    again = {"zarr": "webdataset", "webdataset": "zarr"}[form]
+    convert_cache(cache, tmp_path / "all", again)
+    convert_cache(tmp_path / "all", tmp_path / "again", form, stage=stage, resolution=asked, rows_per_shard=3)
+    assert digests(tmp_path / "again") == before
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_what_one_trainer_reads_trains_alike(caches: dict[str, Path], tmp_path: Path, stage: Any) -> None:
+    courses = []
+    convert_cache(caches["zarr"], tmp_path / "new", "webdataset", stage=stage)
+    for number, cache in enumerate((caches["zarr"], tmp_path / "new")):
+        run = tmp_path / f"run-{number}"
+        train(str(cache), short_run(run, stage, max_train_steps=2))
+        courses.append(course(run))
+    assert courses[0] == courses[1]
+
+
+def test_what_is_not_there_to_be_taken_is_said(caches: dict[str, Path], tmp_path: Path) -> None:
+    convert_cache(caches["zarr"], tmp_path / "prior", "zarr", stage="prior")
+    with pytest.raises(
+        ConfigError, match=r"--stage decoder reads latents, but .* has image_embeds, text; .*cache-build"
+    ):
+        convert_cache(tmp_path / "prior", tmp_path / "new", "zarr", stage="decoder")
+    with pytest.raises(
+        ConfigError, match=r"--resolution 512 .* has image_embeds, latents-64, text; .*--resolution 512"
+    ):
+        convert_cache(caches["zarr"], tmp_path / "new", "zarr", resolution=(64, 512))
+    with pytest.raises(ConfigError, match="--stage prior reads no latents; leave it out"):
+        convert_cache(caches["zarr"], tmp_path / "new", "zarr", stage="prior", resolution=(64,))
+    with pytest.raises(ConfigError, match="--worker is '2/2'; expected I/N"):
+        convert_cache(caches["zarr"], tmp_path / "new", "zarr", worker="2/2")
+    with pytest.raises(CacheMismatchError, match=r"not empty \(found text-"):
+        convert_cache(caches["zarr"], tmp_path / "prior", "zarr", stage="decoder")
+    assert not (tmp_path / "new").exists()
+
+
 def test_there_and_back_gives_the_same_bytes(oracle: Path, source: Path, tmp_path: Path) -> None:
     clean = Path(shutil.copytree(source, tmp_path / "clean"))
     (clean / "img_06.png").unlink()
@@ -100,7 +181,7 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
     caches: dict[str, Path], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_cache(caches[form], tmp_path / "whole", OTHER[form], rows_per_shard=2)
-    for _ in range(4):
+    for plan_is_lost in (False, True, False, True):
         left = 1
 
         def interrupted(*arguments: object, **options: object) -> object:
@@ -118,10 +199,80 @@ def test_an_interrupted_conversion_is_no_cache_and_is_finished(
                 convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
         with pytest.raises(CacheNotFoundError):
             Cache.open(tmp_path / "new")
+        if plan_is_lost:  # the records alone say what is there
+            shutil.rmtree(tmp_path / "new" / "plans", ignore_errors=True)
+    made = list[str]()
+
+    def counted(temporary: Path, folder: Path, name: str) -> Any:
+        made.append(name)
+        return publish_shard(temporary, folder, name)
+
+    monkeypatch.setattr("kcache.store.shards.publish_shard", counted)
+    monkeypatch.setattr("kcache.build.joined_tars.publish_shard", counted)
+    there = len(list((tmp_path / "new").glob("*/0*.json")))
     convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
     assert digests(tmp_path / "new") == digests(tmp_path / "whole")
+    shards = {shard.data for entry in Cache.open(tmp_path / "new").manifest.tables.values() for shard in entry.shards}
+    assert (there, len(made)) == (4, len(shards) - 4)
     convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
     assert digests(tmp_path / "new") == digests(tmp_path / "whole")
+
+
+def test_several_write_one_cache_together(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Two processes at once, after one that was killed with a claim on what it had just committed."""
+    convert_cache(caches["zarr"], tmp_path / "alone", "webdataset", rows_per_shard=1)
+    line = "import sys; from kcache.upkeep.convert import convert_cache as c; a = sys.argv; "
+    line += "c(a[1], a[2], a[3], rows_per_shard=1, worker=a[4], report=REPORT)"
+    killed = line.replace("REPORT", "lambda *_: __import__('os')._exit(9)")
+    arguments = [str(caches["zarr"]), str(tmp_path / "new"), "webdataset"]
+    first = subprocess.run([sys.executable, "-c", killed, *arguments, "1/2"], check=False, capture_output=True)
+    assert first.returncode == 9
+    plan = open_plan(tmp_path / "new")
+    assert plan is not None
+    assert any(claims_folder(tmp_path / "new", plan).iterdir())
+    together = [
+        subprocess.Popen([sys.executable, "-c", line.replace("REPORT", "None"), *arguments, f"{index}/2"])
+        for index in range(2)
+    ]
+    assert [process.wait() for process in together] == [0, 0]
+    assert digests(tmp_path / "new") == digests(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("form", OTHER)
+def test_one_that_comes_back_when_another_has_finished_harms_nothing(
+    caches: dict[str, Path], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, kept, before = tmp_path / "new", kcache.build.builder.Claims.kept, dict[str, str]()
+
+    def suspended(claims: Any, table: Any, shard: Any) -> bool:
+        monkeypatch.setattr(kcache.build.builder.Claims, "kept", kept)
+        plan = open_plan(new)
+        assert plan is not None
+        for claim in claims_folder(new, plan).iterdir():
+            claim.unlink()
+        held = kcache.build.claims._held.copy()
+        kcache.build.claims._held.clear()  # as in the other process
+        convert_cache(caches[form], new, OTHER[form], rows_per_shard=2)
+        kcache.build.claims._held.update(held)
+        before.update(digests(new))
+        return bool(kept(claims, table, shard))
+
+    monkeypatch.setattr(kcache.build.builder.Claims, "kept", suspended)
+    convert_cache(caches[form], new, OTHER[form], rows_per_shard=2)
+    assert digests(new) == before
+
+
+def test_a_folder_in_which_something_else_is_built_is_left_alone(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("kcache.upkeep.convert.work_off", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_cache(caches["zarr"], tmp_path / "new", "webdataset")
+    before = digests(tmp_path / "new")
+    with pytest.raises(CacheMismatchError, match="is being built, of other inputs or in another form"):
+        convert_cache(caches["zarr"], tmp_path / "new", "zarr")
+    assert digests(tmp_path / "new") == before
 
 
 def test_a_signal_that_comes_last_is_not_lost(caches: dict[str, Path], tmp_path: Path) -> None:
@@ -232,6 +383,39 @@ def test_datasets_reads_the_tars(source: Path, oracle: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", OTHER)
 def test_a_conversion_in_a_bucket_is_the_same(caches: dict[str, Path], form: str, tmp_path: Path, bucket: str) -> None:
-    convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2)
-    convert_cache(str(put(caches[form], f"{bucket}/old")), f"{bucket}/new", OTHER[form], rows_per_shard=2)
-    assert contents(place_of(f"{bucket}/new")) == contents(tmp_path / "new")
+    said = list[str]()
+    convert_cache(caches[form], tmp_path / "new", OTHER[form], rows_per_shard=2, say=said.append)
+    assert said == []  # nothing goes over the network
+    old, new = str(put(caches[form], f"{bucket}/old")), f"{bucket}/new"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_cache(old, new, OTHER[form], rows_per_shard=2, report=stop, say=said.append)
+    there = {path for path in contents(place_of(new)) if path.endswith(".json") and "plans" not in path}
+    convert_cache(old, new, OTHER[form], rows_per_shard=2, say=said.append)
+    assert contents(place_of(new)) == contents(tmp_path / "new")
+    records = {path for path in contents(place_of(new)) if path.endswith(".json") and "/0" in path}
+    assert set() < there < records
+    size = sum(entry.bytes for entry in Cache.open(new).manifest.tables.values())
+    assert [line.partition(" to copy")[2] for line in said] == [f", through this machine, from {old} to {new}"] * 2
+    assert float(said[0].split()[0]) == pytest.approx(size / 1e6, abs=0.1)
+
+
+def test_rows_that_stand_together_are_fetched_together(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = list[str](), BucketPath.read_range
+
+    def read_range(path: BucketPath, start: int, length: int) -> memoryview:
+        asked.append(path.key)
+        return read(path, start, length)
+
+    monkeypatch.setattr(BucketPath, "read_range", read_range)
+    old = put(caches["zarr"], f"memory://convert/{tmp_path.name}")
+    asked.clear()
+    convert_cache(old, tmp_path / "new", "webdataset")
+    rows = [key for key in asked if "/c/" in key]
+    # One tar of samples and one of the reserved rows, of four fields in two shards each at most.
+    assert 0 < len(rows) <= 2 * 4 * 2

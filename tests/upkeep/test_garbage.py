@@ -2,21 +2,26 @@
 
 import os
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from in_bucket import contents, put
-from small_builds import build, copy_pictures, digests, encoded
+from small_builds import build, copy_pictures, digests, encoded, small_config
 
+import kcache.upkeep.garbage
 from kcache import Cache
+from kcache.build.build import BuildResult, build_cache
 from kcache.build.plan import Plan, freeze_plan
 from kcache.disk.durable import exclusive
 from kcache.errors import CacheBusyError, CacheIncompleteError
 from kcache.places.effects import temporary_folder
 from kcache.store.formats.side_files import side_name
 from kcache.store.shards import DRAFT, publish_shard
-from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.garbage import Garbage, collect_garbage
 from kcache.upkeep.verify import verify_cache
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -213,6 +218,41 @@ def test_what_lost_a_race_is_no_part_of_the_cache_and_goes(copies: tuple[Path, P
     assert (found.corrupt, sorted(path.rstrip("/") for path in found.orphaned)) == (False, made)
     assert collect_garbage(cache).paths == tuple(made)
     assert digests(cache) == before
+
+
+def test_in_a_bucket_a_build_that_wants_what_is_removed_waits_and_makes_it_anew(
+    copies: tuple[Path, Path], oracle: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build of what the cache held before begins when what is no part of it is known, and not removed yet."""
+    source, cache = copies
+    fewer = copy_pictures(oracle, tmp_path / "fewer", 2)
+    build(fewer, cache, oracle, rows_per_shard=2, replace=True)
+    place = put(cache, f"{bucket}/cache")
+    waits, find = threading.Event(), kcache.upkeep.garbage.find_garbage
+    monkeypatch.setattr("kcache.upkeep.garbage._DAY", -60.0)
+    monkeypatch.setattr("kcache.build.claims.QUIET_SECONDS", 0.0)
+
+    def listen(message: str) -> None:
+        if message.startswith("waiting for"):
+            waits.set()
+
+    with ThreadPoolExecutor(1) as builder:
+
+        def found(*arguments: Any) -> Garbage:
+            garbage = find(*arguments)
+            config = small_config(oracle, rows_per_shard=2)
+            monkeypatch.setattr("kcache.upkeep.garbage.find_garbage", find)
+            job = builder.submit(build_cache, str(source), str(place), config, say=listen)
+            jobs.append(job)
+            job.add_done_callback(lambda _: waits.set())
+            waits.wait()
+            return garbage
+
+        jobs = list[Future[BuildResult]]()
+        monkeypatch.setattr("kcache.upkeep.garbage.find_garbage", found)
+        assert collect_garbage(str(place)).paths != ()
+        assert jobs[0].result().samples == 5
+    assert not verify_cache(str(place)).corrupt
 
 
 def test_in_a_bucket_only_what_is_older_than_a_day_goes(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -62,7 +63,7 @@ def table_of(samples: Sequence[Sample]) -> "pyarrow.Table":
     import pyarrow as pa
 
     schema = sample_schema()
-    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in schema]
+    columns = [pa.array(list(map(attrgetter(field.name), samples)), field.type) for field in schema]
     return pa.table(columns, schema=schema)
 
 

@@ -7,7 +7,7 @@ bucket those parts are fetched then, and kept on this machine. Older indexes are
 import filecmp
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +23,7 @@ from kcache.store.checksums import crc32c
 from kcache.store.digests import own_folder
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
 from kcache.store.formats.side_files import LOCATOR
-from kcache.store.manifest import Manifest, ShardEntry, TableEntry
+from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
 
 CAPTION_BOUNDS = "captions"
@@ -39,7 +39,7 @@ def index_dtype(fields: Sequence[Field]) -> np.dtype[np.void]:
 def write_index(cache: Place, arrays: Mapping[str, Rows], *, in_parts: bool) -> str:
     """Write the index arrays under the name that their digest gives; returns the digest (sha256 hex).
 
-    `in_parts` as `is_in_parts` says of the shards that they lead to.
+    They are `in_parts` from schema version 2 on.
     """
     with temporary_folder(cache) as temporary:
         for name, rows in arrays.items():
@@ -67,11 +67,6 @@ def _equal(made: Path, final: Place) -> bool:
     return final.is_dir() and filecmp.cmpfiles(made, final, names, shallow=False)[0] == names
 
 
-def is_in_parts(tables: Iterable[Iterable[ShardEntry]]) -> bool:
-    """Whether the index of a cache with these shards is in parts: where all are named by number alone, it is not."""
-    return any("-" in shard.data.partition("/")[2] for shards in tables for shard in shards)
-
-
 def open_index(cache: Place, manifest: Manifest, *, whole: bool = False) -> dict[str, np.ndarray]:
     """The index arrays, memory-mapped and checked against the manifest; raises CacheCorruptError.
 
@@ -82,7 +77,7 @@ def open_index(cache: Place, manifest: Manifest, *, whole: bool = False) -> dict
     if not isinstance(folder, Path):
         do = f"remove {folder} and {do}"
     try:
-        if not is_in_parts(entry.shards for entry in manifest.tables.values()):
+        if manifest.schema_version == 1:
             return _open_whole(folder, manifest)
         arrays = _open_parts(folder, manifest, do)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
