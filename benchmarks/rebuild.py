@@ -27,8 +27,9 @@ from kcache.build.finish import PictureSizes
 from kcache.build.survey import missing_rows
 from kcache.config import BuildConfig
 from kcache.demo.tiny import demo_models
+from kcache.disk.memo import DigestMemo
 from kcache.engines.tasks import task_maker
-from kcache.store.digests import DigestMemo, caption_key, content_key
+from kcache.store.digests import caption_key, content_key
 from kcache.store.formats.columns import Sample
 from kcache.store.manifest import Manifest, write_manifest
 from kcache.store.samples import Refusal, with_ids, write_samples

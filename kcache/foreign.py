@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kcache.errors import CacheCorruptError, ConfigError, KcacheError, MemoryShortError, StoreError, UnreadableError
 
@@ -196,10 +196,8 @@ def check_withheld(error: Exception, path: object) -> None:
         raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in _WITHHELD:
-        raise UnreadableError(
-            f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged; "
-            f"{_WITHHELD[number]}"
-        ) from error
+        found = f"{path} cannot be read now ({os.strerror(number)}), which does not mean that it is damaged"
+        raise UnreadableError(f"{found}; {_WITHHELD[number]}") from error
 
 
 def corrupt(error: Exception, path: object, do: str) -> CacheCorruptError:
@@ -259,11 +257,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             waiting += each.exceptions
         waiting.append(each.__cause__ or (None if each.__suppress_context__ else each.__context__))
         # requests and urllib3 keep the error beneath among their arguments.
-        waiting += [argument for argument in (*each.args, getattr(each, "reason", None)) if _is_error(argument)]
-
-
-def _is_error(value: Any) -> bool:
-    return isinstance(value, BaseException)
+        arguments = (*each.args, getattr(each, "reason", None))
+        waiting += [argument for argument in arguments if isinstance(argument, BaseException)]
 
 
 def _names(error: BaseException) -> list[str]:

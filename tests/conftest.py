@@ -5,6 +5,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +65,17 @@ def bucket(s3: str) -> str:
 
 @pytest.fixture
 def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Faults]":
-    """A place in that bucket by way of a proxy; set `faulty.rates` to let it fail. The environment leads there."""
+    """A place in that bucket by way of a proxy; set `faulty.rates` to let it fail. The environment leads there.
+
+    What fails is tried again sooner than else.
+    """
     from faulty_s3 import faulty_s3
 
-    from kcache.places.client import forget_stores
+    from kcache.places.client import _BACKOFF, forget_stores
 
+    monkeypatch.setitem(_BACKOFF, "init_backoff", timedelta(milliseconds=5))
+    monkeypatch.setitem(_BACKOFF, "max_backoff", timedelta(milliseconds=50))
+    monkeypatch.setattr("kcache.places.conditional._PAUSE_SECONDS", 0.005)
     with faulty_s3(os.environ, bucket) as faults:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
         forget_stores()

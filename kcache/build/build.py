@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kcache.build.builder import Builder, BuildReport, unfinished
-from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, worker_place
+from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
@@ -108,7 +108,8 @@ def complete(
                     before, verdicts = _counts(job, found), other_verdicts(job, found.tables)
                     for note in verdicts:
                         say(note)
-                with suppress(CacheBusyError):  # another one had the turn, and opened a plan or finished: look again
+                # Another one had the turn meanwhile, and opened a plan or finished: look again.
+                with unless_lost(lambda: not is_mine(folder / TURN)), suppress(CacheBusyError):
                     plan = plan or _new_plan(job, found, builder.seen, sizes)
                     if plan is None and is_mine(folder / TURN):
                         clear_plans(folder)

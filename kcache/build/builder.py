@@ -7,13 +7,13 @@ taken over, at once if it ran on this machine, else when its lease has run out.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from kcache.build.claims import Patience, holder, is_mine, let_go, take
+from kcache.build.claims import Patience, holder, is_mine, let_go, take, unless_lost
 from kcache.build.committed import Committed
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
@@ -73,15 +73,13 @@ def _uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard])
 
 
 def work_off(cache: Place, plan: Plan, place: tuple[int, int], patience: Patience, work: Work) -> None:
-    """Have `work` do what nobody else does of the open `plan`; returns when all of it is committed, or it is closed.
-
-    `place` says that this is builder I of N.
-    """
+    """Have `work` do, as builder I of N, what nobody else does of `plan`, until all is committed or it is closed."""
     claims = Claims(cache, plan, patience)
     try:
         while left := unfinished(cache, plan):
             for table, shards in left:
-                work(table, _in_order(shards, place), claims)
+                with unless_lost(claims.lost):
+                    work(table, _in_order(shards, place), claims)
             if not claims.open():
                 break
             _wait(cache, plan, claims, patience)
@@ -167,8 +165,7 @@ class Builder:
         claims: "Claims",
     ) -> None:
         job = self.job
-        whole, _ = whole_samples(job.samples, found.tables)
-        named = with_ids(whole)
+        named = with_ids(whole_samples(job.samples, found.tables)[0])
         standing = Positions(Keys.of(tar_keys(named)))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
@@ -238,10 +235,9 @@ class Claims:
                 yield shard
             else:
                 progress.total -= len(shard.keys)
-        left = _uncommitted(self._cache, table, later) if later else []
-        progress.total -= sum(len(shard.keys) for shard in later) - sum(len(shard.keys) for shard in left)
-        for shard in left:
-            if self._take(table, shard):
+        left = {shard.name for shard in _uncommitted(self._cache, table, later)} if later else ()
+        for shard in later:
+            if shard.name in left and self._take(table, shard):
                 yield shard
             else:
                 progress.total -= len(shard.keys)
@@ -278,9 +274,7 @@ class Claims:
 
         Shards are committed one after the other: what was asked about before is done.
         """
-        for done in [claim for claim, asked in list(self._held.items()) if asked]:
-            let_go(done)
-            del self._held[done]
+        self._let_go([claim for claim, asked in self._held.items() if asked])
         claim = self.path(table, shard)
         self._held[claim] = True
         if kept := is_mine(claim):
@@ -289,15 +283,23 @@ class Claims:
         self._patience.say(f"{claim.name} was taken over by another builder: what this one made of it is not needed")
         return False
 
+    def lost(self) -> bool:
+        """Whether another builder has taken over any that were held; those are let go of."""
+        lost = [claim for claim in self._held if not is_mine(claim)]
+        self._let_go(lost)
+        return lost != []
+
     def settled(self, table: TablePlan, shard: PlannedShard) -> None:
         """Let go of a shard that is committed."""
-        claim = self.path(table, shard)
-        self._held.pop(claim, None)
-        let_go(claim)
+        self._let_go([self.path(table, shard)])
 
     def release(self) -> None:
         """Let go of everything: what is committed needs no claim, and what is not is free for others."""
-        for claim in list(self._held):
+        self._let_go(list(self._held))
+
+    def _let_go(self, claims: Iterable[Place]) -> None:
+        for claim in claims:
+            self._held.pop(claim, None)
             let_go(claim)
 
 
@@ -318,10 +320,8 @@ class ShardProgress:
         now = time.perf_counter()
         if self._report and (now - self._reported >= REPORT_SECONDS or self._done == self.total):
             self._reported = now
-            seconds = now - self._start
-            self._report(
-                BuildProgress(table=self._table, done=self._done, total=self.total, seconds=seconds, busy=busy)
-            )
+            table, seconds = self._table, now - self._start
+            self._report(BuildProgress(table=table, done=self._done, total=self.total, seconds=seconds, busy=busy))
 
     def counted(self, shards: Iterator[PlannedShard]) -> Iterator[PlannedShard]:
         """The `shards`, each counted as written when the next one is asked for."""

@@ -156,6 +156,19 @@ def is_mine(claim: Place) -> bool:
         return False
 
 
+@contextmanager
+def unless_lost(lost: Callable[[], bool]) -> Iterator[None]:
+    """In the block, what fails is passed over if `lost` says then that a claim is not this process's any more.
+
+    Another builder has then done that work, and cleared up after this one, who was suspended for long.
+    """
+    try:
+        yield
+    except (OSError, CacheCorruptError):
+        if not lost():
+            raise
+
+
 def let_go(claim: Place) -> None:
     """Give up a claim. If its file cannot be removed, this process ignores it; others do once this one ended."""
     mine = is_mine(claim)

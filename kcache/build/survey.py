@@ -13,6 +13,7 @@ from kcache.build.departures import NOBODY, Leaving
 from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.color import check_color_management
 from kcache.encoders.decoding import decoder_facts, outgrown_limit
 from kcache.encoders.fit import check_request
@@ -22,7 +23,7 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import DigestMemo, Keys, Positions, caption_key, content_key
+from kcache.store.digests import Keys, Positions, caption_key, content_key
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest

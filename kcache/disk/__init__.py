@@ -3,5 +3,6 @@
 - `filesystems`: what some file systems cannot do, gone without
 - `durable`: files and folders that appear whole or not at all, and holding a folder
 - `leases`, `readers`: what processes elsewhere hold, and who reads
+- `memo`: digests of files, remembered while these stay unchanged
 - `room`: what a folder must be able to take, found out and kept back before it is needed
 """

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.decoding import Decoding
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
 from kcache.encoders.repositories import find_repository
@@ -23,7 +24,7 @@ from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.machine import threads_for
 from kcache.sources import Source
 from kcache.store.cache import Cache
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 from kcache.store.recipe import kind_of
 from kcache.store.rows import Empty
 from kcache.store.shards import OFFSETS

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.color import INTENT
 from kcache.encoders.repositories import COMPONENTS, Configuration, Repository
 from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
 from kcache.errors import ConfigError, ModelError
-from kcache.store.digests import DigestMemo
 from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, side_of
 
 MAX_PIXELS = 64_000_000

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcache.config import Say, unheard
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import FINISH, Repository
 from kcache.errors import ModelError
 from kcache.foreign import reason
 from kcache.plainly import plainly_at
-from kcache.store.digests import DigestMemo
 from kcache.store.recipe import json_digest
 
 _STEMS = ("model", "diffusion_pytorch_model")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
@@ -25,7 +26,7 @@ from kcache.errors import EngineError, ModelError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import place_of
 from kcache.sources import Source, open_source
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 
 if TYPE_CHECKING:

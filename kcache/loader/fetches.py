@@ -11,6 +11,7 @@ from kcache.errors import CacheCorruptError, KcacheError, StoreError
 from kcache.foreign import corrupt
 from kcache.loader.streamed import StreamShape
 from kcache.places.bucket import BucketPath
+from kcache.places.client import is_silence
 from kcache.places.place import Place
 from kcache.store.cache import Cache
 from kcache.store.recipe import kind_of
@@ -151,19 +152,13 @@ class Layout:
     def explained(self, error: BaseException, fetch: Fetch) -> BaseException:
         """What to raise for an error of asking for a range: a file that is gone or cut is corruption."""
         path = self.paths[fetch.file]
-        if isinstance(error, FileNotFoundError) and isinstance(path, BucketPath):
-            return CacheCorruptError(
-                f"{path} is not there; expected a committed shard's data; finish the copy, or build the cache again "
-                "with its source to encode it anew"
-            )
-        if isinstance(error, StoreError) and isinstance(path, BucketPath):
+        if isinstance(error, StoreError) and isinstance(path, BucketPath) and not is_silence(error):
             with suppress(OSError):  # what the store said first is what is told
                 if (size := path.size()) < fetch.start + fetch.length:
                     missing = f"the file ends {fetch.start + fetch.length - size:,} bytes before its rows do"
                     return self.corrupt(fetch, fetch.rows[-1], missing)
-            return error
         if isinstance(error, OSError) and not isinstance(error, KcacheError):
-            return corrupt(error, path, "expected a committed shard's data there")
+            return corrupt(error, path, "build the cache again with its source to encode it anew")
         return error
 
 

@@ -217,6 +217,12 @@ def _word(now: float) -> str | None:
     return f"{place}: waiting for the object store for {now - began:.0f} s; it is asked again for some minutes"
 
 
+def is_silence(error: StoreError) -> bool:
+    """Whether a store did not answer at all, so that asking it something else would wait as long again."""
+    return _SILENCE.search(str(error.__cause__)) is not None
+
+
+_SILENCE = re.compile(r"[Tt]imed ?out|deadline|kind: (?:Timeout|Connect)|onnection refused|dns error")
 _ANSWERED = re.compile(r"status code: \d|\bstatus: \d")
 _NO_CREDENTIALS = re.compile(
     r"169\.254\.|metadata\.google|No credentials|credential.*not (?:found|provided)|Missing ?(?:Acc|Secret)"

@@ -17,6 +17,8 @@ from kcache.places.place import Place
 
 _TRIES = 8
 """How often a write is tried whose answer and outcome do not go together."""
+_PAUSE_SECONDS = 0.1
+"""Before what lost against another writer is tried again, for the first time; then twice as long each time."""
 
 
 class Version(NamedTuple):
@@ -94,7 +96,7 @@ def _is_refusal(error: StoreError) -> bool:
 
 
 def _back_off(attempt: int) -> None:
-    time.sleep(0.1 * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000))
+    time.sleep(_PAUSE_SECONDS * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000))
 
 
 def check_store(folder: Place) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kcache.config import CountReport
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.frozen import PictureEncoder
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
@@ -17,7 +18,6 @@ from kcache.report.grid import grids_of, open_picture, pictures_of, png_bytes
 from kcache.report.page import Block, Section, Table, Text
 from kcache.report.run import Run, drawn_prompts
 from kcache.store.cache import Cache
-from kcache.store.digests import DigestMemo
 from kcache.store.samples import read_some_samples
 
 NEAREST = 3

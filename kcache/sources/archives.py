@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import BinaryIO
 
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, StoreError
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
@@ -26,7 +27,7 @@ from kcache.places.fetching import AT_ONCE, FETCHES, Windows, at_once
 from kcache.places.opened import opened
 from kcache.plainly import plainly_at
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, locate
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 
 _TEXT_SUFFIXES = ("txt", "text", "caption", "json")
 """Members that are read to know the captions."""

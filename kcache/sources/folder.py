@@ -5,13 +5,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 

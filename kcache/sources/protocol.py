@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
-from kcache.store.digests import DigestMemo
 from kcache.store.samples import Refusal
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.foreign import reason
 from kcache.places import Place
@@ -28,7 +29,7 @@ from kcache.sources.arrow_files import (
 from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
-from kcache.store.digests import KEY_BYTES, DigestMemo, content_key
+from kcache.store.digests import KEY_BYTES, content_key
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.hints import near_names
 from kcache.places import Place
@@ -17,7 +18,7 @@ from kcache.sources.archives import Member, TarListing, far_listings, image_at, 
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 from kcache.urls import store_url
@@ -66,9 +67,8 @@ class TarSource:
         return self.samples[i].captions
 
     def image(self, i: int) -> bytes:
-        sample = self.samples[i]
-        path = self.tars[sample.tar][1]
-        return image_at(path, sample.offset, sample.size, sample.key_of_image, self.windows)
+        at = self.samples[i]
+        return image_at(self.tars[at.tar][1], at.offset, at.size, at.key_of_image, self.windows)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         sample = self.samples[i]

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.disk.memo import DigestMemo
 from kcache.disk.room import Reserve, write_file
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import PIPELINES, Repository
@@ -24,7 +25,6 @@ from kcache.objectives.blocks import choose_attention, compile_blocks, recompute
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
 from kcache.store.checkpoint import checkpoint_steps
-from kcache.store.digests import DigestMemo
 
 _FEWEST_TOKENS = 6
 """Of a caption without words: its begin and its end; and the four that the prior puts behind them."""

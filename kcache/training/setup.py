@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
@@ -16,7 +17,6 @@ from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.digests import DigestMemo
 from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.store.run_directory import logger

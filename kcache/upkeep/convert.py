@@ -11,7 +11,7 @@ from functools import partial
 from typing import get_args
 
 from kcache.build.builder import BuildProgress, Claims, ShardProgress, unfinished, work_off
-from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, worker_place
+from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan
@@ -65,10 +65,12 @@ def convert_cache(
         while True:
             with turn(target, patience):
                 remove_leftovers(target)
-                plan = _plan_to_join(copier, target) or _new_plan(copier, target, rows_per_shard)
-                if plan is None and is_mine(target / TURN):
-                    clear_plans(target)
-                    with suppress(CacheBusyError):  # another process finished meanwhile: look again
+                plan = _plan_to_join(copier, target)
+                # Another one had the turn meanwhile, and opened a plan or finished: look again.
+                with unless_lost(lambda: not is_mine(target / TURN)), suppress(CacheBusyError):
+                    plan = plan or _new_plan(copier, target, rows_per_shard)
+                    if plan is None and is_mine(target / TURN):
+                        clear_plans(target)
                         manifest = _finish(copier, contents, target, form)
                         break
             if plan is not None:

@@ -20,6 +20,7 @@ from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import shard_name
 from kcache.config import CountReport
 from kcache.disk.durable import new_file, sync_folder
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
@@ -29,7 +30,7 @@ from kcache.places.effects import make_folder, publish, temporary_folder
 from kcache.places.fetching import reading
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import DigestMemo, unpack_keys
+from kcache.store.digests import unpack_keys
 from kcache.store.index import TableState
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences

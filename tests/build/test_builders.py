@@ -1,6 +1,7 @@
 """Several builders of one cache: who takes which shard, who waits for whom, and what the dead leave behind."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -156,6 +157,34 @@ def test_one_that_was_suspended_while_it_planned_joins_the_plan_that_another_ope
     assert {commit.rows for path in cache.glob("*/0*.json") if (commit := read_commit(path)).rows} == {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("form", "moment"),
+    [
+        ("zarr", "kcache.store.shards.publish_shard"),
+        ("webdataset", "kcache.build.joined_tars.publish_shard"),
+        ("zarr", "kcache.store.formats.index_files.publish"),
+    ],
+)
+def test_one_that_was_suspended_while_it_wrote_drops_what_is_gone(
+    source: Path, oracle: Path, tmp_path: Path, elsewhere: Callable[[str, Callable[[], None]], None],
+    form: str, moment: str,
+) -> None:  # fmt: skip
+    """Another builder took over its claims, removed what it was making, and has finished."""
+    cache, before = tmp_path / "cache", dict[str, str]()
+
+    def finish() -> None:
+        for path in (*cache.glob("plans/*/claims/*"), cache / TURN):
+            path.unlink(missing_ok=True)
+        for path in (*cache.glob(".tmp-*"), *cache.glob("*/.tmp-*")):
+            shutil.rmtree(path)
+        build(source, cache, oracle, format=form, rows_per_shard=4)
+        before.update(digests(cache))
+
+    elsewhere(moment, finish)
+    assert build(source, cache, oracle, format=form, rows_per_shard=4).samples == 6
+    assert digests(cache) == before
+
+
 def test_one_that_was_suspended_while_it_finished_names_nothing_that_is_gone(
     source: Path, oracle: Path, tmp_path: Path, elsewhere: Callable[[str, Callable[[], None]], None]
 ) -> None:
@@ -196,8 +225,8 @@ def test_of_what_others_committed_no_claim_is_held(planned: tuple[Path, Path], m
         return take(claim, *arguments)
 
     monkeypatch.setattr("kcache.build.builder.take", counted)
-    own = kcache.build.builder._Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
-    progress = kcache.build.builder._Progress("", 0, None)
+    own = kcache.build.builder.Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
+    progress = kcache.build.builder.ShardProgress("", 0, None)
     assert list(own.claimed(table, table.shards, progress)) == [second]
     own.settled(table, second)
     (cache / table.recipe.directory / f"{second.name}.json").write_bytes(b"")  # since it was last looked
@@ -259,8 +288,8 @@ def test_a_claim_is_let_go_when_its_shard_is_committed(planned: tuple[Path, Path
     cache, folder = planned
     plan = open_plan(cache)
     assert plan is not None
-    claims, table = kcache.build.builder._Claims(cache, plan, Patience(say=print)), plan.tables[0]
-    mine = claims.claimed(table, table.shards, kcache.build.builder._Progress("", 9, None))
+    claims, table = kcache.build.builder.Claims(cache, plan, Patience(say=print)), plan.tables[0]
+    mine = claims.claimed(table, table.shards, kcache.build.builder.ShardProgress("", 9, None))
     first, second = next(mine), next(mine)
     assert claims.kept(table, first)
     assert claims.kept(table, second)  # asked once the first is committed

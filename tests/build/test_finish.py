@@ -19,7 +19,7 @@ from kcache.build.survey import acceptable
 from kcache.errors import InputRejected
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
-from kcache.store.formats.side_files import SIZES
+from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState, index_dtype
 from kcache.store.recipe import Field, kind_of
 from kcache.store.samples import Refusal, Sample
@@ -137,12 +137,12 @@ def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_
         return plan(*arguments)
 
     def measured(sizes: PictureSizes, keys: Keys) -> None:
-        gone, *others = sorted(keys)
-        sizes._sizes.add(np.array([(list(key), 64, 64) for key in others], SIZES))
+        *there, gone = sorted(keys)
+        sizes._sizes.add(size_rows(there, dict.fromkeys(there, (64, 64))))
         sizes._refused[gone] = InputRejected("source", "it is gone")
 
     monkeypatch.setattr("kcache.build.build.plan_tars", counted)
-    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: np.empty(0, SIZES))
+    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: size_rows((), {}))
     monkeypatch.setattr(PictureSizes, "_measure", measured)
     result = build(copy_pictures(oracle, tmp_path / "pictures"), tmp_path / "cache", oracle, format="webdataset")
     assert (result.samples, result.rejected) == (5, 1)

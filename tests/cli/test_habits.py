@@ -12,8 +12,8 @@ from documents import arguments_of
 from small_builds import copy_pictures
 
 import kcache.build.survey
+from kcache.disk.memo import DigestMemo
 from kcache.sources import open_source
-from kcache.store.digests import DigestMemo
 from kcache.upkeep.merge import merge_caches
 from kcache_cli import app as cli
 from kcache_cli.progress import Report, show_counts

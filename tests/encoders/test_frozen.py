@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kcache.config import BuildConfig
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.frozen import Encoder, load_encoder
 from kcache.encoders.recipes import table_recipe
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
-from kcache.store.digests import DigestMemo
 from kcache.store.recipe import Recipe, kind_of
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kcache.config import BuildConfig, Stage
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository
 from kcache.errors import ConfigError, ModelError
-from kcache.store.digests import DigestMemo
 from kcache.store.recipe import Field, Recipe, components, kind_of, recipe_differences, table_names
 
 TABLES = ("image_embeds", "text", "latents-64")

@@ -11,10 +11,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import ModelError
-from kcache.store.digests import DigestMemo
 
 FILE = "model.safetensors"
 

@@ -101,6 +101,13 @@ def test_an_endpoint_that_is_none(environment: Callable[..., None], endpoint: st
         open_plan(BucketPath.of("s3://caches/x"))
 
 
+def test_no_answer_is_told_from_one() -> None:
+    for text, silent in (("kind: Timeout, operation timed out", True), ("status code: 416 Range Not", False)):
+        with pytest.raises(StoreError) as caught, told("s3://b/k"):
+            raise GenericError(text)
+        assert client.is_silence(caught.value) is silent
+
+
 def test_whoever_waits_for_a_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_waiting", {})
     with told("s3://b/k"):

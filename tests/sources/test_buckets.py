@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from in_bucket import put
 
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import write_bytes
 from kcache.places.fetching import Windows
 from kcache.sources import Source, open_source
-from kcache.store.digests import DigestMemo
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> None:

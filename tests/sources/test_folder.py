@@ -9,9 +9,10 @@ import pytest
 from source_folders import metadata, offered, reasons, write
 
 from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import open_source
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from source_folders import offered, reasons, write
 
 from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import open_source
 from kcache.sources.reading import caption_tuple
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -82,7 +83,7 @@ def test_refused_rows_leave_the_others_with_their_own_captions(
 def test_rows_of_an_unchanged_file_are_digested_once(
     tmp_path: Path, memo: DigestMemo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kcache.store.digests._RACY_NS", -10_000_000_000)
+    monkeypatch.setattr("kcache.disk.memo._RACY_NS", -10_000_000_000)
     path = save_parquet(tmp_path, rows_table([b"A", b"B", b"C"], ["a", "b", "c"]))
     first = [open_source(path).image_key(i, memo, False) for i in range(3)]
     monkeypatch.setattr("kcache.sources.table.content_key", lambda content: pytest.fail("digested again"))

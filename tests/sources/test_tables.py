@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from kcache import Cache
 from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.arrow_files import HeldImages, ParquetFile
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 from kcache.upkeep.info import describe_cache
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.archives import MAX_HEADER_BYTES, list_members
 from kcache.sources.tars import expand_braces
-from kcache.store.digests import DigestMemo, content_key
+from kcache.store.digests import content_key
 
 FOLDERS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
 
@@ -165,7 +166,7 @@ def test_keys_are_remembered_by_tar_and_place(
     tmp_path: Path, memo: DigestMemo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("b.jpg", b"B"))
-    monkeypatch.setattr("kcache.store.digests._RACY_NS", -(10**9))
+    monkeypatch.setattr("kcache.disk.memo._RACY_NS", -(10**9))
     source = open_source(str(path), need_captions=False)
     keys = [source.image_key(i, memo, False) for i in range(2)]
     monkeypatch.setattr("kcache.sources.archives.content_at", lambda *_: pytest.fail("read again"))

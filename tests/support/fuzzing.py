@@ -31,9 +31,9 @@ from measuring.synthetic import write_synthetic_cache
 
 from kcache import Cache
 from kcache.build.plan import Plan, freeze_plan, open_plan, plan_table
+from kcache.disk.memo import DigestMemo
 from kcache.errors import KcacheError
 from kcache.sources import open_source
-from kcache.store.digests import DigestMemo
 from kcache.store.formats.parts import PARTS, list_parts
 from kcache.store.index import stored_rows
 from kcache.store.recipe import canonical_json

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
 
 import kcache.training.run
+from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, RunError
 from kcache.store.checkpoint import latest_checkpoint, open_checkpoint
-from kcache.store.digests import DigestMemo
 from kcache.store.run_directory import read_starts
 from kcache.training.resume import checkpoint_to_resume
 from kcache.training.trainer import train

@@ -16,11 +16,11 @@ import numpy as np
 from kcache.disk.durable import read_npy, replace, write_bytes, writing
 from kcache.disk.durable import temporary_folder as local_folder
 from kcache.disk.filesystems import mapped
+from kcache.disk.memo import own_folder
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, read_all, remove, temporary_folder
 from kcache.store.checksums import crc32c
-from kcache.store.digests import own_folder
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
 from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, TableEntry
