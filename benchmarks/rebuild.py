@@ -4,8 +4,8 @@
 
 Nothing is read or encoded: the pictures of the source are a few letters each, with a caption of its own, made up when
 they are asked for. The cache has the list of them and no rows. One in a hundred has another caption, and one another
-picture, than in the cache. Each measure runs in a process of its own; its peak of memory is what the process took from
-its start, imports and all, and what it maps of files.
+picture, than in the cache. It is measured in a process of its own: its peak of memory, imports and all and what it
+maps of files, and what of its memory no file gives back.
 """
 
 import argparse
@@ -85,10 +85,10 @@ def write_cache(cache: Path, samples: int) -> None:
     write_manifest(cache, manifest, None)
 
 
-def peak() -> int:
-    """The most memory that this process has taken so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+def memory() -> dict[str, int]:
+    """The most memory that this process has taken so far, and what it now has that no file gives back."""
+    told = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(told[line].split()[0]) << 10 for name, line in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
 
 
 def measure(scratch: Path, samples: int) -> dict[str, dict[str, float]]:
@@ -98,11 +98,11 @@ def measure(scratch: Path, samples: int) -> dict[str, dict[str, float]]:
         resolution=(32,), pretrained_prior_model_name_or_path=str(prior),
         pretrained_decoder_model_name_or_path=str(decoder), device="cpu",
     )  # fmt: skip
-    results, start = {"begin": {"seconds": 0.0, "peak_bytes": float(peak())}}, time.perf_counter()
+    results, start = {"begin": {"seconds": 0.0, **memory()}}, time.perf_counter()
 
     def done(step: str) -> None:
         nonlocal start
-        results[step] = {"seconds": time.perf_counter() - start, "peak_bytes": float(peak())}
+        results[step] = {"seconds": time.perf_counter() - start, **memory()}
         start = time.perf_counter()
 
     with mock.patch("kcache.build.survey.open_source", return_value=MadeUp(samples, changed=True)):
@@ -141,7 +141,8 @@ def main() -> None:
             subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
         )
         for name, found in results.items():
-            print(f"{name}: {found['seconds']:,.1f} s, peak {found['peak_bytes'] / 1e6:,.0f} MB", flush=True)
+            peak, now = (found[kind] / 1e6 for kind in ("peak", "anonymous"))
+            print(f"{name}: {found['seconds']:,.1f} s, peak {peak:,.0f} MB, anonymous {now:,.0f} MB", flush=True)
     write_outcome(arguments.output, "rebuild", vars(arguments), results, str(arguments.samples))
 
 

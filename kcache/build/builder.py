@@ -26,6 +26,7 @@ from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.places.holds import writing
 from kcache.stopping import stop_here
+from kcache.store.digests import Keys, Positions
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import read_commits
 
@@ -164,13 +165,12 @@ class Builder:
         claims: "Claims",
     ) -> None:
         job = self.job
-        whole, _ = whole_samples(job.samples, found.tables)
-        named = with_ids(whole)
-        by_key = dict(zip(tar_keys(named), named, strict=True))
+        named = with_ids(whole_samples(job.samples, found.tables)[0])
+        standing = Positions(Keys.of(tar_keys(named)))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
             """Those that are samples still and whose image can be read."""
-            readable, _ = self.sizes.measured([by_key[key] for key in keys if key in by_key])
+            readable, _ = self.sizes.measured([named[i] for i in standing.find(keys).tolist() if i >= 0])
             return dict(zip(tar_keys(readable), readable, strict=True))
 
         writer = TarWriter(job.folder, found.tables, found.provenance)

@@ -224,9 +224,9 @@ class PictureSizes:
         self._sizes = Sizes(job.before)
         self._refused: dict[bytes, InputRejected] = {}
 
-    def readable(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+    def readable(self, samples: Samples) -> Samples:
         """The samples without those of which it was found that their picture cannot be read any more."""
-        return [sample for sample in samples if sample.image_key not in self._refused] if self._refused else samples
+        return samples.where(~samples.image_keys.among(self._refused))
 
     def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
         """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""

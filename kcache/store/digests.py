@@ -131,21 +131,20 @@ class Positions:
 
     def __init__(self, keys: Keys, numbers: np.ndarray | None = None) -> None:
         """`numbers` (n,) int64 of the `keys`; None for where they stand."""
-        self._keys = keys
-        self._numbers = numbers
+        self._given = keys, numbers
 
     def find(self, keys: Iterable[bytes]) -> np.ndarray:
         """The number of each of `keys`: (n,) int64, -1 for what has none."""
         known, numbers = self._sorted
-        at = known.find(Keys.of(keys))
-        at[at >= 0] = numbers[at[at >= 0]]
-        return at
+        return numbers[known.find(Keys.of(keys))]
 
     @cached_property
     def _sorted(self) -> tuple[Keys, np.ndarray]:
-        order, new = self._keys.in_order()
+        keys, numbers = self._given
+        order, new = keys.in_order()
         last = order[np.append(new[1:], True)[: len(new)]]
-        return self._keys[last], last if self._numbers is None else self._numbers[last]
+        # Behind the numbers that of what is not found, which is looked for at -1.
+        return keys[last], np.append(last if numbers is None else numbers[last], -1)
 
 
 def unpack_keys(packed: np.ndarray) -> list[bytes]:

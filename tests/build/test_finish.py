@@ -1,6 +1,5 @@
 """Finishing: which samples a cache gets of those that were offered, and where each of their rows stands."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import kcache.build.build
 from kcache.build import finish
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.plan import Plan
+from kcache.build.survey import acceptable
 from kcache.errors import InputRejected
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
@@ -92,6 +92,15 @@ def looked_at_one_by_one(
     return whole, refused
 
 
+@given(samples=SAMPLES, tables=states())
+def test_samples_are_acceptable_in_columns_as_one_by_one(samples: list[Sample], tables: dict[str, TableState]) -> None:
+    images = {key for name, state in tables.items() if name != "text" for key in state.rejected}
+    captions = set(tables["text"].rejected) if "text" in tables else set[bytes]()
+    assert list(acceptable(samples, tables)) == [
+        s for s in samples if s.image_key not in images and not (s.caption_keys and captions.issuperset(s.caption_keys))
+    ]
+
+
 @given(samples=SAMPLES, tables=states(), per_table=st.sampled_from([1, 3, 100]))
 def test_samples_are_whole_in_columns_as_one_by_one(
     samples: list[Sample], tables: dict[str, TableState], per_table: int
@@ -127,7 +136,7 @@ def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_
         assert planned < 4
         return plan(*arguments)
 
-    def measured(sizes: PictureSizes, keys: Sequence[bytes]) -> None:
+    def measured(sizes: PictureSizes, keys: Keys) -> None:
         *there, gone = sorted(keys)
         sizes._sizes.add(size_rows(there, dict.fromkeys(there, (64, 64))))
         sizes._refused[gone] = InputRejected("source", "it is gone")
