@@ -28,8 +28,7 @@ _TOGETHER = 64
 _LONG_BYTES = 4 << 20
 """Longer than any row of a text: of a file in a bucket with such a row it is asked how long it is."""
 
-
-_EXPECTED = "expected a committed shard's data there"
+_DO = "`kcache cache-verify CACHE --source SOURCE --repair` encodes its rows again"
 
 
 class FieldFile(NamedTuple):
@@ -64,7 +63,7 @@ class FieldFiles:
         try:
             return path.size()
         except FileNotFoundError as error:
-            raise corrupt(error, path, _EXPECTED) from error
+            raise corrupt(error, path, _DO) from error
 
     def content(self, shard: int) -> np.ndarray:
         """All bytes of a shard's file, (size,) uint8, read-only."""
@@ -84,7 +83,7 @@ class FieldFiles:
             content = mapped(path)
             return content, np.frombuffer(content, np.uint8)
         except (OSError, ValueError) as error:
-            raise corrupt(error, path, _EXPECTED) from error
+            raise corrupt(error, path, _DO) from error
 
     def will_need(self, entries: np.ndarray) -> None:
         """Have the rows that index entries point to read from the disk, all at once, without waiting for them.
@@ -273,7 +272,7 @@ def _fetch_range(
     try:
         content = np.frombuffer(path.read_range(start, end - start), np.uint8)  # type: ignore[union-attr]
     except FileNotFoundError as error:
-        raise corrupt(error, path, _EXPECTED) from error
+        raise corrupt(error, path, _DO) from error
     lengths, sums = locators["length"].tolist(), locators["crc32c"].tolist()
     for offset, length, expected, target in zip(offsets, lengths, sums, targets.tolist(), strict=True):
         pieces = files.pieces_in(content, start, shard, offset, length)

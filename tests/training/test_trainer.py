@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from short_runs import STAGES, WEIGHTS, assert_equal_weights, config, course
 from transformers import PreTrainedModel
 
+import kcache.disk.memo
 import kcache.encoders.weights
-import kcache.store.digests
 import kcache.training.run
 from kcache.errors import CacheIncompleteError, CacheMismatchError, CacheWriteError, ConfigError, ModelError, RunError
 from kcache.objectives.losses import Batch, DecoderObjective, Objective, PriorObjective
@@ -88,7 +88,7 @@ def test_a_second_run_loads_no_encoder_and_digests_nothing(
         return real(file, *settings)
 
     # The models have only just been written, and might change again within a tick of the clock.
-    monkeypatch.setattr(kcache.store.digests, "_RACY_NS", 0)
+    monkeypatch.setattr(kcache.disk.memo, "_RACY_NS", 0)
     train(cache, config(tmp_path / "first", stage))
     monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(watched))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
