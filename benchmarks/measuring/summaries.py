@@ -101,8 +101,36 @@ def read_checks(report: Report) -> str:
     return f"What it costs to verify each row that training reads: {'; '.join(stages)}."
 
 
+def streaming(report: Report) -> str:
+    waits = report["results"]["waits"]
+    return (
+        f"Of a consumer's time, waiting for streamed rows: {waits['twice']['all']:.1%} where the store gives twice "
+        f"what is needed; {waits['half']['all']:.0%} where it gives half, {waits['half']['store']:.0%} for the store."
+    )
+
+
+def engine(report: Report) -> str:
+    rows = (
+        f"{slots} at {row['of_linear']:.3f} of linear, {'the same' if row['same_bytes'] else 'OTHER'} bytes"
+        for slots, row in report["results"].items()
+    )
+    return f"Slots of a Ray cluster whose encoders wait at each batch: {'; '.join(rows)}."
+
+
+def many_samples(report: Report) -> str:
+    plan, cache, read = (report["results"][name] for name in ("plan", "make_cache", "read"))
+    return (
+        f"{report['settings']['samples']:,} samples: planned in {plan['seconds']:.0f} s with "
+        f"{plan['peak_bytes'] / 1e9:.1f} GB, an index of {cache['index_bytes'] / 1e9:.1f} GB written in "
+        f"{cache['index_seconds']:.0f} s, opened in {read['open_seconds']:.2f} s with "
+        f"{read['open_anonymous_bytes'] / 1e6:.0f} MB, first batch of a full shuffle after "
+        f"{read['first_batch_seconds']:.0f} s with {read['first_batch_anonymous_bytes'] / 1e9:.1f} GB."
+    )
+
+
 SUMMARIES: dict[str, Callable[[Report], str]] = {
-    function.__name__: function for function in (startup, scale, kills, estimate, integrity, read_checks)
+    function.__name__: function
+    for function in (startup, scale, kills, estimate, integrity, read_checks, streaming, engine, many_samples)
 }
 
 
