@@ -21,6 +21,7 @@ from kcache.config import CountReport, Say, unheard
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheIncompleteError
 from kcache.places import Place, place_of
+from kcache.places.conditional import check_store
 from kcache.places.effects import remove
 from kcache.places.fetching import listed
 from kcache.places.holds import knows_readers
@@ -86,6 +87,7 @@ def collect_garbage(
     if dry_run:
         contents = _finished(folder)
         return find_garbage(contents, live_shards(contents))
+    check_store(folder)
     with stopped_when_safe(), alone(folder, say):
         contents = _finished(folder)
         if compact:

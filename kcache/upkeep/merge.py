@@ -26,6 +26,7 @@ from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, ConfigError, ModelError
 from kcache.places import Place, cache_place, place_of
+from kcache.places.conditional import check_store
 from kcache.places.effects import make_folder, publish, temporary_folder
 from kcache.places.fetching import reading
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers
@@ -59,6 +60,7 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
     samples = _united(parts)
     form, recipes = first.manifest.format, first.recipes
     check_new_cache(target, form, recipes, samples_digest(samples))
+    check_store(target)
     make_folder(target)
     with exclusive(target), stopped_when_safe():
         remove_leftovers(target)

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
-from in_bucket import damage, put
+from faulty_s3 import Faults
+from in_bucket import contents, damage, put
 
 from kcache import Cache
 from kcache.errors import StoreError
 from kcache.places.bucket import BucketPath
+from kcache.places.conditional import forget_checks
 from kcache.places.effects import remove, write_bytes
 from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.garbage import collect_garbage
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.verify import VerifyProgress, verify_cache
 
@@ -82,3 +85,20 @@ def test_a_cache_in_a_bucket_is_converted_and_merged(there: BucketPath, bucket: 
         assert opened.fingerprint == cache.fingerprint
         assert (opened.read([3, 1], ["latents"])["latents"] == cache.read([3, 1], ["latents"])["latents"]).all()
         assert not verify_cache(made).corrupt
+
+
+def test_nothing_is_written_where_the_store_ignores_conditions(cache: str, faulty: Faults) -> None:
+    there = put(Path(cache), f"{faulty.url}/cache")
+    before, new = contents(there), there.parent / "new"
+    faulty.rates = {"unconditional": 1}
+    for write in (
+        lambda: convert_cache(there, new, "webdataset"),
+        lambda: merge_caches(new, [there, there]),
+        lambda: collect_garbage(there),
+    ):
+        forget_checks()
+        with pytest.raises(StoreError, match="expected one with conditional writes"):
+            write()
+    assert collect_garbage(there, dry_run=True).paths == ()
+    assert contents(there) == before
+    assert list(new.below()) == []
