@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from kcache.tally import counted
 
@@ -70,6 +70,18 @@ def duration_text(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def rate_text(rate: float, what: str = "") -> str:
+    """How many a second, for people, or how long each takes: "500 rows/s", "0.3/s", "20.0 s each"."""
+    if 0 < rate < 0.1:
+        return f"{duration_text(1 / rate)} each"
+    return (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") + (f" {what}/s" if what else "/s")
+
+
+def left_text(done: float, total: float, rate: float) -> str:
+    """What time is left at `rate` a second, to be put behind something: ", 3 min 20 s left"; "" where none is known."""
+    return f", {duration_text((total - done) / rate)} left" if rate > 0 and done < total else ""
+
+
 class Report:
     """One live bar on a terminal, else a line at most every PLAIN_SECONDS."""
 
@@ -78,14 +90,14 @@ class Report:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.completed:,}/{task.total:,}{task.fields[unit]}"),
             TextColumn("{task.fields[detail]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
         self._printed = -PLAIN_SECONDS
+        self._begun: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -96,15 +108,25 @@ class Report:
     ) -> None:
         self._bar.stop()
 
-    def show(self, name: str, done: int, total: int, detail: str) -> None:
-        """Say that `done` of `total` steps of the work called `name` are done."""
+    def rate(self, name: str, done: int) -> float:
+        """Steps a second of the work called `name` since this was first asked; 0.0 where that is not known yet."""
+        now = time.monotonic()
+        begun, before = self._begun.setdefault(name, (now, done))
+        return (done - before) / (now - begun) if now > begun else 0.0
+
+    def show(self, name: str, done: int, total: int, detail: str, unit: str = "") -> None:
+        """Say that `done` of `total` steps, or `unit`s, of the work called `name` are done.
+
+        `detail` has the rate and the time left: a bar's own estimate would know nothing of steps that take long.
+        """
+        unit = f" {unit}" if unit else ""
         if self._console.is_terminal:
             if name not in self._tasks:
-                self._tasks[name] = self._bar.add_task(name, total=total, detail=detail)
+                self._tasks[name] = self._bar.add_task(name, total=total, detail=detail, unit=unit)
             self._bar.update(self._tasks[name], completed=done, total=total, detail=detail)
         elif done == total or time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
-            note(f"{name}: {done:,} of {total:,}, {detail}")
+            note(f"{name}: {done:,} of {total:,}{unit}, {detail}")
 
     def note(self, text: str) -> None:
         """Print a remark above the bar."""
@@ -115,23 +137,24 @@ class Report:
 
 
 def show_build(report: Report, progress: "BuildProgress") -> None:
-    """Per table: how many rows are done, rows per second, and what the time goes to."""
+    """Per table: how many rows are done, rows per second, what the time goes to, and what time is left."""
     if progress.total:
         rate = progress.done / progress.seconds if progress.seconds else 0.0
         busy = ", ".join(f"{name} {share:.0%}" for name, share in progress.busy.items())
-        detail = f"{rate:,.0f} rows/s" + (f" ({busy})" if busy else "")
-        if progress.who:
-            left = f", {duration_text((progress.total - progress.done) / rate)} left" if rate else ""
-            detail += f"{left}, by {progress.who}"
+        detail = rate_text(rate, "rows") + (f" ({busy})" if busy else "")
+        detail += left_text(progress.done, progress.total, rate) + (f", by {progress.who}" if progress.who else "")
         report.show(progress.table, progress.done, progress.total, detail)
 
 
 def show_training(report: Report, stage: str, progress: "TrainProgress") -> None:
-    """Per optimizer step: loss, learning rate and samples per second, and what was waited for, from 1 % on."""
-    detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {progress.samples_per_second:,.1f} samples/s"
+    """Per optimizer step: loss, learning rate, samples per second, what was waited for, from 1 % on, and time left."""
+    rate = rate_text(progress.samples_per_second, "samples")
+    detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {rate}"
     for what, share in progress.waits.items():
         if share >= 0.01:
             detail += f", waiting for {'the store' if what == 'store' else what}: {share:.0%}"
+    # Of this start's own steps, validations and checkpoints among them.
+    detail += left_text(progress.step, progress.max_steps, report.rate(stage, progress.step))
     report.show(stage, progress.step, progress.max_steps, detail)
 
 
@@ -145,7 +168,6 @@ def show_counts(report: Report, noun: str) -> Callable[[str, int, int], None]:
         start = begun.setdefault(name, last)  # where the one before it ended
         last = time.monotonic()
         rate = done / max(last - start, 1e-9)
-        left = f", {duration_text((total - done) / rate)} left" if 0 < done < total else ""
-        report.show(name, done, total, f"{noun}, {rate:,.0f}/s{left}")
+        report.show(name, done, total, f"{noun}, {rate_text(rate)}{left_text(done, total, rate)}")
 
     return show

@@ -8,7 +8,7 @@ import typer
 
 from kcache.config import SourceConfig
 from kcache_cli.flags import with_flags
-from kcache_cli.progress import Report, say
+from kcache_cli.progress import Report, say, show_counts
 
 
 @with_flags(SourceConfig)
@@ -64,9 +64,5 @@ def report(
         device=device,
     )
     with Report() as progress:
-
-        def show(name: str, done: int, total: int) -> None:
-            progress.show(name, done, total, "for the report")
-
-        written = write_report(config, show)
+        written = write_report(config, show_counts(progress, "for the report"))
     say(json.dumps(dataclasses.asdict(written), indent=2) if as_json else written.report)

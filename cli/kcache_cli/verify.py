@@ -11,7 +11,7 @@ from kcache.config import SourceConfig
 from kcache.errors import CacheCorruptError, ConfigError
 from kcache.tally import counted
 from kcache_cli.flags import with_flags
-from kcache_cli.progress import Report, bytes_text, duration_text, note, say, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, left_text, note, say, show_build, show_counts
 
 if TYPE_CHECKING:
     from kcache.upkeep.compare import Difference
@@ -119,20 +119,19 @@ def _compare(
 ) -> list[dict[str, Any]]:
     from kcache.upkeep.compare import compare_online
 
-    def show(table: str, done: int, total: int) -> None:
-        report.show(table, done, total, "encoded and compared")
-
+    show = show_counts(report, "encoded and compared")
     differences: list[Difference] = compare_online(source, cache, count, seed=seed, **encoding, report=show)
     return [dataclasses.asdict(difference) for difference in differences]
 
 
 def show_verify(report: Report, progress: "VerifyProgress") -> None:
-    """Megabytes read, their rate and the time left."""
+    """Bytes read, in a unit that suits the cache, their rate and the time left."""
     rate = progress.done / progress.seconds if progress.seconds else 0.0
-    left = duration_text(max(0, progress.total - progress.done) / rate) if rate else "unknown time"
-    detail = f"MB, {rate / 1e9:.2f} GB/s, {left} left"
+    unit, size = ("MB", 10**6) if progress.total >= 10**7 else ("kB", 10**3)
+    left = left_text(progress.done, progress.total, rate)
     # Rounded up, so that a small cache has something to be done, too.
-    report.show("verify", -(-progress.done // 10**6), -(-progress.total // 10**6), detail)
+    done, total = (-(-count // size) for count in (progress.done, progress.total))
+    report.show("verify", done, total, f"{bytes_text(round(rate))}/s{left}", unit)
 
 
 def _about(result: "VerifyResult") -> dict[str, Any]:

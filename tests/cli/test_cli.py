@@ -1,14 +1,18 @@
 """The command line: flags become settings, errors become exit codes, data goes to stdout."""
 
 import dataclasses
+import io
 import json
+import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import kcache.build.build
@@ -19,10 +23,11 @@ from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
 from kcache.tally import counted
+from kcache.training.log import Progress as TrainProgress
 from kcache.upkeep.verify import VerifyProgress
 from kcache_cli import app as cli
 from kcache_cli.flags import check_folder
-from kcache_cli.progress import Report, bytes_text, duration_text, show_build
+from kcache_cli.progress import Report, bytes_text, duration_text, rate_text, show_build, show_training
 from kcache_cli.sample import file_name
 from kcache_cli.verify import show_verify
 
@@ -284,7 +289,7 @@ def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "text: 1 of 1,000, 500 rows/s (encode 90%)",
+        "text: 1 of 1,000, 500 rows/s (encode 90%), 2.0 s left",
         "text: 1,000 of 1,000, 500 rows/s (encode 90%)",
     ]
 
@@ -292,10 +297,44 @@ def test_without_a_terminal_progress_is_plain_lines_on_stderr(capsys: pytest.Cap
 def test_a_small_cache_is_not_verified_as_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Report() as report:
         show_verify(report, VerifyProgress(done=34_842, total=34_800, seconds=0.5))
-    assert capsys.readouterr().err == "verify: 1 of 1, MB, 0.00 GB/s, 0.0 s left\n"
+    assert capsys.readouterr().err == "verify: 35 of 35 kB, 69.7 kB/s\n"
+
+
+def test_all_that_takes_long_says_what_time_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("kcache_cli.progress.time.monotonic", lambda: now[0])
+    with Report() as report:
+        show_build(report, BuildProgress(table="text", done=2, total=8, seconds=100.0, busy={}, who="2 actors"))
+        now[0] = 100.0
+        show_verify(report, VerifyProgress(done=10**9, total=3 * 10**9, seconds=10.0))
+        for step in (10, 11):
+            now[0] += 200.0
+            told = TrainProgress(step=step, max_steps=12, loss=1.0, lr=1e-4, samples_per_second=0.25, waits={})
+            show_training(report, "prior", told)
+    assert capsys.readouterr().err.splitlines() == [
+        "text: 2 of 8, 50.0 s each, 5 min 00 s left, by 2 actors",
+        "verify: 1,000 of 3,000 MB, 100.0 MB/s, 20.0 s left",
+        "prior: 10 of 12, loss 1.0000, lr 1.0e-04, 0.25 samples/s",
+        "prior: 11 of 12, loss 1.0000, lr 1.0e-04, 0.25 samples/s, 3 min 20 s left",
+    ]
+
+
+def test_on_a_terminal_the_same_is_beside_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache_cli.progress.Console", partial(Console, force_terminal=True, width=200))
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    with Report() as report:
+        show_verify(report, VerifyProgress(done=10**9, total=3 * 10**9, seconds=10.0))
+    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown.getvalue())
+    assert re.search(r"1,000/3,000 MB.*100\.0 MB/s, 20\.0 s left", text)
 
 
 def test_numbers_for_people() -> None:
+    assert [rate_text(rate, "rows") for rate in (0.0, 0.02, 0.333, 12.34, 1234.5)] == [
+        "0 rows/s", "50.0 s each", "0.333 rows/s", "12.3 rows/s", "1,234 rows/s",
+    ]  # fmt: skip
     assert [bytes_text(count) for count in (999, 25_100_000, 3_000_000_000_000)] == ["999 B", "25.1 MB", "3.0 TB"]
     assert [counted(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]
     assert [duration_text(seconds) for seconds in (0.42, 60, 200, 7500)] == [
