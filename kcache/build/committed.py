@@ -3,6 +3,7 @@
 What was rejected while no shard of its own was written is committed here, too.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,13 +13,13 @@ import numpy as np
 
 from kcache.build.joined_tars import shard_recipes
 from kcache.disk.durable import npy_of
-from kcache.errors import CacheMismatchError
+from kcache.errors import CacheMismatchError, KcacheError
 from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.store.checksums import crc32c
 from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
-from kcache.store.manifest import MANIFEST
+from kcache.store.manifest import MANIFEST, read_manifest
 from kcache.store.recipe import SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import Commit, Rejection, next_shard, read_commits, record_commit
 from kcache.urls import check_local
@@ -177,3 +178,27 @@ def check_target(folder: Place) -> None:
             f"{folder} is not empty and not a cache (found {', '.join(foreign[:3])}); "
             "give an empty or new folder for the cache"
         )
+    if MANIFEST not in names:
+        check_outside(folder)
+
+
+def check_outside(folder: Place) -> None:
+    """Refuse, by CacheMismatchError, to begin a cache inside of another one, where it would be taken for a part of it.
+
+    On a disk all folders above are looked at, in a bucket the next one: each would be a request.
+    """
+    above = Path(os.path.realpath(folder)).parents if isinstance(folder, Path) else [folder.parent]
+    for outer in above:
+        if outer != folder and _is_cache(outer):
+            raise CacheMismatchError(
+                f"{folder} is inside of the cache {outer}, which owns all that is in its folder; expected a place "
+                "beside it; give another folder for the new cache"
+            )
+
+
+def _is_cache(folder: Place) -> bool:
+    try:
+        read_manifest(folder)
+    except KcacheError:  # none, that of another program, or one that this account must not see
+        return False
+    return True

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from kcache.build.claims import TURN
-from kcache.build.committed import read_committed, record_rejections
+from kcache.build.committed import check_outside, read_committed, record_rejections
 from kcache.build.joined_tars import RESERVED_KEY, TarWriter, plan_tars, shard_recipes, tar_keys, tar_recipe
 from kcache.build.plan import Plan, PlannedShard, TablePlan, plan_table
 from kcache.config import CountReport
@@ -109,6 +109,8 @@ def check_new_cache(target: Place, form: str, recipes: Mapping[str, Recipe], sam
                 f"{target} is a {found.format} cache of {found.samples:,} other samples already; "
                 "give a new or empty folder for the new cache"
             )
+    else:
+        check_outside(target)
     own = {recipe.directory for recipe in shard_recipes(form, recipes)}
     found_names = [name for name, _ in listed(target)] if target.is_dir() else []
     foreign = sorted(name for name in found_names if name not in own and not any(fnmatch(name, p) for p in _DERIVED))

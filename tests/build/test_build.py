@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from small_builds import build, copy_pictures, digests, encoded, foretold, missing
 
 from kcache import Cache
+from kcache.build.committed import check_target
 from kcache.disk.durable import exclusive
 from kcache.encoders.frozen import PictureEncoder
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError, SourceError
+from kcache.upkeep.convert import convert_cache
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -212,6 +214,20 @@ def test_foreign_folders_are_left_alone(source: Path, oracle: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheMismatchError, match="is a file"):
         build(source, tmp_path / "file", oracle)
+
+
+def test_no_cache_is_begun_inside_of_another_one(
+    copies: tuple[Path, Path], oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = copies
+    monkeypatch.chdir(cache)
+    for inside in (cache / "more" / "inside", Path("inside")):
+        with pytest.raises(CacheMismatchError, match=rf"inside is inside of the cache {cache}, .* give another folder"):
+            build(source, inside, oracle)
+    with pytest.raises(CacheMismatchError, match="is inside of the cache"):
+        convert_cache(cache, cache / "inside", "zarr")
+    (tmp_path / "manifest.json").write_text('{"name": "a program of the web", "schema_version": 9}')
+    check_target(tmp_path / "beside")
 
 
 def test_a_resolution_that_does_not_divide_is_refused(source: Path, oracle: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import small_builds
 from faulty_s3 import Faults
 from filer import copy_in, copy_out, listed
+from in_bucket import put
 from small_builds import copy_pictures, digests, encoded, foretold, small_config
 
 import kcache.build.encode
 from kcache import Cache
 from kcache.build.build import BuildResult, build_cache
 from kcache.build.claims import TURN
-from kcache.build.committed import check_target
+from kcache.build.committed import check_outside, check_target
 from kcache.build.plan import claims_folder, freeze_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.errors import CacheMismatchError, StoreError
@@ -235,6 +236,17 @@ def test_what_is_no_cache_is_left_alone(bucket: str, source: Path, oracle: Path)
         with pytest.raises(CacheMismatchError, match=words):
             build_at(url, source, oracle)
     assert listed(key_of(bucket)) == ["thesis.tex"]
+
+
+def test_no_cache_is_begun_inside_of_another_one(cache: str, bucket: str, faulty: Faults) -> None:
+    there = put(Path(cache), f"{bucket}/cache")
+    with pytest.raises(CacheMismatchError, match=f"^{there}/inside is inside of the cache {there}, which owns"):
+        check_target(there / "inside")
+    check_target(there)
+    check_target(there.parent / "beside")
+    faulty.rates = {"denied": 1}  # an account may see nothing of what lies above
+    check_outside(there / "inside")
+    assert faulty.happened["denied"] > 0
 
 
 def test_a_builder_that_comes_and_goes_is_no_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
