@@ -12,6 +12,7 @@ import typer
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError, RunError
 from kcache.tally import counted
+from kcache.urls import hub_cache
 from kcache_cli.config_file import ConfigOption
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, say, show_training
@@ -93,6 +94,7 @@ def _train(
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     config = TrainConfig(stage=stage, **(settings | lists))
     _check_launcher(config)
+    _check_cache(cache)
     if sweep is None:
         _run(cache, config)
     else:
@@ -108,6 +110,15 @@ def _check_launcher(config: TrainConfig) -> None:
             f"{config.mixed_precision}; expected the run's own flag, which it keeps in its config.json; give it "
             f"--mixed-precision {told}, or say no to the launcher: accelerate launch --mixed_precision no"
         )
+
+
+def _check_cache(cache: str) -> None:
+    """Say that there is no cache before torch is loaded, which takes long; of the Hub's, loading them tells."""
+    from kcache.places import place_of
+    from kcache.store.manifest import read_manifest
+
+    if hub_cache(cache) is None:
+        read_manifest(place_of(cache))
 
 
 def _run(cache: str, config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from upstream_flags import CACHE_DECIDES, UPSTREAM
 
 import kcache.training.sweep
 import kcache.training.trainer
+import kcache_cli.train
 from kcache.config import TrainConfig
 from kcache.errors import ConfigError
 from kcache_cli import app as cli
@@ -46,7 +47,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TrainConfig]]:
         )
 
     monkeypatch.setattr(kcache.training.trainer, "train", train)
+    monkeypatch.setattr(kcache_cli.train, "_check_cache", lambda _: None)
     return calls
+
+
+@pytest.mark.parametrize("cache", ["none", "memory://none/c"])
+def test_a_cache_that_is_not_there_is_said_before_torch_is_loaded(
+    run: Run, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "kcache.training.trainer", None)
+    status, _, err = run("train-prior", cache, "--output-dir=r")
+    assert (status, "is not a finished cache" in err) == (1, True), err
 
 
 def test_the_scripts_have_47_flags() -> None:
@@ -186,6 +197,7 @@ def test_a_sweep_is_handed_on_and_its_comparison_printed(
         return kcache.training.sweep.SweepResult(runs=(outcome,), table="| run | loss |")
 
     monkeypatch.setattr(kcache.training.sweep, "run_sweep", run_sweep)
+    monkeypatch.setattr(kcache_cli.train, "_check_cache", lambda _: None)
     status, out, err = run("train-decoder", "c", "--output-dir=r", "--sweep", "s.toml")
     assert status == (1 if failed else 0)
     assert out == "| run | loss |\n"

@@ -23,6 +23,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from upstream_flags import UPSTREAM
 
 import kcache.training.trainer
+import kcache_cli.train
 from kcache import Cache
 from kcache.config import TrainConfig
 from kcache.settings import marks_of
@@ -50,6 +51,7 @@ def configured(kcache_command: Callable[..., int], monkeypatch: pytest.MonkeyPat
         return configs[-1]
 
     monkeypatch.setattr(kcache.training.trainer, "train", train)
+    monkeypatch.setattr(kcache_cli.train, "_check_cache", lambda _: None)
     return configured
 
 
