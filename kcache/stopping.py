@@ -2,18 +2,22 @@
 
 An exception thrown by a signal handler may strike anywhere: between making a folder and noting that it must go again,
 or inside a library that takes it for a failure of its own. Work that writes therefore only takes note of signals, and
-ends where it says so itself.
+ends where it says so itself. And whoever stops waits for nobody that hangs in a request.
 """
 
+import atexit
 import os
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 STOP_SIGNALS = (
     signal.SIGINT,  # Ctrl-C; LSF's bkill
@@ -29,8 +33,14 @@ STOP_SIGNALS = (
 SAME_REQUEST_SECONDS = 5.0
 """Time within which Ctrl-C again is the same wish: launchers pass on what the whole group has got already."""
 
+LAST_WORD_SECONDS = 1.0
+"""For which threads that are to end are waited for; what hangs longer is left behind."""
+
 _SECONDS_BEFORE = 30
 """Of processor time, before a limit of it: what a step and a checkpoint take, at least."""
+
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
 
 _asked: list[int] = []
 """The signals that came; of the process, like the handlers."""
@@ -144,3 +154,60 @@ def stop_here() -> None:
 
 def _end_of(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+class Crew:
+    """Threads that make calls in the order in which they are given, and may be left behind in the middle of one.
+
+    Those of `ThreadPoolExecutor` are waited for at the end of the program at the latest, however long a disk or a store
+    is silent.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._calls,), name=f"{name}_{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)  # a program that ends has no modules any more for those that still work
+
+    def submit(
+        self, function: Callable[_Arguments, _Answer], *arguments: _Arguments.args, **named: _Arguments.kwargs
+    ) -> Future[_Answer]:
+        """What `function` will have given, or raised."""
+        future: Future[_Answer] = Future()
+        self._calls.put((future, partial(function, *arguments, **named)))
+        return future
+
+    def close(self) -> None:
+        """Cancel the calls that were not begun, and wait `LAST_WORD_SECONDS` for the others; again, nothing."""
+        atexit.unregister(self.close)
+        with suppress(Empty):
+            while True:
+                if (call := self._calls.get_nowait()) is not None:
+                    call[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        end = time.monotonic() + LAST_WORD_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+
+
+def _work(calls: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    while (call := calls.get()) is not None:
+        _make(*call)
+        del call  # what it gave is the caller's alone
+
+
+def _make(future: "Future[Any]", call: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001  # it is raised where the answer is waited for
+        future.set_exception(error)
+    finally:
+        del future  # the error's traceback leads here

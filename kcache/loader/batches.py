@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from contextlib import closing
 from itertools import count
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from kcache.loader.stage import Arrival, Stage, Wishes, make_stages
 from kcache.loader.streamed import StreamShape
 from kcache.loader.upload import Upload
 from kcache.machine import free_memory
+from kcache.stopping import Crew
 from kcache.store.cache import Cache
 from kcache.store.rows import Empty
 
@@ -29,6 +31,8 @@ threads use two cores. Encoders take all there are."""
 PREFETCH_BATCHES = 2
 """Batches that wait ready: enough to hide one slow read, few enough that their memory stays in the processor's cache:
 a copy into four blocks in turn took 1.26 times as long as into one, into eight 1.37 times."""
+POLL_SECONDS = 0.5
+"""Between two looks at whether a batch shall be waited for any longer."""
 
 
 class RowReader(Protocol):
@@ -114,6 +118,8 @@ class CacheLoader:
         """Seconds that whoever takes the batches has waited for one to be filled."""
         self.waits: dict[str, float] = {}
         """What they were waited for, where rows are streamed: seconds for the store, verification and copying."""
+        self.while_waiting: Callable[[float], None] | None = None
+        """Called with the seconds that a batch has been waited for, every `POLL_SECONDS`; what it raises ends that."""
         self.residency = choose_residency(residency, cache, self._fields, world_size, self._device, shuffle)
         self._tables: DeviceTables | None = None
         self._new_stage: Callable[[Iterator[Wishes]], Stage] | None = None
@@ -189,13 +195,13 @@ class CacheLoader:
     def _ahead(self, spans: Callable[[int], Iterator[Span]]) -> Iterator[Batch]:
         """The batches of `spans`, filled ahead in threads; a batch counts as consumed when the caller gets it."""
         stage, used = None, 0
-        if self._new_stage is not None:
-            stage = self._new_stage(map(self._chosen, self._course.windows(self._shares(spans(self.consumed)))))
-        with ThreadPoolExecutor(FILL_THREADS[self.residency], "kcache-loader") as pool:
+        with closing(Crew(FILL_THREADS[self.residency], "kcache-loader")) as crew:
+            if self._new_stage is not None:
+                stage = self._new_stage(map(self._chosen, self._course.windows(self._shares(spans(self.consumed)))))
             waiting: deque[tuple[Future[tuple[Batch, Arrival | None]], int]] = deque()
             try:
                 for (_, done), turns in zip(spans(self.consumed), self._shares(spans(self.consumed)), strict=True):
-                    waiting.append((pool.submit(self._fill, turns, stage, used), done))
+                    waiting.append((crew.submit(self._fill, turns, stage, used), done))
                     used += len(turns)
                     if len(waiting) > PREFETCH_BATCHES:
                         yield self._hand_over(*waiting.popleft())
@@ -204,10 +210,12 @@ class CacheLoader:
             finally:
                 if stage is not None:
                     stage.close()
-                pool.shutdown(wait=True, cancel_futures=True)
 
     def _hand_over(self, filling: Future[tuple[Batch, Arrival | None]], done: int) -> Batch:
         start = time.perf_counter()
+        while not wait([filling], POLL_SECONDS).done:
+            if self.while_waiting is not None:
+                self.while_waiting(time.perf_counter() - start)
         batch, arrival = filling.result()
         end = time.perf_counter()
         self.waited += end - start

@@ -6,12 +6,13 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 
 from kcache.errors import StoreError
 from kcache.places.bucket import BucketPath
 from kcache.places.client import told
 from kcache.places.place import Place
+from kcache.stopping import LAST_WORD_SECONDS, Crew
 
 _READERS = 8
 """Threads that read from a disk."""
@@ -31,7 +32,7 @@ class Ranges:
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._readers: ThreadPoolExecutor | None = None
+        self._readers: Crew | None = None
         self._lock = threading.Lock()
         self._closed = False
         # By the power of two of the length: a long one may well take four times as long as a short one.
@@ -57,7 +58,7 @@ class Ranges:
                 raise StoreError(f"{path} was asked for after reading had ended; expected it to be asked for before")
             if not (isinstance(path, BucketPath) and hasattr(path.store, "get_range_async")):
                 if self._readers is None:
-                    self._readers = ThreadPoolExecutor(_READERS, "kcache-ranges")
+                    self._readers = Crew(_READERS, "kcache-ranges")
                 self.requests += 1
                 return self._readers.submit(_read, path, start, length)
             if self._loop is None:
@@ -67,18 +68,19 @@ class Ranges:
             return asyncio.run_coroutine_threadsafe(self._hedged(path, start, length), self._loop)
 
     def close(self) -> None:
-        """Give up what is still under way and end the threads; in a forked process, nothing."""
+        """Give up what is still under way and end the threads, but those that hang; in a forked process, nothing."""
         if os.getpid() != self._process:
             return
         with self._lock:
             self._closed = True
         if self._readers is not None:
-            self._readers.shutdown(cancel_futures=True)
+            self._readers.close()
         if self._loop is not None and self._thread is not None and not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
+            wait([asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)], LAST_WORD_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._thread.join(LAST_WORD_SECONDS)
+            if not self._thread.is_alive():
+                self._loop.close()
 
     async def _hedged(self, path: BucketPath, start: int, length: int) -> memoryview:
         begun = time.monotonic()

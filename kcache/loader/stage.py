@@ -23,6 +23,7 @@ from kcache.loader.ranges import Ranges
 from kcache.loader.ration import AT_ONCE, Ration, ration
 from kcache.loader.slots import Arena, Run
 from kcache.loader.streamed import StreamShape
+from kcache.stopping import LAST_WORD_SECONDS
 from kcache.store.cache import Cache
 from kcache.store.checksums import crc32c
 from kcache.store.rows import Empty, token_numbers
@@ -107,7 +108,7 @@ class Stage:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._planner.join()
+        self._planner.join(LAST_WORD_SECONDS)
         self._ranges.close()
         self._unpackers.shutdown(cancel_futures=True)
 

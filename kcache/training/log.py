@@ -97,6 +97,11 @@ class RunLog:
         """Whether to fetch after optimizer step `step`; the same in all processes."""
         return self._slow or step % LOG_STEPS == 0 or step == self._run.max_steps
 
+    @property
+    def has_unfetched(self) -> bool:
+        """Whether there is something to fetch."""
+        return bool(self._values)
+
     def restart_clock(self) -> None:
         """Leave the time since the last fetch out of the speed."""
         self._since, self._waited = time.perf_counter(), self._run.loader.waited

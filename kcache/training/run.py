@@ -187,18 +187,22 @@ class TrainingRun:
         taken = self.loader.consumed
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self.loader.consumed = taken  # the batches of a step that was not made
-            if self.accelerator.is_main_process and self._saved != self.step:
-                self._keep()
+            if not isinstance(error, Exception):  # whoever stops says what is kept
+                raise
+            self.keep("something failed")
             check_others(error)
             raise
 
-    def _keep(self) -> None:
+    def keep(self, why: str) -> None:
+        """Save a checkpoint in the main process, where what learns is finite, and say `why`, or why there is none."""
+        if not self.accelerator.is_main_process or self._saved == self.step:
+            return
         try:
             if all(bool(torch.isfinite(parameter).all()) for parameter in self.learning):
                 self.save(last=True)
-                logger.warning("something failed, and checkpoint-%d holds all that was learned until then", self.step)
+                logger.warning("%s, and checkpoint-%d holds all that was learned until then", why, self.step)
         except Exception as error:  # noqa: BLE001 - the device may be gone as well
             logger.warning("NO CHECKPOINT after step %d: %s", self.step, reason(error))
 

@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +32,10 @@ from kcache.training.setup import prepare_run
 from kcache.training.validation import Evaluation
 
 logger = logging.getLogger(__name__)
+
+_ALONE_SECONDS = 10.0
+"""For which one of several processes that is to stop waits for a batch, before it stops by itself in the middle of a
+step: at the end of one they stop together, but launchers kill what has not ended after 30 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     log.restart_clock()
     progress, begun = None, time.perf_counter()
 
-    with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught:
+    with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught, _waits_ended(run, log):
         while run.step < run.max_steps:
             lr = float(run.lr_scheduler.get_last_lr()[0])
             with kept_to_groups(accelerator.device.type):
@@ -125,6 +129,37 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
         samples_per_second=(run.step - run.first_step) * run.global_batch / seconds,
         address=address,
     )
+
+
+class _EndOfWait(BaseException):
+    """A process that waits for a batch was asked to stop."""
+
+
+@contextmanager
+def _waits_ended(run: TrainingRun, log: RunLog) -> Iterator[None]:
+    """In the block, whoever is asked to stop does not wait for a batch any longer, but stops after the last whole step.
+
+    One of several processes waits for `_ALONE_SECONDS` before, and then takes no others with it: these fail as soon as
+    they miss it, and keep what they have.
+    """
+    alone = run.accelerator.num_processes == 1
+
+    def end(seconds: float) -> None:
+        if signal_asked() and (alone or seconds >= _ALONE_SECONDS):
+            raise _EndOfWait
+
+    run.loader.while_waiting = end
+    try:
+        yield
+    except _EndOfWait:
+        if alone:
+            with run.kept_on_failure():
+                if log.has_unfetched:
+                    log.fetch()
+            run.save_if_possible(stopping=True)
+        else:
+            run.keep("stopped while waiting")
+        _stop(run, signal_asked() or 0)
 
 
 def _look(run: TrainingRun, evaluation: Evaluation) -> int:

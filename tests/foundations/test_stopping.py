@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import kcache.stopping
-from kcache.stopping import STOP_SIGNALS, end_on_signals, shielded, stop_here, stopped_when_safe
+from kcache.stopping import STOP_SIGNALS, Crew, end_on_signals, shielded, stop_here, stopped_when_safe
 
 SIGNALS = [
     (number, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
@@ -136,3 +136,27 @@ def test_a_limit_of_processor_time_is_told_of_before_it_kills(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     end_on_signals()
     assert told == ([] if soft is None else [(soft, limits[1])])
+
+
+def test_a_crew_makes_calls_in_their_order_and_cancels_what_it_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.stopping.LAST_WORD_SECONDS", 0.01)
+    crew, silence, begun, made = Crew(1, "crew"), threading.Event(), threading.Event(), list[int]()
+    calls = [crew.submit(made.append, number) for number in range(5)]
+    failing = crew.submit(int, "x")
+    with pytest.raises(ValueError, match="invalid literal"):
+        failing.result()
+    assert made == [0, 1, 2, 3, 4]
+    assert all(call.result() is None for call in calls)
+    crew.submit(lambda: begun.set() or silence.wait())
+    begun.wait()
+    late = crew.submit(made.append, 5)
+    crew.close()  # and waits for nobody
+    assert late.cancelled()
+    silence.set()
+    crew.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_program_ends_while_a_crew_hangs() -> None:
+    code = "import threading; from kcache.stopping import Crew; Crew(1, 'crew').submit(threading.Event().wait)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,7 @@
 """Batches: every sample once an epoch, the same whoever reads them, and exactly resumable."""
 
 import json
+import threading
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -277,3 +278,36 @@ def test_wrong_settings_are_refused(cache: Cache, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="expected"):
             CacheLoader(cache, ["latents"], **{"batch_size": 1, **wrong})
+
+
+class Silent(Reread):
+    """One whose rows never come."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(cache)
+        self.silence = threading.Event()
+        self.read = self._wait
+
+    def _wait(self, *_: Any, **__: Any) -> Any:
+        self.silence.wait()
+
+
+@pytest.mark.timeout(30)
+def test_a_wait_can_be_ended_and_whoever_hangs_is_left_behind(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.loader.batches.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("kcache.stopping.LAST_WORD_SECONDS", 0.01)
+    silent, seconds = Silent(cache), list[float]()
+    loader = CacheLoader(silent, ["latents"], 5)
+
+    def look(waited: float) -> None:
+        seconds.append(waited)
+        if len(seconds) == 3:
+            raise KeyboardInterrupt
+
+    loader.while_waiting = look
+    with pytest.raises(KeyboardInterrupt):
+        next(loader.forever())
+    assert seconds == sorted(seconds)
+    assert loader.consumed == 0
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("kcache-loader")] != []
+    silent.silence.set()

@@ -1,5 +1,8 @@
 """Training from rows that are streamed is training from rows in memory: out of a bucket, and after an interruption."""
 
+import os
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from in_bucket import put
 from short_runs import STAGES, assert_equal_weights, config, course
 
 from kcache.errors import ConfigError, RunError
+from kcache.loader import CacheLoader
 from kcache.report.page import Table
 from kcache.report.run import read_run, run_sections
 from kcache.store.run_directory import read_metrics
@@ -57,3 +61,40 @@ def test_what_streaming_needs_is_said_before_anything_is_loaded(tmp_path: Path) 
         config(tmp_path, residency="stream")
     with pytest.raises(ConfigError, match="--stage-bytes changes nothing without --shuffle"):
         config(tmp_path, stage_bytes=10**9)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_whoever_waits_for_rows_that_do_not_come_is_stopped_all_the_same(
+    cache: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+) -> None:
+    """In the middle of the third step: the second is kept, and the batch that had come for the third is taken again."""
+    monkeypatch.setattr("kcache.loader.batches.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("kcache.stopping.LAST_WORD_SECONDS", 0.01)
+    silence, fill, hand_over = threading.Event(), CacheLoader._fill, CacheLoader._hand_over
+
+    def hang(self: CacheLoader, turns: Any, *others: Any) -> Any:
+        return silence.wait() if turns[0] == 10 else fill(self, turns, *others)
+
+    def end(self: CacheLoader, filling: Any, done: int) -> Any:
+        if done == 12:
+            os.kill(os.getpid(), number)
+        return hand_over(self, filling, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheLoader, "_fill", hang)
+        patch.setattr(CacheLoader, "_hand_over", end)
+        with pytest.raises(SystemExit) as ended:
+            train(cache, config(tmp_path / "run"))
+    silence.set()
+    assert ended.value.code == 128 + number
+    assert f"stopped by {number.name}; go on with" in caplog.text
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [1, 2]
+    train(cache, config(tmp_path / "run", resume_from_checkpoint="latest"))
+    train(cache, config(tmp_path / "whole"))
+    assert course(tmp_path / "run") == course(tmp_path / "whole")
