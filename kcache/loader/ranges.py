@@ -19,6 +19,8 @@ _READERS = 8
 _SLOW, _KNOWN = 4.0, 16
 """A request is asked a second time when it takes so many times the median of those before it, of which so many must be
 known: now and then a store forgets one, and whoever waits for the slowest of hundreds always waits for that."""
+_LEAST_PATIENCE = 0.2
+"""Seconds before that: of a store near by, four times the median is some milliseconds, which say nothing."""
 _REMEMBERED = 64
 
 
@@ -85,7 +87,7 @@ class Ranges:
     async def _hedged(self, path: BucketPath, start: int, length: int) -> memoryview:
         begun = time.monotonic()
         before = self._seconds[length.bit_length()]
-        patience = _SLOW * statistics.median(before) if len(before) >= _KNOWN else None
+        patience = max(_SLOW * statistics.median(before), _LEAST_PATIENCE) if len(before) >= _KNOWN else None
         asked = {self._ask(path, start, length)}
         try:
             done, _ = await asyncio.wait(asked, timeout=patience)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_bucket import put
@@ -71,6 +72,22 @@ def test_a_late_answer_is_asked_for_a_second_time(store: Store) -> None:
     for _ in range(17):
         assert bytes(ranges.fetch(path, 3, 5).result(timeout=60)) == CONTENT[3:8]
     assert (ranges.requests, ranges.hedged) == (18, 1)
+    ranges.close()
+
+
+def test_what_takes_some_milliseconds_is_not_late(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = []
+
+    async def wait(tasks: Any, *, timeout: float | None = None, real: Any = asyncio.wait, **how: Any) -> Any:
+        patience.append(timeout)
+        return await real(tasks, timeout=timeout, **how)
+
+    monkeypatch.setattr(asyncio, "wait", wait)
+    monkeypatch.setattr("kcache.loader.ranges._LEAST_PATIENCE", 1000.0)
+    ranges, path = Ranges(), BucketPath("s3://stub", "file")
+    for _ in range(18):
+        ranges.fetch(path, 3, 5).result()
+    assert patience == [None] * 16 + [1000.0] * 2
     ranges.close()
 
 
