@@ -23,6 +23,8 @@ more request, and are fewer than the latents of a picture. Headers in tars and c
 
 _ALONE, _FETCHED = 0.01, 1.05
 """Rows asked for alone, as a share of all, and bytes read for each that is wanted, from which on it is said."""
+ENOUGH_ROWS = 1000
+"""That a cache has, and that were wanted, before it is said: what fewer come to is chance, and costs nobody much."""
 _RUNS, _RUN_ROWS = 16, 1024
 """Rows that are looked at to know how long they are at most."""
 _COUNTS = ("position", "block", "offset", "extent", "length")
@@ -57,7 +59,9 @@ class Tally:
     """Bytes of the ranges."""
 
     def remark(self) -> str | None:
-        """What is to be said where rows lie apart that are read together; None where they do not."""
+        """What is to be said where rows lie apart that are read together; None where they do not, or are few yet."""
+        if self.rows < ENOUGH_ROWS:
+            return None
         if self.alone <= _ALONE * self.rows and self.fetched <= _FETCHED * self.wanted:
             return None
         return (

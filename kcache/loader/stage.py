@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kcache.errors import KcacheError
-from kcache.loader.fetches import Fetch, Layout, Tally, plan_fetches
+from kcache.loader.fetches import ENOUGH_ROWS, Fetch, Layout, Tally, plan_fetches
 from kcache.loader.ranges import Ranges
 from kcache.loader.ration import AT_ONCE, Ration, ration
 from kcache.loader.slots import Arena, Run
@@ -82,7 +82,7 @@ class Stage:
         self._changed = threading.Condition()
         self._ranges = Ranges()
         self.tally = Tally()
-        self._remarks = True
+        self._remarks = len(cache) * len(fields) >= ENOUGH_ROWS
         self.most_bytes = 0
         """The most memory that slots in use and ranges under way have taken."""
         self.refetched = 0

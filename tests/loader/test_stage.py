@@ -289,11 +289,16 @@ def test_what_lies_apart_is_said_once(
     list(loader(path))
     list(loader(path, caption_dropout=0.3, image_dropout=0.3))
     assert caplog.messages == []
+    list(islice(loader(many_captions).forever(), 400))
+    assert caplog.messages == []  # a small cache, and for all that a long run
+    monkeypatch.setattr("kcache.loader.stage.ENOUGH_ROWS", 240)
+    list(loader(many_captions))
+    assert caplog.messages == []  # and a short one
     list(islice(loader(many_captions).forever(), 40))
     (said,) = caplog.messages
     assert re.match(r"streaming: \d\.\d% of the rows take a request for themselves, and 2\.\d\d bytes are read", said)
     monkeypatch.setattr("kcache.loader.fetches.GAP_BYTES", 0)
-    list(loader(many_captions))
+    list(islice(loader(many_captions).forever(), 40))
     assert re.match(
         r"streaming: \d\d\.\d% of the rows take a request for themselves, and 1.0\d bytes", caplog.messages[1]
     )
