@@ -20,7 +20,7 @@ def command(name: str, report: Report, file: str) -> str:
     if name == "estimate":
         (side,) = {table.split("-")[1] for row in report["results"] for table in row["tables"] if "-" in table}
         return f"{script} FOLDER --samples {report['samples']} --resolution {side} > {FOLDER}/{file}"
-    if name == "kills":
+    if name in ("kills", "bucket_kills"):
         return f"{script} {options(report['arguments'])} > {FOLDER}/{file}"
     settings = dict(report.get("settings", {}))
     if name == "scale":
@@ -36,7 +36,8 @@ def options(settings: Mapping[str, Any]) -> str:
     words = []
     for name, value in settings.items():
         if value is not None and value is not False:  # 0 is a value
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+            given = " ".join(map(str, value)) if isinstance(value, list) else value
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {given}"))
     return " ".join(words)
 
 
@@ -69,6 +70,18 @@ def kills(report: Report) -> str:
         f"{total['kills']:,} builders killed, {late} of them too late to interrupt anything: {total['rows_lost']} rows "
         f"lost, {total['rows_doubled']} twice, {differing} caches with other bytes. Of {stopped} stopped by a signal, "
         f"{left} left scratch files behind. It took {report['seconds'] / 60:.0f} minutes."
+    )
+
+
+def bucket_kills(report: Report) -> str:
+    found = [row for form in report["results"].values() for row in form.values()]
+    together = sum(row.get("runs", 0) for row in found)
+    failing = [row for row in found if "happened" in row]
+    failed = sum(row["happened"] for row in failing)
+    at_once = sum(row["codes"] == [0] for row in failing)
+    return (
+        f"In a bucket: {kills(report)} {together} builds were by four builders at once. Of {len(failing)} builds among "
+        f"{failed:,} failing requests of {len(report['arguments']['kinds'])} kinds, {at_once} ended at the first try."
     )
 
 
@@ -130,7 +143,18 @@ def many_samples(report: Report) -> str:
 
 SUMMARIES: dict[str, Callable[[Report], str]] = {
     function.__name__: function
-    for function in (startup, scale, kills, estimate, integrity, read_checks, streaming, engine, many_samples)
+    for function in (
+        startup,
+        scale,
+        kills,
+        bucket_kills,
+        estimate,
+        integrity,
+        read_checks,
+        streaming,
+        engine,
+        many_samples,
+    )
 }
 
 
