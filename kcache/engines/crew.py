@@ -119,7 +119,7 @@ class Crew:
         """
         self.hands.remove(hand)
         self._answers = {ref: about for ref, about in self._answers.items() if about[0] is not hand}
-        with suppress(Exception):
+        with suppress(Exception):  # it may be gone already
             self._ray.kill(hand.actor)
         self._stillborn += hand.look is None
         if self._stillborn >= _STILLBORN + room_for(machines_of(self._ray), self.slot):
@@ -138,7 +138,7 @@ class Crew:
             if building:
                 self._ray.wait(building, num_returns=len(building), timeout=_STOP_SECONDS)
         for hand in self.hands:
-            with suppress(Exception):
+            with suppress(Exception):  # as above
                 self._ray.kill(hand.actor)
         self.hands, self._answers = [], {}
 
