@@ -7,8 +7,7 @@ renamed; in a bucket a file is there when all of it is, and nothing is renamed: 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from kcache.places.bucket import BucketPath
 from kcache.places.client import ask
 from kcache.places.fetching import AT_ONCE, FETCHES
 from kcache.places.place import Place
+from kcache.stopping import Crew
 
 _PART_BYTES = 16 << 20
 """Of an upload that is sent in parts; a smaller one is one request."""
@@ -47,12 +47,10 @@ def take_all(paths: Sequence[Place], take: Callable[[bytes], _Taken]) -> Iterato
     if not any(isinstance(path, BucketPath) for path in paths):
         yield from (read_checked(path, take) for path in paths)
         return
-    with ThreadPoolExecutor(AT_ONCE, "kcache-fetch") as pool:
-        try:
-            for first in range(0, len(paths), 4 * AT_ONCE):
-                yield from pool.map(lambda path: read_checked(path, take), paths[first : first + 4 * AT_ONCE])
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with closing(Crew(min(AT_ONCE, len(paths)), "kcache-fetch")) as crew:
+        for first in range(0, len(paths), 4 * AT_ONCE):
+            part = paths[first : first + 4 * AT_ONCE]
+            yield from [taken.result() for taken in [crew.submit(read_checked, path, take) for path in part]]
 
 
 def read_checked(path: Place, take: Callable[[bytes], _Taken]) -> _Taken:

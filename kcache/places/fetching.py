@@ -6,8 +6,8 @@ Of a disk the same functions read what they are asked for, as it lies there.
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Protocol, TypeVar
@@ -17,6 +17,7 @@ import numpy as np
 from kcache.places.bucket import BucketPath
 from kcache.places.opened import opened
 from kcache.places.place import Place
+from kcache.stopping import Crew
 
 AT_ONCE = 16
 """Requests that wait for a store at a time: with some 85 MB/s each, more than most networks carry."""
@@ -51,16 +52,16 @@ def near(files: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[np.nda
 
 
 def at_once(work: Callable[[_Item], object], items: Sequence[_Item]) -> None:
-    """Call `work` with each of `items`, many at a time; of several errors the one of the first item is raised."""
+    """Call `work` with each of `items`, many at a time; of several errors the one of the first item is raised.
+
+    Where that, or a signal, ends it early, calls that hang are not waited for.
+    """
     if len(items) == 1:
         work(items[0])
         return
-    with ThreadPoolExecutor(min(AT_ONCE, max(1, len(items))), "kcache-fetch") as pool:
-        try:
-            for _ in pool.map(work, items):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with closing(Crew(min(AT_ONCE, len(items)), "kcache-fetch")) as crew:
+        for done in [crew.submit(work, item) for item in items]:
+            done.result()
 
 
 def missing(paths: Iterable[Place]) -> list[Place]:

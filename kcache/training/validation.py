@@ -7,7 +7,9 @@ Which images those are is decided by each image's key alone, so that every run h
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
+from concurrent.futures import wait
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +18,12 @@ from torch import Tensor
 
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
+from kcache.loader.batches import POLL_SECONDS
 from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
 from kcache.report.figures import plot_run
-from kcache.stopping import signal_asked
+from kcache.stopping import Crew, signal_asked
 from kcache.store.cache import Cache
 from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
@@ -99,15 +102,14 @@ class Validation:
         and is left as it was; no generator of random numbers is touched. Precision is the caller's, by autocast.
         Where a signal asks to stop they are NaN at once: nobody waits that long.
         """
-        totals = torch.zeros(BANDS, 1 + len(self._objective.measures), device=self._device)
-        with torch.no_grad(), evaluating(self._objective):
-            for batch, noise, places in self._batches():
-                if signal_asked():
-                    return totals.fill_(math.nan)
+        totals, seen = torch.zeros(BANDS, 1 + len(self._objective.measures), device=self._device), 0
+        with torch.no_grad(), evaluating(self._objective), closing(self._batches()) as batches:
+            for batch, noise, places in batches:
+                seen += len(places)
                 for band in range(BANDS):
                     totals[band, 0] += len(places)
                     totals[band, 1:] += self._objective.measure(batch, noise, places + band * self._width).sum(1)
-        return totals
+        return totals if seen == len(self._samples) else totals.fill_(math.nan)
 
     def summary(self, totals: Tensor) -> dict[str, float]:
         """Means by name: val_loss, val_loss_t000_249 and so on for each band of timesteps, and val_cosine of the prior.
@@ -127,16 +129,26 @@ class Validation:
             f"val_{name}": means[name].mean().item() for name in names if name != "loss"
         }
 
-    def _batches(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Batches of rows, their noise, and their places in a band: timesteps from 0 to the width of one."""
+    def _batches(self) -> Generator[tuple[Batch, Tensor, Tensor], None, None]:
+        """Batches of rows, their noise, and their places in a band: timesteps from 0 to the width of one.
+
+        They end where a signal asks to stop, also while a store is silent.
+        """
         fields = tuple(self._objective.row_shapes)
         shape = self._cache.field(self._objective.noised_field).shape
-        for start in range(0, len(self._samples), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            rows = self._cache.read(self._samples[part], fields)
-            drawn = draw_turns(self._seed, self._turns[part], shape, self._width)
-            batch = {name: torch.from_numpy(array).to(self._device) for name, array in (rows | drawn).items()}
-            yield batch, batch.pop("noise"), batch.pop("timesteps")
+        with closing(Crew(1, "kcache-validation")) as crew:
+            for start in range(0, len(self._samples), self._batch_size):
+                part = slice(start, start + self._batch_size)
+                reading = crew.submit(self._cache.read, self._samples[part], fields)
+                while not wait([reading], POLL_SECONDS).done:
+                    if signal_asked():
+                        return
+                if signal_asked():
+                    return
+                drawn = draw_turns(self._seed, self._turns[part], shape, self._width)
+                rows = reading.result() | drawn
+                batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
+                yield batch, batch.pop("noise"), batch.pop("timesteps")
 
 
 HELD_OUT_BATCH_SIZE = 8

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_s3 import Faults
 from in_bucket import put
 from short_runs import STAGES, assert_equal_weights, config, course
 
@@ -17,6 +18,7 @@ from kcache.report.page import Table
 from kcache.report.run import read_run, run_sections
 from kcache.store.run_directory import read_metrics
 from kcache.training.trainer import train
+from kcache.training.validation import Validation
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -98,3 +100,29 @@ def test_whoever_waits_for_rows_that_do_not_come_is_stopped_all_the_same(
     train(cache, config(tmp_path / "run", resume_from_checkpoint="latest"))
     train(cache, config(tmp_path / "whole"))
     assert course(tmp_path / "run") == course(tmp_path / "whole")
+
+
+@pytest.mark.timeout(60)
+def test_whoever_validates_on_rows_that_do_not_come_is_stopped_all_the_same(
+    cache: str, faulty: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcache.training.validation.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("kcache.stopping.LAST_WORD_SECONDS", 0.01)
+    faulty.stall_seconds, totals = 600, Validation.totals
+    put(Path(cache), faulty.url)
+
+    def silent(self: Validation) -> Any:
+        faulty.rates = {"stall": 1}
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return totals(self)
+
+    monkeypatch.setattr(Validation, "totals", silent)
+    streaming = {"shuffle": "stream", "residency": "stream", "val_fraction": 0.3, "validation_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(faulty.url, config(tmp_path, max_train_steps=3, **streaming))
+    assert faulty.happened["stall"] > 0
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    # What hangs is no thread that the program waits for at its end.
+    assert [
+        thread for thread in threading.enumerate() if thread.name.startswith("kcache-fetch") and not thread.daemon
+    ] == []
