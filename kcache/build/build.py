@@ -5,7 +5,7 @@ Building again is how everything is brought up to date: new and edited inputs ar
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, r
 from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
-from kcache.build.joined_tars import plan_tars, shard_recipes, tar_recipe
+from kcache.build.joined_tars import plan_tars, shard_recipes, tar_keys, tar_recipe
 from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
@@ -192,12 +192,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     tars = shard_recipes("webdataset", job.recipes)
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
-    known = all(
-        bool(table.keys.among(job.wanted(table.recipe.table)).all())
-        for table in plan.tables
-        if table.recipe.table in job.recipes
-    )
-    if not (ours and known):
+    if not (ours and _is_of(job, plan)):
         how = "from another source" if ours else "with other settings"
         refuse_beside_others(claims_folder(job.folder, plan), patience, how)
     if ours and unfinished(job.folder, plan):
@@ -208,6 +203,21 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
         return plan
     close_plan(job.folder, plan)
     return None
+
+
+def _is_of(job: Survey, plan: Plan) -> bool:
+    """Whether all inputs of a plan of the job's recipes are the job's."""
+    for table in plan.tables:
+        name = table.recipe.table
+        if name in job.recipes:
+            wanted: Iterable[bytes] = job.wanted(name)
+        elif name == SAMPLES:
+            wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables)[0]))
+        else:
+            continue  # the tar of the reserved rows is everybody's
+        if not table.keys.among(wanted).all():
+            return False
+    return True
 
 
 @without_collections()

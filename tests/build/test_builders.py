@@ -284,6 +284,35 @@ def test_a_build_of_something_else_beside_a_running_one_is_refused(
     assert build(fewer, cache, oracle, take_over=True).samples == 2
 
 
+@pytest.mark.timeout(60)
+def test_tars_of_other_pictures_are_not_joined(
+    source: Path, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who knows only some of the planned samples would record the others as gone."""
+    cache, settings = tmp_path / "cache", {"format": "webdataset", "rows_per_shard": 4, "replace": True}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kcache.build.builder.TarWriter.write", stop)
+        with pytest.raises(Stopped):
+            build(source, cache, oracle, **settings)
+    plan, fewer = open_plan(cache), copy_pictures(oracle, tmp_path / "fewer", 2)
+    assert plan is not None
+    claimed_elsewhere(claims_folder(cache, plan), "samples-00001")
+    with pytest.raises(CacheBusyError, match="being built from another source by process"):
+        build(fewer, cache, oracle, **settings)
+    assert read_commits(cache / plan.tables[-1].recipe.directory, plan.tables[-1].recipe) == []
+    (claims_folder(cache, plan) / "samples-00001").unlink()
+    assert build(source, cache, oracle, **settings).samples == 6
+    build(source, tmp_path / "alone", oracle, **settings)
+    assert digests(cache) == digests(tmp_path / "alone")
+
+
 def test_a_claim_is_let_go_when_its_shard_is_committed(planned: tuple[Path, Path]) -> None:
     cache, folder = planned
     plan = open_plan(cache)
