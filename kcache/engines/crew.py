@@ -132,10 +132,11 @@ class Crew:
     def release(self) -> None:
         """Leave no actor behind; those at work are told to give up, and have some time to clear up."""
         building = [ref for ref, (hand, shard) in self._answers.items() if shard is not None and hand.look]
-        with suppress(Exception):
-            for hand in self.hands if building else ():
-                hand.actor.stop.remote()
-            if building:
+        if building:
+            # Of a cluster that is gone Ray says so by a plain Exception or a ValueError: nobody is left to be told.
+            with suppress(Exception):
+                for hand in self.hands:
+                    hand.actor.stop.remote()
                 self._ray.wait(building, num_returns=len(building), timeout=_STOP_SECONDS)
         for hand in self.hands:
             with suppress(Exception):  # as above

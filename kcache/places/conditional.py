@@ -7,6 +7,7 @@ that collided (409), or of nothing at all, and a write that timed out may have l
 import secrets
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ from kcache.places.place import Place
 
 _TRIES = 8
 """How often a write is tried whose answer and outcome do not go together."""
+_PROBE = ".tmp-probe-"
+"""How the names of files begin that a store is tried with."""
+_PROBE_SECONDS = 3600.0
+"""For which nobody tries: each of a trial's few requests ends within minutes, or fails."""
 _PAUSE_SECONDS = 0.1
 """Before what lost against another writer is tried again, for the first time; then twice as long each time."""
 
@@ -102,11 +107,11 @@ def _back_off(attempt: int) -> None:
 def check_store(folder: Place) -> None:
     """Make sure that `folder` can be written by several at once: that its store keeps to the conditions of writes.
 
-    Once per process and bucket, by a file below `folder` that goes again. Raises StoreError with what the store lacks,
-    or with what it does not permit. A disk always can.
+    Once per process and bucket, by a file below `folder` that goes again, and with it those of processes that were
+    killed meanwhile. Raises StoreError with what the store lacks, or with what it does not permit. A disk always can.
     """
     if not isinstance(folder, Path) and folder.bucket not in _checked:
-        _probe(folder / f".tmp-probe-{secrets.token_hex(8)}")
+        _probe(folder / f"{_PROBE}{secrets.token_hex(8)}")
         _checked.add(folder.bucket)
 
 
@@ -130,9 +135,23 @@ def _probe(path: BucketPath) -> None:
             raise _lacking(path, "gives no ETag, by which changes are told")
         if not swap(path, second, found[1]) or _is_taken(path, third, _from(found[1])):
             raise _lacking(path, "writes over a file that has changed since it was read")
+        with suppress(FileNotFoundError, StoreError):
+            for left in _left_behind(path):
+                ask(path, partial(path.store.delete, left))
     finally:
         with suppress(FileNotFoundError, StoreError):
             ask(path, lambda: path.store.delete(path.key))
+
+
+def _left_behind(probe: BucketPath) -> list[str]:
+    """Names of what other processes tried the store with, so long ago by its clock that they have ended."""
+    beside = {entry["path"]: entry["last_modified"] for entry in probe.parent.listing()["objects"]}
+    now = beside.get(probe.key)
+    return [
+        key
+        for key, written in beside.items()
+        if now and key.rpartition("/")[2].startswith(_PROBE) and (now - written).total_seconds() > _PROBE_SECONDS
+    ]
 
 
 def _is_taken(path: BucketPath, content: bytes, mode: Any) -> bool:

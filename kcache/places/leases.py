@@ -72,7 +72,11 @@ def take_over(claim: Place, found: bytes, content: bytes) -> bool:
 
 
 def drop(claim: Place) -> None:
-    """Remove a claim; where that cannot be done it stays."""
+    """Remove a claim that was looked at just now; where that cannot be done it stays.
+
+    No store removes a file only if it still is what was read. Who is suspended between the two may remove the claim of
+    whoever took it over: that one finds it gone, and what both of them made is committed once.
+    """
     with suppress(OSError, KcacheError):
         if isinstance(claim, Path):
             claim.unlink()

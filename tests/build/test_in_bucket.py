@@ -1,5 +1,6 @@
 """Builds in a bucket of a real object store: the same names and bytes as on a disk, whatever happens meanwhile."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,12 +19,12 @@ from kcache import Cache
 from kcache.build.build import BuildResult, build_cache
 from kcache.build.claims import TURN
 from kcache.build.committed import check_outside, check_target
-from kcache.build.plan import claims_folder, freeze_plan
+from kcache.build.plan import CLAIMS, claims_folder, freeze_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.errors import CacheMismatchError, StoreError
 from kcache.places import place_of
 from kcache.places.bucket import BucketPath
-from kcache.places.effects import write_bytes, write_json
+from kcache.places.effects import remove, write_bytes, write_json
 from kcache.processes import this_process
 from kcache.store.shards import RowBlock, commit_shard
 from kcache.upkeep.verify import verify_cache
@@ -228,6 +229,40 @@ def test_a_shard_that_another_plan_committed_first_stays_and_no_row_is_missed(
     result = build_at(bucket, source, oracle)
     assert (result.samples, result.rejected) == (6, 0)
     assert len(Cache.open(bucket).read(range(6), ["latents"])["latents"]) == 6
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("moment", "form"),
+    [("builder.is_mine", "zarr"), ("build.freeze_plan", "webdataset"), ("build.finish_build", "webdataset")],
+)
+def test_a_claim_that_is_removed_under_its_holder_costs_work_and_nothing_else(
+    bucket: str, source: Path, oracle: Path, on_disk: Callable[[], Path], tmp_path: Path, moment: str, form: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By one that was suspended between its last look and the removal of what it took for its own: no store asks both.
+
+    Whoever comes next finds nothing claimed, and finishes the cache before the holder goes on.
+    """
+    monkeypatch.setattr("small_builds.FORM", form)
+    name, cache = f"kcache.build.{moment}", place_of(bucket)
+    module, _, attribute = name.rpartition(".")
+    function, said = getattr(sys.modules[module], attribute), list[str]()
+
+    def after_the_removal(*arguments: Any) -> Any:
+        monkeypatch.setattr(name, function)
+        claims = [path for path, _ in cache.below() if path.name == TURN or path.parent.name == CLAIMS]
+        assert claims
+        for claim in claims:
+            remove(claim)
+        with monkeypatch.context() as other:
+            other.setattr("kcache.build.claims._held", {})
+            assert build_at(bucket, source, oracle).samples == 6
+        return function(*arguments)
+
+    monkeypatch.setattr(name, after_the_removal)
+    assert build_at(bucket, source, oracle, say=said.append).samples == 6
+    assert_same(bucket, on_disk(), tmp_path)
 
 
 def test_what_is_no_cache_is_left_alone(bucket: str, source: Path, oracle: Path) -> None:

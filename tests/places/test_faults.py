@@ -105,11 +105,29 @@ def test_a_store_with_conditional_writes_is_taken_and_left_clean(request: pytest
     assert list(folder.below()) == []
 
 
+def test_what_killed_processes_tried_a_store_with_goes_once_it_is_old(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place_of(bucket)
+    assert isinstance(folder, BucketPath)
+    for name in (".tmp-probe-0123", "tmp-probe-mine", "inner/.tmp-probe-4567"):
+        write_bytes(folder / name, b"x")
+
+    def left() -> set[str]:
+        forget_checks()
+        check_store(folder)
+        return {path.key.removeprefix(f"{folder.key}/") for path, _ in folder.below()}
+
+    assert left() == {".tmp-probe-0123", "tmp-probe-mine", "inner/.tmp-probe-4567"}
+    monkeypatch.setattr("kcache.places.conditional._PROBE_SECONDS", -1.0)
+    assert left() == {"tmp-probe-mine", "inner/.tmp-probe-4567"}
+
+
 def test_a_bucket_is_probed_once_and_a_disk_never(faulty: Faults, tmp_path: Path) -> None:
     forget_checks()
     check_store(place(faulty))
     asked = faulty.requests.total()
-    assert asked == 1 + 8  # the first word, and what the document on object stores says
+    assert asked == 1 + 9  # the first word, and what the document on object stores says
     check_store(place(faulty) / "elsewhere")
     assert faulty.requests.total() == asked
     check_store(tmp_path)
