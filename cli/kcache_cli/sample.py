@@ -1,14 +1,19 @@
 """`kcache sample`: pictures from prompts."""
 
+import io
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
+from kcache.disk.durable import create_bytes
 from kcache_cli.flags import check_folder
 from kcache_cli.progress import say
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def sample(
@@ -32,7 +37,9 @@ def sample(
             help="Run directory, checkpoint or file of a LoRA, of either network; may be repeated.", metavar="<str>"
         ),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for the PNG files; those that are there stay, and the numbers go on.")
+    ] = Path("samples"),
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the decoder.")] = 50,
     prior_num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the prior.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="How strongly the decoder follows the image embedding.")] = 4.0,
@@ -76,10 +83,19 @@ def sample(
         device=device,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        path = output_dir / file_name(number, prompt)
-        picture.save(path)
-        say(str(path))
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        say(str(save(picture, prompt, output_dir)))
+
+
+def save(picture: "Image.Image", prompt: str, folder: Path) -> Path:
+    """Write a picture under the next number in `folder`, over nothing that is there; raises CacheWriteError."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    taken = [int(found[1]) for path in folder.iterdir() if (found := re.match(r"(\d{4,})-.*\.png$", path.name))]
+    number = max(taken, default=-1) + 1
+    while not create_bytes(path := folder / file_name(number, prompt), content.getvalue()):
+        number += 1  # of another process, which draws into this folder, too
+    return path
 
 
 def file_name(number: int, prompt: str) -> str:

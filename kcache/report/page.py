@@ -79,6 +79,9 @@ class Figure:
 
 Block = Text | Table | Figure
 
+_MARK = b'<meta name="generator" content="kcache">'
+"""What page.html says of itself near its beginning."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
@@ -109,6 +112,14 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     )
     page = environment.get_template("page.html").render(title=title, sections=sections)
     write_bytes(path, page.encode())
+
+
+def is_page(path: Path) -> bool:
+    """Whether `write_page` wrote what is at `path`; raises OSError."""
+    if not path.is_file():  # a device, of which a read may wait forever
+        return False
+    with path.open("rb") as file:
+        return _MARK in file.read(1024)
 
 
 def _is_number(cell: str) -> bool:

@@ -9,7 +9,7 @@ from kcache.errors import ConfigError
 from kcache.hints import broken_link
 from kcache.machine import check_device
 from kcache.report.cache import ReportConfig, cache_sections
-from kcache.report.page import Section, write_page
+from kcache.report.page import Section, is_page, write_page
 from kcache.report.run import read_run, run_sections
 from kcache.store.manifest import MANIFEST
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, is_run, run_of
@@ -48,6 +48,11 @@ def write_report(config: ReportConfig, report: CountReport | None = None) -> Wri
         raise ConfigError(f"--output is {output}, a folder; expected a file, such as {output / 'report.html'}")
     if not output.parent.is_dir():
         raise ConfigError(f"--output is {output}, but {output.parent} is no folder; make it first, or choose another")
+    if config.output is not None and output.exists() and not is_page(output):
+        raise ConfigError(
+            f"--output is {output}, a file that is no report; expected a new file, or an earlier report, whose place a "
+            "new one takes; choose another, or remove that one"
+        )
     sections = _sections(config, kind, report or (lambda name, done, total: None))
     write_page(output, f"{'Training run' if kind == 'run' else 'Cache'} {name}", sections)
     return Written(report=str(output), kind=kind, bytes=output.stat().st_size)

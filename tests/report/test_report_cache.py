@@ -227,6 +227,7 @@ def test_rejected_inputs_are_counted_and_named(cache: str, whole: dict[str, Sect
     assert "&lt;script&gt;0" in page
     assert "<script" not in page
     assert written.bytes == len(page.encode()) < 5_000_000
+    assert write_report(ReportConfig(path=str(folder), output=written.report)) == written
     (folder / "rejected.jsonl").write_text("no JSON\n")
     with pytest.raises(CacheCorruptError, match=r"rejected\.jsonl cannot be read"):
         report_cache._rejected(folder, 120)
@@ -315,6 +316,7 @@ def test_settings_that_do_not_belong_are_refused(cache: str, run_dir: Path, tmp_
         ({"path": cache, "neighbours": True}, "--neighbours is for the report of a run"),
         ({"path": str(run_dir), "source": "photos"}, "--source is for the report of a cache"),
         ({"path": cache, "output": str(tmp_path)}, "a folder; expected a file"),
+        ({"path": cache, "output": str(run_dir / "config.json")}, "a file that is no report"),
         ({"path": cache, "output": str(tmp_path / "no" / "a.html")}, "is no folder; make it first"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -23,6 +23,7 @@ from kcache.objectives.lora import add_lora, fuse_lora, save_lora
 from kcache.report import sampling
 from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline, sample
 from kcache_cli.app import app
+from kcache_cli.sample import save
 
 
 def draw(oracle: Path, prompts: list[str], seed: int = 0, **changes: Any) -> list[np.ndarray]:
@@ -219,3 +220,13 @@ def test_the_command_takes_several_loras(tmp_path: Path, monkeypatch: pytest.Mon
     assert CliRunner().invoke(app, command).exit_code == 0
     assert asked["lora"] == ["runs/a", "runs/b"]
     assert (tmp_path / "0000-a-fox.png").is_file()
+
+
+def test_pictures_are_written_over_nothing(tmp_path: Path) -> None:
+    for name in ("0000-a-fox.png", "0012-an-owl.png", "0100 mine.png", "0099-a-fox.jpg"):
+        (tmp_path / name).write_bytes(b"mine")
+    paths = [save(Image.new("RGB", (8, 8)), prompt, tmp_path) for prompt in ("A fox", "an owl")]
+    assert [path.name for path in paths] == ["0013-a-fox.png", "0014-an-owl.png"]
+    with Image.open(paths[0]) as drawn:
+        assert drawn.size == (8, 8)
+    assert (tmp_path / "0000-a-fox.png").read_bytes() == b"mine"
