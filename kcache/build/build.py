@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from kcache.build.builder import Builder, BuildReport, unfinished
+from kcache.build.builder import Builder, BuildReport
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
 from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_keys, tar_recipe
-from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan
+from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan, unfinished
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
 from kcache.encoders.recipes import default_rows_per_shard

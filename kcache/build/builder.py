@@ -17,8 +17,8 @@ from kcache.build.claims import Patience, holder, is_mine, let_go, take, unless_
 from kcache.build.committed import Committed
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
-from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open
-from kcache.build.survey import Survey, fetcher
+from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open, uncommitted, unfinished
+from kcache.build.survey import Survey, fetcher, still_given
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device, kept_to_groups
@@ -58,18 +58,6 @@ class BuildProgress:
 BuildReport = Callable[[BuildProgress], None]
 Work = Callable[[TablePlan, Sequence[PlannedShard], "Claims"], None]
 """Called with shards of a table, to make those that it can claim."""
-
-
-def unfinished(cache: Place, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
-    """The shards of each table of `plan` that are not committed, tables without any left out."""
-    left = [(table, _uncommitted(cache, table, table.shards)) for table in plan.tables if table.keys]
-    return [(table, shards) for table, shards in left if shards]
-
-
-def _uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
-    """Those of `shards` that have no commit record: found out by one listing, as each look may be a request."""
-    committed = {path.stem for path in (cache / table.recipe.directory).glob("*.json")}
-    return [shard for shard in shards if shard.name not in committed]
 
 
 def work_off(cache: Place, plan: Plan, place: tuple[int, int], patience: Patience, work: Work) -> None:
@@ -113,6 +101,8 @@ class Builder:
     sizes: PictureSizes
     seen: dict[str, set[bytes]] = field(default_factory=dict)
     """Keys, by table, of the plans that were worked off that are rejected, or gone from the source."""
+    _doubted: dict[str, set[bytes]] = field(default_factory=dict)
+    """Keys, by table, that a record says are gone from the source, and the source still gave."""
     meters: dict[str, "Meter"] = field(default_factory=dict)
     """Where the time went, by table that this builder encoded rows of."""
 
@@ -131,11 +121,17 @@ class Builder:
 
         A shard can be that of a builder with another plan, who was suspended for long and committed first.
         """
-        names = {shard.name for shard in table.shards}
+        name, names = table.recipe.table, {shard.name for shard in table.shards}
+        seen = self.seen.setdefault(name, set()) if names else set()
         commits = read_commits(self.job.folder / table.recipe.directory, table.recipe) if names else ()
         for commit in (commit for commit in commits if commit.name in names):
-            keys = [*commit.absent, *(rejection.key for rejection in commit.rejected)]
-            self.seen.setdefault(table.recipe.table, set()).update(bytes.fromhex(key) for key in keys)
+            absent = {bytes.fromhex(key) for key in commit.absent}
+            if not table.recipe.of_tars:
+                # One with another source may have recorded it while this one was suspended: that is tried once more.
+                doubted = self._doubted.setdefault(name, set())
+                absent -= (given := still_given(self.job, name, absent - doubted))
+                doubted |= given
+            seen |= absent | {bytes.fromhex(rejection.key) for rejection in commit.rejected}
 
     def seconds(self, table: str) -> dict[str, float]:
         """What the time of the thread that encoded `table` went into, as `TableResult.seconds` has it."""
@@ -235,7 +231,7 @@ class Claims:
                 yield shard
             else:
                 progress.total -= len(shard.keys)
-        left = {shard.name for shard in _uncommitted(self._cache, table, later)} if later else ()
+        left = {shard.name for shard in uncommitted(self._cache, table, later)} if later else ()
         for shard in later:
             if shard.name in left and self._take(table, shard):
                 yield shard

@@ -1,8 +1,9 @@
 """What a build will write, decided before it writes: wanted keys, minus what is there, cut into numbered shards.
 
-The functions here are pure but for `open_plan`, `freeze_plan` and `close_plan`, which read, create and remove the one
-open plan of a cache. A plan is created once and never cut again, so a build that was killed goes on where it stopped
-and ends with the same bytes. It lies in `plans/<digest>/`, and is open when `plans/open.json`, created once, names it.
+The functions here are pure but for those that look what of a plan is committed, and `open_plan`, `freeze_plan` and
+`close_plan`, which read, create and remove the one open plan of a cache. A plan is created once and never cut again, so
+a build that was killed goes on where it stopped and ends with the same bytes. It lies in `plans/<digest>/`, and is open
+when `plans/open.json`, created once, names it.
 """
 
 import hashlib
@@ -214,6 +215,18 @@ def is_open(cache: Place, plan: Plan) -> bool:
     return named == _naming(plan) or (
         named is None and _of_schema_1(cache / "plans") == claims_folder(cache, plan).parent
     )
+
+
+def unfinished(cache: Place, plan: Plan) -> list[tuple[TablePlan, list[PlannedShard]]]:
+    """The shards of each table of `plan` that are not committed, tables without any left out."""
+    left = [(table, uncommitted(cache, table, table.shards)) for table in plan.tables if table.keys]
+    return [(table, shards) for table, shards in left if shards]
+
+
+def uncommitted(cache: Place, table: TablePlan, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
+    """Those of `shards` that have no commit record: found out by one listing, as each look may be a request."""
+    committed = {path.stem for path in (cache / table.recipe.directory).glob("*.json")}
+    return [shard for shard in shards if shard.name not in committed]
 
 
 def claims_folder(cache: Place, plan: Plan) -> Place:

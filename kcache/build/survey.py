@@ -317,3 +317,9 @@ def fetcher(job: Survey, table: str) -> Callable[[bytes], bytes | str | None]:
         return content if content is not None and content_key(content) == key else None
 
     return fetch
+
+
+def still_given(job: Survey, table: str, keys: Collection[bytes]) -> set[bytes]:
+    """Those of `keys` of a table whose content the source of `job` gives now."""
+    fetch = fetcher(job, table) if keys else None
+    return {key for key in keys if fetch and fetch(key) is not None}

@@ -10,11 +10,11 @@ from contextlib import suppress
 from functools import partial
 from typing import get_args
 
-from kcache.build.builder import BuildProgress, Claims, ShardProgress, unfinished, work_off
+from kcache.build.builder import BuildProgress, Claims, ShardProgress, work_off
 from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
-from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan
+from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan, unfinished
 from kcache.config import CountReport, Say, Stage, check_worker, unheard
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError
 from kcache.places import Place, cache_place, place_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_builds import build, copy_pictures, digests, small_config
+from small_builds import build, copy_pictures, digests, encoded, small_config
 
 import kcache.build.builder
 import kcache.build.claims
@@ -117,6 +117,29 @@ def test_one_that_was_suspended_and_comes_back_harms_nothing(
     result = build_cache(str(source), str(cache), config, say=said.append)
     assert (result.samples, digests(cache)) == (6, before)
     assert any("was taken over by another builder" in message for message in said)
+
+
+def test_what_one_with_fewer_pictures_recorded_as_gone_is_encoded_by_one_who_has_it(
+    source: Path, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a builder is suspended, one of another source works off its plan."""
+    cache, fewer = tmp_path / "cache", copy_pictures(oracle, tmp_path / "fewer", 2)
+    kept = kcache.build.builder.Claims.kept
+
+    def suspended(claims: Any, table: Any, shard: Any) -> bool:
+        monkeypatch.setattr(kcache.build.builder.Claims, "kept", kept)
+        for claim in cache.glob("plans/*/claims/*"):
+            claim.unlink()
+        with monkeypatch.context() as other:
+            other.setattr("kcache.build.claims._held", {})
+            build(fewer, cache, oracle, replace=True)
+        assert any(commit.absent for path in cache.glob("*/0*.json") if (commit := read_commit(path)))
+        return bool(kept(claims, table, shard))
+
+    monkeypatch.setattr(kcache.build.builder.Claims, "kept", suspended)
+    result = build(source, cache, oracle, rows_per_shard=4, replace=True)
+    assert (result.samples, result.rejected) == (6, 0)
+    assert encoded(build(source, cache, oracle)) == {}
 
 
 @pytest.fixture
