@@ -219,18 +219,26 @@ def create_bytes(final: Path, content: bytes) -> bool:
         try:
             with new_file(temporary) as file:
                 file.write(content)
-            final.hardlink_to(temporary)  # fails where a name exists, on network file systems too
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            if final.exists():
+            if not _is_named(temporary, final):
                 return False
-            temporary.rename(final)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(final.parent)
+    return True
+
+
+def _is_named(temporary: Path, final: Path) -> bool:
+    """Give a file the name `final`, too, where nothing has it; False where something has."""
+    try:
+        final.hardlink_to(temporary)  # fails where a name exists, on network file systems too
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if final.exists():
+            return False
+        temporary.rename(final)
     return True
 
 

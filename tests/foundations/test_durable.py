@@ -113,6 +113,15 @@ def test_a_file_is_created_whole_or_not_at_all(tmp_path: Path, links: bool, monk
     assert synced == [(False, False), (True, True)]
 
 
+def test_a_folder_that_takes_no_file_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("kcache.disk.durable.new_file", refuse)
+    with pytest.raises(CacheWriteError, match="Permission denied"):
+        create_bytes(tmp_path / "claim", b"x")
+
+
 def test_several_may_share_what_one_may_not_hold_alone(tmp_path: Path) -> None:
     with shared(tmp_path), shared(tmp_path), pytest.raises(CacheBusyError, match="its only user"), exclusive(tmp_path):
         pass
