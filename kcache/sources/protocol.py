@@ -4,9 +4,9 @@ A new kind of source is a class with the members of `Source` and a function that
 notes why anything else is refused, and ends in `refusals`; `open_source` calls it where it finds such a source.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 from kcache.config import SourceConfig
 from kcache.disk.memo import DigestMemo
@@ -14,6 +14,24 @@ from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
 from kcache.store.samples import Refusal
+
+
+class Piece(Protocol):
+    """A part of a source, to be looked through by itself, by whoever sees it; what it says of itself is small."""
+
+    @property
+    def name(self) -> str:
+        """What it is, in a few words."""
+
+    def is_known(self, memo: DigestMemo) -> bool:
+        """Whether `memo` knows all that `look` would find out; raises StoreError."""
+
+    def look(self, memo: DigestMemo) -> None:
+        """Have `memo` know what the source will ask it; raises InputRejected or OSError, StoreError among them."""
+
+
+def nobody(pieces: Sequence[Piece]) -> None:
+    """Looks through nothing: the source does so by itself, when it is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +44,15 @@ class Request:
     """Only the first ones."""
     need_captions: bool
     """Whether an image without captions is refused."""
+    memo: DigestMemo | None = None
+    """What is known of files already; None for the user's own."""
+    ahead: Callable[[Sequence[Piece]], None] = nobody
+    """Told what is about to be looked through: what it has the memo know, the source need not find out."""
+
+    @property
+    def alone(self) -> Self:
+        """The same, of nothing but what decides what is offered."""
+        return replace(self, memo=None, ahead=nobody)
 
     @property
     def image_column(self) -> str:
@@ -82,9 +109,7 @@ def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
             )
 
 
-def refusals(
-    place: str, samples: Collection[object], reasons: Mapping[str, str], *, expected: str
-) -> tuple[Refusal, ...]:
+def refusals(place: str, samples: Sized, reasons: Mapping[str, str], *, expected: str) -> tuple[Refusal, ...]:
     """What a source refuses, from why each input is, by name; raises SourceError when it found no samples in `place`.
 
     `expected` tells what would have been samples, and what to do.
@@ -92,7 +117,7 @@ def refusals(
     refused = tuple(
         Refusal(name=readable(name), stage="source", reason=printable(reason)) for name, reason in reasons.items()
     )
-    if not samples:
+    if not len(samples):
         examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
         why = f"all {len(refused):,} inputs found were refused ({examples})" if refused else "it is empty"
         raise SourceError(f"{place} offers no sample: {why}; expected {expected}")
