@@ -8,12 +8,13 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from kcache.config import AS_FOUND, SourceConfig
 from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Ahead, nobody
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import Place
@@ -22,7 +23,7 @@ from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
-from kcache.sources.protocol import Piece, Request, Source, nobody, refuse_unused
+from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     COUNTED_FILES,
@@ -63,7 +64,7 @@ def open_source(
     max_train_samples: int | None = None,
     need_captions: bool = True,
     memo: DigestMemo | None = None,
-    ahead: Callable[[Sequence[Piece]], None] = nobody,
+    ahead: Ahead = nobody,
 ) -> Source:
     """Open images and captions, whatever they are stored as; `description` says what was found.
 

@@ -159,7 +159,7 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     kind = "imagefolder" if said.files else "folder"
     paths = [os.fsencode(path) for path, _ in chosen]
     runs = [b"\0".join(paths[first : first + _RUN]) for first in range(0, len(paths), _RUN)]
-    request.ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
+    request.look_ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
     records = Records.of(_SAMPLES, ((os.fsencode(path), captions) for path, captions in chosen))
     return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=records)
 

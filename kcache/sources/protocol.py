@@ -4,34 +4,17 @@ A new kind of source is a class with the members of `Source` and a function that
 notes why anything else is refused, and ends in `refusals`; `open_source` calls it where it finds such a source.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 from kcache.config import SourceConfig
 from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
 from kcache.store.samples import Refusal
-
-
-class Piece(Protocol):
-    """A part of a source, to be looked through by itself, by whoever sees it; what it says of itself is small."""
-
-    @property
-    def name(self) -> str:
-        """What it is, in a few words."""
-
-    def is_known(self, memo: DigestMemo) -> bool:
-        """Whether `memo` knows all that `look` would find out; raises StoreError."""
-
-    def look(self, memo: DigestMemo) -> None:
-        """Have `memo` know what the source will ask it; raises InputRejected or OSError, StoreError among them."""
-
-
-def nobody(pieces: Sequence[Piece]) -> None:
-    """Looks through nothing: the source does so by itself, when it is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +29,18 @@ class Request:
     """Whether an image without captions is refused."""
     memo: DigestMemo | None = None
     """What is known of files already; None for the user's own."""
-    ahead: Callable[[Sequence[Piece]], None] = nobody
-    """Told what is about to be looked through: what it has the memo know, the source need not find out."""
+    ahead: Ahead = nobody
+    """Who may look through the source before it is asked."""
 
     @property
     def alone(self) -> Self:
         """The same, of nothing but what decides what is offered."""
         return replace(self, memo=None, ahead=nobody)
+
+    def look_ahead(self, pieces: Sequence[Piece]) -> None:
+        """Have `ahead` look through some pieces."""
+        if self.memo is not None:
+            self.ahead(pieces, self.memo)
 
     @property
     def image_column(self) -> str:

@@ -205,7 +205,7 @@ def open_rows(
     ends = [part.file.starts[-1] for part in parts[: samples.value(len(samples) - 1, "part")]]
     ends.append(samples.value(len(samples) - 1, "row") + 1)
     pieces = [pieces_of(reader, part.file, request.image_column, end) for part, end in zip(parts, ends, strict=False)]
-    request.ahead(list(chain.from_iterable(pieces)))
+    request.look_ahead(list(chain.from_iterable(pieces)))
     return TableSource(
         description=(
             f"{kind}: {counted(len(samples), 'image')} from column {request.image_column!r}, {origin}{left_out}"

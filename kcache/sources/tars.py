@@ -175,11 +175,11 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
     pieces = [TarPiece(path=path.absolute(), request=request.alone) for _, path in tars]
     with nullcontext(request.memo) if request.memo is not None else DigestMemo() as memo:
         if request.max_train_samples is None:
-            request.ahead(pieces)
+            request.look_ahead(pieces)
         samples = Records(_SAMPLES, _offered(tars, request, memo, found))
     used = np.flatnonzero(np.diff(found.firsts)).tolist()
     if request.max_train_samples is not None:
-        request.ahead([pieces[tar] for tar in used])
+        request.look_ahead([pieces[tar] for tar in used])
     place, reasons = f"a webdataset of {counted(len(tars), 'tar')}", dict(sorted(found.refused.items()))
     column = request.config.caption_column
     if column is not None and found.groups and not found.origins:
