@@ -59,21 +59,23 @@ def cache_build(
       torchrun --nproc-per-node 8 -m kcache_cli cache-build photos/ caches/photos-768
     """
     from kcache.build.build import build_cache
-    from kcache.engines import engine_of
+    from kcache.engines import ahead_of, engine_of
 
     check_lasting(cache)
     config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
     if dry_run:
         from kcache.build.estimate import estimate_build
 
-        _print_estimate(estimate_build(source, cache, config, say=note), config.batch_size, as_json)
+        estimate = estimate_build(source, cache, config, say=note, ahead=ahead_of(config, note))
+        _print_estimate(estimate, config.batch_size, as_json)
         return
     try:
         with Report() as report:
             engine = engine_of(source, config)
             result = build_cache(
-                source, cache, config, report=partial(show_build, report), say=report.note, engine=engine
-            )
+                source, cache, config, report=partial(show_build, report), say=report.note, engine=engine,
+                ahead=ahead_of(config, report.note),
+            )  # fmt: skip
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {cache} is kept: run the same command to go on")
         raise

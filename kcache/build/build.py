@@ -18,6 +18,7 @@ from kcache.build.joined_tars import plan_tars, shard_recipes, tar_keys, tar_rec
 from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan, unfinished
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
 from kcache.config import BuildConfig, Say, unheard
+from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheBusyError
 from kcache.machine import check_device, without_collections
@@ -67,18 +68,19 @@ class BuildResult:
 def build_cache(
     source: str, cache: str, config: BuildConfig, *,
     report: BuildReport | None = None, say: Say = unheard, engine: Callable[..., Builder] = Builder,
+    ahead: Ahead = nobody,
 ) -> BuildResult:  # fmt: skip
     """Encode whatever of `source` the cache at `cache` lacks, and make it complete.
 
     An interrupted build goes on at the shard where it stopped, and several processes may build one cache together. On
     SIGINT or SIGTERM the batch is finished, then KeyboardInterrupt or SystemExit(143) raised. Inputs that cannot be
     cached are named in rejected.jsonl. `report` is told how each table goes, `say` what is worth a line; `engine` works
-    plans off. Raises SourceError, also where no input became a sample, ModelError, ConfigError, CacheBusyError,
-    CacheWriteError, CacheCorruptError, or CacheMismatchError, also where most samples of the cache would leave and that
-    is not asked for.
+    plans off, and `ahead` looks through the source before this process does. Raises SourceError, also where no input
+    became a sample, ModelError, ConfigError, CacheBusyError, CacheWriteError, CacheCorruptError, or CacheMismatchError,
+    also where most samples of the cache would leave and that is not asked for.
     """
     check_store(place_of(cache))  # before hours of looking through a source
-    job = checked_survey(source, cache, config, say)
+    job = checked_survey(source, cache, config, say, ahead)
     if not config.replace:
         job.leaving.check(job.folder)
     for note in job.notes:
@@ -160,12 +162,12 @@ def _counts(job: Survey, found: Committed) -> dict[str, int]:
 
 
 @without_collections()
-def checked_survey(source: str, cache: str, config: BuildConfig, say: Say) -> Survey:
+def checked_survey(source: str, cache: str, config: BuildConfig, say: Say, ahead: Ahead = nobody) -> Survey:
     """What a build of `cache` has to know, once it is clear that it may write there."""
     folder = place_of(cache)
     check_target(folder)
     check_device(config.device)
-    job = beside_earlier(survey(source, folder, config, say))
+    job = beside_earlier(survey(source, folder, config, say, ahead))
     if not job.samples:
         raise no_sample(folder, job.refused)
     return job

@@ -22,6 +22,7 @@ from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, other_verdicts, why_missing
 from kcache.config import BuildConfig, Say, unheard
+from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import load_encoder, load_tokenizer
 from kcache.encoders.recipes import default_rows_per_shard
@@ -92,12 +93,14 @@ class BuildEstimate:
     notes: tuple[str, ...]
 
 
-def estimate_build(source: str, cache: str, config: BuildConfig, *, say: Say = unheard) -> BuildEstimate:
+def estimate_build(
+    source: str, cache: str, config: BuildConfig, *, say: Say = unheard, ahead: Ahead = nobody
+) -> BuildEstimate:
     """What `build_cache` would do and take, without writing anything into the cache; raises like it.
 
     The encoders of all tables that lack rows are loaded and run for some seconds each. `say` is told which.
     """
-    job = checked_survey(source, cache, config, say)
+    job = checked_survey(source, cache, config, say, ahead)
     for note in job.leaving.notes:
         say(note)
     if job.leaving.most and not config.replace:

@@ -14,6 +14,7 @@ from kcache.build.joined_tars import shard_recipes
 from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say
 from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.color import check_color_management
 from kcache.encoders.decoding import decoder_facts, outgrown_limit
 from kcache.encoders.fit import check_request
@@ -84,19 +85,21 @@ class Survey:
         }
 
 
-def survey(source: str, folder: Place, config: BuildConfig, say: Say) -> Survey:
+def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahead = nobody) -> Survey:
     """Open the source, digest its images and the encoders' weights, and name the tables that the cache should hold.
 
-    Raises SourceError, ModelError, ConfigError, or CacheMismatchError for a cache of another schema or form.
+    `ahead` may have others look through the source. Raises SourceError, ModelError, ConfigError, or CacheMismatchError
+    for a cache of another schema or form.
     """
     earlier = _recipes_so_far(folder, config)
     # The tables that were asked for, and those that the cache holds already: they stay complete.
     tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
     needed = TEXT.name in tables
-    opened = open_source(source, config, max_train_samples=config.max_train_samples, need_captions=needed)
-    repositories = find_repositories(config, stage_of(tables))
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
+        most = config.max_train_samples
+        opened = open_source(source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead)
+        repositories = find_repositories(config, stage_of(tables))
         say(opened.description)
         recipes = {
             name: table_recipe(

@@ -1,6 +1,7 @@
 """Building on other machines: an engine hands the shards of a plan to whomever it has.
 
 - `engine`: which one a build was asked for
+- `ahead`: the source looked through by a cluster, before a survey does
 - `tasks`: what travels between the process that plans and those that encode
 - `actor`: one that encodes, wherever it is
 - `ledger`: what is to be handed out, who has what, and what the lost had
@@ -9,6 +10,6 @@
 - `ray_builder`: a builder that has its plans worked off by actors
 """
 
-from kcache.engines.engine import engine_of
+from kcache.engines.engine import ahead_of, engine_of
 
-__all__ = ["engine_of"]
+__all__ = ["ahead_of", "engine_of"]

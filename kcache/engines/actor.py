@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
-from kcache.engines.tasks import Look, Setup, Task
+from kcache.engines.tasks import Look, Setup, Task, check_version
 from kcache.errors import EngineError, ModelError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import place_of
@@ -89,11 +88,7 @@ class EncodingActor:
 
     def look(self) -> Look:
         """How it is doing; may be called while it builds."""
-        if (own := version("kcache")) != self._setup.version:
-            raise EngineError(
-                f"kcache is {own} on {socket.gethostname()}, and {self._setup.version} where the build was started; "
-                "expected one version on all machines; install the same on each"
-            )
+        check_version(self._setup.version)
         with self._changed:
             done = {name: given.done for name, given in self._under_way.items()}
             said = tuple(self._said)

@@ -3,13 +3,16 @@
 A task says which inputs make a shard and where they are. Whether they are still what they were, their keys tell.
 """
 
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey
 from kcache.config import BuildConfig
 from kcache.encoders.repositories import Repository
+from kcache.errors import EngineError
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import Recipe, kind_of
 
@@ -61,6 +64,15 @@ class Look:
     """What the time of its encoding thread went into, of that table, as `TableResult.seconds` has it."""
     said: tuple[str, ...]
     """What was worth a line since the last look."""
+
+
+def check_version(planned: str) -> None:
+    """Raise EngineError where kcache is not of the version that a build was started with."""
+    if (own := version("kcache")) != planned:
+        raise EngineError(
+            f"kcache is {own} on {socket.gethostname()}, and {planned} where the build was started; expected one "
+            "version on all machines; install the same on each"
+        )
 
 
 def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:

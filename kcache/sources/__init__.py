@@ -3,6 +3,7 @@
 - `protocol`: what a source is, and what it is asked for
 - `splits`, `listing`: which of its files are meant, and where links in it may lead
 - `folder`, `table`, `hub`, `tars`: the kinds
+- `offers`: what one tar offers, in columns
 - `metadata`, `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
 """
 
@@ -12,6 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from kcache.config import AS_FOUND, SourceConfig
+from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Ahead, nobody
 from kcache.errors import InputRejected, SourceError
 from kcache.hints import instead_of_source
 from kcache.places import Place
@@ -60,15 +63,20 @@ def open_source(
     *,
     max_train_samples: int | None = None,
     need_captions: bool = True,
+    memo: DigestMemo | None = None,
+    ahead: Ahead = nobody,
 ) -> Source:
     """Open images and captions, whatever they are stored as; `description` says what was found.
 
     No image is opened yet, so 100,000 samples take seconds. A sample that cannot be offered is in `refused`, with its
     name and a reason; hidden files and folders (names starting with a dot) do not belong to a source. Samples are in
     order of their paths, or of the dataset's rows, and `max_train_samples` takes the first ones. Unless
-    `need_captions`, images without captions are offered with (). Raises SourceError when there is nothing to offer.
+    `need_captions`, images without captions are offered with (). `ahead` is told of pieces that others may look
+    through, for `memo`. Raises SourceError when there is nothing to offer.
     """
-    request = Request(config=config, max_train_samples=max_train_samples, need_captions=need_captions)
+    request = Request(
+        config=config, max_train_samples=max_train_samples, need_captions=need_captions, memo=memo, ahead=ahead
+    )
     spec = without_scheme(spec)
     if store_url(spec) is not None:
         return _open_in_bucket(spec, request)
@@ -195,7 +203,7 @@ def _most(listing: FolderListing, request: Request, kinds: Mapping[str, Sequence
     counts, errors = {}, {}
     for kind in kinds:
         try:
-            source = _open_as(kind, kinds, listing, replace(request, max_train_samples=None))
+            source = _open_as(kind, kinds, listing, replace(request, max_train_samples=None, ahead=nobody))
             counts[kind] = sum(bool(source.captions(i)) for i in range(len(source)))
         except SourceError as error:
             errors[kind] = error

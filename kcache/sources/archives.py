@@ -12,7 +12,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,7 @@ from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, StoreError
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import AT_ONCE, FETCHES, Windows, at_once
+from kcache.places.fetching import FETCHES, Windows, at_once
 from kcache.places.opened import opened
 from kcache.plainly import plainly_at
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, locate
@@ -149,22 +150,24 @@ def _looked_into(member: Member, file: BinaryIO) -> Member:
     return replace(member, key=content_key(content))
 
 
-def far_listings(paths: Sequence[Place]) -> Iterator[TarListing]:
-    """What the tars in a bucket among `paths` hold, in their order; several are read at a time.
+def listing_of(path: Place, memo: DigestMemo) -> TarListing:
+    """What a tar holds, as `list_members` says it; of one in a bucket remembered, so that it is read once for that."""
+    if isinstance(path, Path):
+        return list_members(path)
+    return _unpacked(memo.digest(path, _PART, lambda: _packed(list_members(path))))
 
-    It is remembered, so that each is read once for that.
-    """
-    far = [path for path in paths if isinstance(path, BucketPath)]
-    for first in range(0, len(far), AT_ONCE):
-        some, fetched = far[first : first + AT_ONCE], dict[BucketPath, bytes]()
 
-        def fetch(path: BucketPath, fetched: dict[BucketPath, bytes] = fetched) -> None:
+def fetch_listings(paths: Sequence[BucketPath], memo: DigestMemo) -> None:
+    """Have `memo` know what these tars hold, as far as they are there; all are read at once. Raises StoreError."""
+    fetched = dict[BucketPath, bytes]()
+
+    def fetch(path: BucketPath) -> None:
+        with suppress(FileNotFoundError):
             fetched[path] = _packed(list_members(path))
 
-        with DigestMemo() as memo:
-            at_once(fetch, [path for path in some if not memo.remembered(path, _PART)])
-            contents = [memo.digest(path, _PART, partial(fetched.__getitem__, path)) for path in some]
-        yield from map(_unpacked, contents)
+    at_once(fetch, [path for path in paths if not memo.remembered(path, _PART)])
+    for path in fetched:
+        memo.digest(path, _PART, partial(fetched.__getitem__, path))
 
 
 def _packed(listing: TarListing) -> bytes:

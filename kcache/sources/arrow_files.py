@@ -5,10 +5,10 @@ piece is as much of it as is held at once.
 """
 
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kcache.disk.memo import DigestMemo
+from kcache.errors import InputRejected, StoreError
+from kcache.foreign import reason
 from kcache.places import Place
 from kcache.places.opened import opened
+from kcache.store.digests import KEY_BYTES, content_key
 
 _PIECE_BYTES = 1 << 24
 """About what a piece of a column holds, decoded."""
@@ -28,6 +32,10 @@ _PIECE_ROWS = 1 << 16
 """Most rows of a piece: parquet writes equal values once, so that few bytes may become many."""
 _HELD_BYTES = 1 << 26
 """Image bytes of recently read pieces that are kept in memory, so that nearby rows do not read them again."""
+_RUN_ROWS = 10_000
+"""Rows, at least, that are looked through together; whole chunks."""
+NO_BYTES = bytes(KEY_BYTES)
+"""Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
 
 
 class RowFile(Protocol):
@@ -181,6 +189,70 @@ class HeldImages:
         # Two at least: threads at the border of two pieces shall not read both again and again.
         while len(self._held) > 2 and self._bytes > _HELD_BYTES:
             self._bytes -= self._held.popitem(last=False)[1].contents.nbytes
+
+
+def chunk_keys(file: RowFile, label: str, chunk: int, column: str, memo: DigestMemo, rehash: bool) -> bytes:
+    """The keys of the images of a chunk behind each other, `NO_BYTES` for a row without any, as `memo` knows them.
+
+    Raises InputRejected when the file, called `label`, is broken, OSError when it is gone, StoreError.
+    """
+
+    def digested() -> bytes:
+        with readable_as(label):
+            pieces = map(decode_images, file.pieces(chunk, column))
+            contents = (images.content(row) for images in pieces for row in range(len(images)))
+            return b"".join(NO_BYTES if content is None else content_key(content) for content in contents)
+
+    return memo.digest(file.path, _keys_part(chunk, column), digested, rehash)
+
+
+@contextmanager
+def readable_as(label: str) -> Iterator[None]:
+    """Raise InputRejected in the block where the file that is called so is broken."""
+    try:
+        yield
+    except StoreError:  # which says nothing of the rows
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise InputRejected("source", f"{label} cannot be read: {reason(error)}") from error
+
+
+def _keys_part(chunk: int, column: str) -> str:
+    return f"content_key of each row of column {column!a}, chunk {chunk}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsPiece:
+    """The chunks `first` to `last` of a file, to be looked through; a `Piece`."""
+
+    reader: Callable[[Any], RowFile]
+    path: Place
+    column: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}, row groups {self.first} to {self.last}"
+
+    def is_known(self, memo: DigestMemo) -> bool:
+        chunks = range(self.first, self.last + 1)
+        return all(memo.remembered(self.path, _keys_part(chunk, self.column)) for chunk in chunks)
+
+    def look(self, memo: DigestMemo) -> None:
+        with readable_as(str(self.path)):
+            file = self.reader(self.path)
+        for chunk in range(self.first, self.last + 1):
+            chunk_keys(file, str(self.path), chunk, self.column, memo, rehash=False)
+
+
+def pieces_of(reader: Callable[[Any], RowFile], file: RowFile, column: str, rows: int) -> Iterator[RowsPiece]:
+    """The first `rows` of a file, in pieces."""
+    first, chunks = 0, bisect_left(file.starts, rows)
+    for last in range(chunks):
+        if file.starts[last + 1] - file.starts[first] >= _RUN_ROWS or last == chunks - 1:
+            yield RowsPiece(reader=reader, path=file.path.absolute(), column=column, first=first, last=last)
+            first = last + 1
 
 
 def decode_images(column: Any) -> Images:

@@ -1,9 +1,13 @@
 """Folders of image files, with captions in metadata files (imagefolder) or in a text file beside each image."""
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import pyarrow as pa
 
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
@@ -13,11 +17,17 @@ from kcache.sources.metadata import Said, read_metadata
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
 from kcache.store.digests import content_key
+from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _TEXT_SUFFIXES = (".txt", ".caption")
 """Suffixes of files with the captions of one image, in small letters; the first that is there counts."""
+_SAMPLES = pa.schema({"path": pa.binary(), "captions": pa.list_(pa.string())})
+_PART = "content_key"
+"""What the memo calls the key of an image file."""
+_RUN = 2000
+"""Image files that are looked through together."""
 _EXPECTED = (
     'images with a row each in metadata.jsonl, e.g. {"file_name": "a.jpg", "text": "a cat"}, or with a text file each, '
     "a.txt beside a.jpg"
@@ -32,29 +42,60 @@ class FolderSource:
     refused: tuple[Refusal, ...]
     root: Path
     """The folder's real, absolute path."""
-    samples: Sequence[tuple[str, tuple[str, ...]]]
+    samples: Records
     """Path relative to the root, and captions."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, i: int) -> str:
-        return readable(self.samples[i][0])
+        return readable(os.fsdecode(self.samples.value(i, "path")))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return self.samples[i][1]
+        return tuple(self.samples.value(i, "captions"))
 
     def image(self, i: int) -> bytes:
         return read_file(self._path(i), MAX_IMAGE_BYTES)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         try:
-            return memo.digest(self._path(i), "content_key", lambda: content_key(self.image(i)), rehash)
+            return _key_of(self._path(i), memo, rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
     def _path(self, i: int) -> str:
-        return f"{self.root}/{self.samples[i][0]}"  # not a Path: those of 100,000 images take a second
+        # Not a Path: those of 100,000 images take a second.
+        return f"{self.root}/{os.fsdecode(self.samples.value(i, 'path'))}"
+
+
+def _key_of(path: str, memo: DigestMemo, rehash: bool = False) -> bytes:
+    return memo.digest(path, _PART, lambda: content_key(read_file(path, MAX_IMAGE_BYTES)), rehash)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderPiece:
+    """Some image files of a folder, to be looked through; a `Piece`."""
+
+    root: Path
+    paths: bytes
+    """Relative to the root, a NUL between each and the next."""
+
+    @property
+    def name(self) -> str:
+        paths = self._paths()
+        return f"{paths[0]} to {paths[-1]}"
+
+    def is_known(self, memo: DigestMemo) -> bool:
+        return all(memo.remembered(path, _PART) for path in self._paths())
+
+    def look(self, memo: DigestMemo) -> None:
+        self.root.stat()
+        for path in self._paths():
+            with suppress(InputRejected, OSError):  # it is refused, with the reason, when the source is asked for it
+                _key_of(path, memo)
+
+    def _paths(self) -> list[str]:
+        return [f"{self.root}/{os.fsdecode(path)}" for path in self.paths.split(b"\0")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +157,11 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     chosen = sorted(samples.items())[: request.max_train_samples]
     described = _description(chosen, _origin(said, request, taken), companions | spare)
     kind = "imagefolder" if said.files else "folder"
-    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=chosen)
+    paths = [os.fsencode(path) for path, _ in chosen]
+    runs = [b"\0".join(paths[first : first + _RUN]) for first in range(0, len(paths), _RUN)]
+    request.look_ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
+    records = Records.of(_SAMPLES, ((os.fsencode(path), captions) for path, captions in chosen))
+    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=records)
 
 
 def _find_texts(listing: FolderListing) -> _Texts:

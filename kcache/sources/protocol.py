@@ -4,12 +4,13 @@ A new kind of source is a class with the members of `Source` and a function that
 notes why anything else is refused, and ends in `refusals`; `open_source` calls it where it finds such a source.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 from kcache.config import SourceConfig
 from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
@@ -26,6 +27,20 @@ class Request:
     """Only the first ones."""
     need_captions: bool
     """Whether an image without captions is refused."""
+    memo: DigestMemo | None = None
+    """What is known of files already; None for the user's own."""
+    ahead: Ahead = nobody
+    """Who may look through the source before it is asked."""
+
+    @property
+    def alone(self) -> Self:
+        """The same, of nothing but what decides what is offered."""
+        return replace(self, memo=None, ahead=nobody)
+
+    def look_ahead(self, pieces: Sequence[Piece]) -> None:
+        """Have `ahead` look through some pieces."""
+        if self.memo is not None:
+            self.ahead(pieces, self.memo)
 
     @property
     def image_column(self) -> str:
@@ -82,9 +97,7 @@ def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
             )
 
 
-def refusals(
-    place: str, samples: Collection[object], reasons: Mapping[str, str], *, expected: str
-) -> tuple[Refusal, ...]:
+def refusals(place: str, samples: Sized, reasons: Mapping[str, str], *, expected: str) -> tuple[Refusal, ...]:
     """What a source refuses, from why each input is, by name; raises SourceError when it found no samples in `place`.
 
     `expected` tells what would have been samples, and what to do.
@@ -92,7 +105,7 @@ def refusals(
     refused = tuple(
         Refusal(name=readable(name), stage="source", reason=printable(reason)) for name, reason in reasons.items()
     )
-    if not samples:
+    if not len(samples):
         examples = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refused[:3])
         why = f"all {len(refused):,} inputs found were refused ({examples})" if refused else "it is empty"
         raise SourceError(f"{place} offers no sample: {why}; expected {expected}")

@@ -3,8 +3,8 @@
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,25 +17,28 @@ from kcache.places import Place
 from kcache.plainly import plainly_at
 from kcache.sources.archives import ZipMembers, is_chained
 from kcache.sources.arrow_files import (
+    NO_BYTES,
     HeldImages,
     Images,
     ParquetFile,
     RowFile,
+    chunk_keys,
     decode_captions,
-    decode_images,
     is_caption_type,
     is_image_type,
+    pieces_of,
+    readable_as,
 )
 from kcache.sources.listing import link_roots
 from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, content_key
+from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _File = TypeVar("_File", bound=Place)
-_NO_BYTES = bytes(KEY_BYTES)
-"""Stands for the key of a row that holds no image bytes, in the memo; no content has this key."""
+_SAMPLES = pa.schema({"part": pa.int32(), "row": pa.int64(), "captions": pa.list_(pa.string())})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class TableSource:
     description: str
     refused: tuple[Refusal, ...]
     parts: Sequence[_Part]
-    samples: Sequence[tuple[int, int, tuple[str, ...]]]
+    samples: Records
     """Index of the part, row in its file, captions."""
     images: HeldImages
     roots: tuple[Path, ...]
@@ -75,11 +78,10 @@ class TableSource:
         return len(self.samples)
 
     def name(self, i: int) -> str:
-        part, row, _ = self.samples[i]
-        return _row_name(self.parts[part], row)
+        return _row_name(self.parts[self.samples.value(i, "part")], self.samples.value(i, "row"))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return self.samples[i][2]
+        return tuple(self.samples.value(i, "captions"))
 
     def image(self, i: int) -> bytes:
         part, chunk, row = self._place(i)
@@ -91,7 +93,7 @@ class TableSource:
         part, chunk, row = self._place(i)
         try:
             key = self._chunk_keys(part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
-            if key != _NO_BYTES:
+            if key != NO_BYTES:
                 return key
             images, at = self._images(part, chunk, row)
             path, name = images.path(at), "content_key"
@@ -108,37 +110,21 @@ class TableSource:
         # Chunk by chunk, because a file's one stat then answers for all of its rows, and a chunk is read only once.
         keys = self.keys.get((part, chunk, rehash))
         if keys is None:
-            file = self.parts[part].file
-            name = f"content_key of each row of column {self.images.column!a}, chunk {chunk}"
-            keys = memo.digest(file.path, name, lambda: self._digest(part, chunk), rehash)
+            at = self.parts[part]
+            keys = chunk_keys(at.file, at.label, chunk, self.images.column, memo, rehash)
             self.keys[part, chunk, rehash] = keys
         return keys
 
-    def _digest(self, part: int, chunk: int) -> bytes:
-        with self._reading(part):
-            pieces = map(decode_images, self.parts[part].file.pieces(chunk, self.images.column))
-            contents = (images.content(row) for images in pieces for row in range(len(images)))
-            return b"".join(_NO_BYTES if content is None else content_key(content) for content in contents)
-
     def _place(self, i: int) -> tuple[int, int, int]:
         """Part and chunk of sample `i`, and its row in the chunk."""
-        part, row, _ = self.samples[i]
+        part, row = self.samples.value(i, "part"), self.samples.value(i, "row")
         starts = self.parts[part].file.starts
         chunk = bisect_right(starts, row) - 1
         return part, chunk, row - starts[chunk]
 
     def _images(self, part: int, chunk: int, row: int) -> tuple[Images, int]:
-        with self._reading(part):
+        with readable_as(self.parts[part].label):
             return self.images.read(self.parts[part].file, chunk, row)
-
-    @contextmanager
-    def _reading(self, part: int) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:  # which says nothing of the rows
-            raise
-        except (pa.ArrowException, OSError) as error:
-            raise InputRejected("source", f"{self.parts[part].label} cannot be read: {reason(error)}") from error
 
     def _located(self, path: str | None) -> Path:
         if path is None:
@@ -159,6 +145,19 @@ class TableSource:
         if path is not None and is_chained(path):
             return self.zips.read(*self._zipped(path))
         return read_file(self._located(path), MAX_IMAGE_BYTES)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What has been found in files of rows so far, but for their samples."""
+
+    parts: list[_Part] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why what is refused is, by name."""
+    problems: dict[Place, str] = field(default_factory=dict)
+    """Files that do not fit, or are broken, and why."""
+    captioned: bool = False
+    """Whether there is any caption."""
 
 
 def open_parquet(root: Place, paths: Sequence[str], refused: Mapping[str, str], request: Request) -> TableSource:
@@ -192,37 +191,21 @@ def open_rows(
     A file that does not fit, or is broken, costs itself, unless none fits or the rows are `numbered_through` all files:
     then names would shift. Images that rows only name must lie in one of `roots`.
     """
-    parts: list[_Part] = []
-    samples: list[tuple[int, int, tuple[str, ...]]] = []
-    reasons, problems = dict(reasons or {}), dict[Place, str]()
-    first_row = 0
-    for label, path in files:
-        if len(samples) == request.max_train_samples:
-            break
-        try:
-            part = _Part(file=reader(path), label=label, first_row=first_row if numbered_through else 0)
-            first_row += part.file.starts[-1]
-            if (problem := _misfit(part.file, request)) is not None:
-                problems[path] = reasons[label] = problem
-                continue
-            parts.append(part)
-            for row, captions in _captioned_rows(part, request, reasons):
-                samples.append((len(parts) - 1, row, captions))
-                if len(samples) == request.max_train_samples:
-                    break
-        except StoreError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            begun = bool(samples) and samples[-1][0] == len(parts) - 1
-            problems[path] = reasons[label] = _broken(path, error, begun)
+    found = _Found(reasons=dict(reasons or {}))
+    offered = islice(_offered(reader, files, request, found, numbered_through), request.max_train_samples)
+    samples = Records.of(_SAMPLES, offered)
+    parts, problems = found.parts, found.problems
     if problems and (numbered_through or not parts):
         broken, problem = next(iter(problems.items()))
         raise SourceError(f"{broken} {problem}")
     expected = "rows with an image and a caption; correct the data"
-    refused = refusals(f"{kind} {place}", samples, reasons, expected=expected)
-    captioned = any(captions for _, _, captions in samples)
-    origin = f"captions from column {request.caption_column!r}" if captioned else "no captions"
+    refused = refusals(f"{kind} {place}", samples, found.reasons, expected=expected)
+    origin = f"captions from column {request.caption_column!r}" if found.captioned else "no captions"
     left_out = f", {len(problems):,} of {len(files):,} files left out" if problems else ""
+    ends = [part.file.starts[-1] for part in parts[: samples.value(len(samples) - 1, "part")]]
+    ends.append(samples.value(len(samples) - 1, "row") + 1)
+    pieces = [pieces_of(reader, part.file, request.image_column, end) for part, end in zip(parts, ends, strict=False)]
+    request.look_ahead(list(chain.from_iterable(pieces)))
     return TableSource(
         description=(
             f"{kind}: {counted(len(samples), 'image')} from column {request.image_column!r}, {origin}{left_out}"
@@ -234,6 +217,33 @@ def open_rows(
         roots=tuple(roots),
         links=link_roots(roots[0], request.config) if roots else (),
     )
+
+
+def _offered(
+    reader: Callable[[_File], RowFile],
+    files: Sequence[tuple[str, _File]],
+    request: Request,
+    found: _Found,
+    numbered_through: bool,
+) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    """Part, row and captions of each sample, what is to be said of the others noted in `found`."""
+    first_row = 0
+    for label, path in files:
+        begun = False
+        try:
+            part = _Part(file=reader(path), label=label, first_row=first_row if numbered_through else 0)
+            first_row += part.file.starts[-1]
+            if (problem := _misfit(part.file, request)) is not None:
+                found.problems[path] = found.reasons[label] = problem
+                continue
+            found.parts.append(part)
+            for row, captions in _captioned_rows(part, request, found.reasons):
+                begun, found.captioned = True, found.captioned or bool(captions)
+                yield len(found.parts) - 1, row, captions
+        except StoreError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            found.problems[path] = found.reasons[label] = _broken(path, error, begun)
 
 
 def _misfit(file: RowFile, request: Request) -> str | None:

@@ -1,48 +1,50 @@
 """webdataset tars: image and caption of a sample are members of one key, as webdataset and img2dataset write them."""
 
-import json
 import re
-from collections import Counter
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.hints import near_names
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import Windows, listed, missing
-from kcache.plainly import plainly_at
-from kcache.sources.archives import Member, TarListing, far_listings, image_at, list_members, text_of
-from kcache.sources.listing import IMAGE_SUFFIXES
+from kcache.places.fetching import AT_ONCE, Windows, listed, missing
+from kcache.sources.archives import content_at, fetch_listings, image_at
+from kcache.sources.offers import (
+    NO_KEY,
+    NOTHING,
+    OFFERED,
+    SHOWN_COLUMNS,
+    Offer,
+    joined_keys,
+    key_text,
+    keys_part,
+    offer_of,
+    offer_part,
+)
 from kcache.sources.protocol import Request, refusals
-from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.store.digests import content_key
+from kcache.sources.reading import readable
+from kcache.store.digests import KEY_BYTES, content_key
+from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 from kcache.urls import store_url
 
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_TEXTS = ("txt", "text", "caption")
-"""What a member is called that is a caption, the first of them first."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 _MAX_TARS = 1_000_000
-_SHOWN_COLUMNS = 20
 _EXPECTED = "plain tars with members such as 0001.jpg and 0001.txt side by side; correct the tars"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    tar: int
-    key: str
-    offset: int
-    size: int
-    captions: tuple[str, ...]
-    key_of_image: bytes | None
-    """Where it is known already."""
+_SAMPLES = pa.schema([pa.field("tar", pa.int32()), *OFFERED])
+_KEYS_OF = 8
+"""Tars whose keys are held: samples are mostly asked for in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,62 +55,107 @@ class TarSource:
     refused: tuple[Refusal, ...]
     tars: Sequence[tuple[str, Place]]
     """What each tar is called in names, and its file."""
-    samples: Sequence[_Sample]
+    samples: Records
+    """Which tar each sample is in, and what that offers."""
+    firsts: Sequence[int]
+    """How many samples come before those of each tar, and how many there are."""
     windows: Windows = field(default_factory=Windows)
+    keys: dict[tuple[int, bool], bytes] = field(default_factory=dict)
+    """Keys of the images of some tars, by number and whether they were digested afresh."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, i: int) -> str:
-        sample = self.samples[i]
-        return readable(f"{self.tars[sample.tar][0]}/{sample.key}")
+        return readable(f"{self.tars[self.samples.value(i, 'tar')][0]}/{key_text(self.samples.value(i, 'key'))}")
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return self.samples[i].captions
+        return tuple(self.samples.value(i, "captions"))
 
     def image(self, i: int) -> bytes:
-        at = self.samples[i]
-        return image_at(self.tars[at.tar][1], at.offset, at.size, at.key_of_image, self.windows)
+        tar, offset, size, key = (self.samples.value(i, name) for name in ("tar", "offset", "size", "image_key"))
+        return image_at(self.tars[tar][1], offset, size, key, self.windows)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
-        sample = self.samples[i]
-        if sample.key_of_image is not None and not rehash:
-            return sample.key_of_image
-        part = f"content_key of {sample.size} bytes at {sample.offset}"
+        known: bytes | None = self.samples.value(i, "image_key")
+        if known is not None and not rehash:
+            return known
+        tar = self.samples.value(i, "tar")
+        at = (i - self.firsts[tar]) * KEY_BYTES
         try:
-            return memo.digest(self.tars[sample.tar][1], part, lambda: content_key(self.image(i)), rehash)
+            key = self._keys(tar, memo, rehash)[at : at + KEY_BYTES]
+        except StoreError:  # which says nothing of the picture
+            raise
         except OSError as error:
             raise InputRejected("source", f"the tar cannot be read: {error.strerror}") from error
+        return content_key(self.image(i)) if key == NO_KEY else key
+
+    def _keys(self, tar: int, memo: DigestMemo, rehash: bool) -> bytes:
+        # Tar by tar, because one look at the file then answers for all of its images.
+        keys = self.keys.get((tar, rehash))
+        if keys is None:
+            path, span = self.tars[tar][1], (self.firsts[tar], self.firsts[tar + 1])
+            offsets, sizes = (self.samples.numbers(name, *span) for name in ("offset", "size"))
+            keys = memo.digest(path, keys_part(offsets, sizes), lambda: joined_keys(self.image, range(*span)), rehash)
+            self.keys[tar, rehash] = keys
+            while len(self.keys) > _KEYS_OF:
+                del self.keys[next(iter(self.keys))]
+        return keys
 
 
-@dataclass(slots=True)
-class _Group:
-    """The members of one key."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TarPiece:
+    """A tar to be looked through; a `Piece`."""
 
-    members: dict[str, Member] = field(default_factory=dict)
-    """By all that follows the key and its dot, in lower case."""
-    problem: str | None = None
+    path: Place
+    """An absolute one."""
+    request: Request
 
-    def add(self, suffix: str, member: Member, *, beside: bool) -> None:
-        if suffix in self.members:
-            self.problem = f"two members {member.name!a} in one tar; write the tar again with one of them"
-        elif self.members and not beside:
-            self.problem = f"{member.name!a} stands apart from the other members of its key; write them side by side"
-        self.members.setdefault(suffix, member)
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def is_known(self, memo: DigestMemo) -> bool:
+        if not memo.remembered(self.path, offer_part(self.request)):
+            return False
+        if isinstance(self.path, BucketPath):
+            return True
+        table = offer_of(self.path, self.request, memo).table
+        return memo.remembered(self.path, keys_part(table["offset"].to_numpy(), table["size"].to_numpy()))
+
+    def look(self, memo: DigestMemo) -> None:
+        table = offer_of(self.path, self.request, memo).table
+        offsets, sizes, known = (table[name] for name in ("offset", "size", "image_key"))
+
+        def digested() -> bytes:
+            if isinstance(self.path, BucketPath):  # as it was listed
+                return b"".join(known.to_pylist())
+            places = list(zip(offsets.to_pylist(), sizes.to_pylist(), strict=True))
+            return joined_keys(lambda i: content_at(self.path, *places[i]), range(len(places)))
+
+        memo.digest(self.path, keys_part(offsets.to_numpy(), sizes.to_numpy()), digested)
 
 
 @dataclass(slots=True)
 class _Found:
     """What has been found in the tars so far."""
 
-    samples: list[_Sample] = field(default_factory=list)
+    firsts: "array[int]" = field(default_factory=lambda: array("q", [0]))
     groups: int = 0
     """Keys that were looked at."""
     refused: dict[str, str] = field(default_factory=dict)
-    origins: Counter[str] = field(default_factory=Counter)
-    """Where captions came from, and how often."""
+    origins: set[str] = field(default_factory=set)
+    """Where captions came from."""
     columns: dict[str, None] = field(default_factory=dict)
     """What .json members hold, as far as it was looked at."""
+
+    def add(self, label: str, offer: Offer) -> None:
+        """Note what the next tar, called `label`, has."""
+        self.firsts.append(self.firsts[-1] + len(offer.table))
+        self.groups += offer.groups
+        self.refused |= {f"{label}/{key}" if key else label: reason for key, reason, _ in offer.refused}
+        self.origins |= offer.origins.keys()
+        self.columns |= dict.fromkeys(offer.columns if len(self.columns) < SHOWN_COLUMNS else ())
 
 
 def is_tar_name(name: str) -> bool:
@@ -125,41 +172,64 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
     Where a folder has _stats.json files, as img2dataset writes one when a tar is finished, a tar without is refused.
     """
     found = _Found(refused=dict(refused))
-    unfinished = _unfinished([path for _, path in tars])
-    listings = far_listings([path for _, path in tars])
+    pieces = [TarPiece(path=path.absolute(), request=request.alone) for _, path in tars]
+    with nullcontext(request.memo) if request.memo is not None else DigestMemo() as memo:
+        if request.max_train_samples is None:
+            request.look_ahead(pieces)
+        samples = Records(_SAMPLES, _offered(tars, request, memo, found))
+    used = np.flatnonzero(np.diff(found.firsts)).tolist()
+    if request.max_train_samples is not None:
+        request.look_ahead([pieces[tar] for tar in used])
+    place, reasons = f"a webdataset of {counted(len(tars), 'tar')}", dict(sorted(found.refused.items()))
+    column = request.config.caption_column
+    if column is not None and found.groups and not found.origins:
+        held = readable(", ".join(list(found.columns)[:SHOWN_COLUMNS])) or "nothing"
+        raise SourceError(
+            f"{place} has no caption column {column!r}: .json members hold {held}; name the right one with "
+            "--caption-column, or leave it out to take .txt members"
+        )
+    all_refused = refusals(place, samples, reasons, expected=_EXPECTED)
+    counts = f"{counted(len(samples), 'image')} in {counted(len(used), 'tar')}"
+    origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
+    return TarSource(
+        description=f"webdataset: {counts}, {origin}",
+        refused=all_refused,
+        tars=tars,
+        samples=samples,
+        firsts=found.firsts,
+    )
+
+
+def _offered(
+    tars: Sequence[tuple[str, Place]], request: Request, memo: DigestMemo, found: _Found
+) -> Iterator[pa.Table]:
+    """The samples tar by tar, what is to be said of each noted in `found`."""
+    unfinished, most = _unfinished([path for _, path in tars]), request.max_train_samples
+    part = offer_part(request)
     for number, (label, path) in enumerate(tars):
-        if len(found.samples) == request.max_train_samples:
+        if found.firsts[-1] == most:
             break
+        if number % AT_ONCE == 0:
+            near = [path for _, path in tars[number : number + AT_ONCE] if isinstance(path, BucketPath)]
+            memo.ask(near)
+            fetch_listings([path for path in near if not memo.remembered(path, part)], memo)
+        offer = NOTHING
         try:
             if path in unfinished:
                 raise InputRejected(
                     "source", f"unfinished: there is no {path.stem}_stats.json beside it, as finished tars there have"
                 )
-            _read_tar(number, label, path, request, found, listings)
+            offer = offer_of(path, request, memo)
         except InputRejected as rejection:
             found.refused[label] = rejection.reason
         except StoreError:
             raise
         except OSError as error:
             found.refused[label] = f"cannot be read: {error.strerror}"
-    place, reasons = f"a webdataset of {counted(len(tars), 'tar')}", dict(sorted(found.refused.items()))
-    column = request.config.caption_column
-    if column is not None and found.groups and not found.origins:
-        held = readable(", ".join(list(found.columns)[:_SHOWN_COLUMNS])) or "nothing"
-        raise SourceError(
-            f"{place} has no caption column {column!r}: .json members hold {held}; name the right one with "
-            "--caption-column, or leave it out to take .txt members"
-        )
-    all_refused = refusals(place, found.samples, reasons, expected=_EXPECTED)
-    used = len({sample.tar for sample in found.samples})
-    counts = f"{counted(len(found.samples), 'image')} in {counted(used, 'tar')}"
-    origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
-    return TarSource(
-        description=f"webdataset: {counts}, {origin}",
-        refused=all_refused,
-        tars=tars,
-        samples=found.samples,
-    )
+        if most is not None and len(offer.table) > (left := most - found.firsts[-1]):
+            offer = offer.head(left)
+        found.add(label, offer)
+        yield offer.table.add_column(0, _SAMPLES.field(0), pa.repeat(pa.scalar(number, pa.int32()), len(offer.table)))
 
 
 def expand_braces(spec: str) -> list[tuple[str, Place]]:
@@ -215,116 +285,3 @@ def _unfinished(paths: Sequence[Place]) -> set[Place]:
     for folder in {path.parent for path in paths}:
         stats[folder] = {name for name, _ in listed(folder) if name.endswith("_stats.json")}
     return {path for path in paths if stats[path.parent] and f"{path.stem}_stats.json" not in stats[path.parent]}
-
-
-def _read_tar(number: int, label: str, path: Place, request: Request, found: _Found, far: Iterator[TarListing]) -> None:
-    if path.suffix.lower() != ".tar":
-        raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
-    listing = list_members(path) if isinstance(path, Path) else next(far)
-    if listing.damage is not None and not listing.members:
-        what = plainly_at(path)
-        told = f"not a plain tar: it is {what}" if what and not what.startswith("a tar") else "damaged from the start"
-        raise InputRejected("source", f"{told} ({listing.damage})")
-    groups = _groups(label, listing.members, found.refused)
-    if listing.damage is not None:
-        last = next(reversed(groups), None)
-        found.refused[label] = f"damaged or cut short ({listing.damage}); what followed {last!a} is lost"
-        if last is not None:
-            groups[last].problem = "may be incomplete, as the tar is damaged or cut short behind it"
-    for key, group in groups.items():
-        if len(found.samples) == request.max_train_samples:
-            break
-        try:
-            found.groups += 1
-            image = _image(group, request.config.image_column)
-            captions, origin = _captions(path, group, request, found.columns)
-        except InputRejected as rejection:
-            found.refused[f"{label}/{key}"] = rejection.reason
-            continue
-        place = {"tar": number, "offset": image.offset, "size": image.size}
-        found.samples.append(_Sample(**place, key=key, captions=captions, key_of_image=image.key))
-        if captions:
-            found.origins[origin] += 1
-
-
-def _groups(label: str, members: Sequence[Member], refused: dict[str, str]) -> dict[str, _Group]:
-    groups: dict[str, _Group] = {}
-    before = None
-    for member in members:
-        if _hidden(member.name):
-            continue
-        split = _KEY.fullmatch(member.name)
-        if split is None:
-            refused[f"{label}/{member.name}"] = "no extension; expected a name such as 0001.jpg"
-            continue
-        key, suffix = split.groups()
-        groups.setdefault(key, _Group()).add(suffix.lower(), member, beside=key == before)
-        before = key
-    return groups
-
-
-def _hidden(name: str) -> bool:
-    """Whether a member does not belong to a sample: hidden, or __x__, where webdataset keeps notes about the tar."""
-    base = name.rpartition("/")[2]
-    return base.startswith(".") or re.match(r"__[^/]*__(/|$)", name) is not None
-
-
-def _image(group: _Group, column: str | None) -> Member:
-    if group.problem is not None:
-        raise InputRejected("source", group.problem)
-    images = [suffix for suffix in group.members if suffix in IMAGE_SUFFIXES]
-    if column is not None:
-        images = [suffix for suffix in group.members if suffix == column.lower().removeprefix(".")]
-    if len(images) != 1:
-        what = "several images" if images else "no image" if column is None else f"no .{column}"
-        advice = "name one with --image-column, such as jpg" if images else "a key ends at the first dot"
-        suffixes = ascii(", ".join(images or group.members))[1:-1][:60]
-        raise InputRejected("source", f"{what} among its members ({suffixes}); {advice}")
-    return _checked(group.members[images[0]], MAX_IMAGE_BYTES)
-
-
-def _checked(member: Member, limit: int) -> Member:
-    if member.problem is not None:
-        raise InputRejected("source", f"{member.name!a}: {member.problem}")
-    if member.size > limit:
-        raise InputRejected("source", f"{member.name!a} has {member.size:,} bytes, more than {limit:,}")
-    return member
-
-
-def _captions(path: Place, group: _Group, request: Request, columns: dict[str, None]) -> tuple[tuple[str, ...], str]:
-    """The captions of a sample, and where they stood; the columns of its .json member are noted in `columns`."""
-    asked = request.config.caption_column
-    texts: tuple[str, ...] = _TEXTS if asked is None else ()
-    row: dict[str, object] = {}
-    if (about := group.members.get("json")) is not None and not any(name in group.members for name in texts):
-        _checked(about, MAX_TEXT_BYTES)
-        row = _json_object(about.name, text_of(path, about))
-        columns.update(dict.fromkeys(row) if len(columns) < _SHOWN_COLUMNS else {})
-    if asked is not None and asked not in row:
-        texts = (asked.lower().removeprefix("."),)
-    suffix = next((name for name in texts if name in group.members and name != "json"), None)
-    if suffix is not None:
-        text = _checked(group.members[suffix], MAX_TEXT_BYTES)
-        return caption_lines(text_of(path, text), text.name), f".{suffix} members"
-    wanted = ("text", "caption") if asked is None else (asked,)
-    # A column without a value gives way to one that has one.
-    column = max((name for name in wanted if name in row), key=lambda name: row[name] is not None, default=None)
-    if column is not None:
-        return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
-    if request.need_captions:
-        held = f" (its .json member holds {readable(', '.join(list(row)[:10]))}: --caption-column)" if row else ""
-        member = ".txt" if asked is None else f".{texts[0]}"
-        either = " or ".join(map(repr, wanted))
-        reason = f"no captions: no {member} member beside it, and no .json member with {either}{held}"
-        raise InputRejected("source", reason)
-    return (), ""
-
-
-def _json_object(name: str, content: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputRejected("source", f"{name!a} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputRejected("source", f"{name!a} holds no JSON object")
-    return value

@@ -8,27 +8,36 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from held_actor import HeldActor
+from held_piece import HeldPiece
 from small_builds import build, copy_pictures, digests, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.build.builder import BuildProgress
+from kcache.build.survey import Survey, survey
+from kcache.disk.memo import DigestMemo
+from kcache.disk.pieces import Piece
 from kcache.engines import engine_of
+from kcache.engines.ahead import look_ahead
 from kcache.engines.cluster import _ENVIRONMENT
 from kcache.errors import ConfigError, EngineError
+from kcache.sources.offers import offer_part
+from kcache.sources.protocol import Request
 
 SECONDS = 200.0
 """Until something that is waited for must have happened."""
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+WHOLE: Any = {"max_train_samples": None, "need_captions": True}
 
 
 def until(happened: Callable[[], Any]) -> Any:
@@ -80,6 +89,20 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def source(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_pictures(oracle, tmp_path_factory.mktemp("ray") / "pictures", 9)
+
+
+@pytest.fixture(scope="module")
+def tars(source: Path) -> Path:
+    """The same pictures in three tars, with one that is cut short."""
+    folder = source.parent / "tars"
+    folder.mkdir()
+    files = sorted(source.iterdir())
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for path in files[6 * number : 6 * number + 6]:
+                tar.add(path, path.name)
+    (folder / "3.tar").write_bytes((folder / "0.tar").read_bytes()[:2000])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +188,52 @@ def test_a_driver_that_is_stopped_or_killed_goes_on_when_it_is_started_again(
     assert build_on(cluster, source, cache, oracle).samples == 9
     assert digests(cache) == alone
     assert len(Cache.open(str(cache))) == 9
+
+
+def test_a_source_is_looked_through_by_all_machines_whatever_is_lost(
+    cluster: Any, tars: Path, oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks through a tar is killed meanwhile; then a signal ends the survey, and it is started again."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    until(lambda: cluster.worker_nodes or cluster.add_node(**NODE))
+    config = small_config(oracle, engine="ray", address=cluster.address)
+    here = survey(str(tars), tmp_path / "cache", config, lambda _: None)
+    hold, held, said, known = tmp_path / "hold", tmp_path / "held", list[str](), list[int]()
+
+    def looking() -> int:
+        return int(until(lambda: held.is_dir() and [path.name for path in held.iterdir()])[0])
+
+    def ahead(pieces: Sequence[Piece], memo: DigestMemo) -> None:
+        known.append(sum(piece.is_known(memo) for piece in pieces))
+        slow = [HeldPiece(piece=piece, hold=hold, held=held) for piece in pieces[1:3]]
+        look_ahead(config, said.append, [pieces[0], *slow, *pieces[3:]], memo)
+
+    def surveyed() -> Survey:
+        return survey(str(tars), tmp_path / "cache", config, said.append, ahead)
+
+    def interrupt() -> None:
+        os.kill(looking(), signal.SIGKILL)
+        shutil.rmtree(held)
+        looking()  # another one has the tar now, or the next
+        until(lambda: DigestMemo().remembered(tars / "0.tar", offer_part(Request(config=config, **WHOLE))))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "other"))
+    hold.touch()
+    thief = threading.Thread(target=interrupt)
+    thief.start()
+    with pytest.raises(KeyboardInterrupt):
+        surveyed()
+    thief.join()
+    until(lambda: not parent(looking()))
+    hold.unlink()
+    monkeypatch.setattr("kcache.sources.tars.joined_keys", lambda *_: pytest.fail("read here"))
+    found = surveyed()
+    assert known[0] == 0 < known[1] < 3  # what was handed back before the signal is kept
+    assert f"looked through {4 - known[1]} pieces of the source in" in " ".join(said)
+    assert (list(found.samples), found.refused) == (list(here.samples), here.refused)
+    assert found.source.description == here.source.description
+    assert found.positions.find(found.samples.image_keys).tolist() == list(range(9))  # type: ignore[attr-defined]
 
 
 def test_a_cluster_that_is_not_there_is_one_message(source: Path, oracle: Path, tmp_path: Path) -> None:

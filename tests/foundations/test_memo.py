@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kcache.disk.memo import DigestMemo
+from kcache.places.bucket import BucketPath
+from kcache.places.effects import write_bytes
 from kcache.store.digests import content_key
 
 LONG_AGO = 1_000_000_000
@@ -153,3 +155,25 @@ def test_default_place_follows_the_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
     with DigestMemo() as memo:
         assert memo.path == tmp_path / "home" / "digests.sqlite"
+
+
+def test_what_another_process_learns_of_a_later_content_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    path, long = BucketPath.of(f"memory://memo/{tmp_path.name}/a.tar"), bytes(1000)
+    write_bytes(path, b"a")
+    with DigestMemo(tmp_path / "m") as memo, DigestMemo(tmp_path / "m") as other:
+        assert memo.digest(path, "all", lambda: long) == long
+        memo.flush()
+        write_bytes(path, b"changed")
+        other.digest(path, "all", lambda: b"of what it is now" * 100)
+        other.flush()
+        assert memo.digest(path, "all", lambda: long) == long
+
+
+@pytest.mark.usefixtures("later")
+def test_what_is_long_is_read_from_the_file_when_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"a")
+    for _ in range(2):
+        with DigestMemo(tmp_path / "m") as memo:
+            for _ in range(2):
+                assert memo.digest(tmp_path / "a.tar", "all", lambda: bytes(10**6)) == bytes(10**6)
+            assert sum(len(digest or b"") for _, digest in memo._folders[str(tmp_path)].values()) == 0

@@ -86,7 +86,7 @@ def test_rows_of_an_unchanged_file_are_digested_once(
     monkeypatch.setattr("kcache.disk.memo._RACY_NS", -10_000_000_000)
     path = save_parquet(tmp_path, rows_table([b"A", b"B", b"C"], ["a", "b", "c"]))
     first = [open_source(path).image_key(i, memo, False) for i in range(3)]
-    monkeypatch.setattr("kcache.sources.table.content_key", lambda content: pytest.fail("digested again"))
+    monkeypatch.setattr("kcache.sources.arrow_files.content_key", lambda content: pytest.fail("digested again"))
     source = open_source(path)
     assert [source.image_key(i, memo, False) for i in range(3)] == first
     with pytest.raises(pytest.fail.Exception, match="digested again"):

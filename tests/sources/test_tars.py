@@ -173,7 +173,27 @@ def test_keys_are_remembered_by_tar_and_place(
     assert [source.image_key(i, memo, False) for i in range(2)] == keys == [content_key(b"A"), content_key(b"B")]
     tar_of(path, ("a.jpg", b"C"), ("b.jpg", b"D"))
     monkeypatch.undo()
-    assert source.image_key(0, memo, False) == content_key(b"C")
+    source = open_source(str(path), need_captions=False, memo=memo)
+    assert [source.image_key(i, memo, False) for i in range(2)] == [content_key(b"C"), content_key(b"D")]
+
+
+def test_the_first_samples_are_told_of_as_if_there_were_no_others(tmp_path: Path, memo: DigestMemo) -> None:
+    members = [("a.jpg", b"A"), ("a.txt", b"t"), ("mute.jpg", b"B"), ("b.jpg", b"C"), ("b.json", b'{"text": "u"}')]
+    path = str(tar_of(tmp_path / "x.tar", *members))
+    for _ in range(2):  # the second time it is remembered
+        source = open_source(path, max_train_samples=1, memo=memo)
+        assert (offered(source), source.refused) == ({"x.tar/a": ("t",)}, ())
+        assert source.description == "webdataset: 1 image in 1 tar, captions from .txt members"
+        assert len(open_source(path, memo=memo).refused) == 1
+
+
+def test_a_tar_that_becomes_shorter_costs_the_pictures_that_are_gone(tmp_path: Path, memo: DigestMemo) -> None:
+    path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("b.jpg", b"B" * 600))
+    source = open_source(str(path), need_captions=False)
+    path.write_bytes(path.read_bytes()[:1600])
+    assert source.image_key(0, memo, False) == content_key(b"A")
+    with pytest.raises(InputRejected, match="has become shorter"):
+        source.image_key(1, memo, False)
 
 
 # ---- what is refused

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kcache.errors import CacheCorruptError
 from kcache.store import samples
-from kcache.store.formats import columns
+from kcache.store.formats import columns, records
 from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
 from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
@@ -143,7 +143,7 @@ def some(count: int) -> list[Sample]:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
 def test_samples_in_columns_are_those_of_the_list(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", 4)
-    monkeypatch.setattr(columns, "_IN_MEMORY", 3)  # more are in a file
+    monkeypatch.setattr(records, "_IN_MEMORY", 3)  # more are in a file
     listed = some(count)
     found = Samples.of(listed)
     assert (list(found), len(found), found == listed) == (listed, count, True)

@@ -4,6 +4,7 @@
 - `webdataset`: tars of whole samples, as a build writes them when all rows are there
 - `side_files`: what stands beside the data of both
 - `columns`: samples, many of them without a Python object each
+- `records`: what is kept in columns, in memory or in a mapped file
 - `parts`: the arrays of an index, each part verified when it is first touched
 - `index_files`: those arrays, written, opened and checked
 """

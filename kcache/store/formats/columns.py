@@ -1,28 +1,21 @@
-"""Samples in columns: Arrow tables of some ten thousand each, with no Python object for every sample.
+"""Samples in columns: `records`, with no Python object for every sample."""
 
-Many are kept in files that are mapped, so that what takes memory is what is looked at.
-"""
-
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from kcache.disk.durable import writing
 from kcache.store.digests import KEY_BYTES, Keys, Positions
+from kcache.store.formats.records import RECORDS_PER_TABLE, kept
 
 if TYPE_CHECKING:
     import pyarrow
 
-SAMPLES_PER_TABLE = 1 << 16
-_IN_MEMORY = 16
-"""Tables that are kept in memory; where there are more, all are in a file."""
+SAMPLES_PER_TABLE = RECORDS_PER_TABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +77,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, tables: Iterable["pyarrow.Table"]) -> None:
         """`tables` have the columns of `sample_schema`, in one piece each."""
-        self.tables = _kept(iter(tables))
+        self.tables = kept(iter(tables), sample_schema())
         self._starts = np.cumsum([0, *map(len, self.tables)])
 
     @classmethod
@@ -194,23 +187,6 @@ class Samples(Sequence[Sample]):
                 tables, table = [], table.slice(head)
             tables.append(table)
         yield pa.concat_tables([sample_schema().empty_table(), *tables]).combine_chunks()
-
-
-def _kept(tables: Iterator["pyarrow.Table"]) -> list["pyarrow.Table"]:
-    """The tables, in memory where they are few; else mapped from a file that is gone with them."""
-    import pyarrow as pa
-
-    few = list(islice(tables, _IN_MEMORY + 1))
-    if len(few) <= _IN_MEMORY:
-        return few
-    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
-        path = Path(folder) / "samples.arrow"
-        with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, sample_schema()) as writer:
-            for table in chain(few, tables):
-                for batch in table.combine_chunks().to_batches():
-                    writer.write_batch(batch)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        return [pa.Table.from_batches([reader.get_batch(i)]) for i in range(reader.num_record_batches)]
 
 
 def _runs(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

@@ -1,0 +1,95 @@
+"""Records in columns: Arrow tables of some ten thousand each, with no Python object for every record.
+
+Many are kept in files that are mapped, so that what takes memory is what is looked at.
+"""
+
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kcache.disk.durable import writing
+
+if TYPE_CHECKING:
+    import pyarrow
+
+RECORDS_PER_TABLE = 1 << 16
+_IN_MEMORY = 16
+"""Tables that are kept in memory; where there are more, all are in a file."""
+
+
+class Records:
+    """A fixed sequence of records with equal columns."""
+
+    def __init__(self, schema: "pyarrow.Schema", tables: Iterable["pyarrow.Table"]) -> None:
+        """The rows of `tables`, of any lengths, with the columns of `schema`; they are asked for once, in turn."""
+        found = kept(_joined(iter(tables)), schema)
+        self._starts = [0, *accumulate(map(len, found))]
+        self._tables = [{name: table[name].chunk(0) for name in schema.names} for table in found]
+
+    @classmethod
+    def of(cls, schema: "pyarrow.Schema", rows: Iterable[tuple[Any, ...]]) -> "Records":
+        """Records that are given one by one."""
+        return cls(schema, _tables(schema, iter(rows)))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def value(self, i: int, column: str) -> Any:
+        """What record `i` has in a column, which is text, bytes, a number, a list of such, or None."""
+        table = bisect_right(self._starts, i) - 1
+        return self._tables[table][column][i - self._starts[table]].as_py()
+
+    def numbers(self, column: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """(last - first,) what the records from `first` to `last` have in a column of numbers."""
+        last = len(self) if last is None else last
+        parts = []
+        for start, table in zip(self._starts, self._tables, strict=False):
+            if first < start + len(table[column]) and start < last:
+                parts.append(table[column].to_numpy()[max(first - start, 0) : last - start])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def kept(tables: Iterator["pyarrow.Table"], schema: "pyarrow.Schema") -> list["pyarrow.Table"]:
+    """Tables in one piece each, in memory where they are few; else mapped from a file that is gone with them."""
+    import pyarrow as pa
+
+    few = list(islice(tables, _IN_MEMORY + 1))
+    if len(few) <= _IN_MEMORY:
+        return few
+    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
+        path = Path(folder) / "records.arrow"
+        with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for table in chain(few, tables):
+                for batch in table.combine_chunks().to_batches():
+                    writer.write_batch(batch)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return [pa.Table.from_batches([reader.get_batch(i)]) for i in range(reader.num_record_batches)]
+
+
+def _joined(tables: Iterator["pyarrow.Table"]) -> Iterator["pyarrow.Table"]:
+    """The rows of tables in fewer and larger ones, in one piece each; none is empty."""
+    import pyarrow as pa
+
+    waiting, rows = list[pa.Table](), 0
+    for table in tables:
+        if len(table):
+            waiting.append(table)
+            rows += len(table)
+        if rows >= RECORDS_PER_TABLE:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting, rows = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _tables(schema: "pyarrow.Schema", rows: Iterator[tuple[Any, ...]]) -> Iterator["pyarrow.Table"]:
+    import pyarrow as pa
+
+    while some := list(islice(rows, RECORDS_PER_TABLE)):
+        columns = zip(schema, zip(*some, strict=True), strict=True)
+        yield pa.table([pa.array(values, field.type) for field, values in columns], schema=schema)
