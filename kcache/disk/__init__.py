@@ -4,5 +4,6 @@
 - `durable`: files and folders that appear whole or not at all, and holding a folder
 - `leases`, `readers`: what processes elsewhere hold, and who reads
 - `memo`: digests of files, remembered while these stay unchanged
+- `scratch`: arrays that need not fit into memory
 - `room`: what a folder must be able to take, found out and kept back before it is needed
 """

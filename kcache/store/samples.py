@@ -7,14 +7,16 @@ the same image, so an id says which picture it is and stays when others come or 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kcache.disk.durable import new_file, writing
+from kcache.disk.scratch import kept, spans
 from kcache.errors import CacheCorruptError
 from kcache.foreign import corrupt
 from kcache.places import Place
@@ -35,6 +37,8 @@ _CUT = "kcache_tokens_cut"
 """Key in the metadata of the parquet file: {key of a caption: its tokens that were cut off}, where one was too long."""
 _ROW_GROUP = 1 << 20
 """Samples that are written together: what pyarrow takes by itself."""
+_TOGETHER = 1 << 20
+"""Sizes of pictures that are moved together."""
 SAMPLES_PER_PART = 1 << 14
 """Samples that `read_some_samples` holds at a time."""
 
@@ -64,9 +68,10 @@ def counts_so_far(keys: Keys) -> np.ndarray:
     """(n,) how many of the keys up to each one are equal to it."""
     order, new = keys.in_order()
     counts = np.ones(len(keys), np.int64)
-    if not new.all():
-        numbers = np.arange(len(keys))
-        counts[order] = numbers - np.maximum.accumulate(np.where(new, numbers, 0)) + 1
+    again = np.flatnonzero(~new)
+    numbers = np.arange(len(again))
+    firsts = np.maximum.accumulate(np.where(np.diff(again, prepend=-1) != 1, numbers, 0))
+    counts[order[again]] = numbers - firsts + 2
     return counts
 
 
@@ -88,11 +93,16 @@ def with_ids(samples: Sequence[Sample]) -> Samples:
 def samples_digest(samples: Sequence[Sample]) -> str:
     """sha256 (hex) of what the samples are, in order: ids, names and caption keys."""
     digest = hashlib.sha256()
+    for identities in identities_of(samples):
+        digest.update(b"".join(canonical_json(identity).encode() + b"\n" for identity in identities))
+    return digest.hexdigest()
+
+
+def identities_of(samples: Sequence[Sample]) -> Iterator[Iterator[list[Any]]]:
+    """What each sample is, table by table: its id, its name, and the keys (hex) of its captions."""
     for table in Samples.of(samples).tables:
         columns = (table[name].to_pylist() for name in ("id", "name", "caption_keys"))
-        for identity, name, keys in zip(*columns, strict=True):
-            digest.update(canonical_json([identity, name, [key.hex() for key in keys]]).encode() + b"\n")
-    return digest.hexdigest()
+        yield ([identity, name, [key.hex() for key in keys]] for identity, name, keys in zip(*columns, strict=True))
 
 
 def write_samples(cache: Place, samples: Sequence[Sample], cut: Mapping[bytes, int] | None = None) -> tuple[str, str]:
@@ -181,13 +191,14 @@ def read_cut(cache: Place, manifest: Manifest) -> dict[bytes, int]:
 
 
 def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
-    """(N,) the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
+    """(N,) int32: the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
-    path = _samples_path(cache, manifest)
+    path, short = _samples_path(cache, manifest), [np.empty(0, np.int32)]
     with _reading(path), opened(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
-        table = parquet.read(["width", "height"], use_threads=False)
-        return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
+        for batch in parquet.iter_batches(SAMPLES_PER_TABLE, columns=["width", "height"], use_threads=False):
+            short.append(np.minimum(batch["width"].to_numpy(), batch["height"].to_numpy()))
+    return np.concatenate(short)
 
 
 class Sizes:
@@ -195,14 +206,19 @@ class Sizes:
 
     def __init__(self, samples: Samples) -> None:
         """Those of some samples of a cache."""
-        self.rows = np.empty(0, SIZES)
+        self._rows = np.empty(0, SIZES)
         self.find = Positions(Keys.of(())).find
-        self.add(*map(_sizes, samples.tables))
+        self.add(map(_sizes, samples.tables))
 
-    def add(self, *rows: np.ndarray) -> None:
-        """Note what is new of some `rows`, each of `SIZES`; of those that are new twice, the last."""
-        self.rows = np.concatenate([self.rows, *(some[self.find(Keys(some["key"])) < 0] for some in rows)])
-        self.find = Positions(Keys(self.rows["key"])).find
+    def add(self, runs: Iterable[np.ndarray]) -> None:
+        """Note what is new of some rows, of `SIZES` each; of those that are new twice, the last."""
+        new = (run[self.find(Keys(run["key"])) < 0] for run in runs)
+        self._rows = kept(chain([self._rows], new), self._rows[:0])
+        self.find = Positions(Keys.joined(self._rows["key"][span] for span in spans(len(self._rows), _TOGETHER))).find
+
+    def at(self, numbers: np.ndarray) -> np.ndarray:
+        """(k,) of `SIZES`: what `find` has found."""
+        return self._rows[numbers]
 
 
 def _sizes(table: "pyarrow.Table") -> np.ndarray:

@@ -177,9 +177,9 @@ def test_of_samples_in_columns_some_are_taken(count: int, monkeypatch: pytest.Mo
     counts = [sum(next(which) for _ in sample.captions) for sample in kept]
     assert found.count_captions(np.array(odd, np.bool_)).tolist() == counts
     sizes = Sizes(found)
-    sizes.add(np.array([(list(b"x" * 16), 1, 2), (list(bytes(16)), 3, 4), (list(b"x" * 16), 5, 6)], SIZES))
+    sizes.add([np.array([(list(b"x" * 16), 1, 2), (list(bytes(16)), 3, 4), (list(b"x" * 16), 5, 6)], SIZES)])
     known = {bytes(16): (3, 4), **{s.image_key: (s.width, s.height) for s in kept}, b"x" * 16: (5, 6)}
-    rows = sizes.rows[sizes.find(list(known))]
+    rows = sizes.at(sizes.find(list(known)))
     assert list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)) == list(known.values())
     assert sizes.find([b"y" * 16]).tolist() == [-1]
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from kcache.disk.durable import writing
+from kcache.disk.filesystems import mapped
+from kcache.disk.scratch import release
 from kcache.store.digests import KEY_BYTES, Keys, Positions
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, tables: Iterable["pyarrow.Table"]) -> None:
         """`tables` have the columns of `sample_schema`, in one piece each."""
-        self.tables = _kept(iter(tables))
+        self.tables, self._content = _kept(iter(tables))
         self._starts = np.cumsum([0, *map(len, self.tables)])
 
     @classmethod
@@ -115,8 +117,31 @@ class Samples(Sequence[Sample]):
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
-        for table in self.tables:
+        for table in self._each():
             yield from sample_list(table)
+
+    def _each(self) -> Iterator["pyarrow.Table"]:
+        """The tables, one after the other; what reading those in a file took of memory is given back."""
+        for number, table in enumerate(self.tables, 1):
+            yield table
+            if number % _IN_MEMORY == 0:
+                release(self._content)
+
+    def begin_with(self, others: "Samples") -> bool:
+        """Whether `others` are the first of these, in the names and pictures of all of them."""
+        import pyarrow as pa
+
+        if len(others) > len(self):
+            return False
+        own, there = ((table.select(["name", "image_key"]) for table in samples._each()) for samples in (self, others))
+        rest = sample_schema().empty_table().select(["name", "image_key"])
+        for table in there:
+            while len(rest) < len(table):
+                rest = pa.concat_tables([rest, next(own)])
+            if not rest.slice(0, len(table)).equals(table):
+                return False
+            rest = rest.slice(len(table))
+        return True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -126,19 +151,17 @@ class Samples(Sequence[Sample]):
     @cached_property
     def image_keys(self) -> Keys:
         """The key of each image."""
-        return Keys(np.concatenate([_no_keys(), *(packed(table["image_key"]) for table in self.tables)]))
+        return Keys.joined(packed(table["image_key"]) for table in self._each())
 
     @cached_property
     def caption_keys(self) -> Keys:
         """The keys of all captions, sample by sample."""
-        return Keys(
-            np.concatenate([_no_keys(), *(packed(_whole(table["caption_keys"]).flatten()) for table in self.tables)])
-        )
+        return Keys.joined(packed(_whole(table["caption_keys"]).flatten()) for table in self._each())
 
     @cached_property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
-        counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self.tables]
+        counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self._each()]
         return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
 
     def count_captions(self, which: np.ndarray) -> np.ndarray:
@@ -180,14 +203,14 @@ class Samples(Sequence[Sample]):
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""
         spans = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
-        return Samples(change(table, slice(*span)) for table, span in zip(self.tables, spans, strict=True))
+        return Samples(change(table, slice(*span)) for table, span in zip(self._each(), spans, strict=True))
 
     def groups(self, rows: int) -> Iterator["pyarrow.Table"]:
         """All of it in tables of `rows` samples in one piece, the last one shorter; one that is empty where none is."""
         import pyarrow as pa
 
         tables = list[pa.Table]()
-        for table in self.tables:
+        for table in self._each():
             while sum(map(len, tables)) + len(table) > rows:
                 head = rows - sum(map(len, tables))
                 yield pa.concat_tables([*tables, table.slice(0, head)]).combine_chunks()
@@ -196,31 +219,29 @@ class Samples(Sequence[Sample]):
         yield pa.concat_tables([sample_schema().empty_table(), *tables]).combine_chunks()
 
 
-def _kept(tables: Iterator["pyarrow.Table"]) -> list["pyarrow.Table"]:
-    """The tables, in memory where they are few; else mapped from a file that is gone with them."""
+def _kept(tables: Iterator["pyarrow.Table"]) -> tuple[list["pyarrow.Table"], np.ndarray]:
+    """The tables, in memory where they are few; else mapped from a file that is gone with them, and its content."""
     import pyarrow as pa
 
     few = list(islice(tables, _IN_MEMORY + 1))
     if len(few) <= _IN_MEMORY:
-        return few
+        return few, np.empty(0, np.uint8)
     with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
         path = Path(folder) / "samples.arrow"
         with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, sample_schema()) as writer:
             for table in chain(few, tables):
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        return [pa.Table.from_batches([reader.get_batch(i)]) for i in range(reader.num_record_batches)]
+        content = mapped(path)
+    reader = pa.ipc.open_file(pa.py_buffer(content))
+    batches = map(reader.get_batch, range(reader.num_record_batches))
+    return [pa.Table.from_batches([batch]) for batch in batches], np.frombuffer(content, np.uint8)
 
 
 def _runs(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     left = iter(samples)
     while run := list(islice(left, SAMPLES_PER_TABLE)):
         yield run
-
-
-def _no_keys() -> np.ndarray:
-    return np.empty((0, KEY_BYTES), np.uint8)
 
 
 def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
