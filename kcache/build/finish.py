@@ -24,11 +24,12 @@ from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
+from kcache.store.formats.picture_sizes import Sizes, with_sizes
 from kcache.store.formats.side_files import SIZES
 from kcache.store.index import TableState, full_texts, index_arrays, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
-from kcache.store.samples import Refusal, Sample, Sizes, read_cut, with_ids, with_sizes, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:

@@ -14,16 +14,17 @@ import numpy as np
 
 from kcache.build.plan import Plan, PlannedShard, plan_table
 from kcache.disk.durable import npy_of, writing
+from kcache.disk.fetched import read_listed
 from kcache.errors import CacheIncompleteError
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import make_folder, read_all, temporary_folder, write_npy
+from kcache.places.effects import make_folder, temporary_folder, write_npy
 from kcache.store.checksums import crc32c
 from kcache.store.digests import Keys, content_key, pack_keys
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
-from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, canonical_json, kind_of
+from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample, identities_of
 from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
@@ -51,10 +52,7 @@ def shard_recipes(form: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
 
 def tar_keys(samples: Sequence[Sample]) -> Keys:
     """A key per sample, which has its id, that changes when its id, name, image or captions do."""
-    return Keys.joined(
-        pack_keys(content_key(canonical_json(identity).encode()) for identity in identities)
-        for identities in identities_of(samples)
-    )
+    return Keys.joined(pack_keys(map(content_key, identities)) for identities in identities_of(samples))
 
 
 def committed_tar_keys(folder: Place, commit: Commit) -> Keys:
@@ -66,7 +64,7 @@ def _committed_tar_keys(folder: Place, commits: Sequence[Commit]) -> Iterator[np
     """The keys of the samples in tars, packed, tar by tar."""
     held = [commit for commit in commits if commit.data is not None]
     paths = [folder / side_name(commit.stem) for commit in held]
-    contents = read_all(paths)
+    contents = read_listed(folder, [path.name for path in paths])
     for path, commit in zip(paths, held, strict=True):
         try:
             keys = Keys.checked(npy_of(next(contents), path.name))

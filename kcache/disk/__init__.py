@@ -5,5 +5,7 @@
 - `leases`, `readers`: what processes elsewhere hold, and who reads
 - `memo`: digests of files, remembered while these stay unchanged
 - `scratch`: arrays that need not fit into memory
+- `fetched`: records of buckets, kept here while they stay unchanged
+- `sweeping`: folders kept to save time, until they are too many
 - `room`: what a folder must be able to take, found out and kept back before it is needed
 """

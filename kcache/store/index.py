@@ -54,11 +54,14 @@ class StoredRows:
         if self.places is not None:
             there = found >= 0
             found[there] = self.places[found[there]]
+            release(self.places)
         return found
 
     def entries_of(self, span: slice) -> np.ndarray:
         """The entries of some of `keys`."""
-        return self.entries[span if self.places is None else self.places[span]]
+        found = self.entries[span if self.places is None else self.places[span]]
+        release(self.entries)
+        return found
 
     @cached_property
     def known(self) -> Keys:
@@ -188,7 +191,7 @@ def _entries(name: str, stored: StoredRows, keys: Keys) -> Iterator[np.ndarray]:
         raise CacheIncompleteError(f"{name} lacks {lacking} of {len(keys)} rows that were thought stored; build again")
     for span in spans(len(keys), _TOGETHER):
         yield stored.entries[positions[span]]
-    release(stored.entries)
+        release(stored.entries)
 
 
 def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:

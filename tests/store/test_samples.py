@@ -18,11 +18,11 @@ from kcache.errors import CacheCorruptError
 from kcache.store import samples
 from kcache.store.formats import columns
 from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
+from kcache.store.formats.picture_sizes import Sizes
 from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
 from kcache.store.samples import (
     Sample,
-    Sizes,
     read_samples,
     read_some_samples,
     sample_ids,

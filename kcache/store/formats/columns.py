@@ -117,10 +117,10 @@ class Samples(Sequence[Sample]):
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
-        for table in self._each():
+        for table in self.each():
             yield from sample_list(table)
 
-    def _each(self) -> Iterator["pyarrow.Table"]:
+    def each(self) -> Iterator["pyarrow.Table"]:
         """The tables, one after the other; what reading those in a file took of memory is given back."""
         for number, table in enumerate(self.tables, 1):
             yield table
@@ -133,7 +133,7 @@ class Samples(Sequence[Sample]):
 
         if len(others) > len(self):
             return False
-        own, there = ((table.select(["name", "image_key"]) for table in samples._each()) for samples in (self, others))
+        own, there = ((table.select(["name", "image_key"]) for table in samples.each()) for samples in (self, others))
         rest = sample_schema().empty_table().select(["name", "image_key"])
         for table in there:
             while len(rest) < len(table):
@@ -151,18 +151,20 @@ class Samples(Sequence[Sample]):
     @cached_property
     def image_keys(self) -> Keys:
         """The key of each image."""
-        return Keys.joined(packed(table["image_key"]) for table in self._each())
+        return Keys.joined(packed(table["image_key"]) for table in self.each())
 
     @cached_property
     def caption_keys(self) -> Keys:
         """The keys of all captions, sample by sample."""
-        return Keys.joined(packed(_whole(table["caption_keys"]).flatten()) for table in self._each())
+        return Keys.joined(caption_keys_of(table)[0] for table in self.each())
 
     @cached_property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
-        counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self._each()]
-        return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+        bounds, ends = np.zeros(len(self) + 1, np.int64), self._starts.tolist()
+        for table, first, last in zip(self.each(), ends[:-1], ends[1:], strict=True):
+            bounds[first + 1 : last + 1] = bounds[first] + caption_keys_of(table)[1][1:]
+        return bounds
 
     def count_captions(self, which: np.ndarray) -> np.ndarray:
         """(N,) int64: how many captions of each sample are those of all that `which` (n,) of bool is true of."""
@@ -185,7 +187,8 @@ class Samples(Sequence[Sample]):
 
     def texts(self, keys: Iterable[bytes]) -> dict[bytes, str]:
         """The captions that have these `keys`, by key, as far as there are such."""
-        asked = Keys.of(keys)
+        if not (asked := Keys.of(keys)):
+            return {}
         numbers = self._by_key.find(asked)
         found = numbers >= 0
         return dict(zip(asked[found], self.captions(numbers[found]), strict=True))
@@ -203,14 +206,14 @@ class Samples(Sequence[Sample]):
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""
         spans = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
-        return Samples(change(table, slice(*span)) for table, span in zip(self._each(), spans, strict=True))
+        return Samples(change(table, slice(*span)) for table, span in zip(self.each(), spans, strict=True))
 
     def groups(self, rows: int) -> Iterator["pyarrow.Table"]:
         """All of it in tables of `rows` samples in one piece, the last one shorter; one that is empty where none is."""
         import pyarrow as pa
 
         tables = list[pa.Table]()
-        for table in self._each():
+        for table in self.each():
             while sum(map(len, tables)) + len(table) > rows:
                 head = rows - sum(map(len, tables))
                 yield pa.concat_tables([*tables, table.slice(0, head)]).combine_chunks()
@@ -249,6 +252,13 @@ def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
     array = _whole(column)
     content = np.frombuffer(array.buffers()[1] or b"", np.uint8)
     return content[array.offset * KEY_BYTES : (array.offset + len(array)) * KEY_BYTES].reshape(-1, KEY_BYTES)
+
+
+def caption_keys_of(table: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray]:
+    """The keys of all captions in a table, (n, 16) uint8, and where those of each sample begin and the last end."""
+    column = _whole(table["caption_keys"])
+    bounds = np.asarray(column.offsets)
+    return packed(column.flatten()), bounds - bounds[0]
 
 
 def _whole(column: "pyarrow.ChunkedArray | pyarrow.Array") -> Any:
