@@ -175,6 +175,8 @@ class Keys(Sequence[bytes]):
                 rising |= equal & (low[1:] > low[:-1])
             if not rising.all():
                 return False
+            if len(self) >= _MANY:
+                release(self.packed)
         return True
 
     def find(self, keys: "Keys") -> np.ndarray:
