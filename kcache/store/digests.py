@@ -79,7 +79,10 @@ class Keys(Sequence[bytes]):
             yield from (content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
 
     def __add__(self, other: "Keys") -> "Keys":
-        return Keys.joined(keys.packed[span] for keys in (self, other) for span in spans(len(keys), _TOGETHER))
+        both = Keys.joined(keys.packed[span] for keys in (self, other) for span in spans(len(keys), _TOGETHER))
+        release(self.packed)
+        release(other.packed)
+        return both
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keys) and np.array_equal(self.packed, other.packed)
@@ -203,6 +206,7 @@ class Keys(Sequence[bytes]):
                 found[order] = self._look_up(run.high(order), run.low(order))
             if len(keys) >= _MANY:
                 release(keys.packed)
+                release(self.packed)
             yield span, found
 
     def _look_up(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -214,8 +218,6 @@ class Keys(Sequence[bytes]):
         for first, last in pairwise([0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(high)]):
             start = int(runs[first]) * wide
             at[first:last] = start + np.searchsorted(self.high(slice(start, start + wide)), high[first:last])
-            if wide == _WIDE:
-                release(self.packed)
         while True:
             here = np.minimum(at, len(self) - 1)
             near = self.high(here) == high
