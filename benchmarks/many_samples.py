@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import committed
 from measuring.record import write_outcome
 from measuring.synthetic import write_synthetic_cache
 
@@ -146,6 +147,34 @@ def read(scratch: Path, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def make_committed(scratch: Path, samples: int) -> dict[str, Any]:
+    """The commit records and side files of a build of nearly all samples."""
+    recipes = committed.recipes_of(scratch / "seed")
+    committed.write_committed(scratch / "built", recipes, source(scratch), int(committed.HAS * samples), SHARD)
+    return {}
+
+
+def finish(scratch: Path, samples: int) -> dict[str, Any]:
+    """The cache of these, with its list of samples and its index."""
+    recipes, has = committed.recipes_of(scratch / "seed"), int(committed.HAS * samples)
+    return committed.finish(scratch / "built", recipes, source(scratch), has, peak)
+
+
+def rebuild(scratch: Path, samples: int) -> dict[str, Any]:
+    """What a build of all samples does until its plan is frozen."""
+    recipes = committed.recipes_of(scratch / "seed")
+    return committed.rebuild(scratch / "built", recipes, source(scratch), samples, peak)
+
+
+def source(scratch: Path) -> list[Path]:
+    return sorted(scratch.glob("keys-*.npy"))
+
+
+def peak() -> int:
+    """The most memory that this process has taken, what it maps of files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 def memory() -> int:
     """Memory of this process that no file gives back."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -154,6 +183,7 @@ def memory() -> int:
 
 STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "make_source": make_source, "plan": plan, "make_cache": make_cache, "read": read,
+    "make_committed": make_committed, "finish": finish, "rebuild": rebuild,
 }  # fmt: skip
 
 
@@ -168,20 +198,21 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=PART)
     parser.add_argument("--scratch", type=Path, help="a folder with 200 bytes of room for each sample")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the steps to take")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="where to write the JSON: a file or a folder")
     arguments = parser.parse_args(given)
     if arguments.step:
         start = time.perf_counter()
         found = STEPS[arguments.step](arguments.scratch, arguments.samples)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        print(json.dumps({**found, "seconds": time.perf_counter() - start, "peak_bytes": peak, "anonymous": memory()}))
+        taken = {"seconds": time.perf_counter() - start, "peak_bytes": peak(), "anonymous": memory()}
+        print(json.dumps({**found, **taken}))
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         scratch = Path(folder)
         write_synthetic_cache(scratch / "seed", SHARD, dim=8, latent_side=2, rows_per_shard=SHARD + 1)
         results = {}
-        for name in STEPS:
+        for name in arguments.only:
             results[name] = step(name, scratch, arguments.samples)
             told = [f"{key} {value:,.3f}" for key, value in results[name].items()]
             print(f"{name}: {', '.join(told)}", flush=True)

@@ -26,7 +26,7 @@ from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.places.holds import writing
 from kcache.stopping import stop_here
-from kcache.store.digests import Keys, Positions
+from kcache.store.digests import Positions
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import read_commits
 
@@ -162,7 +162,7 @@ class Builder:
     ) -> None:
         job = self.job
         named = with_ids(whole_samples(job.samples, found.tables)[0])
-        standing = Positions(Keys.of(tar_keys(named)))
+        standing = Positions(tar_keys(named))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
             """Those that are samples still and whose image can be read."""

@@ -4,7 +4,7 @@ What was rejected while no shard of its own was written is committed here, too.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,14 +127,12 @@ def add_rejections(folder: Place, recipe: Recipe, rejected: Sequence[Rejection],
         number += 1
 
 
-def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> np.ndarray:
+def recorded_sizes(cache: Place, recipes: Mapping[str, Recipe]) -> Iterator[np.ndarray]:
     """Of `SIZES`: the pictures that were encoded into tables of `recipes`, as decoded; one may come several times."""
-    sizes = [np.empty(0, SIZES)]
     for recipe in recipes.values():
         if kind_of(recipe.table).per == "image":
             folder = cache / recipe.directory
-            sizes += [_read_sizes(folder, commit) for commit in read_commits(folder, recipe)]
-    return np.concatenate(sizes)
+            yield from (_read_sizes(folder, commit) for commit in read_commits(folder, recipe))
 
 
 def _read_sizes(folder: Place, commit: Commit) -> np.ndarray:

@@ -150,6 +150,8 @@ def _check_kept(job: "Survey", kept: Samples) -> None:
 def leaving(earlier: Sequence[Sample], offered: Sequence[Sample], refused: Sequence[Refusal]) -> Leaving:
     """Which of the `earlier` samples of a cache it will not have when it is made of those `offered`."""
     before = Samples.of(earlier)
+    if Samples.of(offered).begin_with(before):
+        return Leaving(had=len(before))
     absent = before.where(_absent(before, Samples.of(offered)))
     if not absent:
         return Leaving(had=len(before))
@@ -210,10 +212,8 @@ def _names(samples: Sequence[Sample]) -> Keys:
 
 def _keys(samples: Samples, *columns: str) -> Keys:
     """A key for what `columns` say of each sample."""
-    parts = [Keys.of(())]
-    for table in samples.tables:
-        parts.append(_keys_of(zip(*(table[name].to_pylist() for name in columns), strict=True)))
-    return Keys(np.concatenate([part.packed for part in parts]))
+    values = (zip(*(table[name].to_pylist() for name in columns), strict=True) for table in samples.tables)
+    return Keys.joined(_keys_of(rows).packed for rows in values)
 
 
 def _keys_of(values: Iterable[tuple[Any, ...]]) -> Keys:

@@ -5,9 +5,10 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,19 +17,19 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
+from kcache.errors import InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
 from kcache.places import Place
 from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
-from kcache.store.formats.parts import Rows, in_memory
+from kcache.store.formats.picture_sizes import Sizes, with_sizes
 from kcache.store.formats.side_files import SIZES
-from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
+from kcache.store.index import TableState, full_texts, index_arrays, write_index
 from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
-from kcache.store.samples import Refusal, Sample, Sizes, read_cut, with_ids, with_sizes, write_samples
+from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 10.0
 """How often it is said how many pictures were decoded for their sizes alone."""
-_TOGETHER = 1 << 20
-"""Entries of an index that are written together."""
 _REASONS = 3
 """Reasons that are told where nothing else came of a build."""
 _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
@@ -72,11 +71,13 @@ def _complete(samples: Samples, tables: Mapping[str, TableState]) -> np.ndarray:
     """(N,) bool: the samples of which all rows are there."""
     complete = np.ones(len(samples), np.bool_)
     for name, state in tables.items():
-        there = state.stored.find(kind_of(name).keys(samples)) >= 0
+        there = kind_of(name).keys(samples).among(state.stored.known)
         if kind_of(name).per == "image":
             complete &= there
         else:
-            complete &= (np.diff(samples.caption_bounds) > 0) & (samples.count_captions(~there) == 0)
+            complete &= np.diff(samples.caption_bounds) > 0
+            if not there.all():
+                complete &= samples.count_captions(~there) == 0
     return complete
 
 
@@ -116,13 +117,10 @@ def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, Tab
     """Tokens that were cut off each caption that fills the text encoder's input, by key; {} where none does."""
     if TEXT.name not in tables:
         return {}
-    recipe, stored = tables[TEXT.name].recipe, tables[TEXT.name].stored
-    columns = Samples.of(samples)
-    keys = columns.caption_keys.unique()
-    positions = stored.find(keys)
-    tokens = token_counts({TEXT.name: recipe}, {TEXT.name: np.append(stored.entries[positions], stored.entries[:1])})
+    recipe, columns = tables[TEXT.name].recipe, Samples.of(samples)
     longest = recipe.batch_shape[1]
-    full = columns.texts(keys[tokens == longest])
+    is_full = columns.caption_keys.among(full_texts(tables[TEXT.name]))
+    full = columns.texts(columns.caption_keys.where(is_full).unique())
     known = _known_cut(job.folder, recipe) if full else {}
     if full.keys() <= known.keys():
         return {key: known[key] for key in full}
@@ -179,7 +177,7 @@ def finish_cache(
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     entries = {name: _table_entry(state) for name, state in tables.items()}
-    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
+    index_digest = write_index(cache, index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
@@ -220,9 +218,12 @@ class PictureSizes:
     def __init__(self, job: Survey, say: Say) -> None:
         self._job = job
         self._say = say
-        # Those of the cache before; without them, what was recorded counts, or is found again.
-        self._sizes = Sizes(job.before)
         self._refused: dict[bytes, InputRejected] = {}
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        """Those of the cache before; without them, what was recorded counts, or is found again."""
+        return Sizes(self._job.before)
 
     def readable(self, samples: Samples) -> Samples:
         """The samples without those of which it was found that their picture cannot be read any more."""
@@ -238,8 +239,8 @@ class PictureSizes:
                 self._measure(lacking)
         at = self._sizes.find(columns.image_keys)
         refused = [_refusal(sample.name, sample.image_key, self._refused) for sample in columns.where(at < 0)]
-        found = self._sizes.rows[at[at >= 0]]
-        return columns.where(at >= 0).changed(lambda table, span: with_sizes(table, found[span])), refused
+        there, at = columns.where(at >= 0), at[at >= 0]
+        return there.changed(lambda table, span: with_sizes(table, self._sizes.at(at[span]))), refused
 
     def _lacking(self, samples: Samples) -> Keys:
         """The pictures of which nothing is known."""
@@ -276,7 +277,7 @@ class PictureSizes:
                         sizes["width"][number], sizes["height"][number] = found
             finally:
                 pool.shutdown(cancel_futures=True)
-        self._sizes.add(sizes[sizes["width"] > 0])
+        self._sizes.add([sizes[sizes["width"] > 0]])
 
 
 def _current(cache: Place) -> Manifest | None:
@@ -284,26 +285,6 @@ def _current(cache: Place) -> Manifest | None:
         return read_manifest(cache)
     except KcacheError:
         return None  # none yet, or damaged: either way it is written anew
-
-
-def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
-    columns = Samples.of(samples)
-    bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
-    arrays = {CAPTION_BOUNDS: in_memory(bounds)}
-    for name, state in tables.items():
-        keys = kind_of(name).indexed(columns)
-        positions = state.stored.find(keys)
-        if (positions < 0).any():
-            raise CacheIncompleteError(
-                f"{name} lacks {int((positions < 0).sum())} of {len(keys)} rows that were thought stored; build again"
-            )
-        arrays[name] = Rows(state.stored.entries.dtype, len(positions), _entries(state.stored.entries, positions))
-    return arrays
-
-
-def _entries(stored: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, len(positions), _TOGETHER):
-        yield stored[positions[first : first + _TOGETHER]]
 
 
 def _table_entry(state: TableState) -> TableEntry:

@@ -14,18 +14,19 @@ import numpy as np
 
 from kcache.build.plan import Plan, PlannedShard, plan_table
 from kcache.disk.durable import npy_of, writing
+from kcache.disk.fetched import read_listed
 from kcache.errors import CacheIncompleteError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import make_folder, temporary_folder, write_npy
 from kcache.store.checksums import crc32c
-from kcache.store.digests import content_key, pack_keys, unpack_keys
+from kcache.store.digests import Keys, content_key, pack_keys
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
-from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, canonical_json, kind_of
+from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Sample
+from kcache.store.samples import Sample, identities_of
 from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
 
 RESERVED_KEY = content_key(RESERVED.encode())
@@ -49,22 +50,27 @@ def shard_recipes(form: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
     return [tar_recipe(name, recipes) for name in (RESERVED, SAMPLES)]
 
 
-def tar_keys(samples: Sequence[Sample]) -> list[bytes]:
+def tar_keys(samples: Sequence[Sample]) -> Keys:
     """A key per sample, which has its id, that changes when its id, name, image or captions do."""
-    return [
-        content_key(canonical_json([s.id, s.name, [key.hex() for key in s.caption_keys]]).encode()) for s in samples
-    ]
+    return Keys.joined(pack_keys(map(content_key, identities)) for identities in identities_of(samples))
 
 
-def committed_tar_keys(folder: Place, commit: Commit) -> list[bytes]:
-    """The keys of the samples in a tar, in order; [] for a record of rejections."""
-    if commit.data is None:
-        return []
-    path = folder / side_name(commit.stem)
-    try:
-        return unpack_keys(npy_of(path.read_bytes(), path.name))
-    except (OSError, ValueError) as error:
-        raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
+def committed_tar_keys(folder: Place, commit: Commit) -> Keys:
+    """The keys of the samples in a tar, in order; none for a record of rejections."""
+    return Keys.joined(_committed_tar_keys(folder, [commit]))
+
+
+def _committed_tar_keys(folder: Place, commits: Sequence[Commit]) -> Iterator[np.ndarray]:
+    """The keys of the samples in tars, packed, tar by tar."""
+    held = [commit for commit in commits if commit.data is not None]
+    paths = [folder / side_name(commit.stem) for commit in held]
+    contents = read_listed(folder, [path.name for path in paths])
+    for path, commit in zip(paths, held, strict=True):
+        try:
+            keys = Keys.checked(npy_of(next(contents), path.name))
+        except (OSError, ValueError) as error:
+            raise corrupt(error, path, f"remove {commit.name}.json beside it and build again") from error
+        yield keys.packed
 
 
 def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:
@@ -73,7 +79,7 @@ def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sam
     for name, wanted in ((RESERVED, [RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
         recipe = tar_recipe(name, recipes)
         commits = read_commits(cache / recipe.directory, recipe)
-        there = {key for commit in commits for key in committed_tar_keys(cache / recipe.directory, commit)}
+        there = Keys.joined(_committed_tar_keys(cache / recipe.directory, commits))
         first = next_shard(commits)
         tables.append(plan_table(recipe, wanted, there, (), rows_per_shard=rows_per_shard, first_shard=first))
     return Plan(tables=tuple(tables))

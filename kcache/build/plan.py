@@ -32,7 +32,7 @@ from kcache.places.effects import (
     write_npy,
 )
 from kcache.places.holds import knows_readers
-from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.digests import Keys
 from kcache.store.manifest import check_count, check_version
 from kcache.store.recipe import Recipe, canonical_json
 
@@ -88,7 +88,7 @@ class Plan:
     @property
     def keys(self) -> Keys:
         """All inputs, table after table."""
-        return Keys(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(table.keys.packed for table in self.tables)]))
+        return Keys.joined(table.keys.packed for table in self.tables)
 
     @property
     def rows(self) -> int:
@@ -115,10 +115,10 @@ def plan_table(
     first_shard: int,
 ) -> TablePlan:
     """The plan that encodes each wanted key that is neither stored nor rejected, once, in order of first use."""
-    missing = Keys.of(wanted).unique()
+    missing = Keys.of(wanted)
     for known in (stored, rejected):
-        missing = missing[~missing.among(known)]
-    return TablePlan(recipe=recipe, rows_per_shard=rows_per_shard, first_shard=first_shard, keys=missing)
+        missing = missing.where(~missing.among(known))
+    return TablePlan(recipe=recipe, rows_per_shard=rows_per_shard, first_shard=first_shard, keys=missing.unique())
 
 
 def freeze_plan(cache: Place, plan: Plan) -> None:
@@ -286,11 +286,7 @@ def _read_table(folder: Place, data: Mapping[str, object]) -> TablePlan:
     recipe = Recipe.from_json(data["recipe"])  # type: ignore[arg-type]  # a wrong type raises TypeError, which the caller expects
     path = folder / f"{recipe.table}.keys.npy"
     packed = read_npy(path, mapped=True) if isinstance(path, Path) else npy_of(path.read_bytes(), path.name)
-    if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):
-        raise ValueError(
-            f"{path.name} holds {packed.shape} of {packed.dtype}; expected keys, (n, {KEY_BYTES}) of uint8"
-        )
-    keys = Keys(np.asarray(packed))
+    keys = Keys.checked(np.asarray(packed))
     if len(keys) != data["rows"]:
         raise ValueError(f"{recipe.table}.keys.npy holds {len(keys)} keys; expected {data['rows']}")
     check_count(data["first_shard"], data["rows_per_shard"])

@@ -3,15 +3,24 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
 
+from kcache.disk.scratch import kept, release, spans
+
 KEY_BYTES = 16
 _UNPACKED = 4096
 """Keys that are taken out of an array at a time, where they are wanted one by one."""
-_SORTED_FROM = 100_000
-"""Keys from which on they are sorted before they are looked for."""
+_TOGETHER = 1 << 22
+"""Keys that are looked for, or moved, at a time: what that takes of memory does not grow with how many there are."""
+_STEP = 1 << 12
+"""Of sorted keys each so manieth is at hand, to know where to look."""
+_WIDE = 1 << 20
+"""A multiple of `_STEP`: sorted keys that are looked through at a time for many others."""
+_MANY = 1 << 14
+"""Keys from which on looking for them means looking through all."""
 
 
 def content_key(content: bytes) -> bytes:
@@ -41,6 +50,18 @@ class Keys(Sequence[bytes]):
         """The keys as they are, or packed."""
         return keys if isinstance(keys, Keys) else cls(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))
 
+    @classmethod
+    def joined(cls, runs: Iterable[np.ndarray]) -> "Keys":
+        """The keys of `runs`, packed, one after the other; in a file where they are many."""
+        return cls(kept(runs, np.empty((0, KEY_BYTES), np.uint8)))
+
+    @classmethod
+    def checked(cls, packed: np.ndarray) -> "Keys":
+        """What `packed` holds; raises ValueError for what is no array of keys."""
+        if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):
+            raise ValueError(f"it holds {packed.shape} of {packed.dtype}; expected keys, (n, {KEY_BYTES}) of uint8")
+        return cls(packed)
+
     def __len__(self) -> int:
         return len(self.packed)
 
@@ -54,37 +75,79 @@ class Keys(Sequence[bytes]):
 
     def __iter__(self) -> Iterator[bytes]:
         for first in range(0, len(self), _UNPACKED):
-            yield from unpack_keys(self.packed[first : first + _UNPACKED])
+            content = self.packed[first : first + _UNPACKED].tobytes()
+            yield from (content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES))
 
     def __add__(self, other: "Keys") -> "Keys":
-        return Keys(np.concatenate([self.packed, other.packed]))
+        both = Keys.joined(keys.packed[span] for keys in (self, other) for span in spans(len(keys), _TOGETHER))
+        release(self.packed)
+        release(other.packed)
+        return both
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keys) and np.array_equal(self.packed, other.packed)
 
     __hash__ = None  # type: ignore[assignment]  # they are as long as they are
 
-    @cached_property
-    def high(self) -> np.ndarray:
-        """(n,) uint64: the first half of each key, in whose order the keys are but for the few that share it."""
-        return self.packed.view(">u8")[:, 0].astype(np.uint64)
+    def high(self, at: Any = slice(None)) -> np.ndarray:
+        """(k,) uint64: the first half of keys, in whose order these are but for the few that share it."""
+        return self.packed.view(">u8")[at, 0].astype(np.uint64)
 
-    @property
-    def low(self) -> np.ndarray:
-        """(n,) of big-endian uint64: the second half of each key."""
-        return self.packed.view(">u8")[:, 1]
+    def low(self, at: Any = slice(None)) -> np.ndarray:
+        """(k,) uint64: the second half of keys."""
+        return self.packed.view(">u8")[at, 1].astype(np.uint64)
+
+    def taken(self, at: np.ndarray) -> "Keys":
+        """The keys at some places, in a file where they are many."""
+        found = Keys.joined(self.packed[at[span]] for span in spans(len(at), _TOGETHER))
+        release(self.packed)
+        return found
+
+    def where(self, chosen: np.ndarray) -> "Keys":
+        """Those that `chosen` (n,) of bool is true of, in a file where they are many."""
+        found = Keys.joined(self.packed[span][chosen[span]] for span in spans(len(self), _TOGETHER))
+        release(self.packed)
+        return found
 
     def in_order(self) -> tuple[np.ndarray, np.ndarray]:
         """The order of the keys by their bytes, equal ones as they stand, and which are new in it: (n,) int64, bool."""
-        order = np.argsort(self.high, kind="stable")
-        high = self.high[order]
+        order, bounds = self._by_first_byte()
         new = np.ones(len(self), np.bool_)
+        for first, last in pairwise(bounds):
+            rows = order[first:last]
+            inner, new[first:last] = self[rows]._sorted()
+            order[first:last] = rows[inner]
+        release(self.packed)
+        return order, new
+
+    def _by_first_byte(self) -> tuple[np.ndarray, list[int]]:
+        """The order of the keys by their first byte, and where in it each of them begins and the last one ends."""
+        if len(self) < _MANY:
+            return np.arange(len(self)), [0, len(self)]
+        counts = np.zeros(256, np.int64)
+        for span in spans(len(self), _TOGETHER):
+            counts += np.bincount(self.packed[span, 0], minlength=256)
+        bounds = np.cumsum([0, *counts.tolist()])
+        order, ends = np.empty(len(self), np.int64), bounds[:-1].copy()
+        for span in spans(len(self), _TOGETHER):
+            run = self.packed[span, 0]
+            inner, counts = np.argsort(run, kind="stable"), np.bincount(run, minlength=256)
+            starts = np.cumsum(counts) - counts
+            order[np.repeat(ends - starts, counts) + np.arange(len(run))] = inner + span.start
+            ends += counts
+        return order, bounds.tolist()
+
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """`in_order` of keys that are few."""
+        high, new = self.high(), np.ones(len(self), np.bool_)
+        order = np.argsort(high, kind="stable")
+        high = high[order]
         np.not_equal(high[1:], high[:-1], out=new[1:])
         if not new.all():
-            low = self.low[order]
+            low = self.low(order)
             if (low[1:] < low[:-1])[~new[1:]].any():
-                order = np.lexsort((self.low, self.high))
-                low = self.low[order]
+                order = np.lexsort((self.low(), self.high()))
+                low = self.low(order)
             new[1:] |= low[1:] != low[:-1]
         return order, new
 
@@ -95,35 +158,78 @@ class Keys(Sequence[bytes]):
             return self
         first = np.zeros(len(self), np.bool_)
         first[order[new]] = True
-        return self[first]
+        return self.where(first)
+
+    def ascending(self) -> "Keys":
+        """Each key once, sorted: these, where they are so."""
+        if self._ascend:
+            return self
+        order, new = self.in_order()
+        return self.taken(order if new.all() else order[new])
+
+    @cached_property
+    def _ascend(self) -> bool:
+        for first in range(0, len(self) - 1, _WIDE):
+            span = slice(first, first + _WIDE + 1)
+            high = self.high(span)
+            rising, equal = high[1:] > high[:-1], high[1:] == high[:-1]
+            if equal.any():
+                low = self.low(span)
+                rising |= equal & (low[1:] > low[:-1])
+            if not rising.all():
+                return False
+            if len(self) >= _MANY:
+                release(self.packed)
+        return True
 
     def find(self, keys: "Keys") -> np.ndarray:
         """Where `keys` stand among these, which are sorted and unique: (n,) int64, -1 for what is not among them."""
-        if not len(self) or not len(keys):
-            return np.full(len(keys), -1)
-        if len(keys) < _SORTED_FROM:
-            at = np.searchsorted(self.high, keys.high)
-        else:  # in order, so that each look-up is near the one before: a fifth of the time for a hundred million
-            order = np.argsort(keys.high)
-            at = np.empty(len(keys), np.int64)
-            at[order] = np.searchsorted(self.high, keys.high[order])
+        found = np.empty(len(keys), np.int64)
+        for span, at in self.looked_up(keys):
+            found[span] = at
+        return found
+
+    def among(self, known: Iterable[bytes]) -> np.ndarray:
+        """(n,) bool: which of these keys are among `known`, in whatever order those are."""
+        found = np.empty(len(self), np.bool_)
+        for span, at in Keys.of(known).ascending().looked_up(self):
+            np.greater_equal(at, 0, out=found[span])
+        return found
+
+    def looked_up(self, keys: "Keys") -> Iterator[tuple[slice, np.ndarray]]:
+        """`find`, for some of `keys` after the other: which these are, and where they stand."""
+        for span in spans(len(keys), _TOGETHER):
+            found = np.full(span.stop - span.start, -1)
+            if len(self):
+                run = Keys(keys.packed[span])
+                order = np.argsort(run.high())
+                found[order] = self._look_up(run.high(order), run.low(order))
+            if len(keys) >= _MANY:
+                release(keys.packed)
+                release(self.packed)
+            yield span, found
+
+    def _look_up(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        """`find` for keys in the order of their first halves: this many are looked for in one go through these."""
+        wide = _WIDE if len(high) >= _MANY else _STEP
+        # What is equal to the border of a run begins in the run before, or there.
+        runs = np.maximum(np.searchsorted(self._borders[:: wide // _STEP], high) - 1, 0)
+        at = np.empty(len(high), np.int64)
+        for first, last in pairwise([0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(high)]):
+            start = int(runs[first]) * wide
+            at[first:last] = start + np.searchsorted(self.high(slice(start, start + wide)), high[first:last])
         while True:
             here = np.minimum(at, len(self) - 1)
-            near = self.high[here] == keys.high
-            found = near & (self.low[here] == keys.low)
+            near = self.high(here) == high
+            found = near & (self.low(here) == low)
             if not (further := near & ~found & (at < len(self))).any():
                 return np.where(found, here, -1)
             at[further] += 1
 
-    def among(self, known: Iterable[bytes]) -> np.ndarray:
-        """(n,) bool: which of these keys are among `known`, in whatever order those are."""
-        others = Keys.of(known)
-        if not len(others) or not len(self):
-            return np.zeros(len(self), np.bool_)
-        order, new = others.in_order()
-        if not new.all() or (order[1:] < order[:-1]).any():
-            others = others[order[new]]
-        return others.find(self) >= 0
+    @cached_property
+    def _borders(self) -> np.ndarray:
+        """(k,) uint64: the first half of each `_STEP`th key."""
+        return self.high(slice(None, None, _STEP))
 
 
 class Positions:
@@ -136,23 +242,26 @@ class Positions:
     def find(self, keys: Iterable[bytes]) -> np.ndarray:
         """The number of each of `keys`: (n,) int64, -1 for what has none."""
         known, numbers = self._sorted
-        return numbers[known.find(Keys.of(keys))]
+        at = known.find(Keys.of(keys))
+        there = at >= 0
+        at[there] = numbers[at[there]]
+        return at
 
     @cached_property
     def _sorted(self) -> tuple[Keys, np.ndarray]:
         keys, numbers = self._given
-        order, new = keys.in_order()
-        last = order[np.append(new[1:], True)[: len(new)]]
-        # Behind the numbers that of what is not found, which is looked for at -1.
-        return keys[last], np.append(last if numbers is None else numbers[last], -1)
+        last = latest(*keys.in_order())
+        return keys.taken(last), kept([last if numbers is None else numbers[last]], last[:0])
+
+
+def latest(order: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Of what `Keys.in_order` gave: where the last one of equal keys stands, in the order of the keys; (k,) int64."""
+    return order if new.all() else order[np.append(new[1:], True)]
 
 
 def unpack_keys(packed: np.ndarray) -> list[bytes]:
     """The keys that `pack_keys` packed; raises ValueError for what is no array of keys."""
-    if packed.dtype != np.uint8 or packed.shape[1:] != (KEY_BYTES,):
-        raise ValueError(f"it holds {packed.shape} of {packed.dtype}; expected keys, (n, {KEY_BYTES}) of uint8")
-    content = packed.tobytes()
-    return [content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES)]
+    return list(Keys.checked(packed))
 
 
 EMPTY_CAPTION_KEY = caption_key("")

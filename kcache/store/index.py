@@ -7,19 +7,23 @@ made of `TableState`s: what is committed of each table, read from the side files
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from kcache.disk.scratch import Pile, kept, release, spans
+from kcache.errors import CacheIncompleteError
 from kcache.places import Place
-from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.digests import KEY_BYTES, Keys, latest
+from kcache.store.formats.columns import Sample, Samples
 from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.index_files import bytes_of as bytes_of
 from kcache.store.formats.index_files import index_dtype as index_dtype
 from kcache.store.formats.index_files import open_index as open_index
 from kcache.store.formats.index_files import write_index as write_index
+from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.manifest import Manifest, ShardEntry
 from kcache.store.recipe import TEXT, Recipe, kind_of, sides_of
 from kcache.store.rows import unit_bytes
@@ -27,21 +31,37 @@ from kcache.store.samples import read_cut, short_sides
 from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
 
+_TOGETHER = 1 << 20
+"""Entries that are looked at, or moved, together."""
+
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The committed rows of one table, findable by key, and the shards that they stand in."""
+    """The committed rows of one table, findable by key, and the shards that they stand in; many are kept in files."""
 
     entries: np.ndarray
-    """(R,) of `index_dtype`, sorted by key."""
+    """Of `index_dtype`: the rows of all shards, those whose keys were committed again later included."""
     keys: np.ndarray
     """(R,) S16, sorted, no key twice."""
     shards: tuple[ShardEntry, ...]
     """What the `shard` of an entry is a position in."""
+    places: np.ndarray | None = None
+    """(R,) int64: where in `entries` the row of each key is; None for where the key itself is."""
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Positions in `entries` of `keys`, (n,) int64, -1 where a key is not stored."""
-        return self.known.find(Keys.of(keys))
+        found = self.known.find(Keys.of(keys))
+        if self.places is not None:
+            there = found >= 0
+            found[there] = self.places[found[there]]
+            release(self.places)
+        return found
+
+    def entries_of(self, span: slice) -> np.ndarray:
+        """The entries of some of `keys`."""
+        found = self.entries[span if self.places is None else self.places[span]]
+        release(self.entries)
+        return found
 
     @cached_property
     def known(self) -> Keys:
@@ -51,14 +71,9 @@ class StoredRows:
     def used(self, keys: Sequence[bytes]) -> int:
         """How many rows the `keys` stand for, each counted once."""
         found = np.zeros(len(self.keys) + 1, np.bool_)
-        found[self.find(keys)] = True
+        for _, at in self.known.looked_up(Keys.of(keys)):
+            found[at] = True
         return int(found[:-1].sum())
-
-    @cached_property
-    def key_set(self) -> frozenset[bytes]:
-        """All keys, as 16 bytes each."""
-        # As V16: numpy would cut zero bytes off the end of an S16.
-        return frozenset(self.keys.view("V16").tolist())
 
 
 def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: str = "") -> StoredRows:
@@ -66,7 +81,7 @@ def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: 
 
     Of a key that was committed twice the later row counts.
     """
-    entries, keys = [], []
+    entries, keys = Pile(np.empty(0, index_dtype(recipe.fields))), Pile(np.empty((0, KEY_BYTES), np.uint8))
     shards: list[ShardEntry] = []
     held = [commit for commit in commits if commit.data is not None and commit.holds(part)]
     for commit, side in zip(held, read_side_files(folder, held, recipe, part), strict=True):
@@ -74,35 +89,42 @@ def stored_rows(folder: Place, commits: Sequence[Commit], recipe: Recipe, part: 
         found["shard"] = len(shards)
         for field in recipe.fields:
             found[field.name] = side[field.name]
-        entries.append(found)
-        keys.append(np.ascontiguousarray(side["key"]).view("S16").reshape(-1))
+        entries.add(found)
+        keys.add(np.ascontiguousarray(side["key"]))
         size = sum(int(side[field.name]["length"].sum(dtype=np.int64)) for field in recipe.fields)
         shards.append(ShardEntry(name=commit.name, data=f"{folder.name}/{commit.data}", rows=len(side), bytes=size))
-    return _latest(recipe, entries, keys, shards)
+    return _latest(entries.array(), Keys(keys.array()), None, shards)
 
 
 def merged_rows(recipe: Recipe, parts: Sequence[StoredRows]) -> StoredRows:
     """The rows of several places as one; of a key that is in two of them the later place's counts."""
-    entries, keys = [], []
+    if len(parts) == 1:
+        return parts[0]
+    entries, keys = Pile(np.empty(0, index_dtype(recipe.fields))), Pile(np.empty((0, KEY_BYTES), np.uint8))
+    places = Pile(np.empty(0, np.int64))
     shards: list[ShardEntry] = []
+    before = 0
     for part in parts:
-        moved = part.entries.copy()
-        moved["shard"] += len(shards)
-        entries.append(moved)
-        keys.append(part.keys)
+        for span in spans(len(part.entries), _TOGETHER):
+            moved = part.entries[span].copy()
+            moved["shard"] += len(shards)
+            entries.add(moved)
+        for span in spans(len(part.keys), _TOGETHER):
+            keys.add(part.known.packed[span])
+            own = np.arange(span.start, span.stop) if part.places is None else part.places[span]
+            places.add(own + before)
+        before += len(part.entries)
         shards += part.shards
-    return _latest(recipe, entries, keys, shards)
+    return _latest(entries.array(), Keys(keys.array()), places.array(), shards)
 
 
-def _latest(
-    recipe: Recipe, entries: Sequence[np.ndarray], keys: Sequence[np.ndarray], shards: Sequence[ShardEntry]
-) -> StoredRows:
-    if not entries:
-        return StoredRows(np.empty(0, index_dtype(recipe.fields)), np.empty(0, "S16"), tuple(shards))
-    together = np.concatenate(keys)
-    order, new = Keys(together.view(np.uint8).reshape(-1, KEY_BYTES)).in_order()
-    latest = order[np.append(new[1:], True)] if len(order) else order  # the last of those that are equal
-    return StoredRows(np.concatenate(entries)[latest], together[latest], tuple(shards))
+def _latest(entries: np.ndarray, keys: Keys, places: np.ndarray | None, shards: Sequence[ShardEntry]) -> StoredRows:
+    """The rows whose keys do not come again later; `places` says where in `entries` each is, None for with its key."""
+    last = latest(*keys.in_order())
+    runs = (last[span] if places is None else places[last[span]] for span in spans(len(last), _TOGETHER))
+    return StoredRows(
+        entries, keys.taken(last).packed.view("S16").reshape(-1), tuple(shards), kept(runs, np.empty(0, np.int64))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,46 +173,90 @@ def provenance_of(commits: Sequence[Commit]) -> dict[str, str]:
     return {name: value for commit in commits for name, value in commit.provenance.items()}
 
 
+def index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
+    """What `write_index` writes for samples whose rows are all in `tables`; taking it raises CacheIncompleteError."""
+    columns = Samples.of(samples)
+    bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
+    arrays = {CAPTION_BOUNDS: in_memory(bounds)}
+    for name, state in tables.items():
+        keys = kind_of(name).indexed(columns)
+        arrays[name] = Rows(state.stored.entries.dtype, len(keys), _entries(name, state.stored, keys))
+    return arrays
+
+
+def _entries(name: str, stored: StoredRows, keys: Keys) -> Iterator[np.ndarray]:
+    """The entries of `keys`, which are looked for when the first one is asked for: one table's at a time."""
+    positions = stored.find(keys)
+    if lacking := int((positions < 0).sum()):
+        raise CacheIncompleteError(f"{name} lacks {lacking} of {len(keys)} rows that were thought stored; build again")
+    for span in spans(len(keys), _TOGETHER):
+        yield stored.entries[positions[span]]
+        release(stored.entries)
+
+
 def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:
     """Valid tokens of each caption, the reserved row's left out; empty where there is no text."""
     recipe = recipes.get(TEXT.name)
-    ragged = [field for field in recipe.fields if field.ragged] if recipe else []
-    if recipe is None or not ragged:
+    return np.empty(0, np.int64) if recipe is None else tokens_of(recipe, index[TEXT.name])[:-1]
+
+
+def tokens_of(recipe: Recipe, entries: np.ndarray) -> np.ndarray:
+    """(n,) valid tokens of the rows of texts that index entries point to; empty for a recipe without tokens."""
+    ragged = [field for field in recipe.fields if field.ragged]
+    if not ragged:
         return np.empty(0, np.int64)
-    return index[TEXT.name][ragged[0].name]["length"][:-1] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
+    return entries[ragged[0].name]["length"] // unit_bytes(ragged[0], np.dtype(recipe.stored_dtype))
+
+
+def full_texts(text: TableState) -> Keys:
+    """The keys of the texts that fill the text encoder's input, sorted."""
+    stored, longest = text.stored, text.recipe.batch_shape[1]
+    full = np.zeros(len(stored.keys), np.bool_)
+    for span in spans(len(stored.keys), _TOGETHER):
+        if len(tokens := tokens_of(text.recipe, stored.entries_of(span))):
+            np.equal(tokens, longest, out=full[span])
+    return stored.known.where(full)
 
 
 def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) -> Tally:
     """Counts of what trains otherwise than one may think, of a whole finished cache; raises CacheCorruptError."""
     recipes = {name: entry.recipe for name, entry in manifest.tables.items()}
-    tokens, cut = token_counts(recipes, index), read_cut(cache, manifest)
-    longest = recipes[TEXT.name].batch_shape[1] if len(tokens) else 0
-    rows, full = index[TEXT.name][:-1] if len(tokens) else tokens, tokens == longest
-    # What the reserved row, of the empty caption, has: a begin and an end.
-    wordless = token_counts(recipes, {TEXT.name: index[TEXT.name][[-1, -1]]}) if len(tokens) else tokens
-    short = short_sides(cache, manifest)
-    images = next((index[name][: manifest.samples] for name in recipes if kind_of(name).per == "image"), short)
+    captions, empty, longest, full = 0, 0, 0, list[np.ndarray]()
+    if TEXT.name in recipes and len(wordless := tokens_of(recipes[TEXT.name], index[TEXT.name][-1:])):
+        # The last is that of the empty caption, which has a begin and an end.
+        captions, longest = len(index[TEXT.name]) - 1, recipes[TEXT.name].batch_shape[1]
+        for span in spans(captions, _TOGETHER):
+            entries = index[TEXT.name][span]
+            tokens = tokens_of(recipes[TEXT.name], entries)
+            empty += int((tokens == wordless).sum())
+            full.append(entries[tokens == longest])
+    cut, short = read_cut(cache, manifest), short_sides(cache, manifest)
+    images = next(index[name] for name in recipes if kind_of(name).per == "image")
     return Tally(
-        captions=len(tokens),
-        captions_empty=int((tokens == wordless).sum()),
+        captions=captions,
+        captions_empty=empty,
         captions_cut=sum(tokens > 0 for tokens in cut.values()),
         tokens_cut=sum(cut.values()),
-        captions_full=max(0, _distinct(rows[full]) - len(cut)),
-        longest=longest,
+        captions_full=max(0, _distinct(full) - len(cut)),
+        longest=longest if captions else 0,
         samples=manifest.samples,
-        samples_alike=manifest.samples - _distinct(images),
+        samples_alike=manifest.samples - _distinct(images[span] for span in spans(manifest.samples, _TOGETHER)),
         pictures_small={side: int((short < side).sum()) for side in sides_of(recipes)},
     )
 
 
-def _distinct(entries: np.ndarray) -> int:
-    """How many different rows index entries point to, or how many different numbers there are."""
-    if entries.dtype.names is None:
-        return len(np.unique(entries))
-    # Where a row's first field stands tells it from others: numbers are sorted in a tenth of the time of entries.
-    shards, offsets = entries["shard"].astype(np.uint64), entries[entries.dtype.names[1]]["offset"]
-    fits = not len(offsets) or int(offsets.max()) < 1 << 40 > int(shards.max()) << 16
-    return len(np.unique(shards << np.uint64(40) | offsets)) if fits else len(np.unique(entries))
+def _distinct(runs: Iterable[np.ndarray]) -> int:
+    """How many different rows index entries point to.
+
+    Where the first field of a row stands tells it from others, in one number: no file of rows has a terabyte.
+    """
+    places = [np.empty(0, np.uint64)]
+    for entries in runs:
+        offsets = entries[(entries.dtype.names or ())[1]]["offset"]
+        places.append(entries["shard"].astype(np.uint64) << np.uint64(40) | offsets)
+    together = np.concatenate(places)
+    together.sort()
+    return int((together[1:] != together[:-1]).sum()) + bool(len(together))
 
 
 def statistics(values: np.ndarray) -> dict[str, float] | None:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from kcache.disk.durable import json_bytes, npy_of, writing
+from kcache.disk.fetched import read_listed
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import create_bytes, publish, read_all, remove, temporary_folder, write_npy
+from kcache.places.effects import create_bytes, publish, remove, temporary_folder, write_npy
 from kcache.store.checksums import crc32c, file_sums
 from kcache.store.formats import zarr
 from kcache.store.formats.side_files import side_dtype, side_name, side_rows, sizes_name
@@ -209,7 +210,7 @@ def read_commits(folder: Place, recipe: Recipe) -> list[Commit]:
         return []
     paths = [path for path in folder.glob("*.json") if SHARD_NAME.fullmatch(path.stem)]
     paths.sort(key=lambda path: int(path.stem))
-    contents = read_all(paths)
+    contents = read_listed(folder, [path.name for path in paths])
     commits = []
     for path in paths:
         commit = _parsed(path, partial(next, contents))
@@ -231,7 +232,7 @@ def read_side_files(folder: Place, commits: Sequence[Commit], recipe: Recipe, pa
     """Key and locators of each shard's rows (of the table `part`), checked against the commit records."""
     dtype = side_dtype(recipe.fields)
     paths = [folder / side_name(commit.stem, part) for commit in commits]
-    contents = read_all(paths)
+    contents = read_listed(folder, [path.name for path in paths])
     for path, commit in zip(paths, commits, strict=True):
         record = next((file for file in commit.files if file.path == path.name), None)
         try:

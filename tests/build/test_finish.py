@@ -12,11 +12,11 @@ from measuring.synthetic import synthetic_recipe
 from small_builds import build, copy_pictures
 
 import kcache.build.build
-from kcache.build import finish
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.plan import Plan
 from kcache.build.survey import acceptable
 from kcache.errors import InputRejected
+from kcache.store import index
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
 from kcache.store.formats.side_files import size_rows
@@ -71,13 +71,13 @@ def looked_at_one_by_one(
     whole, refused = [], []
     for sample in samples:
         images = [state for name, state in tables.items() if kind_of(name).per == "image"]
-        lacking = [state for state in images if sample.image_key not in state.stored.key_set]
+        lacking = [state for state in images if sample.image_key not in state.stored.known]
         if lacking:
             refused.append((sample.name, why(lacking[0], sample.image_key)))
         elif "text" not in tables:
             whole.append(sample)
         else:
-            there = [key in tables["text"].stored.key_set for key in sample.caption_keys]
+            there = [key in tables["text"].stored.known for key in sample.caption_keys]
             refused += [
                 (sample.name, why(tables["text"], key))
                 for key, is_there in zip(sample.caption_keys, there, strict=True)
@@ -107,20 +107,20 @@ def test_samples_are_whole_in_columns_as_one_by_one(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "SAMPLES_PER_TABLE", per_table)
-        patch.setattr(finish, "_TOGETHER", 2)
+        patch.setattr(index, "_TOGETHER", 2)
         whole, refused = whole_samples(samples, tables)
         expected, reasons = looked_at_one_by_one(samples, tables)
         assert list(whole) == expected
         assert [(refusal.name, refusal.reason) for refusal in refused] == reasons
         assert all(isinstance(refusal, Refusal) for refusal in refused)
-        arrays = finish._index_arrays(whole, tables)
+        arrays = index.index_arrays(whole, tables)
     counts = [len(sample.captions) if "text" in tables else 0 for sample in expected]
     assert np.concatenate([*arrays["captions"].runs]).tolist() == [0, *np.cumsum(counts)]
     for name, state in tables.items():
         keys = [key for s in expected for key in (s.caption_keys if name == "text" else (s.image_key,))]
         keys += filter(None, [kind_of(name).reserved])
         found = [entry[FIELDS[name].name]["offset"] for run in arrays[name].runs for entry in run]
-        assert found == [sorted(state.stored.key_set).index(key) for key in keys]
+        assert found == [sorted(state.stored.known).index(key) for key in keys]
         assert arrays[name].length == len(keys)
 
 
@@ -138,11 +138,11 @@ def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_
 
     def measured(sizes: PictureSizes, keys: Keys) -> None:
         *there, gone = sorted(keys)
-        sizes._sizes.add(size_rows(there, dict.fromkeys(there, (64, 64))))
+        sizes._sizes.add([size_rows(there, dict.fromkeys(there, (64, 64)))])
         sizes._refused[gone] = InputRejected("source", "it is gone")
 
     monkeypatch.setattr("kcache.build.build.plan_tars", counted)
-    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: size_rows((), {}))
+    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: [size_rows((), {})])
     monkeypatch.setattr(PictureSizes, "_measure", measured)
     result = build(copy_pictures(oracle, tmp_path / "pictures"), tmp_path / "cache", oracle, format="webdataset")
     assert (result.samples, result.rejected) == (5, 1)

@@ -100,6 +100,11 @@ def test_where_nothing_is_to_do_a_build_asks_little_and_writes_its_turn_only(
     assert faulty.requests["PUT"] <= 10  # those of the probe and of the turn
     assert few <= 100 + 4 * shards
     assert listed(key_of(faulty.url)) == before
+    first = faulty.requests["GET"]
+    build_at(faulty.url, source, oracle)
+    again = faulty.requests["GET"] - first
+    assert first - again >= 2 * shards  # records and side files, which this machine has seen
+    assert listed(key_of(faulty.url)) == before
 
 
 @both_forms

@@ -20,9 +20,11 @@ from kcache.build.plan import (
     plan_table,
     shard_name,
 )
+from kcache.disk import scratch
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.places import Place, place_of
 from kcache.places.effects import remove, write_bytes, write_json
+from kcache.store import digests
 from kcache.store.recipe import Field
 
 RECIPE = synthetic_recipe("image_embeds", (Field(name="image_embeds", shape=(4,)),), "float16")
@@ -39,11 +41,18 @@ def a_plan(keys: list[bytes]) -> Plan:
     return Plan(tables=(plan_table(RECIPE, keys, (), (), rows_per_shard=3, first_shard=2),))
 
 
-@given(wanted=KEYS, stored=KEYS, rejected=KEYS, rows_per_shard=st.integers(1, 9), first=st.integers(0, 5))
+@given(
+    wanted=KEYS, stored=KEYS, rejected=KEYS, rows_per_shard=st.integers(1, 9), first=st.integers(0, 5),
+    together=st.sampled_from([2, 7, 1 << 20]),
+)  # fmt: skip
 def test_every_missing_key_is_planned_once_in_order(
-    wanted: list[bytes], stored: list[bytes], rejected: list[bytes], rows_per_shard: int, first: int
+    wanted: list[bytes], stored: list[bytes], rejected: list[bytes], rows_per_shard: int, first: int, together: int
 ) -> None:
-    plan = plan_table(RECIPE, wanted, set(stored), set(rejected), rows_per_shard=rows_per_shard, first_shard=first)
+    with pytest.MonkeyPatch.context() as patch:  # many keys are planned part by part, and kept in files
+        for name, value in (("_TOGETHER", together), ("_MANY", together), ("_STEP", 1), ("_WIDE", together)):
+            patch.setattr(digests, name, value)
+        patch.setattr(scratch, "_IN_MEMORY", 8 * together)
+        plan = plan_table(RECIPE, wanted, set(stored), set(rejected), rows_per_shard=rows_per_shard, first_shard=first)
     shards = list(plan.shards)
     planned = [key for shard in shards for key in shard.keys]
     assert len(planned) == len(set(planned))

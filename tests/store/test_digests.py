@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kcache.disk import scratch
 from kcache.store import digests
 from kcache.store.digests import (
     EMPTY_CAPTION_KEY,
@@ -39,8 +40,8 @@ KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=60).ma
 )
 
 
-@given(keys=KEYS, others=KEYS)
-def test_keys_in_an_array_are_what_they_are_in_a_list(keys: list[bytes], others: list[bytes]) -> None:
+def as_in_a_list(keys: list[bytes], others: list[bytes]) -> None:
+    """What is asked of keys in an array comes as of those in a list."""
     packed = Keys.of(keys)
     assert Keys.of(packed) is packed
     assert (list(packed), len(packed), packed == Keys.of(others)) == (keys, len(keys), keys == others)
@@ -53,11 +54,32 @@ def test_keys_in_an_array_are_what_they_are_in_a_list(keys: list[bytes], others:
     assert list(packed.unique()) == list(dict.fromkeys(keys))
     assert packed.among(others).tolist() == [key in others for key in keys]
     known = sorted(set(others))
-    for sorted_from in (0, 1 << 30):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(digests, "_SORTED_FROM", sorted_from)
-            found = Keys.of(known).find(packed).tolist()
-        assert found == [known.index(key) if key in known else -1 for key in keys]
+    found = Keys.of(known).find(packed).tolist()
+    assert found == [known.index(key) if key in known else -1 for key in keys]
+
+
+@given(keys=KEYS, others=KEYS)
+def test_keys_in_an_array_are_what_they_are_in_a_list(keys: list[bytes], others: list[bytes]) -> None:
+    as_in_a_list(keys, others)
+
+
+@given(
+    keys=KEYS, others=KEYS, many=st.sampled_from([1, 1 << 20]), together=st.sampled_from([1, 3, 100]),
+    step=st.sampled_from([1, 2, 7]), in_memory=st.sampled_from([0, 100]),
+)  # fmt: skip
+def test_of_many_keys_the_same_comes_part_by_part(
+    keys: list[bytes], others: list[bytes], many: int, together: int, step: int, in_memory: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "_IN_MEMORY", in_memory)
+        for name, value in (("_MANY", many), ("_TOGETHER", together), ("_STEP", step), ("_WIDE", 2 * step)):
+            patch.setattr(digests, name, value)
+        as_in_a_list(keys, others)
+        packed, known = Keys.of(keys), sorted(set(others))
+        assert packed.ascending() == Keys.of(sorted(set(keys)))
+        ascending = Keys.of(known)
+        assert ascending.ascending() is ascending
+        assert list(packed.where(np.array([key in known for key in keys], np.bool_))) == [k for k in keys if k in known]
 
 
 @given(keys=KEYS, others=KEYS)

@@ -10,18 +10,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from in_bucket import damage
 from measuring.synthetic import synthetic_recipe
 
+from kcache.disk import scratch
 from kcache.errors import CacheCorruptError
 from kcache.places import Place, place_of
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import remove, write_bytes
+from kcache.store import index
+from kcache.store.digests import Keys
 from kcache.store.formats import index_files, parts
 from kcache.store.formats.parts import PARTS, Parts, Rows, in_memory, write_rows
-from kcache.store.index import CAPTION_BOUNDS, bytes_of, index_dtype, open_index, write_index
+from kcache.store.formats.side_files import side_dtype
+from kcache.store.index import (
+    CAPTION_BOUNDS,
+    StoredRows,
+    bytes_of,
+    index_dtype,
+    merged_rows,
+    open_index,
+    stored_rows,
+    write_index,
+)
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import Field, json_digest
+from kcache.store.shards import Commit, CommittedFile
 
 SAMPLES, SHARDS = 100, 3
 RECIPES = [
@@ -73,6 +89,43 @@ def written(cache: Place, arrays: dict[str, np.ndarray], mark: str = "-012345678
         format="zarr", tables=tables, samples=SAMPLES, samples_digest="0" * 64, samples_file_digest="0" * 64,
         index_digest=digest, rejected=0, rejected_digest="0" * 64, models={},
     )  # fmt: skip
+
+
+KEY = st.integers(0, 30).map(lambda i: i.to_bytes(15, "big") + b"\0")
+
+
+@given(folders=st.lists(st.lists(st.lists(KEY, max_size=6, unique=True), max_size=4), max_size=3), few=st.booleans())
+def test_of_a_key_that_was_committed_again_the_last_row_counts(folders: list[list[list[bytes]]], few: bool) -> None:
+    """Each folder has shards, each of these keys: as a dictionary says it that is written in their order."""
+    [field] = RECIPES[0].fields
+    of_folders, expected, shard = list[StoredRows](), dict[bytes, tuple[int, int]](), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "_IN_MEMORY", 1 << 20 if few else 40)
+        patch.setattr(index, "_TOGETHER", 1 << 20 if few else 3)
+        for number, keys_of in enumerate(folders):
+            sides = [np.zeros(len(keys), side_dtype([field])) for keys in keys_of]
+            for side, keys in zip(sides, keys_of, strict=True):
+                side["key"], side[field.name]["offset"] = Keys.of(keys).packed, np.arange(len(keys))
+                expected |= {key: (shard, i) for i, key in enumerate(keys)}
+                shard += 1
+            commits = [COMMIT] * len(keys_of)
+            patch.setattr(index, "read_side_files", lambda *_, sides=sides: iter(sides))
+            of_folders.append(stored_rows(Path(f"folder-{number}"), commits, RECIPES[0]))
+        stored = merged_rows(RECIPES[0], of_folders)
+    assert list(stored.known) == sorted(expected)
+    assert [entry.data for entry in stored.shards] == [f"folder-{i}/0" for i, of in enumerate(folders) for _ in of]
+    asked = [i.to_bytes(15, "big") + b"\0" for i in range(31)]
+    found = stored.find(asked).tolist()
+    entries = [(int(e["shard"]), int(e[field.name]["offset"])) for e in stored.entries[[i for i in found if i >= 0]]]
+    assert entries == [expected[key] for key in asked if key in expected]
+    assert [key for key, at in zip(asked, found, strict=True) if at >= 0] == [key for key in asked if key in expected]
+    assert stored.used([*asked, *asked]) == len(expected)
+
+
+COMMIT = Commit(
+    name="0", fingerprint="", rows=0, data="0", files=(CommittedFile(path="0.rows.npy", bytes=0, crc32c=0),),
+    rejected=(), absent=(), provenance={},
+)  # fmt: skip
 
 
 ASKED: list[Any] = [

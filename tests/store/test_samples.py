@@ -18,11 +18,11 @@ from kcache.errors import CacheCorruptError
 from kcache.store import samples
 from kcache.store.formats import columns, records
 from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
+from kcache.store.formats.picture_sizes import Sizes
 from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
 from kcache.store.samples import (
     Sample,
-    Sizes,
     read_samples,
     read_some_samples,
     sample_ids,
@@ -177,9 +177,9 @@ def test_of_samples_in_columns_some_are_taken(count: int, monkeypatch: pytest.Mo
     counts = [sum(next(which) for _ in sample.captions) for sample in kept]
     assert found.count_captions(np.array(odd, np.bool_)).tolist() == counts
     sizes = Sizes(found)
-    sizes.add(np.array([(list(b"x" * 16), 1, 2), (list(bytes(16)), 3, 4), (list(b"x" * 16), 5, 6)], SIZES))
+    sizes.add([np.array([(list(b"x" * 16), 1, 2), (list(bytes(16)), 3, 4), (list(b"x" * 16), 5, 6)], SIZES)])
     known = {bytes(16): (3, 4), **{s.image_key: (s.width, s.height) for s in kept}, b"x" * 16: (5, 6)}
-    rows = sizes.rows[sizes.find(list(known))]
+    rows = sizes.at(sizes.find(list(known)))
     assert list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)) == list(known.values())
     assert sizes.find([b"y" * 16]).tolist() == [-1]
 

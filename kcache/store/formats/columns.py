@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from kcache.disk.scratch import release
 from kcache.store.digests import KEY_BYTES, Keys, Positions
 from kcache.store.formats.records import RECORDS_PER_TABLE, kept
 
@@ -77,7 +78,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, tables: Iterable["pyarrow.Table"]) -> None:
         """`tables` have the columns of `sample_schema`, in one piece each."""
-        self.tables = kept(iter(tables), sample_schema())
+        self.tables, self._content = kept(iter(tables), sample_schema())
         self._starts = np.cumsum([0, *map(len, self.tables)])
 
     @classmethod
@@ -108,8 +109,31 @@ class Samples(Sequence[Sample]):
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
-        for table in self.tables:
+        for table in self.each():
             yield from sample_list(table)
+
+    def each(self) -> Iterator["pyarrow.Table"]:
+        """The tables, one after the other; what reading those in a file took of memory is given back."""
+        for number, table in enumerate(self.tables, 1):
+            yield table
+            if number % _IN_MEMORY == 0:
+                release(self._content)
+
+    def begin_with(self, others: "Samples") -> bool:
+        """Whether `others` are the first of these, in the names and pictures of all of them."""
+        import pyarrow as pa
+
+        if len(others) > len(self):
+            return False
+        own, there = ((table.select(["name", "image_key"]) for table in samples.each()) for samples in (self, others))
+        rest = sample_schema().empty_table().select(["name", "image_key"])
+        for table in there:
+            while len(rest) < len(table):
+                rest = pa.concat_tables([rest, next(own)])
+            if not rest.slice(0, len(table)).equals(table):
+                return False
+            rest = rest.slice(len(table))
+        return True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -119,20 +143,20 @@ class Samples(Sequence[Sample]):
     @cached_property
     def image_keys(self) -> Keys:
         """The key of each image."""
-        return Keys(np.concatenate([_no_keys(), *(packed(table["image_key"]) for table in self.tables)]))
+        return Keys.joined(packed(table["image_key"]) for table in self.each())
 
     @cached_property
     def caption_keys(self) -> Keys:
         """The keys of all captions, sample by sample."""
-        return Keys(
-            np.concatenate([_no_keys(), *(packed(_whole(table["caption_keys"]).flatten()) for table in self.tables)])
-        )
+        return Keys.joined(caption_keys_of(table)[0] for table in self.each())
 
     @cached_property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
-        counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self.tables]
-        return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+        bounds, ends = np.zeros(len(self) + 1, np.int64), self._starts.tolist()
+        for table, first, last in zip(self.each(), ends[:-1], ends[1:], strict=True):
+            bounds[first + 1 : last + 1] = bounds[first] + caption_keys_of(table)[1][1:]
+        return bounds
 
     def count_captions(self, which: np.ndarray) -> np.ndarray:
         """(N,) int64: how many captions of each sample are those of all that `which` (n,) of bool is true of."""
@@ -155,7 +179,8 @@ class Samples(Sequence[Sample]):
 
     def texts(self, keys: Iterable[bytes]) -> dict[bytes, str]:
         """The captions that have these `keys`, by key, as far as there are such."""
-        asked = Keys.of(keys)
+        if not (asked := Keys.of(keys)):
+            return {}
         numbers = self._by_key.find(asked)
         found = numbers >= 0
         return dict(zip(asked[found], self.captions(numbers[found]), strict=True))
@@ -173,14 +198,14 @@ class Samples(Sequence[Sample]):
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""
         spans = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
-        return Samples(change(table, slice(*span)) for table, span in zip(self.tables, spans, strict=True))
+        return Samples(change(table, slice(*span)) for table, span in zip(self.each(), spans, strict=True))
 
     def groups(self, rows: int) -> Iterator["pyarrow.Table"]:
         """All of it in tables of `rows` samples in one piece, the last one shorter; one that is empty where none is."""
         import pyarrow as pa
 
         tables = list[pa.Table]()
-        for table in self.tables:
+        for table in self.each():
             while sum(map(len, tables)) + len(table) > rows:
                 head = rows - sum(map(len, tables))
                 yield pa.concat_tables([*tables, table.slice(0, head)]).combine_chunks()
@@ -195,15 +220,18 @@ def _runs(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield run
 
 
-def _no_keys() -> np.ndarray:
-    return np.empty((0, KEY_BYTES), np.uint8)
-
-
 def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
     """The keys in a column, (n, 16) uint8."""
     array = _whole(column)
     content = np.frombuffer(array.buffers()[1] or b"", np.uint8)
     return content[array.offset * KEY_BYTES : (array.offset + len(array)) * KEY_BYTES].reshape(-1, KEY_BYTES)
+
+
+def caption_keys_of(table: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray]:
+    """The keys of all captions in a table, (n, 16) uint8, and where those of each sample begin and the last end."""
+    column = _whole(table["caption_keys"])
+    bounds = np.asarray(column.offsets)
+    return packed(column.flatten()), bounds - bounds[0]
 
 
 def _whole(column: "pyarrow.ChunkedArray | pyarrow.Array") -> Any:

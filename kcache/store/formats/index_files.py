@@ -17,6 +17,7 @@ from kcache.disk.durable import read_npy, replace, write_bytes, writing
 from kcache.disk.durable import temporary_folder as local_folder
 from kcache.disk.filesystems import mapped
 from kcache.disk.memo import own_folder
+from kcache.disk.sweeping import hold, sweep
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, read_all, remove, temporary_folder
@@ -27,6 +28,8 @@ from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
 
 CAPTION_BOUNDS = "captions"
+_MOST_BYTES = 64 << 30
+"""What indexes of buckets take of this machine's disk; that of a hundred million samples takes eight billion bytes."""
 _SOON = 64 << 20
 """Bytes of index arrays up to which all parts are checked when a cache is opened: it takes less than a tenth second."""
 
@@ -121,7 +124,7 @@ def _at_hand(folder: Place, names: Sequence[str], digest: str) -> Path:
     final = own_folder() / "index" / folder.name
     try:
         if _index_digest(final, names) == digest:
-            return final
+            return _in_use(final)
     except (OSError, ValueError):
         pass
     with writing(final):
@@ -131,14 +134,21 @@ def _at_hand(folder: Place, names: Sequence[str], digest: str) -> Path:
         for path, content in zip(paths, read_all(paths), strict=True):
             write_bytes(made / path.name, content)
         replace(made, final)
-    return final
+    return _in_use(final)
+
+
+def _in_use(folder: Path) -> Path:
+    """A folder that keeps an index: it stays while this process lives, unused ones go where they are many."""
+    hold(folder)
+    sweep(folder.parent, _MOST_BYTES)
+    return folder
 
 
 def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
     listed = read_parts((folder / PARTS).read_bytes(), manifest.index_digest)
     bounds = listed[CAPTION_BOUNDS].borders
     _check_lengths(manifest, {name: (parted.rows,) for name, parted in listed.items()}, bounds[-1])
-    kept = folder if isinstance(folder, Path) else own_folder() / "index" / folder.name
+    kept = folder if isinstance(folder, Path) else _in_use(own_folder() / "index" / folder.name)
 
     def check_bounds(part: int, found: np.ndarray) -> None:
         if found[0] != bounds[part]:

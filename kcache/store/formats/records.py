@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kcache.disk.durable import writing
+from kcache.disk.filesystems import mapped
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,7 +28,7 @@ class Records:
 
     def __init__(self, schema: "pyarrow.Schema", tables: Iterable["pyarrow.Table"]) -> None:
         """The rows of `tables`, of any lengths, with the columns of `schema`; they are asked for once, in turn."""
-        found = kept(_joined(iter(tables)), schema)
+        found, _ = kept(_joined(iter(tables)), schema)
         self._starts = [0, *accumulate(map(len, found))]
         self._tables = [{name: table[name].chunk(0) for name in schema.names} for table in found]
 
@@ -54,21 +55,26 @@ class Records:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def kept(tables: Iterator["pyarrow.Table"], schema: "pyarrow.Schema") -> list["pyarrow.Table"]:
-    """Tables in one piece each, in memory where they are few; else mapped from a file that is gone with them."""
+def kept(tables: Iterator["pyarrow.Table"], schema: "pyarrow.Schema") -> tuple[list["pyarrow.Table"], np.ndarray]:
+    """Tables in one piece each, in memory where they are few; else mapped from a file that is gone with them.
+
+    Beside them the mapped content, (bytes,) uint8, which `release` gives back.
+    """
     import pyarrow as pa
 
     few = list(islice(tables, _IN_MEMORY + 1))
     if len(few) <= _IN_MEMORY:
-        return few
+        return few, np.empty(0, np.uint8)
     with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
         path = Path(folder) / "records.arrow"
         with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for table in chain(few, tables):
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        return [pa.Table.from_batches([reader.get_batch(i)]) for i in range(reader.num_record_batches)]
+        content = mapped(path)
+    reader = pa.ipc.open_file(pa.py_buffer(content))
+    batches = map(reader.get_batch, range(reader.num_record_batches))
+    return [pa.Table.from_batches([batch]) for batch in batches], np.frombuffer(content, np.uint8)
 
 
 def _joined(tables: Iterator["pyarrow.Table"]) -> Iterator["pyarrow.Table"]:
