@@ -1,12 +1,13 @@
 """`kcache cache-convert`: the same cache in the other form, or of fewer tables."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
 from kcache.config import Stage
 from kcache.urls import check_lasting
-from kcache_cli.progress import Report, note, say_manifest, show_counts
+from kcache_cli.progress import Report, note, say_manifest, show_build
 
 
 def cache_convert(
@@ -62,7 +63,7 @@ def cache_convert(
             manifest = convert_cache(
                 cache, new, form,
                 stage=stage, resolution=tuple(resolution or ()), worker=worker, take_over=take_over,
-                report=show_counts(report, "written"), say=report.note,
+                report=partial(show_build, report), say=report.note,
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {new} is kept: run the same command to go on")

@@ -24,6 +24,7 @@ from small_builds import build, copy_pictures, digests, encoded
 import kcache.build.builder
 import kcache.build.claims
 from kcache import Cache
+from kcache.build.builder import BuildProgress
 from kcache.build.joined_tars import SAMPLES
 from kcache.build.plan import claims_folder, open_plan
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
@@ -276,8 +277,8 @@ def test_a_folder_in_which_something_else_is_built_is_left_alone(
 
 
 def test_a_signal_that_comes_last_is_not_lost(caches: dict[str, Path], tmp_path: Path) -> None:
-    def report(name: str, done: int, total: int) -> None:
-        if name == SAMPLES and done == total:
+    def report(progress: BuildProgress) -> None:
+        if progress.table == SAMPLES and progress.done == progress.total:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

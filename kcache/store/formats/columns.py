@@ -177,6 +177,15 @@ class Samples(Sequence[Sample]):
 
         return self if chosen.all() else self.changed(lambda table, span: table.filter(pa.array(chosen[span])))
 
+    def at(self, numbers: np.ndarray) -> "Samples":
+        """Those with these `numbers` (k,) int64, in that order, and no others in memory."""
+        import pyarrow as pa
+
+        tables = np.searchsorted(self._starts, numbers, "right") - 1
+        runs = np.split(np.stack([tables, numbers]), np.flatnonzero(np.diff(tables)) + 1, axis=1)
+        parts = [self.tables[int(t[0])].take(n - self._starts[t[0]]) for t, n in runs if len(n)]
+        return Samples.of_table(pa.concat_tables([sample_schema().empty_table(), *parts]).combine_chunks())
+
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""
         spans = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
