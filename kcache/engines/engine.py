@@ -1,8 +1,9 @@
-"""Which engine a build was asked for: this process, or the machines of a Ray cluster."""
+"""Which engine a build, or a conversion, was asked for: this process, or the machines of a Ray cluster."""
 
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any, Literal
 
 from kcache.build.builder import Builder
 from kcache.config import BuildConfig
@@ -16,11 +17,32 @@ def engine_of(source: str, config: BuildConfig) -> Callable[..., Builder]:
     """
     if config.engine == "local":
         return Builder
+    _check_ray()
+    from kcache.engines.ray_builder import RayBuilder
+
+    return partial(RayBuilder, source=source)
+
+
+def copying_engine(
+    engine: Literal["local", "ray"], address: str | None = None, worker: str | None = None
+) -> Callable[..., Any] | None:
+    """What copies the shards of a conversion, None being its own process; raises ConfigError.
+
+    It is given to `convert_cache` as its `engine`; `address` and `worker` are what is said beside it.
+    """
+    # Settings of a build, which has the same three and says what is wrong with them.
+    BuildConfig(engine=engine, address=address, worker=worker)
+    if engine == "local":
+        return None
+    _check_ray()
+    from kcache.engines.ray_copier import copying
+
+    return partial(copying, address=address)
+
+
+def _check_ray() -> None:
     if find_spec("ray") is None:
         raise ConfigError(
             "--engine ray was given, but Ray is not installed here; expected it on this machine and on those of the "
             "cluster; install it: pip install 'kcache[ray]'"
         )
-    from kcache.engines.ray_builder import RayBuilder
-
-    return partial(RayBuilder, source=source)
