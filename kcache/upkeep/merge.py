@@ -37,10 +37,10 @@ from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import Keys, content_key, pack_keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.index import TableState
-from kcache.store.manifest import Manifest
+from kcache.store.manifest import SCHEMA_VERSION, Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
-from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
+from kcache.store.shards import DRAFT, Commit, content_name, read_commits, read_side_files, write_commit
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents, with_progress
 from kcache.upkeep.garbage import LiveShard, live_shards
 
@@ -238,12 +238,11 @@ def _link_shards(
             report(recipe.table, done, len(every))
         if not is_needed:
             continue
-        commit = _renumbered(shard.commit, shard_name(number), recipe)
-        number += 1
-        there = committed[commit.name] if commit.name in committed else _link(source, shard.commit, folder, commit)
-        if there.files != commit.files:
+        name, number = shard_name(number), number + 1
+        there = committed[name] if name in committed else _link(source, shard.commit, folder, name, recipe)
+        if _files_of(there) != _files_of(shard.commit):
             raise CacheMismatchError(
-                f"{folder / commit.name} is a shard of another merge; expected the one of {source}; "
+                f"{folder / name} is a shard of another merge; expected the one of {source}; "
                 f"remove {folder.parent} and merge again"
             )
     if report is not None:
@@ -274,27 +273,37 @@ def _with_new_keys(shards: Iterable[Keys]) -> np.ndarray:
     return new
 
 
-def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
+def _files_of(commit: Commit) -> list[tuple[str, int, int]]:
+    """What a shard consists of, whatever its number: names without it, bytes and checksums."""
+    return [(file.path.removeprefix(commit.stem), file.bytes, file.crc32c) for file in commit.files]
+
+
+def _renumbered(commit: Commit, name: str, stem: str, recipe: Recipe) -> Commit:
     """The record of the same shard of `recipe` under another number; what it rejected is recorded apart."""
-    files = tuple(replace(file, path=name + file.path.removeprefix(commit.name)) for file in commit.files)
-    data = name + (commit.data or "").removeprefix(commit.name)
-    return replace(commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=())
+    files = tuple(replace(file, path=stem + file.path.removeprefix(commit.stem)) for file in commit.files)
+    data = stem + (commit.data or "").removeprefix(commit.stem)
+    return replace(
+        commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=(),
+        schema_version=SCHEMA_VERSION,
+    )  # fmt: skip
 
 
-def _link(source: Place, commit: Commit, folder: Place, new: Commit) -> Commit:
-    """Commit in `folder` the shard `commit` of the table at `source` as `new`; returns what is committed then."""
+def _link(source: Place, commit: Commit, folder: Place, name: str, recipe: Recipe) -> Commit:
+    """Commit in `folder` the shard `commit` of the table at `source` as `name`; returns what is committed then."""
     make_folder(folder)
     with temporary_folder(folder) as temporary:
-        for old, file in zip(commit.files, new.files, strict=True):
-            made = temporary / file.path
+        for file in commit.files:
+            made = temporary / (DRAFT + file.path.removeprefix(commit.stem))
             made.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source / old.path, made)
+            _link_or_copy(source / file.path, made)
         for parent, _, _ in os.walk(temporary, topdown=False):
             sync_folder(Path(parent))
+        # Shards of the first schema get the digest that they lack, so that no other merge writes over them.
+        stem = name + (commit.stem.removeprefix(commit.name) or content_name(temporary))
         for path in sorted(temporary.iterdir()):
-            publish(path, folder / path.name)
+            publish(path, folder / (stem + path.name.removeprefix(DRAFT)))
         shutil.rmtree(temporary)  # a link that is there already is not moved onto itself
-    return write_commit(folder, new)
+    return write_commit(folder, _renumbered(commit, name, stem, recipe))
 
 
 def _link_or_copy(old: Place, made: Path) -> None:
