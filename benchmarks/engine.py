@@ -22,7 +22,7 @@ import ray
 import torch
 from measuring.record import write_outcome
 
-import kcache.engines.crew
+import kcache.engines.ray_builder
 from kcache.build.build import build_cache
 from kcache.config import BuildConfig
 from kcache.demo.digits import SIDE, write_digits
@@ -100,7 +100,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # and so of every actor: a slot is a core
     os.environ[WAIT] = str(arguments.wait)
-    kcache.engines.crew.EncodingActor = SleepingActor  # type: ignore[misc]
+    kcache.engines.ray_builder.EncodingActor = SleepingActor  # type: ignore[misc]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

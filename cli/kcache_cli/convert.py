@@ -1,12 +1,13 @@
 """`kcache cache-convert`: the same cache in the other form, or of fewer tables."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
 from kcache.config import Stage
 from kcache.urls import check_lasting
-from kcache_cli.progress import Report, note, say_manifest, show_counts
+from kcache_cli.progress import Report, note, say_manifest, show_build
 
 
 def cache_convert(
@@ -39,13 +40,24 @@ def cache_convert(
             help="Take over the shards of processes elsewhere without waiting for their leases to run out.",
         ),
     ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Who copies: this process, or `ray`, the machines of a Ray cluster (kcache[ray])."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of the Ray cluster: the one that runs here when left out, else one that is started for "
+            "this conversion, as `local` always does."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a cache again in another form, or for one trainer only, without encoding anything.
 
     Samples and recipes stay the same, so both caches train equal models. The source of the pictures is not needed.
     Interrupted, the same command goes on with what is not written yet; started several times, the processes share the
-    shards. Every byte goes through this machine: out of a bucket, and into one.
+    shards. Every byte goes through this machine, out of a bucket and into one, or through those of `--engine ray`.
 
     \b
     Examples:
@@ -53,7 +65,9 @@ def cache_convert(
       kcache cache-convert caches/photos-768 published/photos-prior --format webdataset --stage prior
       kcache cache-convert published/photos-768 caches/photos-768 --format zarr
       kcache cache-convert caches/photos-768 s3://caches/photos-768 --format webdataset --worker 0/4
+      kcache cache-convert s3://caches/photos-768 s3://caches/photos-tars --format webdataset --engine ray
     """
+    from kcache.engines import copying_engine
     from kcache.upkeep.convert import convert_cache
 
     check_lasting(new)
@@ -62,7 +76,7 @@ def cache_convert(
             manifest = convert_cache(
                 cache, new, form,
                 stage=stage, resolution=tuple(resolution or ()), worker=worker, take_over=take_over,
-                report=show_counts(report, "written"), say=report.note,
+                report=partial(show_build, report), say=report.note, engine=copying_engine(engine, address, worker),
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit):
         note(f"stopped; what was committed to {new} is kept: run the same command to go on")

@@ -6,13 +6,11 @@ encoded in one go, as a builder does it, so that the inputs of the next shard ar
 
 import gc
 import logging
-import os
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ from kcache.disk.memo import DigestMemo
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
 from kcache.encoders.repositories import Repository, find_repository
-from kcache.engines.tasks import Look, Setup, Task, check_version
+from kcache.engines.tasks import Look, Setup, Task, check_seen, check_version
 from kcache.errors import EngineError, ModelError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import place_of
@@ -43,7 +41,7 @@ class _Given:
     done: int = 0
 
 
-class _Told(logging.Handler):
+class Told(logging.Handler):
     """Keeps what the library warns of for who looks: nobody sees an actor's own stderr."""
 
     def __init__(self, said: list[str]) -> None:
@@ -70,7 +68,7 @@ class EncodingActor:
         self._encoder: Encoder | None = None
         self._meter: Meter | None = None
         self._checked = False
-        logging.getLogger("kcache").addHandler(_Told(self._said))
+        logging.getLogger("kcache").addHandler(Told(self._said))
         threading.Thread(target=self._work, name="kcache-actor", daemon=True).start()
 
     def build(self, task: Task) -> Look:
@@ -127,7 +125,9 @@ class EncodingActor:
 
         setup, recipe = self._setup, first.task.recipe
         self._check_stopped()
-        self._check_plan()
+        if not self._checked:
+            check_seen(setup.plan, setup.directory)
+            self._checked = True
         with enough_memory(recipe):
             encoder, meter = self._loaded(recipe)
             if first.task.pictures and self._source is None:
@@ -193,20 +193,6 @@ class EncodingActor:
             if self._by_name is None:
                 self._by_name = {source.name(i): i for i in range(len(source))}
             return self._by_name.get(name)
-
-    def _check_plan(self) -> None:
-        """Raise EngineError where this machine does not see the cache that is built."""
-        if self._checked:
-            return
-        with suppress(OSError):  # relative names mean what they mean where the build was started
-            os.chdir(self._setup.directory)
-        if not place_of(self._setup.plan).is_dir():
-            raise EngineError(
-                f"{socket.gethostname()} does not see the plan of this build, {self._setup.plan}; expected the cache "
-                "on a file system that all machines of the cluster share under one path, or in a bucket; move it "
-                "there, or give its URL"
-            )
-        self._checked = True
 
     def _loaded(self, recipe: Recipe) -> "tuple[Encoder, Meter]":
         """The encoder of `recipe`, loaded where another one was held, and where its time goes."""

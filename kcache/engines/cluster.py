@@ -101,7 +101,7 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
     where = "on this machine" if folder else f"at {address or 'the address that this machine knows'}"
     do = (
         "expected one that runs, begun by `ray start --head` with the same versions of Ray and Python; correct "
-        "--address, or give --address local to build on this machine alone"
+        "--address, or give --address local to use this machine alone"
     )
     try:
         try:
@@ -110,7 +110,7 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process in the middle of things
-        say(f"Ray {ray.__version__}: {_size(ray)}" + (", started for this build" if folder else ""))
+        say(f"Ray {ray.__version__}: {_size(ray)}" + (", started for this command" if folder else ""))
         yield ray
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""The actors of a build on a Ray cluster: who is there, who is asked, who is lost."""
+"""The actors that work off a plan on a Ray cluster: who is there, who is asked, who is lost."""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +8,9 @@ from typing import Any
 
 from kcache.build.plan import PlannedShard
 from kcache.config import Say
-from kcache.engines.actor import EncodingActor
 from kcache.engines.cluster import Slot, machines_of, room_for
 from kcache.engines.ledger import AT_ONCE
-from kcache.engines.tasks import Look, Setup, Task
+from kcache.engines.tasks import Handed, Look
 from kcache.errors import EngineError
 
 WAIT_SECONDS = 0.5
@@ -19,7 +18,7 @@ WAIT_SECONDS = 0.5
 LOOK_SECONDS = 2.0
 """How often an actor is asked how it is doing, and the cluster what it consists of."""
 _PATIENCE_SECONDS = 20.0
-"""How long nobody may be there to encode before that is worth a line."""
+"""How long nobody may be there before that is worth a line."""
 _STOP_SECONDS = 20.0
 """How long actors have to give up what they are at."""
 _STILLBORN = 3
@@ -44,13 +43,14 @@ class Hand:
 class Crew:
     """The actors that work off one plan, whatever table is in turn."""
 
-    def __init__(self, ray: Any, setup: Setup, slot: Slot, say: Say) -> None:
+    def __init__(self, ray: Any, kind: type, setup: Any, slot: Slot, say: Say) -> None:
+        """Nobody yet: each will be a `kind` of actor, made with `setup`, that takes a `slot`."""
         self.hands: list[Hand] = []
         self.slot = slot
         self._ray = ray
         self._setup = setup
         self._say = say
-        self._remote = ray.remote(EncodingActor)
+        self._remote = ray.remote(kind)
         self._answers: dict[Any, tuple[Hand, PlannedShard | None]] = {}
         """What is waited for: of whom, and of which shard, or None where it is how an actor is doing."""
         self._stillborn = 0
@@ -82,7 +82,7 @@ class Crew:
         there = [hand for hand in self.hands if hand.look and len(hand.shards) < AT_ONCE]
         return min(there, key=lambda hand: len(hand.shards), default=None)
 
-    def give(self, hand: Hand, task: Task) -> None:
+    def give(self, hand: Hand, task: Handed) -> None:
         """Give an actor a shard to do."""
         hand.shards[task.shard.name] = task.shard
         self._answers[hand.actor.build.remote(task)] = (hand, task.shard)

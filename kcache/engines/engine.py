@@ -1,8 +1,9 @@
-"""Which engine a build was asked for: this process, or the machines of a Ray cluster."""
+"""Which engine a build, or a conversion, was asked for: this process, or the machines of a Ray cluster."""
 
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any, Literal
 
 from kcache.build.builder import Builder
 from kcache.config import BuildConfig, Say
@@ -34,6 +35,23 @@ def ahead_of(config: BuildConfig, say: Say) -> Ahead:
     from kcache.engines.ahead import look_ahead
 
     return partial(look_ahead, config, say)
+
+
+def copying_engine(
+    engine: Literal["local", "ray"], address: str | None = None, worker: str | None = None
+) -> Callable[..., Any] | None:
+    """What copies the shards of a conversion, None being its own process; raises ConfigError.
+
+    It is given to `convert_cache` as its `engine`; `address` and `worker` are what is said beside it.
+    """
+    # Settings of a build, which has the same three and says what is wrong with them.
+    BuildConfig(engine=engine, address=address, worker=worker)
+    if engine == "local":
+        return None
+    _check_ray()
+    from kcache.engines.ray_copier import copying
+
+    return partial(copying, address=address)
 
 
 def _check_ray() -> None:

@@ -76,7 +76,7 @@ class Ledger:
                 raise EngineError(
                     f"shard {shard.name} was given to {LOST_AT_MOST} actors, and each was lost ({why}), while no other "
                     "shard was committed; expected one to live for as long as a shard takes; look into Ray's logs of "
-                    "their machines (memory is what mostly lacks), and build again: what was committed is kept"
+                    "their machines (memory is what mostly lacks), and start again: what was committed is kept"
                 )
             self._hand_back(shard)
             again += 1

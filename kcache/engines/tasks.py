@@ -1,20 +1,33 @@
 """What travels between the process that plans and those that encode: small things, never rows.
 
-A task says which inputs make a shard and where they are. Whether they are still what they were, their keys tell.
+A task says which inputs make a shard and where they are. Whether they are still what they were, their keys tell. Where
+it arrives it is first looked whether that machine can do it.
 """
 
+import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Protocol
 
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey
 from kcache.config import BuildConfig
 from kcache.encoders.repositories import Repository
 from kcache.errors import EngineError
+from kcache.places import place_of
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import Recipe, kind_of
+
+
+class Handed(Protocol):
+    """What a crew hands out: a task about one shard of a plan."""
+
+    @property
+    def shard(self) -> PlannedShard:
+        """What is to be committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +79,6 @@ class Look:
     """What was worth a line since the last look."""
 
 
-def check_version(planned: str) -> None:
-    """Raise EngineError where kcache is not of the version that a build was started with."""
-    if (own := version("kcache")) != planned:
-        raise EngineError(
-            f"kcache is {own} on {socket.gethostname()}, and {planned} where the build was started; expected one "
-            "version on all machines; install the same on each"
-        )
-
-
 def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
     """A function from shards of a table of `job` to tasks."""
     if kind_of(recipe.table).per == "caption":
@@ -87,3 +91,24 @@ def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
         return Task(recipe=recipe, shard=shard, pictures=pictures)
 
     return of_pictures
+
+
+def check_version(wanted: str) -> None:
+    """Raise EngineError where this machine has another kcache than the `wanted` one."""
+    if (own := version("kcache")) != wanted:
+        raise EngineError(
+            f"kcache is {own} on {socket.gethostname()}, and {wanted} where this was started; "
+            "expected one version on all machines; install the same on each"
+        )
+
+
+def check_seen(plan: str, directory: str) -> None:
+    """Raise EngineError where this machine does not see the `plan` that is worked off; moves to `directory`."""
+    with suppress(OSError):  # relative names mean what they mean where it was started
+        os.chdir(directory)
+    if not place_of(plan).is_dir():
+        raise EngineError(
+            f"{socket.gethostname()} does not see the plan that is worked off, {plan}; expected the cache on a file "
+            "system that all machines of the cluster share under one path, or in a bucket; move it there, or give its "
+            "URL"
+        )

@@ -3,17 +3,21 @@
 Of a disk the same functions read what they are asked for, as it lies there.
 """
 
+import hashlib
 import os
+import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
+from kcache.disk.durable import writing
 from kcache.places.bucket import BucketPath
 from kcache.places.opened import opened
 from kcache.places.place import Place
@@ -139,3 +143,30 @@ def reading(path: Place) -> Iterator[Readable]:
     """A file to be read from front to back, by large pieces; raises OSError, StoreError among them."""
     with path.open("rb", buffering=0) if isinstance(path, Path) else opened(path) as file:
         yield file
+
+
+@contextmanager
+def opened_if(path: Place, check: Callable[[str], None]) -> Iterator[BinaryIO]:
+    """The file at `path`, open for reading; `check` is told its sha256 (hex), and raises ValueError for another one.
+
+    Of a file in a bucket it is a copy, so that what is read is what was checked; what arrives otherwise is fetched
+    again, as bytes may be changed on their way. Raises as `opened` does, and CacheWriteError.
+    """
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            check(hashlib.file_digest(file, "sha256").hexdigest())
+            file.seek(0)
+            yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
+        copy = Path(folder) / path.name
+        for left in reversed(range(FETCHES)):
+            with opened(path) as there, writing(copy), copy.open("wb") as made:
+                shutil.copyfileobj(there, made)
+            with copy.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with suppress(*[ValueError] * bool(left)):
+                check(digest)
+                break
+        with copy.open("rb") as file:
+            yield file

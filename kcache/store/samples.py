@@ -21,6 +21,7 @@ from kcache.errors import CacheCorruptError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, remove, temporary_folder
+from kcache.places.fetching import opened_if
 from kcache.places.opened import opened
 from kcache.store.digests import KEY_BYTES, Keys
 from kcache.store.formats.columns import SAMPLES_PER_TABLE, Samples, caption_keys_of, packed, sample_schema
@@ -197,6 +198,13 @@ def samples_in_columns(cache: Place, manifest: Manifest) -> Samples:
     return Samples(_parts(cache, manifest, SAMPLES_PER_TABLE))
 
 
+def columns_of(cache: Place, manifest: Manifest) -> Samples:
+    """The samples, all that the manifest counts, in memory a part at a time; raises CacheCorruptError."""
+    samples = samples_in_columns(cache, manifest)
+    _check_count(cache, manifest, len(samples))
+    return samples
+
+
 def _samples_path(cache: Place, manifest: Manifest) -> Place:
     return cache / manifest.samples_file
 
@@ -225,12 +233,6 @@ def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
     return np.concatenate(short)
 
 
-def sizes_by_key(table: "pyarrow.Table") -> dict[bytes, tuple[int, int]]:
-    """Width and height of the pictures of samples, by image key."""
-    keys, widths, heights = (table[name].to_pylist() for name in ("image_key", "width", "height"))
-    return dict(zip(keys, zip(widths, heights, strict=True), strict=True))
-
-
 def read_some_samples(
     cache: Place, manifest: Manifest, numbers: np.ndarray, columns: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -253,15 +255,16 @@ def _parts(cache: Place, manifest: Manifest, rows: int, columns: list[str] | Non
     import pyarrow.parquet as pq
 
     path = _samples_path(cache, manifest)
-    with _reading(path):
-        with opened(path) as file:
-            _check_digest(hashlib.file_digest(file, "sha256").hexdigest(), manifest)
-        with opened(path) as file, pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet:
-            _check_schema(parquet.schema_arrow)
-            for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
-                part = pa.Table.from_batches([batch])
-                _check_values(part)
-                yield part.replace_schema_metadata(None)
+    with (
+        _reading(path),
+        opened_if(path, lambda digest: _check_digest(digest, manifest)) as file,
+        pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet,
+    ):
+        _check_schema(parquet.schema_arrow)
+        for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
+            part = pa.Table.from_batches([batch])
+            _check_values(part)
+            yield part.replace_schema_metadata(None)
 
 
 @contextmanager

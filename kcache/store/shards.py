@@ -147,14 +147,27 @@ def publish_shard(temporary: Path, folder: Place, name: str) -> tuple[str, Seque
     Returns what their names begin with there, the number and a digest of them all, and the files. Who was killed here
     left files with the same content under these names, or no part of any shard.
     """
-    made = [path for path in temporary.rglob("*") if path.is_file()]
-    found = {path.relative_to(temporary).as_posix().removeprefix(DRAFT): file_sums(path) for path in made}
-    stem = f"{name}-{json_digest(sorted([behind, sha256] for behind, (_, _, sha256) in found.items()))[:16]}"
+    found = _sums(temporary)
+    stem = name + _content_name(found)
     for path in sorted(temporary.iterdir()):
         publish(path, folder / (stem + path.name.removeprefix(DRAFT)))
     temporary.rmdir()
     files = ((stem + behind, size, checksum) for behind, (size, checksum, _) in sorted(found.items()))
     return stem, [CommittedFile(path=path, bytes=size, crc32c=checksum) for path, size, checksum in files]
+
+
+def content_name(temporary: Path) -> str:
+    """What stands behind a shard's number in the names of its files, which lie in `temporary` as in `publish_shard`."""
+    return _content_name(_sums(temporary))
+
+
+def _sums(temporary: Path) -> dict[str, tuple[int, int, str]]:
+    made = [path for path in temporary.rglob("*") if path.is_file()]
+    return {path.relative_to(temporary).as_posix().removeprefix(DRAFT): file_sums(path) for path in made}
+
+
+def _content_name(sums: Mapping[str, tuple[int, int, str]]) -> str:
+    return f"-{json_digest(sorted([behind, sha256] for behind, (_, _, sha256) in sums.items()))[:16]}"
 
 
 def record_commit(

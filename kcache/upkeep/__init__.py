@@ -6,6 +6,7 @@
 - `verify`: all of both
 - `compare`: its rows beside what its encoders give now
 - `repair`: broken rows encoded again
+- `portions`: shards cut out of it, to be copied by whoever has a hand free
 - `copying`, `convert`, `merge`: other caches made of it
 - `garbage`: what is no part of it any more
 """

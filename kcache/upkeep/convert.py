@@ -5,17 +5,16 @@ interrupted goes on where it stopped. No source is needed.
 """
 
 import os
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import get_args
 
-from kcache.build.builder import BuildProgress, Claims, ShardProgress, work_off
+from kcache.build.builder import BuildReport, Claims, ShardProgress, Work, work_off
 from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan, unfinished
-from kcache.config import CountReport, Say, Stage, check_worker, unheard
+from kcache.config import Say, Stage, check_worker, unheard
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError
 from kcache.places import Place, cache_place, place_of
 from kcache.places.bucket import BucketPath
@@ -23,11 +22,16 @@ from kcache.places.conditional import check_store
 from kcache.places.effects import make_folder
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import Keys
 from kcache.store.formats import FORMATS
 from kcache.store.manifest import Manifest, build_line
-from kcache.store.recipe import KINDS, kind_of, side_of, sides_of
+from kcache.store.recipe import KINDS, Recipe, kind_of, side_of, sides_of
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents
+from kcache.upkeep.portions import Portion
+
+PortionOf = Callable[[Recipe, PlannedShard], Portion]
+"""Cuts a planned shard out of what is copied."""
+Engine = Callable[[Place, Plan, Patience, BuildReport | None, PortionOf], AbstractContextManager[Work]]
+"""Made of the new cache, its plan, who waits, who is told, and what cuts out shards: gives what has those copied."""
 
 
 def convert_cache(
@@ -40,17 +44,18 @@ def convert_cache(
     rows_per_shard: int | None = None,
     worker: str | None = None,
     take_over: bool = False,
-    report: CountReport | None = None,
+    report: BuildReport | None = None,
     say: Say = unheard,
+    engine: Engine | None = None,
 ) -> Manifest:
     """Write the cache at `cache` into the folder `new` in the form `form`, "zarr" or "webdataset".
 
     Samples and recipes stay; rows that no sample uses are left behind, and tables that `stage` does not read, or whose
     latents are of none of the sides `resolution`, where any are given. `new` is a cache once all of it is there; after
     an interruption the same call finishes it, and several may be at work together, each being `worker` "I/N".
-    `rows_per_shard` None takes what makes about 256 MB. `report` is called with what is written, how many rows or
-    samples of it this process has done, and how many there are for it. Raises ConfigError, CacheMismatchError for a
-    `new` that holds something else, CacheBusyError, and the errors of `Cache.open` for `cache`.
+    `rows_per_shard` None takes what makes about 256 MB. `report` is told how each table, or the tars of samples, goes.
+    `engine` has the shards copied, None by this process. Raises ConfigError, CacheMismatchError for a `new` that holds
+    something else, CacheBusyError, EngineError, and the errors of `Cache.open` for `cache`.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format is {form!r}; expected {' or '.join(FORMATS)}")
@@ -76,9 +81,10 @@ def convert_cache(
             if plan is not None:
                 if BucketPath in (type(source), type(target)):
                     size = copier.size(unfinished(target, plan))
-                    say(f"{_size_text(size)} to copy, through this machine, from {source} to {target}")
-                place = worker_place(worker, os.environ)
-                work_off(target, plan, place, patience, partial(_write, copier=copier, report=report))
+                    through = "this machine" if engine is None else "the machines of the cluster"
+                    say(f"{_size_text(size)} to copy, through {through}, from {source} to {target}")
+                with (engine or _here)(target, plan, patience, report, copier.portion) as work:
+                    work_off(target, plan, worker_place(worker, os.environ), patience, work)
         stop_here()
     with suppress(CacheBusyError), exclusive(target):
         if knows_readers(target):
@@ -118,7 +124,7 @@ def _plan_to_join(copier: CacheCopier, target: Place) -> Plan | None:
     wanted = {recipe.fingerprint: recipe for recipe in copier.recipes}
     for table in plan.tables:
         recipe = wanted.get(table.recipe.fingerprint)
-        if recipe is None or not table.keys.among(Keys.of(copier.wanted(recipe))).all():
+        if recipe is None or not table.keys.among(copier.wanted(recipe)).all():
             raise CacheMismatchError(
                 f"{target} is being built, of other inputs or in another form; expected the cache that this makes, or "
                 "nothing; give a new or empty folder for the new cache"
@@ -138,23 +144,18 @@ def _new_plan(copier: CacheCopier, target: Place, rows_per_shard: int | None) ->
     return plan
 
 
-def _write(
-    table: TablePlan,
-    shards: Sequence[PlannedShard],
-    claims: Claims,
-    *,
-    copier: CacheCopier,
-    report: CountReport | None,
-) -> None:
-    """Copy the shards that nobody else has."""
+@contextmanager
+def _here(_: Place, __: Plan, ___: Patience, report: BuildReport | None, portion: PortionOf) -> Iterator[Work]:
+    """Copying by this process, shard by shard."""
 
-    def told(progress: BuildProgress) -> None:
-        if report is not None and progress.total:
-            report(progress.table, progress.done, progress.total)
+    def write(table: TablePlan, shards: Sequence[PlannedShard], claims: Claims) -> None:
+        progress = ShardProgress(table.recipe.table, sum(len(shard.keys) for shard in shards), report)
+        for shard in progress.counted(claims.claimed(table, shards, progress)):
+            own = portion(table.recipe, shard)
+            if claims.kept(table, shard):
+                own.commit()
 
-    progress = ShardProgress(table.recipe.table, sum(len(shard.keys) for shard in shards), told)
-    mine = progress.counted(claims.claimed(table, shards, progress))
-    copier.write(table.recipe, mine, partial(claims.kept, table))
+    yield write
 
 
 def _finish(copier: CacheCopier, contents: CacheContents, target: Place, form: str) -> Manifest:

@@ -1,6 +1,6 @@
 """A finished cache taken apart again: all that another cache of the same rows can be made of."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -9,25 +9,23 @@ import numpy as np
 
 from kcache.build.claims import TURN
 from kcache.build.committed import check_outside, read_committed, record_rejections
-from kcache.build.joined_tars import RESERVED_KEY, TarWriter, plan_tars, shard_recipes, tar_keys, tar_recipe
+from kcache.build.joined_tars import RESERVED_KEY, plan_tars, shard_recipes, tar_keys, tar_recipe
 from kcache.build.plan import Plan, PlannedShard, TablePlan, plan_table
 from kcache.config import CountReport
 from kcache.disk.readers import Reading
 from kcache.encoders.recipes import default_rows_per_shard
-from kcache.errors import CacheCorruptError, CacheMismatchError
+from kcache.errors import CacheMismatchError
 from kcache.places import Place
-from kcache.places.effects import make_folder
 from kcache.places.fetching import listed
 from kcache.stopping import stop_here
 from kcache.store.cache import Cache
-from kcache.store.digests import pack_keys
-from kcache.store.formats.side_files import size_rows
-from kcache.store.index import StoredRows, TableState, table_state
+from kcache.store.digests import Keys, Positions
+from kcache.store.formats.columns import Samples
+from kcache.store.index import TableState, table_state
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of
-from kcache.store.rows import FieldFiles, field_files, gather
-from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
-from kcache.store.shards import RowBlock, commit_shard
+from kcache.store.samples import Refusal, columns_of, read_cut, read_refused
+from kcache.upkeep.portions import PictureSizes, Portion, of_rows, of_samples
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*", "plans", TURN)
 """What a cache holds beside its shards, while it is made, too."""
@@ -39,7 +37,7 @@ class CacheContents:
 
     folder: Place
     manifest: Manifest
-    samples: Sequence[Sample]
+    samples: Samples
     refused: Sequence[Refusal]
     tables: Mapping[str, TableState]
     cut: Mapping[bytes, int]
@@ -58,9 +56,18 @@ class CacheContents:
         return {name: entry.recipe for name, entry in self.manifest.tables.items()}
 
     @cached_property
-    def sizes(self) -> dict[bytes, tuple[int, int]]:
-        """Width and height of the samples' pictures, by key."""
-        return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
+    def sizes(self) -> PictureSizes:
+        """Width and height of the samples' pictures."""
+        return PictureSizes(self.samples)
+
+    @cached_property
+    def tar_keys(self) -> Keys:
+        """The key of each sample in tars."""
+        return Keys.of(tar_keys(self.samples))
+
+    @cached_property
+    def _by_tar_key(self) -> Positions:
+        return Positions(self.tar_keys)
 
     def of_tables(self, names: Collection[str]) -> "CacheContents":
         """The same samples with the rows of some tables only."""
@@ -74,13 +81,17 @@ class CacheContents:
             cut=self.cut if TEXT.name in tables else {},
         )
 
-    @cached_property
-    def _by_tar_key(self) -> dict[bytes, Sample]:
-        return dict(zip(tar_keys(self.samples), self.samples, strict=True))
+    def portion(self, target: Place, recipe: Recipe, shard: PlannedShard) -> Portion:
+        """What a planned shard of `recipe` is copied from, into the folder that it gets in the cache at `target`.
 
-    def planned(self, keys: Sequence[bytes]) -> dict[bytes, Sample]:
-        """The samples with these keys in tars."""
-        return {key: self._by_tar_key[key] for key in keys if key in self._by_tar_key}
+        Raises CacheCorruptError for rows that samples use and that are nowhere.
+        """
+        if recipe.of_tars:
+            numbers = self._by_tar_key.find(shard.keys)
+            samples = self.samples.at(numbers[numbers >= 0])
+            return of_samples(self.folder, target, self.tables, recipe, shard, samples, self.provenance)
+        state = self.tables[recipe.table]
+        return of_rows(self.folder, target, recipe, state.stored, shard, self.sizes, self.provenance)
 
 
 def read_contents(cache: Place) -> CacheContents:
@@ -90,7 +101,7 @@ def read_contents(cache: Place) -> CacheContents:
     return CacheContents(
         folder=cache,
         manifest=opened.manifest,
-        samples=sample_list(opened.samples),
+        samples=columns_of(cache, opened.manifest),
         refused=list(read_refused(cache)),
         tables=read_committed(cache, form, recipes),
         cut=read_cut(cache, opened.manifest),
@@ -120,45 +131,6 @@ def check_new_cache(target: Place, form: str, recipes: Mapping[str, Recipe], sam
         )
 
 
-def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.ndarray:
-    """The index entries of `keys`, in their order; raises CacheCorruptError when one is not stored."""
-    positions = stored.find(keys)
-    if (positions < 0).any():
-        raise CacheCorruptError(
-            f"{int((positions < 0).sum())} rows of {recipe.table} that samples use are in no shard of "
-            f"{recipe.directory}; build the cache again with its source to encode them anew"
-        )
-    return stored.entries[positions]
-
-
-class RowCopier:
-    """Writes rows that stand somewhere in `cache` into new zarr shards, checking each on the way."""
-
-    def __init__(
-        self, cache: Place, recipe: Recipe, stored: StoredRows, sizes: Mapping[bytes, tuple[int, int]]
-    ) -> None:
-        """`stored` are the rows of `recipe` in `cache`, `sizes` width and height of pictures by key."""
-        self._recipe = recipe
-        self._sizes = sizes if kind_of(recipe.table).per == "image" else {}
-        self._stored = stored
-        dtype = np.dtype(recipe.stored_dtype)
-        self._files: dict[str, FieldFiles] = {
-            field.name: field_files(cache, field, dtype, stored.shards) for field in recipe.fields
-        }
-
-    def write(self, folder: Place, shard: PlannedShard, provenance: Mapping[str, str]) -> None:
-        """Commit `shard` in the table's `folder`; raises CacheCorruptError for rows that are not what was committed."""
-        entries = find_all(self._stored, shard.keys, self._recipe)
-        arrays, offsets = {}, None
-        for field in self._recipe.fields:
-            arrays[field.name], bounds = gather(self._files[field.name], entries, np.empty)
-            offsets = offsets if bounds is None else bounds
-        make_folder(folder)
-        sizes = size_rows(shard.keys, self._sizes) if self._sizes else None
-        block = RowBlock(keys=pack_keys(shard.keys), arrays=arrays, offsets=offsets, sizes=sizes)
-        commit_shard(folder, shard.name, self._recipe, block, provenance=provenance)
-
-
 def with_progress(plan: TablePlan, name: str, report: CountReport | None) -> Iterator[PlannedShard]:
     """The shards of a plan, one after another; when the next is asked for, `report` is told that the last is done."""
     done = 0
@@ -171,7 +143,7 @@ def with_progress(plan: TablePlan, name: str, report: CountReport | None) -> Ite
 
 
 class CacheCopier:
-    """Writes what is in a cache into the folder of another one, in either form, shard by shard."""
+    """Plans what is in a cache for the folder of another one, in either form, and says what each shard is made of."""
 
     def __init__(self, contents: CacheContents, target: Place, form: str) -> None:
         """`form` is that of the cache at `target`, "zarr" or "webdataset"."""
@@ -184,12 +156,11 @@ class CacheCopier:
         """Those that the shards are of."""
         return shard_recipes(self._form, self._contents.recipes)
 
-    def wanted(self, recipe: Recipe) -> Sequence[bytes]:
+    def wanted(self, recipe: Recipe) -> Keys:
         """The keys of all that shards of `recipe` hold in the end."""
-        samples = self._contents.samples
         if not recipe.of_tars:
-            return kind_of(recipe.table).wanted(samples)
-        return tar_keys(samples) if recipe.table == SAMPLES else [RESERVED_KEY]
+            return kind_of(recipe.table).wanted(self._contents.samples)
+        return self._contents.tar_keys if recipe.table == SAMPLES else Keys.of([RESERVED_KEY])
 
     def plan(self, rows_per_shard: int | None = None) -> Plan:
         """What the target lacks, cut into shards; `rows_per_shard` None takes what makes about 256 MB."""
@@ -216,19 +187,9 @@ class CacheCopier:
             size += used * samples // len(contents.samples)
         return size
 
-    def write(
-        self, recipe: Recipe, shards: Iterable[PlannedShard], kept: Callable[[PlannedShard], bool] = lambda _: True
-    ) -> None:
-        """Commit planned shards of `recipe`, but those that `kept` denies; raises CacheCorruptError."""
-        contents = self._contents
-        if recipe.of_tars:
-            writer = TarWriter(self._target, contents.tables, contents.provenance, rows_from=contents.folder)
-            writer.write(recipe.table, shards, contents.planned, kept)
-            return
-        rows = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)
-        for shard in shards:
-            if kept(shard):
-                rows.write(self._target / recipe.directory, shard, contents.provenance)
+    def portion(self, recipe: Recipe, shard: PlannedShard) -> Portion:
+        """What a planned shard of `recipe` is copied from; raises CacheCorruptError."""
+        return self._contents.portion(self._target, recipe, shard)
 
     def record_rejected(self) -> None:
         """Commit what the cache has rejected; for when all shards are committed, as it takes the numbers after them."""
@@ -245,5 +206,7 @@ class CacheCopier:
 
 def _size(state: TableState, keys: Sequence[bytes]) -> int:
     """Bytes of the rows behind `keys`, those that are stored."""
-    entries = state.stored.entries[state.stored.find(keys)]
-    return sum(int(entries[field.name]["length"].sum(dtype=np.int64)) for field in state.recipe.fields)
+    positions = state.stored.find(keys)
+    return sum(
+        int(state.stored.entries[field.name]["length"][positions].sum(dtype=np.int64)) for field in state.recipe.fields
+    )

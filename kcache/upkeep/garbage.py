@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
+import numpy as np
+
 from kcache.build.claims import alone
 from kcache.build.committed import add_rejections
 from kcache.build.finish import finish_cache
-from kcache.build.joined_tars import TarWriter, committed_tar_keys, shard_recipes, tar_keys
+from kcache.build.joined_tars import committed_tar_keys, shard_recipes
 from kcache.build.plan import TablePlan, open_plan
 from kcache.config import CountReport, Say, unheard
 from kcache.encoders.recipes import default_rows_per_shard
@@ -27,12 +29,13 @@ from kcache.places.fetching import listed
 from kcache.places.holds import knows_readers
 from kcache.places.inventory import Inventory
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import Keys
+from kcache.store.digests import Keys, Positions
 from kcache.store.index import TableState, merged_rows, stored_rows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, read_manifest, shard_number
-from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
+from kcache.store.recipe import RESERVED, SHARD_FOLDER, Recipe, kind_of
 from kcache.store.shards import Commit, next_shard, read_commits
-from kcache.upkeep.copying import CacheContents, RowCopier, find_all, read_contents, with_progress
+from kcache.upkeep.copying import CacheContents, read_contents, with_progress
+from kcache.upkeep.portions import find_all
 
 _DERIVED = ("samples-*.parquet", "index-*", "plans", ".tmp-*")
 _DAY = 86_400.0
@@ -58,7 +61,7 @@ class LiveShard:
     """A shard that stays, and the keys of its rows (joined keys of its samples, in a tar) that are in use."""
 
     commit: Commit
-    keys: frozenset[bytes]
+    keys: Keys
 
     @property
     def unused_bytes(self) -> int:
@@ -124,34 +127,38 @@ def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
         commits = [commit for commit in read_commits(folder, recipe) if commit.data is not None]
         used = _used_samples(contents, recipe, commits) if recipe.of_tars else _used_rows(contents, recipe)
         live[recipe.directory] = [
-            LiveShard(commit=commit, keys=frozenset(used[commit.name])) for commit in commits if commit.name in used
+            LiveShard(commit=commit, keys=used[commit.name]) for commit in commits if commit.name in used
         ]
     return live
 
 
-def _used_rows(contents: CacheContents, recipe: Recipe) -> dict[str, list[bytes]]:
+def _used_rows(contents: CacheContents, recipe: Recipe) -> dict[str, Keys]:
     """By shard, the keys of the table's rows that samples use."""
     stored = contents.tables[recipe.table].stored
-    keys = list(dict.fromkeys(kind_of(recipe.table).wanted(contents.samples)))
-    used: dict[str, list[bytes]] = {}
-    for key, shard in zip(keys, find_all(stored, keys, recipe)["shard"].tolist(), strict=True):
-        used.setdefault(stored.shards[shard].name, []).append(key)
-    return used
+    keys = kind_of(recipe.table).wanted(contents.samples).unique()
+    standing = _by_shard(keys, stored.entries["shard"][find_all(stored, keys, recipe)])
+    return {stored.shards[shard].name: own for shard, own in standing.items()}
 
 
-def _used_samples(contents: CacheContents, recipe: Recipe, commits: list[Commit]) -> dict[str, list[bytes]]:
+def _used_samples(contents: CacheContents, recipe: Recipe, commits: Sequence[Commit]) -> dict[str, Keys]:
     """By tar, the joined keys of the samples that are as they are now; of several copies the latest."""
     folder = contents.folder / recipe.directory
-    latest = {key: commit.name for commit in commits for key in committed_tar_keys(folder, commit)}
-    wanted = list(latest) if recipe.table == RESERVED else tar_keys(contents.samples)
-    used: dict[str, list[bytes]] = {}
-    for key in wanted:
-        if key not in latest:
-            raise CacheCorruptError(
-                f"{folder} lacks a sample that the manifest counts; build the cache again with its source to pack it"
-            )
-        used.setdefault(latest[key], []).append(key)
-    return used
+    inside = [Keys.of(committed_tar_keys(folder, commit)) for commit in commits]
+    packed = Keys(np.concatenate([Keys.of(()).packed, *(keys.packed for keys in inside)]))
+    wanted = packed.unique() if recipe.table == RESERVED else contents.tar_keys
+    tars = Positions(packed, np.repeat(np.arange(len(commits)), list(map(len, inside)))).find(wanted)
+    if (tars < 0).any():
+        raise CacheCorruptError(
+            f"{folder} lacks a sample that the manifest counts; build the cache again with its source to pack it"
+        )
+    return {commits[tar].name: own for tar, own in _by_shard(wanted, tars).items()}
+
+
+def _by_shard(keys: Keys, shards: np.ndarray) -> dict[int, Keys]:
+    """The `keys` of each shard, `shards` (n,) saying which one each is in."""
+    order = np.argsort(shards, kind="stable")
+    numbers, starts = np.unique(shards[order], return_index=True)
+    return dict(zip(numbers.tolist(), map(Keys, np.split(keys.packed[order], starts[1:])), strict=True))
 
 
 def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> None:
@@ -231,20 +238,15 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
     for recipe in shard_recipes(contents.manifest.format, contents.recipes):
         folder = contents.folder / recipe.directory
         mixed = [shard for shard in live[recipe.directory] if len(shard.keys) < shard.commit.rows]
-        keys = frozenset[bytes]().union(*(shard.keys for shard in mixed))
-        if not keys or recipe.table == RESERVED:
+        if not mixed or recipe.table == RESERVED:
             continue
-        order = tar_keys(contents.samples) if recipe.of_tars else kind_of(recipe.table).wanted(contents.samples)
+        keys = Keys(np.concatenate([shard.keys.packed for shard in mixed]))
+        wanted = contents.tar_keys if recipe.of_tars else kind_of(recipe.table).wanted(contents.samples)
         plan = TablePlan(
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
             first_shard=next_shard(read_commits(folder, recipe)),
-            keys=Keys.of(key for key in dict.fromkeys(order) if key in keys),
+            keys=wanted[wanted.among(keys)].unique(),
         )
-        shards = with_progress(plan, recipe.table, report)
-        if recipe.of_tars:
-            TarWriter(contents.folder, contents.tables, contents.provenance).write(SAMPLES, shards, contents.planned)
-        else:
-            copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)
-            for shard in shards:
-                copier.write(folder, shard, contents.provenance)
+        for planned in with_progress(plan, recipe.table, report):
+            contents.portion(contents.folder, recipe, planned).commit()

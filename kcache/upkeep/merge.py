@@ -9,10 +9,13 @@ of the first cache first. The new cache owns its files: removing an old one take
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
@@ -31,14 +34,18 @@ from kcache.places.effects import make_folder, publish, temporary_folder
 from kcache.places.fetching import reading
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import unpack_keys
+from kcache.store.digests import Keys, content_key, pack_keys
+from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.index import TableState
-from kcache.store.manifest import Manifest
+from kcache.store.manifest import SCHEMA_VERSION, Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
-from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
+from kcache.store.shards import DRAFT, Commit, content_name, read_commits, read_side_files, write_commit
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents, with_progress
 from kcache.upkeep.garbage import LiveShard, live_shards
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _BLOCK_BYTES = 8 << 20
 
@@ -82,7 +89,8 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
         )
         copier = CacheCopier(merged, target, form)
         for table in copier.plan().tables:
-            copier.write(table.recipe, with_progress(table, table.recipe.table, report))
+            for shard in with_progress(table, table.recipe.table, report):
+                copier.portion(table.recipe, shard).commit()
         copier.record_rejected()
         states = read_committed(target, form, recipes)
         manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form, merged.cut)
@@ -146,18 +154,61 @@ def _has_both(name: str, revision: str | None, recipe: Recipe, other: Recipe) ->
         )
 
 
-def _united(parts: Sequence[CacheContents]) -> Sequence[Sample]:
+def _united(parts: Sequence[CacheContents]) -> Samples:
     """All samples in the order of the caches, of each id one, with all its captions."""
-    by_id: dict[str, Sample] = {}
-    for sample in (sample for part in parts for sample in part.samples):
-        known = by_id.setdefault(sample.id, sample)
-        captions = dict(zip(known.caption_keys, known.captions, strict=True))
-        captions = {**dict(zip(sample.caption_keys, sample.captions, strict=True)), **captions}
-        order = dict.fromkeys((*known.caption_keys, *sample.caption_keys))
+    import pyarrow as pa
+
+    starts = np.cumsum([0, *(len(part.samples) for part in parts)])
+    first = _first_alike(Keys(np.concatenate([_id_keys(table) for part in parts for table in part.samples.tables])))
+    again = np.flatnonzero(first != np.arange(len(first)))
+    again = again[np.argsort(first[again], kind="stable")]  # by what each is the same as, and then in their order
+
+    def tables() -> "Iterator[pyarrow.Table]":
+        end = 0
+        for table in (table for part in parts for table in part.samples.tables):
+            start, end = end, end + len(table)
+            lo, hi = np.searchsorted(first[again], (start, end))
+            more = again[lo:hi]
+            if len(more):
+                table = _with_captions(table, first[more] - start, _samples_at(parts, starts, more))
+            yield table.filter(pa.array(first[start:end] == np.arange(start, end)))
+
+    return with_ids(Samples(tables()))
+
+
+def _id_keys(table: "pyarrow.Table") -> np.ndarray:
+    """A key for the id of each sample, (n, 16) uint8."""
+    return pack_keys(content_key(identity.encode()) for identity in table["id"].to_pylist())
+
+
+def _first_alike(keys: Keys) -> np.ndarray:
+    """(n,) int64: the number of the first of `keys` that is equal to each."""
+    order, new = keys.in_order()
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[new][np.cumsum(new) - 1]
+    return first
+
+
+def _samples_at(parts: Sequence[CacheContents], starts: np.ndarray, numbers: np.ndarray) -> list[Sample]:
+    """Of the samples of all `parts`, those with `numbers`, in that order."""
+    found = dict[int, Sample]()
+    for part, start, end in zip(parts, starts[:-1], starts[1:], strict=True):
+        inside = numbers[(numbers >= start) & (numbers < end)]
+        found.update(zip(inside.tolist(), part.samples.at(inside - start), strict=True))
+    return [found[number] for number in numbers.tolist()]
+
+
+def _with_captions(table: "pyarrow.Table", rows: np.ndarray, others: Sequence[Sample]) -> "pyarrow.Table":
+    """The samples of a `table`, those in `rows` with the captions that the `others` have beside theirs."""
+    samples = sample_list(table)
+    for row, other in zip(rows.tolist(), others, strict=True):
+        known = samples[row]
+        captions = dict(zip(other.caption_keys, other.captions, strict=True))
+        captions |= zip(known.caption_keys, known.captions, strict=True)
+        order = tuple(dict.fromkeys((*known.caption_keys, *other.caption_keys)))
         if len(order) > len(known.caption_keys):
-            united = tuple(captions[key] for key in order)
-            by_id[sample.id] = replace(known, captions=united, caption_keys=tuple(order))
-    return with_ids(list(by_id.values()))
+            samples[row] = replace(known, captions=tuple(captions[key] for key in order), caption_keys=order)
+    return table_of(samples)
 
 
 def _states(parts: Sequence[CacheContents], target: Place) -> dict[str, TableState]:
@@ -178,56 +229,81 @@ def _link_shards(
 ) -> None:
     """Commit in `folder`, under new numbers, every shard in use that has rows which no shard before it has."""
     committed = {commit.name: commit for commit in read_commits(folder, recipe)}
-    present: set[bytes] = set()
-    number, every = 0, [(source, shard) for source, shards in sources for shard in shards]
-    for done, (source, shard) in enumerate(every):
+    every = [(source, shard) for source, shards in sources for shard in shards]
+    needed = _with_new_keys(Keys.of(keys) for source, shards in sources for keys in _shard_keys(source, shards, recipe))
+    number = 0
+    for done, ((source, shard), is_needed) in enumerate(zip(every, needed.tolist(), strict=True)):
         stop_here()
         if report is not None:
             report(recipe.table, done, len(every))
-        keys = _shard_keys(source, shard.commit, recipe)
-        if keys <= present:
+        if not is_needed:
             continue
-        present |= keys
-        commit = _renumbered(shard.commit, shard_name(number), recipe)
-        number += 1
-        there = committed[commit.name] if commit.name in committed else _link(source, shard.commit, folder, commit)
-        if there.files != commit.files:
+        name, number = shard_name(number), number + 1
+        there = committed[name] if name in committed else _link(source, shard.commit, folder, name, recipe)
+        if _files_of(there) != _files_of(shard.commit):
             raise CacheMismatchError(
-                f"{folder / commit.name} is a shard of another merge; expected the one of {source}; "
+                f"{folder / name} is a shard of another merge; expected the one of {source}; "
                 f"remove {folder.parent} and merge again"
             )
     if report is not None:
         report(recipe.table, len(every), len(every))
 
 
-def _shard_keys(folder: Place, commit: Commit, recipe: Recipe) -> set[bytes]:
+def _shard_keys(folder: Place, shards: Sequence[LiveShard], recipe: Recipe) -> Iterator[Sequence[bytes]]:
+    """The keys of all rows, or samples, of each shard in `folder`."""
+    commits = [shard.commit for shard in shards]
     if recipe.of_tars:
-        return set(committed_tar_keys(folder, commit))
-    [side] = read_side_files(folder, [commit], recipe)
-    return set(unpack_keys(side["key"]))
+        yield from (committed_tar_keys(folder, commit) for commit in commits)
+    else:
+        yield from (Keys(side["key"]) for side in read_side_files(folder, commits, recipe))
 
 
-def _renumbered(commit: Commit, name: str, recipe: Recipe) -> Commit:
+def _with_new_keys(shards: Iterable[Keys]) -> np.ndarray:
+    """(n,) bool: which of `shards`, given by their keys, have one that none before them has."""
+    keys, sizes = list[np.ndarray](), list[int]()
+    for shard in shards:
+        stop_here()
+        keys.append(shard.packed)
+        sizes.append(len(shard))
+    together = Keys(np.concatenate([Keys.of(()).packed, *keys]))
+    del keys
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    new = np.zeros(len(sizes), np.bool_)
+    new[shard_of[_first_alike(together)]] = True
+    return new
+
+
+def _files_of(commit: Commit) -> list[tuple[str, int, int]]:
+    """What a shard consists of, whatever its number: names without it, bytes and checksums."""
+    return [(file.path.removeprefix(commit.stem), file.bytes, file.crc32c) for file in commit.files]
+
+
+def _renumbered(commit: Commit, name: str, stem: str, recipe: Recipe) -> Commit:
     """The record of the same shard of `recipe` under another number; what it rejected is recorded apart."""
-    files = tuple(replace(file, path=name + file.path.removeprefix(commit.name)) for file in commit.files)
-    data = name + (commit.data or "").removeprefix(commit.name)
-    return replace(commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=())
+    files = tuple(replace(file, path=stem + file.path.removeprefix(commit.stem)) for file in commit.files)
+    data = stem + (commit.data or "").removeprefix(commit.stem)
+    return replace(
+        commit, name=name, fingerprint=recipe.fingerprint, data=data, files=files, rejected=(), absent=(),
+        schema_version=SCHEMA_VERSION,
+    )  # fmt: skip
 
 
-def _link(source: Place, commit: Commit, folder: Place, new: Commit) -> Commit:
-    """Commit in `folder` the shard `commit` of the table at `source` as `new`; returns what is committed then."""
+def _link(source: Place, commit: Commit, folder: Place, name: str, recipe: Recipe) -> Commit:
+    """Commit in `folder` the shard `commit` of the table at `source` as `name`; returns what is committed then."""
     make_folder(folder)
     with temporary_folder(folder) as temporary:
-        for old, file in zip(commit.files, new.files, strict=True):
-            made = temporary / file.path
+        for file in commit.files:
+            made = temporary / (DRAFT + file.path.removeprefix(commit.stem))
             made.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source / old.path, made)
+            _link_or_copy(source / file.path, made)
         for parent, _, _ in os.walk(temporary, topdown=False):
             sync_folder(Path(parent))
+        # Shards of the first schema get the digest that they lack, so that no other merge writes over them.
+        stem = name + (commit.stem.removeprefix(commit.name) or content_name(temporary))
         for path in sorted(temporary.iterdir()):
-            publish(path, folder / path.name)
+            publish(path, folder / (stem + path.name.removeprefix(DRAFT)))
         shutil.rmtree(temporary)  # a link that is there already is not moved onto itself
-    return write_commit(folder, new)
+    return write_commit(folder, _renumbered(commit, name, stem, recipe))
 
 
 def _link_or_copy(old: Place, made: Path) -> None:

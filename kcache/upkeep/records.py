@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,14 +14,12 @@ from kcache.errors import CacheCorruptError, KcacheError, UnreadableError
 from kcache.foreign import check_withheld
 from kcache.places import Place
 from kcache.places.fetching import at_once, listed
+from kcache.store.formats.columns import Samples
 from kcache.store.formats.parts import PARTS
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
-from kcache.store.samples import Sample, samples_digest, stored_samples
+from kcache.store.samples import samples_digest, samples_in_columns
 from kcache.store.shards import Commit, read_commit, record_json
-
-if TYPE_CHECKING:
-    import pyarrow
 
 _TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+)?-[0-9a-f]{8}")
 
@@ -45,7 +42,7 @@ class Records:
     folder: Place
     manifest: Manifest | None = None
     index: Mapping[str, np.ndarray] | None = None
-    samples: "pyarrow.Table | None" = None
+    samples: Samples | None = None
     commits: dict[str, Commit | None] = field(default_factory=dict)
     """By shard; None where the record is missing or damaged."""
     broken: list[BrokenFile] = field(default_factory=list)
@@ -90,10 +87,10 @@ def _read_derived(records: Records) -> None:
     records.known |= {manifest.samples_file, "rejected.jsonl", f"{manifest.index_folder}/{PARTS}"}
     records.known |= {f"{manifest.index_folder}/{name}.npy" for name in names}
     try:
-        table = stored_samples(folder, manifest)
-        if samples_digest([Sample(**row) for row in table.to_pylist()]) != manifest.samples_digest:
+        samples = samples_in_columns(folder, manifest)
+        if samples_digest(samples) != manifest.samples_digest:
             raise CacheCorruptError("its samples are not those of the manifest")
-        records.samples = table
+        records.samples = samples
     except CacheCorruptError as error:
         records.add_broken(manifest.samples_file, error)
     try:
@@ -115,7 +112,7 @@ def _read_card(records: Records, manifest: Manifest) -> None:
     path = records.folder / CARD
     records.known.add(CARD)
     if records.samples is not None and path.is_file() and is_derived(content := path.read_bytes()):
-        most_captions = max(map(len, records.samples["captions"].to_pylist()), default=1)
+        most_captions = int(np.diff(records.samples.caption_bounds).max()) if len(records.samples) else 1
         if content != card_text(manifest, most_captions).encode():
             records.add_broken(CARD, "it says something else than the manifest does")
 

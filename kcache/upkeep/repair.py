@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,18 +23,16 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device
 from kcache.places import Place, place_of
 from kcache.places.effects import make_folder, remove
+from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
-from kcache.store.samples import Refusal, Sample, samples_digest, sizes_by_key, with_ids
+from kcache.store.samples import Refusal, Sample, samples_digest, with_ids
 from kcache.store.shards import Commit
-from kcache.upkeep.copying import RowCopier
+from kcache.upkeep.portions import PictureSizes, of_rows
 from kcache.upkeep.records import Records, read_records
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
-
-if TYPE_CHECKING:
-    import pyarrow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +81,7 @@ def repair_cache(
     if refused is None:
         refused = [*job.refused, *_rejections(job)]
     # With their sizes: the source may lack pictures whose rows are sound.
-    known = Samples.of(()) if records.samples is None else Samples.of_table(records.samples)
+    known = records.samples or Samples(())
     result = complete(replace(job, samples=samples, refused=refused, before=known), report=report, say=say)
     after = verify_cache(folder, checked)
     if after.corrupt:
@@ -147,21 +144,17 @@ def _samples(
     """The cache's samples, as the source offers them; raises SourceError where it lacks a picture that is needed."""
     if records.samples is None:
         return _offered_samples(job, records, refused or ())
-    columns = [records.samples[name].to_pylist() for name in ("name", "image_key", "captions", "caption_keys")]
-    rows = list(zip(*columns, strict=True))
-    needed = range(len(rows)) if records.index is None else _needed_samples(before)
-    pictures = [rows[i][:2] for i in needed if i < len(rows)]
-    offered = job.positions.find([key for _, key in pictures]) >= 0
-    missing = [name for (name, _), is_offered in zip(pictures, offered.tolist(), strict=True) if not is_offered]
-    if missing:
+    samples = records.samples
+    needed = range(len(samples)) if records.index is None else _needed_samples(before)
+    pictures = np.array([number for number in needed if number < len(samples)], np.int64)
+    missing = pictures[job.positions.find(samples.image_keys[pictures]) < 0]
+    if len(missing):
         raise SourceError(
             f"{job.source.description}: of the pictures behind broken rows it lacks {len(missing)}, such as "
-            f"{missing[0]}; give the source that the cache was built from, or build again without them"
+            f"{samples[int(missing[0])].name}; give the source that the cache was built from, or build again without "
+            "them"
         )
-    return [
-        Sample(name=name, image_key=key, captions=tuple(texts), caption_keys=tuple(keys))
-        for name, key, texts, keys in rows
-    ]
+    return samples
 
 
 def _needed_samples(before: VerifyResult) -> list[int]:
@@ -171,8 +164,9 @@ def _needed_samples(before: VerifyResult) -> list[int]:
 
 def _offered_samples(job: Survey, records: Records, refused: Sequence[Refusal]) -> Sequence[Sample]:
     """The samples of the source, which must be those that the manifest has the digest of."""
-    names = {refusal.name for refusal in refused}
-    samples = with_ids([sample for sample in job.samples if sample.name not in names])
+    names, offered = {refusal.name for refusal in refused}, Samples.of(job.samples)
+    is_taken = (name not in names for table in offered.tables for name in table["name"].to_pylist())
+    samples = with_ids(offered.where(np.fromiter(is_taken, np.bool_, len(offered))))
     if records.manifest is None or samples_digest(samples) != records.manifest.samples_digest:
         raise CacheMismatchError(
             f"the list of samples in {job.folder} is damaged, and {job.source.description} does not offer exactly "
@@ -187,16 +181,15 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
     if any(file.path == "plans" for file in before.files):
         remove(folder / "plans")
     rejected: list[tuple[Recipe, Commit]] = []
-    sizes = {} if records.samples is None else sizes_by_key(records.samples)
     for shard in before.shards:
         commit = records.commits.get(shard)
         for table, entry in manifest.tables.items():
             if records.index is not None and records.samples is not None:
-                keys = _entry_keys(records.samples, table)
                 sound = _sound_entries(records.index[table], entry, shard, before)
-                rows = _rows_by_key(records.index[table], keys, entry)
-                wanted = tuple(dict.fromkeys(keys[i] for i in sound.tolist()))
-                _copy_rows(folder, entry.recipe, rows, wanted, sizes, commit.provenance if commit else {})
+                if len(sound):
+                    keys = kind_of(table).indexed(records.samples)[sound]
+                    rows = _rows_by_key(records.index[table][sound], keys, entry)
+                    _copy_rows(folder, entry.recipe, rows, keys.unique(), records.samples, commit)
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):
                 rejected.append((entry.recipe, commit))
         _remove_shard(folder, shard)
@@ -217,40 +210,26 @@ def _remove_shard(folder: Place, shard: str) -> None:
 def _sound_entries(index: np.ndarray, entry: TableEntry, shard: str, before: VerifyResult) -> np.ndarray:
     """Numbers of the entries of a table's index whose rows stand in `shard` and are not broken."""
     positions = [i for i, known in enumerate(entry.shards) if known.label == shard]
+    if not positions:
+        return np.empty(0, np.int64)
     inside = np.isin(index["shard"], positions)
     inside[[row.entry for row in before.rows if row.table == entry.recipe.table]] = False
     return np.flatnonzero(inside)
 
 
-def _rows_by_key(index: np.ndarray, entry_keys: Sequence[bytes], entry: TableEntry) -> StoredRows:
-    keys, first = np.unique(np.frombuffer(b"".join(entry_keys), "S16"), return_index=True)
-    return StoredRows(index[first], keys, entry.shards)
-
-
-def _entry_keys(samples: "pyarrow.Table", table: str) -> list[bytes]:
-    """The key of each entry of a table's index."""
-    kind = kind_of(table)
-    if kind.per == "caption":
-        used = [key for keys in samples["caption_keys"].to_pylist() for key in keys]
-    else:
-        used = samples["image_key"].to_pylist()
-    return used if kind.reserved is None else [*used, kind.reserved]
+def _rows_by_key(index: np.ndarray, keys: Keys, entry: TableEntry) -> StoredRows:
+    order, new = keys.in_order()
+    first = order[new]
+    return StoredRows(index[first], keys.packed[first].view("S16").reshape(-1), entry.shards)
 
 
 def _copy_rows(
-    folder: Place,
-    recipe: Recipe,
-    rows: StoredRows,
-    keys: tuple[bytes, ...],
-    sizes: Mapping[bytes, tuple[int, int]],
-    provenance: Mapping[str, str],
+    folder: Place, recipe: Recipe, rows: StoredRows, keys: Keys, samples: Samples, commit: Commit | None
 ) -> None:
     """Commit the rows of `keys` as a new shard of their table, behind all that are in its folder."""
-    if keys:
-        table = folder / recipe.directory
-        make_folder(table)
-        names = {shard_number(path.name) for path in table.iterdir()}
-        number = 1 + max((int(name) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
-        RowCopier(folder, recipe, rows, sizes).write(
-            table, PlannedShard(name=shard_name(number), keys=keys), provenance
-        )
+    table = folder / recipe.directory
+    make_folder(table)
+    names = {shard_number(path.name) for path in table.iterdir()}
+    number = 1 + max((int(name) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
+    shard, provenance = PlannedShard(name=shard_name(number), keys=keys), commit.provenance if commit else {}
+    of_rows(folder, folder, recipe, rows, shard, PictureSizes(samples), provenance).commit()

@@ -18,6 +18,7 @@ from kcache.places import Place, cache_place
 from kcache.places.fetching import AT_ONCE, FETCHES, listed
 from kcache.store.formats import format_of
 from kcache.store.index import CAPTION_BOUNDS
+from kcache.store.recipe import Field
 from kcache.store.rows import unit_bytes
 from kcache.store.shards import CommittedFile
 from kcache.upkeep.records import BrokenFile, Records, read_records
@@ -106,15 +107,43 @@ def verify_cache(cache: str | Place, report: Callable[[VerifyProgress], None] | 
     )
 
 
+class _Standing:
+    """The entries of a table's index by the shard that their rows stand in, copied only when it is its turn."""
+
+    def __init__(self, entries: np.ndarray, shards: int) -> None:
+        self._entries = entries
+        numbers = entries["shard"]
+        self._order = np.argsort(numbers, kind="stable").astype(np.min_scalar_type(len(entries)))
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=shards))])
+
+    def numbers(self, shard: int) -> np.ndarray:
+        """(n,) of the entries whose rows stand in a shard, ascending."""
+        return self._order[self._bounds[shard] : self._bounds[shard + 1]]
+
+    def inside(self, shard: int) -> np.ndarray:
+        """Those entries."""
+        return self._entries[self.numbers(shard)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Field:
     """The rows of one field of a table in one file."""
 
     table: str
-    name: str
+    field: Field
     shard: int
     """Position in the manifest."""
-    spans: RowSpans
+    standing: _Standing
+    pieces: tuple[int, int]
+    """`piece_bytes` and `gap_bytes` of the file."""
+
+    def spans(self) -> RowSpans:
+        """Where the rows are: put together when the file is read, as those of all files would not fit into memory."""
+        locators = self.standing.inside(self.shard)[self.field.name]
+        locators = locators[locators["length"] > 0]
+        locators = locators[np.unique(locators["offset"], return_index=True)[1]]
+        offsets, lengths, sums = (locators[name].astype(np.int64) for name in ("offset", "length", "crc32c"))
+        return RowSpans(offsets, lengths, sums, *self.pieces)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,23 +185,14 @@ def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
     if records.manifest is None or records.index is None:
         return
     for table, entry in records.manifest.tables.items():
-        entries = records.index[table]
+        standing = _Standing(records.index[table], len(entry.shards))
         for position, shard in enumerate(entry.shards):
-            here = entries[entries["shard"] == position]
-            form = format_of(shard.data)
-            for row_field in entry.recipe.fields:
-                locators = here[row_field.name]
-                locators = locators[locators["length"] > 0]
-                locators = locators[np.unique(locators["offset"], return_index=True)[1]]
-                if len(locators):
-                    unit = unit_bytes(row_field, np.dtype(entry.recipe.stored_dtype))
-                    offsets, lengths, sums = (
-                        locators[name].astype(np.int64) for name in ("offset", "length", "crc32c")
-                    )
-                    spans = RowSpans(offsets, lengths, sums, *form.pieces(unit))
-                    path = form.field_file(shard.data, row_field)
-                    rows = _Field(table=table, name=row_field.name, shard=position, spans=spans)
-                    yield path, shard.label, rows
+            here, form = standing.inside(position), format_of(shard.data)
+            for field in entry.recipe.fields:
+                if here[field.name]["length"].any():
+                    pieces = form.pieces(unit_bytes(field, np.dtype(entry.recipe.stored_dtype)))
+                    rows = _Field(table=table, field=field, shard=position, standing=standing, pieces=pieces)
+                    yield form.field_file(shard.data, field), shard.label, rows
 
 
 def _scan_all(folder: Place, targets: Sequence[_Target], report: Callable[[VerifyProgress], None] | None) -> list[Scan]:
@@ -186,7 +206,7 @@ def _scan_all(folder: Place, targets: Sequence[_Target], report: Callable[[Verif
         target = targets[number]
         for again in reversed(range(FETCHES if far else 1)):  # what is wrong may have changed on its way
             done[number] = 0
-            found = scan_file(folder / target.path, [rows.spans for rows in target.fields], advance)
+            found = scan_file(folder / target.path, [rows.spans() for rows in target.fields], advance)
             if not again or not (_difference(target.committed, found) or any(map(len, found.broken))):
                 break
         return found
@@ -220,17 +240,17 @@ def _difference(committed: CommittedFile | None, found: Scan) -> str | None:
 def _broken_rows(records: Records, target: _Target, scan: Scan) -> list[BrokenRow]:
     found: list[BrokenRow] = []
     for rows, broken in zip(target.fields, scan.broken, strict=True):
-        if len(broken) and records.index is not None:
-            entries = records.index[rows.table]
-            place = np.searchsorted(rows.spans.offsets, entries[rows.name]["offset"])
-            used = np.flatnonzero((entries["shard"] == rows.shard) & np.isin(place, broken))
-            for entry in used.tolist():
-                sample, name = _user(records, rows.table, entry)
-                row = BrokenRow(
-                    table=rows.table, shard=target.shard, field=rows.name, row=int(place[entry]), entry=entry,
-                    sample=sample, name=name,
-                )  # fmt: skip
-                found.append(row)
+        if len(broken):
+            numbers, name = rows.standing.numbers(rows.shard), rows.field.name
+            place = np.searchsorted(rows.spans().offsets, rows.standing.inside(rows.shard)[name]["offset"])
+            used = np.flatnonzero(np.isin(place, broken))
+            for entry, row in zip(numbers[used].tolist(), place[used].tolist(), strict=True):
+                sample, of = _user(records, rows.table, entry)
+                found.append(
+                    BrokenRow(
+                        table=rows.table, shard=target.shard, field=name, row=row, entry=entry, sample=sample, name=of
+                    )
+                )
     return found
 
 
@@ -242,7 +262,7 @@ def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
         return None, "the empty caption" if table == "text" else "the all-zero image"
     if records.samples is None:
         return None, f"sample {sample}"
-    return records.samples["id"][sample].as_py(), records.samples["name"][sample].as_py()
+    return records.samples[sample].id, records.samples[sample].name
 
 
 def _orphans(folder: Place, known: set[str]) -> Iterator[str]:

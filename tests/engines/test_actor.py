@@ -113,7 +113,9 @@ def test_a_machine_that_does_not_see_the_cache_says_so(
 ) -> None:
     job, plan = planned
     actor = actor_of(planned, source, cache="/elsewhere/cache", plan="/elsewhere/cache/plans/0123")
-    with pytest.raises(EngineError, match=r"does not see the plan of this build, /elsewhere/.*; expected the cache on"):
+    with pytest.raises(
+        EngineError, match=r"does not see the plan that is worked off, /elsewhere/.*; expected the cache"
+    ):
         actor.build(next(tasks(job, plan)))
 
 
@@ -146,7 +148,7 @@ def test_a_machine_with_another_encoder_under_the_same_path_is_refused(
 def test_another_version_is_refused_before_it_gets_anything(
     planned: tuple[Survey, Plan], source: Path, actor_of: Callable[..., EncodingActor]
 ) -> None:
-    with pytest.raises(EngineError, match=r"kcache is .*, and 99\.0 where the build was started"):
+    with pytest.raises(EngineError, match=r"kcache is .*, and 99\.0 where this was started"):
         actor_of(planned, source, version="99.0").look()
 
 

@@ -1,9 +1,10 @@
-"""Builds by actors of a Ray cluster of several nodes, all on this machine, which come and go as they like.
+"""Builds and conversions by actors of a Ray cluster of several nodes, all on this machine, which come and go.
 
-Whatever is lost, a cache ends with the bytes of one that a single process built.
+Whatever is lost, a cache ends with the bytes of one that a single process made.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from held_actor import HeldActor
+from held_actor import HeldActor, HeldCopier
 from held_piece import HeldPiece
 from small_builds import build, copy_pictures, digests, small_config
 
@@ -27,12 +28,13 @@ from kcache.build.builder import BuildProgress
 from kcache.build.survey import Survey, survey
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Piece
-from kcache.engines import engine_of
+from kcache.engines import copying_engine, engine_of
 from kcache.engines.ahead import look_ahead
 from kcache.engines.cluster import _ENVIRONMENT
 from kcache.errors import ConfigError, EngineError
 from kcache.sources.offers import offer_part
 from kcache.sources.protocol import Request
+from kcache.upkeep.convert import convert_cache
 
 SECONDS = 200.0
 """Until something that is waited for must have happened."""
@@ -106,17 +108,24 @@ def tars(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(source: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of the cache that one process builds."""
+def built(source: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that one process builds."""
     cache = tmp_path_factory.mktemp("alone") / "cache"
     build(source, cache, oracle, rows_per_shard=2)
-    return digests(cache)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def alone(built: Path) -> dict[str, str]:
+    """Its files."""
+    return digests(built)
 
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Actors stop in the middle of their shards; waits for so many of them, and gives their processes."""
-    monkeypatch.setattr("kcache.engines.crew.EncodingActor", HeldActor)
+    monkeypatch.setattr("kcache.engines.ray_builder.EncodingActor", HeldActor)
+    monkeypatch.setattr("kcache.engines.ray_copier.CopyingActor", HeldCopier)
     (tmp_path / "cache.hold").touch()
     folder = tmp_path / "cache.held"
     return lambda count: until(
@@ -236,6 +245,50 @@ def test_a_source_is_looked_through_by_all_machines_whatever_is_lost(
     assert found.positions.find(found.samples.image_keys).tolist() == list(range(9))  # type: ignore[attr-defined]
 
 
+def test_a_conversion_is_stopped_and_goes_on_and_loses_an_actor_and_a_node(
+    cluster: Any, built: Path, tmp_path: Path, held: Callable[[int], list[int]]
+) -> None:
+    new, said, progress = tmp_path / "cache", list[str](), list[BuildProgress]()
+    until(lambda: len(cluster.worker_nodes) > 1 or not cluster.add_node(**NODE))
+    arguments: dict[str, Any] = {"rows_per_shard": 3, "say": said.append, "report": progress.append}
+    arguments["engine"] = copying_engine("ray", cluster.address)
+
+    def stop() -> None:
+        held(2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thief = threading.Thread(target=stop)
+    thief.start()
+    with pytest.raises(KeyboardInterrupt):
+        convert_cache(built, new, "zarr", **arguments)
+    thief.join()
+    until(lambda: not any(map(parent, held(2))))
+    assert not list(new.glob("*-*/*"))  # neither a shard nor anything half done
+    shutil.rmtree(tmp_path / "cache.held")
+
+    def take_away() -> None:
+        one, other, *_ = held(2)
+        os.kill(one, signal.SIGKILL)
+        lost = next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == parent(other))
+        cluster.remove_node(lost, allow_graceful=False)
+        (tmp_path / "cache.hold").unlink()
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    convert_cache(built, new, "zarr", **arguments)
+    thief.join()
+    convert_cache(built, tmp_path / "alone", "zarr", rows_per_shard=3)
+    assert digests(new) == digests(tmp_path / "alone")
+    assert len([line for line in said if line.startswith("an actor on ")]) == 2, said
+    assert any(p.who.endswith("handed out again") for p in progress)
+
+    convert_cache(new, tmp_path / "tars", "webdataset", **arguments)
+    convert_cache(new, tmp_path / "tars-alone", "webdataset", rows_per_shard=3)
+    assert digests(tmp_path / "tars") == digests(tmp_path / "tars-alone")
+    assert (progress[-1].table, progress[-1].done, progress[-1].total) == ("samples", 9, 9)
+    assert re.fullmatch(r"\d actors? on 1 machine", progress[-1].who)
+
+
 def test_a_cluster_that_is_not_there_is_one_message(source: Path, oracle: Path, tmp_path: Path) -> None:
     config = small_config(oracle, engine="ray", address="somewhere:no port")
     with pytest.raises(EngineError, match=r"there is no Ray cluster at somewhere:no port: .*; expected one that runs"):
@@ -244,8 +297,9 @@ def test_a_cluster_that_is_not_there_is_one_message(source: Path, oracle: Path, 
 
 def test_without_ray_one_message_says_what_to_install(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kcache.engines.engine.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'kcache\[ray\]'"):
-        engine_of("photos", small_config(oracle, engine="ray"))
+    for ask in (lambda: engine_of("photos", small_config(oracle, engine="ray")), lambda: copying_engine("ray")):
+        with pytest.raises(ConfigError, match=r"pip install 'kcache\[ray\]'"):
+            ask()
 
 
 @pytest.mark.parametrize(
@@ -256,3 +310,5 @@ def test_without_ray_one_message_says_what_to_install(oracle: Path, monkeypatch:
 def test_settings_that_mean_nothing_together_are_refused(oracle: Path, settings: dict[str, str], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         small_config(oracle, **settings)
+    with pytest.raises(ConfigError, match=match):
+        copying_engine(**{"engine": "local", **settings})  # type: ignore[arg-type]

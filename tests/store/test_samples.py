@@ -143,7 +143,7 @@ def some(count: int) -> list[Sample]:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
 def test_samples_in_columns_are_those_of_the_list(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", 4)
-    monkeypatch.setattr(records, "_IN_MEMORY", 3)  # more are in a file
+    monkeypatch.setattr(records, "TABLES_IN_MEMORY", 3)  # more are in a file
     listed = some(count)
     found = Samples.of(listed)
     assert (list(found), len(found), found == listed) == (listed, count, True)

@@ -17,7 +17,9 @@ from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.disk.durable import json_bytes
-from kcache.places import place_of
+from kcache.errors import CacheMismatchError
+from kcache.places import Place, place_of
+from kcache.places.effects import publish
 from kcache.store.manifest import MANIFEST, read_manifest
 from kcache.store.recipe import json_digest
 from kcache.training.trainer import train
@@ -132,3 +134,27 @@ def test_it_is_the_same_in_a_bucket(old: Path, bucket: str) -> None:
     assert verify_cache(f"{bucket}/cache").files == ()
     found = Cache.open(place_of(f"{bucket}/cache")).read(range(3), FIELDS)
     assert all(np.array_equal(found[name], array) for name, array in rows(old).items())
+
+
+def test_two_merges_of_such_into_one_bucket_do_not_write_over_each_other(
+    old: Path, source: Path, oracle: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is of a cache with another first shard, and is done when the other one puts its own there."""
+    fewer = shutil.copytree(old, tmp_path / "fewer")
+    (tmp_path / "last").mkdir()
+    for path in source.glob("img_02.*"):
+        shutil.copyfile(path, tmp_path / "last" / path.name)
+    build(tmp_path / "last", fewer, oracle, dtype="float16", replace=True)
+    new = f"{bucket}/merged"
+
+    def put_late(made: Path, final: Place) -> None:
+        if "/latents-" in str(final) or "/samples-" in str(final):
+            monkeypatch.setattr("kcache.upkeep.merge.publish", publish)
+            merge_caches(new, [fewer])
+        publish(made, final)
+
+    monkeypatch.setattr("kcache.upkeep.merge.publish", put_late)
+    with pytest.raises(CacheMismatchError, match="is a shard of another merge"):
+        merge_caches(new, [old])
+    assert not verify_cache(new).corrupt
+    assert len(Cache.open(place_of(new))) == 1

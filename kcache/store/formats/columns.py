@@ -11,7 +11,7 @@ import numpy as np
 
 from kcache.disk.scratch import release
 from kcache.store.digests import KEY_BYTES, Keys, Positions
-from kcache.store.formats.records import RECORDS_PER_TABLE, kept
+from kcache.store.formats.records import RECORDS_PER_TABLE, TABLES_IN_MEMORY, kept
 
 if TYPE_CHECKING:
     import pyarrow
@@ -116,7 +116,7 @@ class Samples(Sequence[Sample]):
         """The tables, one after the other; what reading those in a file took of memory is given back."""
         for number, table in enumerate(self.tables, 1):
             yield table
-            if number % _IN_MEMORY == 0:
+            if number % TABLES_IN_MEMORY == 0:
                 release(self._content)
 
     def begin_with(self, others: "Samples") -> bool:
@@ -194,6 +194,15 @@ class Samples(Sequence[Sample]):
         import pyarrow as pa
 
         return self if chosen.all() else self.changed(lambda table, span: table.filter(pa.array(chosen[span])))
+
+    def at(self, numbers: np.ndarray) -> "Samples":
+        """Those with these `numbers` (k,) int64, in that order, and no others in memory."""
+        import pyarrow as pa
+
+        tables = np.searchsorted(self._starts, numbers, "right") - 1
+        runs = np.split(np.stack([tables, numbers]), np.flatnonzero(np.diff(tables)) + 1, axis=1)
+        parts = [self.tables[int(t[0])].take(n - self._starts[t[0]]) for t, n in runs if len(n)]
+        return Samples.of_table(pa.concat_tables([sample_schema().empty_table(), *parts]).combine_chunks())
 
     def changed(self, change: Callable[["pyarrow.Table", slice], "pyarrow.Table"]) -> "Samples":
         """The samples, each table as `change` makes it, which is told which samples it has."""

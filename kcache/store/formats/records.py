@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 RECORDS_PER_TABLE = 1 << 16
-_IN_MEMORY = 16
+TABLES_IN_MEMORY = 16
 """Tables that are kept in memory; where there are more, all are in a file."""
 
 
@@ -62,8 +62,8 @@ def kept(tables: Iterator["pyarrow.Table"], schema: "pyarrow.Schema") -> tuple[l
     """
     import pyarrow as pa
 
-    few = list(islice(tables, _IN_MEMORY + 1))
-    if len(few) <= _IN_MEMORY:
+    few = list(islice(tables, TABLES_IN_MEMORY + 1))
+    if len(few) <= TABLES_IN_MEMORY:
         return few, np.empty(0, np.uint8)
     with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
         path = Path(folder) / "records.arrow"
