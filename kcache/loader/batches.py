@@ -31,6 +31,8 @@ threads use two cores. Encoders take all there are."""
 PREFETCH_BATCHES = 2
 """Batches that wait ready: enough to hide one slow read, few enough that their memory stays in the processor's cache:
 a copy into four blocks in turn took 1.26 times as long as into one, into eight 1.37 times."""
+_MUCH = 256 << 20
+"""Bytes of an index that are read in less than half a second of most disks."""
 POLL_SECONDS = 0.5
 """Between two looks at whether a batch shall be waited for any longer."""
 
@@ -122,7 +124,7 @@ class CacheLoader:
         """Called with the seconds that a batch has been waited for, every `POLL_SECONDS`; what it raises ends that."""
         self.residency = choose_residency(residency, cache, self._fields, world_size, self._device, shuffle)
         self._tables: DeviceTables | None = None
-        self._new_stage: Callable[[Iterator[Wishes]], Stage] | None = None
+        self._new_stage: Callable[..., Stage] | None = None
         if isinstance(cache, Cache):
             if self.residency == "gpu":
                 self._tables = DeviceTables(cache, self._fields, self._device)
@@ -197,7 +199,7 @@ class CacheLoader:
         stage, used = None, 0
         with closing(Crew(FILL_THREADS[self.residency], "kcache-loader")) as crew:
             if self._new_stage is not None:
-                stage = self._new_stage(map(self._chosen, self._course.windows(self._shares(spans(self.consumed)))))
+                stage = self._begin_stage(self._new_stage, spans(self.consumed))
             waiting: deque[tuple[Future[tuple[Batch, Arrival | None]], int]] = deque()
             try:
                 for (_, done), turns in zip(spans(self.consumed), self._shares(spans(self.consumed)), strict=True):
@@ -224,6 +226,12 @@ class CacheLoader:
         self.consumed = done
         self._upload.receive(batch)
         return batch if self._tables is None else self._tables.take(batch)
+
+    def _begin_stage(self, new_stage: Callable[..., Stage], spans: Iterator[Span]) -> Stage:
+        windows, in_parts = self._course.windows(self._shares(spans)), 0
+        if isinstance(self._cache, Cache) and self._cache.unread_bytes(self._fields) > _MUCH:
+            windows, in_parts = self._course.growing(windows, self._batch_size), self._course.shape.window_rows
+        return new_stage(map(self._chosen, windows), in_parts)
 
     def _chosen(self, turns: np.ndarray) -> Wishes:
         """The samples of `turns`, the number of the caption that each takes, and which of them go without what."""

@@ -292,3 +292,13 @@ def token_numbers(bounds: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray
     offsets = np.zeros(len(positions) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return np.repeat(bounds[positions] - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
+def take(
+    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
+    rows, bounds = resident
+    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
+    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
+    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets
