@@ -43,9 +43,11 @@ class Cache:
         resolution: int | None,
         selected: np.ndarray | None = None,
         reading: Reading | None = None,
+        copies: Place | None = None,
     ) -> None:
-        """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
+        """`index` is of the samples `selected` (n,), None being all; shards are read in `copies`, where given."""
         self._reading = reading
+        self._copies = copies
         self.path = path
         self.manifest = manifest
         self.resolution = resolution
@@ -158,7 +160,11 @@ class Cache:
         numbers = numbers.astype(np.int32 if len(self) < 1 << 31 else np.int64)  # of very many samples half the memory
         selected = numbers if self._selected is None else self._selected[numbers]
         index = chosen_index(self.index, numbers)
-        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading)
+        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading, self._copies)
+
+    def with_rows_in(self, folder: Place) -> "Cache":
+        """The same samples, their rows read from copies of the shards in `folder`."""
+        return Cache(self.path, self.manifest, self.index, self.resolution, self._selected, self._reading, folder)
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
@@ -252,7 +258,7 @@ class Cache:
         """The files behind `name`, opened when first read."""
         if name not in self._files:
             shards = self.manifest.tables[self.table_of(name)].shards
-            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards)
+            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards, self._copies)
         return self._files[name]
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
