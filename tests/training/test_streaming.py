@@ -63,6 +63,16 @@ def test_a_run_goes_on_as_if_it_had_not_ended(cache: str, tmp_path: Path) -> Non
         run("half", shuffle="full", residency="auto", max_train_steps=4, resume_from_checkpoint="latest")
 
 
+def test_a_new_order_of_other_samples_is_streamed_as_it_is_read_from_memory(cache: str, tmp_path: Path) -> None:
+    for residency in ("ram", "stream"):
+        wishes = {"output_dir": tmp_path / residency, "shuffle": "stream", "residency": residency}
+        train(cache, config(**wishes, where="tokens <= 10", max_train_steps=2))
+        again = {"resume_from_checkpoint": "latest", "new_order": True, "max_train_steps": 6}
+        train(cache, config(**wishes, **again, where="tokens > 7"))
+    assert course(tmp_path / "stream") == course(tmp_path / "ram")
+    assert_equal_weights(tmp_path / "stream", tmp_path / "ram", "prior")
+
+
 def test_what_streaming_needs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--residency stream with --shuffle full.*give --shuffle stream"):
         config(tmp_path, residency="stream")
