@@ -1,10 +1,10 @@
 """Opening a finished cache and reading rows of it."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,16 +12,20 @@ from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
+from kcache.store.formats.chosen import chosen_bounds, chosen_index
 from kcache.store.index import CAPTION_BOUNDS, bytes_of, open_index
 from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
-from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
-from kcache.store.samples import read_samples
-from kcache.store.selection import Column, matching_samples
+from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
+from kcache.store.samples import read_columns, read_samples, read_some_samples
+from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
 from kcache.store.shards import OFFSETS
 
 if TYPE_CHECKING:
     import pyarrow
+
+_TOGETHER = 1 << 20
+"""Numbers of samples that are digested together."""
 
 
 class Cache:
@@ -39,9 +43,11 @@ class Cache:
         resolution: int | None,
         selected: np.ndarray | None = None,
         reading: Reading | None = None,
+        copies: Place | None = None,
     ) -> None:
-        """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
+        """`index` is of the samples `selected` (n,), None being all; shards are read in `copies`, where given."""
         self._reading = reading
+        self._copies = copies
         self.path = path
         self.manifest = manifest
         self.resolution = resolution
@@ -98,7 +104,10 @@ class Cache:
         digest = self.manifest.samples_digest
         if self._selected is None:
             return digest
-        return hashlib.sha256(digest.encode() + self._selected.astype("<i8").tobytes()).hexdigest()
+        found = hashlib.sha256(digest.encode())
+        for first in range(0, len(self), _TOGETHER):
+            found.update(self._selected[first : first + _TOGETHER].astype("<i8").tobytes())
+        return found.hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +120,16 @@ class Cache:
         table = read_samples(self.path, self.manifest)
         return table if self._selected is None else table.take(self._selected)
 
+    def told(self, sample: int, column: str) -> Any:
+        """What `samples` say in a column of one of them, without all of them in memory."""
+        number = sample if self._selected is None else int(self._selected[sample])
+        [found] = read_some_samples(self.path, self.manifest, np.array([number]), [column])
+        return found[column]
+
+    def parts(self, columns: Collection[str]) -> "Iterator[tuple[np.ndarray, pyarrow.Table]]":
+        """The samples in some `columns` at least, some ten thousand at a time, and their numbers (n,) int64."""
+        return numbered(read_columns(self.path, self.manifest, columns), self._selected)
+
     @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
@@ -120,29 +139,32 @@ class Cache:
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
 
         Columns are id, name, captions, width, height, n_captions (captions of the sample) and tokens (of its longest
-        caption). Nothing is written or copied but the index. Raises ConfigError for an expression that is not
+        caption). Nothing is written, nothing of the index copied. Raises ConfigError for an expression that is not
         understood, see `kcache.store.selection`, or holds for no sample.
         """
-        numbers = matching_samples(expression, self._columns())
-        if not len(numbers):
+        holds = np.zeros(len(self), np.bool_)
+        for numbers, part in self.parts(columns_named(expression)):
+            columns = columns_of(part)
+            if TEXT.name in self.recipes:
+                columns["tokens"] = partial(self._most_tokens, numbers)
+            holds[numbers[matching_samples(expression, columns)]] = True
+        if not holds.any():
             raise ConfigError(f"{expression!r} holds for none of the {len(self)} samples of {self.path}; loosen it")
-        return self.select(numbers)
+        return self.select(np.flatnonzero(holds))
 
     def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
         """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
         numbers = self._checked(samples)
-        if np.array_equal(numbers, np.arange(len(self))):
+        if len(numbers) == len(self) and np.array_equal(numbers, np.arange(len(self))):
             return self
-        starts, counts = self.caption_bounds[numbers], np.diff(self.caption_bounds)[numbers]
-        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        captions = np.repeat(starts - bounds[:-1], counts) + np.arange(bounds[-1])
-        index = {CAPTION_BOUNDS: bounds}
-        for table in self.recipes:
-            positions = captions if kind_of(table).per == "caption" else numbers
-            entries = self.index[table]
-            index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
+        numbers = numbers.astype(np.int32 if len(self) < 1 << 31 else np.int64)  # of very many samples half the memory
         selected = numbers if self._selected is None else self._selected[numbers]
-        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading)
+        index = chosen_index(self.index, numbers)
+        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading, self._copies)
+
+    def with_rows_in(self, folder: Place) -> "Cache":
+        """The same samples, their rows read from copies of the shards in `folder`."""
+        return Cache(self.path, self.manifest, self.index, self.resolution, self._selected, self._reading, folder)
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
@@ -236,12 +258,22 @@ class Cache:
         """The files behind `name`, opened when first read."""
         if name not in self._files:
             shards = self.manifest.tables[self.table_of(name)].shards
-            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards)
+            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards, self._copies)
         return self._files[name]
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
-        return sum(bytes_of(self.index[self.table_of(name)], name) for name in fields)
+        return sum(
+            bytes_of(self.index[self.table_of(name)], name)
+            if self.field(name).ragged
+            else self.table_length(name) * unit_bytes(self.field(name), self.dtype(name))
+            for name in fields
+        )
+
+    def unread_bytes(self, fields: Sequence[str]) -> int:
+        """Bytes of the index that the rows of `fields` are found by and that nobody has asked for yet."""
+        names = {CAPTION_BOUNDS, *map(self.table_of, fields)}
+        return sum(getattr(self.index[name], "unread", 0) for name in names)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
@@ -268,28 +300,17 @@ class Cache:
         """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
         return int(self.caption_bounds[-1]) if kind_of(table).per == "caption" else len(self)
 
-    def _columns(self) -> dict[str, Callable[[], Column]]:
-        """What `where` may name."""
-        columns: dict[str, Callable[[], Column]] = {
-            name: lambda name=name: self.samples[name].to_pylist()  # type: ignore[misc]
-            for name in ("id", "name", "captions")
-        }
-        for name in ("width", "height"):
-            columns[name] = lambda name=name: self.samples[name].to_numpy()  # type: ignore[misc]
-        columns["n_captions"] = lambda: np.array([len(captions) for captions in self.samples["captions"].to_pylist()])
-        if TEXT.name in self.recipes:
-            columns["tokens"] = self._most_tokens
-        return columns
-
-    def _most_tokens(self) -> np.ndarray:
-        """Tokens of each sample's longest caption, (N,) int64."""
-        name = "text_encoder_hidden_states"
-        tokens = self.index[TEXT.name][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
-        return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
+    def _most_tokens(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of the longest caption of each of some samples, (n,) int64."""
+        name, starts = "text_encoder_hidden_states", self.caption_bounds[samples]
+        bounds = chosen_bounds(self.caption_bounds, samples)
+        captions = np.repeat(starts - bounds[:-1], np.diff(bounds)) + np.arange(bounds[-1])
+        tokens = self.index[TEXT.name][captions][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
+        return np.maximum.reduceat(tokens.astype(np.int64), bounds[:-1]) if len(samples) else tokens
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
-            return _take(self._resident[name], positions, empty)
+            return take(self._resident[name], positions, empty)
         files, entries = self.field_files(name), self.index[self.table_of(name)][positions]
         if name in self._asked:
             asked = self._asked[name]
@@ -306,13 +327,3 @@ class Cache:
             sample, number, held = samples[wrong[0]], (positions - starts)[wrong[0]], (ends - starts)[wrong[0]]
             raise IndexError(f"caption {number} asked of sample {sample}, which has {held}")
         return positions
-
-
-def _take(
-    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
-    rows, bounds = resident
-    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
-    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
-    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets

@@ -22,12 +22,13 @@ from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, read_all, remove, temporary_folder
 from kcache.store.checksums import crc32c
+from kcache.store.formats.chosen import CAPTION_BOUNDS as CAPTION_BOUNDS
+from kcache.store.formats.chosen import Chosen
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
 from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
 
-CAPTION_BOUNDS = "captions"
 _MOST_BYTES = 64 << 30
 """What indexes of buckets take of this machine's disk; that of a hundred million samples takes eight billion bytes."""
 _SOON = 64 << 20
@@ -94,6 +95,8 @@ def bytes_of(entries: np.ndarray, field: str) -> int:
     """Bytes of the rows of `field` that the entries of a table point to."""
     if isinstance(entries, Parts):
         return entries.parted.lengths[field]
+    if isinstance(entries, Chosen):
+        return entries.lengths(field)
     return int(entries[field]["length"].sum(dtype=np.int64))
 
 
