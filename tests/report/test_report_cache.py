@@ -163,7 +163,7 @@ def test_originals_are_those_that_were_encoded(cache: str, oracle: Path, tmp_pat
     (source / names[1]).unlink()
     shutil.copyfile(source / names[0], source / names[2])
     found = originals(opened, np.array([0, 1, 2]), str(source), AS_FOUND, 64, ignore)
-    expected = movq_pixels(Image.open(source / names[0]).convert("RGB"), 64)
+    expected = movq_pixels(Image.open(source / names[0]).convert("RGB"), (64, 64))
     assert isinstance(found[0], np.ndarray)
     assert found[0] == pytest.approx(expected, abs=1e-6)
     assert found[1:] == ["not in the source", "another picture in the source now"]
