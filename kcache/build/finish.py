@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,19 +16,27 @@ from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
 from kcache.build.survey import Survey, fetcher
 from kcache.config import Say
-from kcache.errors import CacheIncompleteError, InputRejected, KcacheError, SourceError
+from kcache.errors import InputRejected, KcacheError, SourceError
 from kcache.machine import threads_for
 from kcache.places import Place
 from kcache.places.effects import remove, write_bytes
 from kcache.stopping import stop_here
 from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
-from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.formats.side_files import SIZES
-from kcache.store.index import CAPTION_BOUNDS, TableState, token_counts, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
+from kcache.store.index import TableState, index_arrays, token_counts, write_index
+from kcache.store.manifest import (
+    MANIFEST,
+    Manifest,
+    TableEntry,
+    read_manifest,
+    schema_of,
+    shapes_to_note,
+    write_manifest,
+)
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, Sizes, read_cut, with_ids, with_sizes, write_samples
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:
@@ -36,8 +44,6 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 10.0
 """How often it is said how many pictures were decoded for their sizes alone."""
-_TOGETHER = 1 << 20
-"""Entries of an index that are written together."""
 _REASONS = 3
 """Reasons that are told where nothing else came of a build."""
 _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
@@ -45,13 +51,15 @@ _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
 _CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
-def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[Samples, list[Refusal]]:
-    """The samples whose image is in every image table and that keep a caption where there are texts; and the others.
+def whole_samples(
+    samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants
+) -> tuple[Samples, list[Refusal]]:
+    """The samples whose image has all rows it should and that keep a caption where there are texts; and the others.
 
     A caption that was rejected costs the sample only that caption, as long as another one is left.
     """
     columns = Samples.of(samples)
-    complete = _complete(columns, tables)
+    complete = _complete(columns, tables, wants)
     refused = list[Refusal]()
 
     def kept(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
@@ -61,29 +69,29 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
         return table_of([s for sample, is_whole in here for s in ([sample] if is_whole else part(sample))])
 
     def part(sample: Sample) -> list[Sample]:
-        whole, reasons = _whole_part(sample, tables)
+        whole, reasons = _whole_part(sample, tables, wants)
         refused.extend(reasons)
         return whole
 
     return columns.changed(kept), refused
 
 
-def _complete(samples: Samples, tables: Mapping[str, TableState]) -> np.ndarray:
+def _complete(samples: Samples, tables: Mapping[str, TableState], wants: Wants) -> np.ndarray:
     """(N,) bool: the samples of which all rows are there."""
     complete = np.ones(len(samples), np.bool_)
     for name, state in tables.items():
-        there = state.stored.find(kind_of(name).keys(samples)) >= 0
         if kind_of(name).per == "image":
-            complete &= there
+            complete &= wants.are_there(name, samples, state.stored.known)
         else:
+            there = wants.keys(name, samples).among(state.stored.known)
             complete &= (np.diff(samples.caption_bounds) > 0) & (samples.count_captions(~there) == 0)
     return complete
 
 
-def _whole_part(sample: Sample, tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
+def _whole_part(sample: Sample, tables: Mapping[str, TableState], wants: Wants) -> tuple[list[Sample], list[Refusal]]:
     """What is left of a sample of which not all rows are there, [] or itself with fewer captions, and why."""
     for name, state in tables.items():
-        if kind_of(name).per == "image" and state.stored.find([sample.image_key])[0] < 0:
+        if kind_of(name).per == "image" and not wants.are_there(name, Samples.of([sample]), state.stored.known).all():
             return [], [_refusal(sample.name, sample.image_key, state.rejected)]
     text = tables[TEXT.name]
     there = (text.stored.find(sample.caption_keys) >= 0).tolist()
@@ -101,7 +109,7 @@ def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureS
 
     Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
     """
-    whole, incomplete = whole_samples(job.samples, tables)
+    whole, incomplete = whole_samples(job.samples, tables, job.wants)
     samples, unreadable = sizes.measured(whole)
     refused = [*job.refused, *incomplete, *unreadable]
     if not samples:
@@ -109,7 +117,7 @@ def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureS
             _write_rejections(job.folder, refused)
         raise no_sample(job.folder, refused)
     cut = _tokens_cut(job, samples, tables)
-    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut)
+    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut, job.wants)
 
 
 def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[bytes, int]:
@@ -169,17 +177,22 @@ def finish_cache(
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
     cut: Mapping[bytes, int],
+    wants: Wants | None = None,
 ) -> Manifest:
     """Write samples, index, rejections, card and, last, the manifest.
 
     What only the manifest before it used stays for those who read it, until `remove_superseded`.
-    The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
+    The rows of `samples` are all in `tables`; `refused` is what the source had besides them. `wants` says which rows
+    these are, None being those of a cache of squares.
     """
     before = _content(cache / MANIFEST)
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     entries = {name: _table_entry(state) for name, state in tables.items()}
-    index_digest = write_index(cache, _index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
+    wants = wants or Wants(squares_of(tables))
+    shapes = shapes_to_note(wants.sets)
+    in_parts = schema_of(entries, shapes, wants.flip) > 1
+    index_digest = write_index(cache, index_arrays(samples, tables, wants), in_parts=in_parts)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
@@ -191,6 +204,8 @@ def finish_cache(
         rejected=rejected,
         rejected_digest=rejected_digest,
         models=models,
+        shapes=shapes,
+        flip=wants.flip,
     )
     write_card(cache, manifest, int(np.diff(samples.caption_bounds).max()) if len(samples) else 1)
     write_manifest(cache, manifest, before)
@@ -284,26 +299,6 @@ def _current(cache: Place) -> Manifest | None:
         return read_manifest(cache)
     except KcacheError:
         return None  # none yet, or damaged: either way it is written anew
-
-
-def _index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
-    columns = Samples.of(samples)
-    bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
-    arrays = {CAPTION_BOUNDS: in_memory(bounds)}
-    for name, state in tables.items():
-        keys = kind_of(name).indexed(columns)
-        positions = state.stored.find(keys)
-        if (positions < 0).any():
-            raise CacheIncompleteError(
-                f"{name} lacks {int((positions < 0).sum())} of {len(keys)} rows that were thought stored; build again"
-            )
-        arrays[name] = Rows(state.stored.entries.dtype, len(positions), _entries(state.stored.entries, positions))
-    return arrays
-
-
-def _entries(stored: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, len(positions), _TOGETHER):
-        yield stored[positions[first : first + _TOGETHER]]
 
 
 def _table_entry(state: TableState) -> TableEntry:

@@ -29,6 +29,7 @@ from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
 from kcache.store.samples import Refusal, Sample
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
@@ -61,7 +62,12 @@ class Survey:
 
     def wanted(self, table: str) -> Keys:
         """The keys that `table` should hold, in sample order, the reserved row first."""
-        return kind_of(table).wanted(self.samples)
+        return self.wants.wanted(table, self.samples)
+
+    @property
+    def wants(self) -> Wants:
+        """Which rows the tables should have of the samples."""
+        return Wants(squares_of(self.recipes))
 
     def repository(self, table: str) -> Repository:
         """Where the encoder of `table` is."""
@@ -91,7 +97,8 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say) -> Survey:
     """
     earlier = _recipes_so_far(folder, config)
     # The tables that were asked for, and those that the cache holds already: they stay complete.
-    tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
+    shapes = [(side, side) for side in config.resolution]
+    tables = list(dict.fromkeys((*table_names(config.stage, shapes), *earlier)))
     needed = TEXT.name in tables
     opened = open_source(source, config, max_train_samples=config.max_train_samples, need_captions=needed)
     repositories = find_repositories(config, stage_of(tables))
@@ -259,7 +266,7 @@ def missing_rows(
         plans.append(
             plan_table(
                 state.recipe,
-                kind_of(name).wanted(samples),
+                job.wants.wanted(name, samples),
                 state.stored.known,
                 skipped,
                 rows_per_shard=job.config.rows_per_shard or default_rows_per_shard(state.recipe),

@@ -1,6 +1,5 @@
 """Opening a finished cache and reading rows of it."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -8,16 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kcache.config.shapes import Shape, ShapeSet, resolutions_of
 from kcache.disk.readers import Reading
-from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
-from kcache.store.index import CAPTION_BOUNDS, bytes_of, open_index
-from kcache.store.manifest import Manifest, build_line, read_manifest
-from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
+from kcache.store.index import bytes_of, open_index
+from kcache.store.manifest import Manifest, read_manifest
+from kcache.store.recipe import TEXT, Field, Recipe
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
 from kcache.store.samples import read_samples
 from kcache.store.selection import Column, matching_samples
+from kcache.store.shaped.choice import Reads
+from kcache.store.shaped.held import Held
 from kcache.store.shards import OFFSETS
 
 if TYPE_CHECKING:
@@ -31,53 +33,47 @@ class Cache:
     it, or a selection of it, is there, nothing is removed from the cache's folder; building goes on beside it.
     """
 
-    def __init__(
-        self,
-        path: Place,
-        manifest: Manifest,
-        index: Mapping[str, np.ndarray],
-        resolution: int | None,
-        selected: np.ndarray | None = None,
-        reading: Reading | None = None,
-    ) -> None:
-        """`index` is of the samples `selected` (n,) int64, None being all that the manifest knows."""
+    def __init__(self, path: Place, manifest: Manifest, held: Held, reading: Reading | None = None) -> None:
         self._reading = reading
         self.path = path
         self.manifest = manifest
-        self.resolution = resolution
-        self.index = index
-        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives."""
-        self._selected = selected
+        self.held = held
+        """Which samples these are, and where their rows stand."""
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._asked: dict[str, np.ndarray] = {}
         self._stays: dict[str, bool] = {}
 
     @classmethod
-    def open(cls, path: str | Place, resolution: int | None = None) -> "Cache":
-        """Open the cache at `path`, a folder or a URL; `resolution` (pixels) picks the latents when it holds several.
+    def open(
+        cls,
+        path: str | Place,
+        resolution: int | Sequence[int] | None = None,
+        buckets: bool | None = None,
+        flip: bool | None = None,
+    ) -> "Cache":
+        """Open the cache at `path`, a folder or a URL.
 
+        Where it holds several, `resolution` (pixels; one, or several to read one after another) picks the latents, and
+        `buckets` whether those of shapes or of squares; `flip` False leaves mirrored pictures out, True asks for them.
         Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
         saying what is there, what was expected and what to do.
         """
         folder = cache_place(path)
         reading = Reading(folder)  # before anything is read: what is read next is not removed any more
         manifest = read_manifest(folder)
-        if resolution is not None and resolution not in sides_of(manifest.tables):
-            raise CacheIncompleteError(
-                f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
-                f"run `{build_line(folder, manifest, 'latents', resolution)}`"
-            )
+        reads = Reads.of(folder, manifest, {}, resolution, buckets, flip)
         shards = dict.fromkeys(folder / shard.data for entry in manifest.tables.values() for shard in entry.shards)
         if lacking := missing(shards):
             raise CacheCorruptError(
                 f"{folder} lacks {len(lacking)} of its {len(shards)} shards, such as {lacking[0]}; if it was copied, "
                 "finish that, else build the cache again with its source to encode them anew"
             )
-        return cls(folder, manifest, open_index(folder, manifest), resolution, reading=reading)
+        held = Held.all_of(replace(reads, arrays=open_index(folder, manifest)))
+        return cls(folder, manifest, held, reading)
 
     def __len__(self) -> int:
-        return len(self.caption_bounds) - 1
+        return len(self.held)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {len(self)} samples, {', '.join(sorted(self.manifest.tables))})"
@@ -95,10 +91,7 @@ class Cache:
     @property
     def samples_digest(self) -> str:
         """sha256 (hex) of the samples and their order."""
-        digest = self.manifest.samples_digest
-        if self._selected is None:
-            return digest
-        return hashlib.sha256(digest.encode() + self._selected.astype("<i8").tobytes()).hexdigest()
+        return self.held.digest(self.manifest.samples_digest)
 
     @property
     def fingerprint(self) -> str:
@@ -109,12 +102,20 @@ class Cache:
     def samples(self) -> "pyarrow.Table":
         """The samples: id, name, image_key, captions, caption_keys, width, height."""
         table = read_samples(self.path, self.manifest)
-        return table if self._selected is None else table.take(self._selected)
+        return table if self.held.selected is None else table.take(self.held.selected)
 
     @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
-        return self.index[CAPTION_BOUNDS]
+        return self.held.caption_bounds
+
+    @property
+    def index(self) -> Mapping[str, np.ndarray]:
+        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives.
+
+        Of tables that not all samples have a row in, only a part has the one it is of, see `by_shape`.
+        """
+        return self.held.index
 
     def where(self, expression: str) -> "Cache":
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
@@ -130,37 +131,58 @@ class Cache:
 
     def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
         """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
-        numbers = self._checked(samples)
-        if np.array_equal(numbers, np.arange(len(self))):
-            return self
-        starts, counts = self.caption_bounds[numbers], np.diff(self.caption_bounds)[numbers]
-        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        captions = np.repeat(starts - bounds[:-1], counts) + np.arange(bounds[-1])
-        index = {CAPTION_BOUNDS: bounds}
-        for table in self.recipes:
-            positions = captions if kind_of(table).per == "caption" else numbers
-            entries = self.index[table]
-            index[table] = np.concatenate([entries[positions], entries[self._rows_in_use(table) :]])
-        selected = numbers if self._selected is None else self._selected[numbers]
-        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading)
+        numbers = self.held.checked(samples)
+        return self if np.array_equal(numbers, np.arange(len(self))) else self._with(self.held.select(numbers))
+
+    def _with(self, held: Held) -> "Cache":
+        return Cache(self.path, self.manifest, held, self._reading)
+
+    @property
+    def shape_sets(self) -> tuple[ShapeSet, ...]:
+        """What pictures are cropped to, of the resolutions that are read."""
+        return self.held.reads.sets
+
+    @property
+    def resolution(self) -> int | None:
+        """Pixels of the side of a square of the area of all latents; None where there are none, or several such."""
+        resolutions = resolutions_of(self.shape_sets)
+        return resolutions[0] if len(resolutions) == 1 else None
+
+    @property
+    def shape(self) -> Shape | None:
+        """Height and width in pixels of the pictures behind all latents; None where they are not of one shape."""
+        return self.held.reads.shape
+
+    @property
+    def flip(self) -> bool:
+        """Whether there are rows of the mirrored pictures."""
+        return self.held.reads.flip
+
+    def by_shape(self, *fields: str) -> "tuple[Cache, ...]":
+        """The samples in parts in which all rows of `fields` have one shape, by resolution and in order of its list.
+
+        Each is a cache of its own; parts without a sample are left out. Where one shape is all there is, it is the
+        cache itself. Raises ConfigError where it is not clear which resolutions, or whether buckets, are meant.
+        """
+        parts = self.held.parts(fields)
+        return (self,) if parts is None else tuple(map(self._with, parts))
+
+    def of_table(self, table: str) -> "Cache":
+        """The samples that have a row in a table, with that one of its kind; of the first set that has its shape."""
+        return self._with(self.held.of_table(table))
+
+    def having(self, *fields: str) -> "Cache":
+        """The samples that have rows of all `fields`: those are left out whose picture is too small for any shape."""
+        there = self.held.having(fields)
+        return self if there is None else self.select(np.flatnonzero(there))
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
-        tables = [name for name, recipe in self.recipes.items() if any(f.name == field for f in recipe.fields)]
-        if self.resolution is not None:
-            tables = [name for name in tables if side_of(name) in (None, self.resolution)]
-        if not tables:
-            known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
-            raise CacheIncompleteError(
-                f"{self.path} holds no {field!r}; found {', '.join(known)}; "
-                f"run `{build_line(self.path, self.manifest, field)}` to add what is missing"
-            )
-        if len(tables) > 1:
-            sides = ", ".join(map(str, sides_of(tables)))
-            raise ConfigError(
-                f"{self.path} holds latents at {sides} pixels; say which: --resolution, or Cache.open(…, resolution=…)"
-            )
-        return tables[0]
+        return self.held.reads.table_of(field)
+
+    def entries(self, field: str) -> np.ndarray:
+        """Where the rows of `field` stand that `positions` name: its table's index, the mirrored ones behind it."""
+        return self.held.entries(self.table_of(field))
 
     def field(self, name: str) -> Field:
         """Shape of one row of `name`, and whether it is ragged."""
@@ -179,6 +201,7 @@ class Cache:
         *,
         drop_caption: np.ndarray | None = None,
         drop_image: np.ndarray | None = None,
+        mirrored: np.ndarray | None = None,
         empty: Empty = np.empty,
     ) -> dict[str, np.ndarray]:
         """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
@@ -187,13 +210,16 @@ class Cache:
         and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
-        condition left out, as classifier-free guidance needs it. `empty` makes the arrays from shape and dtype. Every
+        condition left out, as classifier-free guidance needs it. Those in `mirrored` get the rows of the mirror image
+        of their picture. `empty` makes the arrays from shape and dtype. Every
         row's checksum is verified: each time, or once by `make_resident`.
         Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
         that is not there.
         """
         rows: dict[str, np.ndarray] = {}
-        positions = self.positions(samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image)
+        positions = self.positions(
+            samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored
+        )
         for name in fields:
             rows[name], offsets = self._read_field(name, positions[name], empty)
             if offsets is not None:
@@ -208,29 +234,25 @@ class Cache:
         *,
         drop_caption: np.ndarray | None = None,
         drop_image: np.ndarray | None = None,
+        mirrored: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
-        numbers = self._checked(samples)
-        positions = {}
-        for name in fields:
-            table = self.table_of(name)
-            kind = kind_of(table)
-            positions[name] = self._caption_positions(numbers, caption) if kind.per == "caption" else numbers
-            if (mask := kind.dropped(drop_caption, drop_image)) is not None:
-                # where the reserved row stands
-                positions[name] = np.where(mask, self._rows_in_use(table), positions[name])
-        return positions
+        positions = self.held.positions(
+            samples, [*map(self.table_of, fields)], caption,
+            drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored,
+        )  # fmt: skip
+        return dict(zip(fields, positions, strict=True))
 
     def table_rows(self, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows `first` to `last` of the table of `name`, in the order of `positions`, every checksum verified.
 
         Fixed rows are (n, …), None; ragged ones (T, …) and (n + 1,) int64, where each of them starts.
         """
-        return gather(self.field_files(name), self.index[self.table_of(name)][first:last], np.empty)
+        return gather(self.field_files(name), self.entries(name)[first:last], np.empty)
 
     def table_length(self, name: str) -> int:
         """Rows that `positions` can name for a field: one per sample, or per caption, and the reserved one."""
-        return len(self.index[self.table_of(name)])
+        return len(self.entries(name))
 
     def field_files(self, name: str) -> FieldFiles:
         """The files behind `name`, opened when first read."""
@@ -241,7 +263,7 @@ class Cache:
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
-        return sum(bytes_of(self.index[self.table_of(name)], name) for name in fields)
+        return sum(bytes_of(self.entries(name), name) for name in fields)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
@@ -257,16 +279,6 @@ class Cache:
         for name in fields:
             self._stays[name] = stays
             self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
-
-    def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        numbers = np.asarray(samples, np.int64)
-        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
-        return numbers
-
-    def _rows_in_use(self, table: str) -> int:
-        """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
-        return int(self.caption_bounds[-1]) if kind_of(table).per == "caption" else len(self)
 
     def _columns(self) -> dict[str, Callable[[], Column]]:
         """What `where` may name."""
@@ -290,22 +302,13 @@ class Cache:
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
             return _take(self._resident[name], positions, empty)
-        files, entries = self.field_files(name), self.index[self.table_of(name)][positions]
+        files, entries = self.field_files(name), self.entries(name)[positions]
         if name in self._asked:
             asked = self._asked[name]
             if not asked[positions].all():
                 files.will_need(entries[~asked[positions]])
                 asked[positions] = self._stays[name]
         return gather(files, entries, empty)
-
-    def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
-        starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
-        positions = starts + caption
-        wrong = np.flatnonzero((positions < starts) | (positions >= ends))
-        if len(wrong):
-            sample, number, held = samples[wrong[0]], (positions - starts)[wrong[0]], (ends - starts)[wrong[0]]
-            raise IndexError(f"caption {number} asked of sample {sample}, which has {held}")
-        return positions
 
 
 def _take(

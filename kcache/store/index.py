@@ -7,25 +7,33 @@ made of `TableState`s: what is committed of each table, read from the side files
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from kcache.errors import CacheIncompleteError
 from kcache.places import Place
 from kcache.store.digests import KEY_BYTES, Keys
+from kcache.store.formats.columns import Sample, Samples
 from kcache.store.formats.index_files import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.index_files import bytes_of as bytes_of
 from kcache.store.formats.index_files import index_dtype as index_dtype
 from kcache.store.formats.index_files import open_index as open_index
 from kcache.store.formats.index_files import write_index as write_index
+from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.manifest import Manifest, ShardEntry
-from kcache.store.recipe import TEXT, Recipe, kind_of, sides_of
+from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
+from kcache.store.shaped.standing import order_arrays
+from kcache.store.shaped.wants import Wants
 from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
+
+_TOGETHER = 1 << 20
+"""Entries of an index that are written together."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,28 @@ def provenance_of(commits: Sequence[Commit]) -> dict[str, str]:
     return {name: value for commit in commits for name, value in commit.provenance.items()}
 
 
+def index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants) -> dict[str, Rows]:
+    """What `write_index` writes for samples with sizes whose rows are all in `tables`; raises CacheIncompleteError."""
+    columns = Samples.of(samples)
+    bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
+    arrays = {CAPTION_BOUNDS: in_memory(bounds)}
+    for name, state in tables.items():
+        for array, keys in wants.indexed(name, columns).items():
+            positions = state.stored.find(keys)
+            if lacking := int((positions < 0).sum()):
+                raise CacheIncompleteError(
+                    f"{name} lacks {lacking} of {len(keys)} rows that were thought stored; build again"
+                )
+            arrays[array] = Rows(state.stored.entries.dtype, len(positions), _entries(state.stored.entries, positions))
+    orders = order_arrays(wants.sets, columns)
+    return arrays | {name: in_memory(array) for name, array in orders.items()}
+
+
+def _entries(stored: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(positions), _TOGETHER):
+        yield stored[positions[first : first + _TOGETHER]]
+
+
 def token_counts(recipes: Mapping[str, Recipe], index: Mapping[str, np.ndarray]) -> np.ndarray:
     """Valid tokens of each caption, the reserved row's left out; empty where there is no text."""
     recipe = recipes.get(TEXT.name)
@@ -169,7 +199,9 @@ def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) 
     # What the reserved row, of the empty caption, has: a begin and an end.
     wordless = token_counts(recipes, {TEXT.name: index[TEXT.name][[-1, -1]]}) if len(tokens) else tokens
     short = short_sides(cache, manifest)
-    images = next((index[name][: manifest.samples] for name in recipes if kind_of(name).per == "image"), short)
+    squares = [each.resolution for each in manifest.shape_sets if each.is_square]
+    of_all = [name for name in recipes if kind_of(name).per == "image" and len(index[name]) >= manifest.samples]
+    images = next((index[name][: manifest.samples] for name in of_all), short)
     return Tally(
         captions=len(tokens),
         captions_empty=int((tokens == wordless).sum()),
@@ -179,7 +211,7 @@ def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) 
         longest=longest,
         samples=manifest.samples,
         samples_alike=manifest.samples - _distinct(images),
-        pictures_small={side: int((short < side).sum()) for side in sides_of(recipes)},
+        pictures_small={side: int((short < side).sum()) for side in squares},
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kcache.config.shapes import resolutions_of
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.chance import draw_turns
@@ -22,7 +23,6 @@ from kcache.objectives.losses import Batch, Objective
 from kcache.report.figures import plot_run
 from kcache.stopping import signal_asked
 from kcache.store.cache import Cache
-from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.log import RunLog
 from kcache.training.optimizer import averaged
@@ -218,7 +218,7 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     from kcache.report.pictures import PromptPictures
 
     # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
-    side = run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
+    side = run.config.resolution or max(resolutions_of(run.cache.shape_sets), default=RESOLUTION)
     pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
     pictures.prepare()
     return pictures

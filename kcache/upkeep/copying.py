@@ -12,6 +12,7 @@ from kcache.build.committed import check_outside, read_committed, record_rejecti
 from kcache.build.joined_tars import RESERVED_KEY, TarWriter, plan_tars, shard_recipes, tar_keys, tar_recipe
 from kcache.build.plan import Plan, PlannedShard, TablePlan, plan_table
 from kcache.config import CountReport
+from kcache.config.shapes import ShapeSet
 from kcache.disk.readers import Reading
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheCorruptError, CacheMismatchError
@@ -23,10 +24,11 @@ from kcache.store.cache import Cache
 from kcache.store.digests import pack_keys
 from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState, table_state
-from kcache.store.manifest import MANIFEST, Manifest, read_manifest
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest, shapes_to_note
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Refusal, Sample, read_cut, read_refused, sample_list
+from kcache.store.shaped.wants import Wants
 from kcache.store.shards import RowBlock, commit_shard
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*", "plans", TURN)
@@ -57,19 +59,25 @@ class CacheContents:
         """The recipe of each table."""
         return {name: entry.recipe for name, entry in self.manifest.tables.items()}
 
+    @property
+    def wants(self) -> Wants:
+        """Which rows the tables have of the samples."""
+        return self.manifest.wants
+
     @cached_property
     def sizes(self) -> dict[bytes, tuple[int, int]]:
         """Width and height of the samples' pictures, by key."""
         return {sample.image_key: (sample.width, sample.height) for sample in self.samples}
 
-    def of_tables(self, names: Collection[str]) -> "CacheContents":
-        """The same samples with the rows of some tables only."""
+    def of_tables(self, names: Collection[str], sets: Sequence[ShapeSet]) -> "CacheContents":
+        """The same samples with the rows of some tables only, in which pictures have the shapes of these sets."""
         tables = {name: entry for name, entry in self.manifest.tables.items() if name in names}
         roles: set[str] = {kind_of(name).role for name in tables}
+        shapes = shapes_to_note(sets if any(kind_of(name).sided for name in tables) else ())
         models = {role: model for role, model in self.manifest.models.items() if role in roles}
         return replace(
             self,
-            manifest=replace(self.manifest, tables=tables, models=models),
+            manifest=replace(self.manifest, tables=tables, models=models, shapes=shapes),
             tables={name: state for name, state in self.tables.items() if name in tables},
             cut=self.cut if TEXT.name in tables else {},
         )
@@ -186,10 +194,10 @@ class CacheCopier:
 
     def wanted(self, recipe: Recipe) -> Sequence[bytes]:
         """The keys of all that shards of `recipe` hold in the end."""
-        samples = self._contents.samples
+        contents = self._contents
         if not recipe.of_tars:
-            return kind_of(recipe.table).wanted(samples)
-        return tar_keys(samples) if recipe.table == SAMPLES else [RESERVED_KEY]
+            return contents.wants.wanted(recipe.table, contents.samples)
+        return tar_keys(contents.samples) if recipe.table == SAMPLES else [RESERVED_KEY]
 
     def plan(self, rows_per_shard: int | None = None) -> Plan:
         """What the target lacks, cut into shards; `rows_per_shard` None takes what makes about 256 MB."""
@@ -212,7 +220,9 @@ class CacheCopier:
             elif table.recipe.table == SAMPLES:
                 samples += sum(len(shard.keys) for shard in own)
         if samples:
-            used = sum(_size(state, kind_of(name).keys(contents.samples)) for name, state in contents.tables.items())
+            used = sum(
+                _size(state, contents.wants.keys(name, contents.samples)) for name, state in contents.tables.items()
+            )
             size += used * samples // len(contents.samples)
         return size
 
@@ -222,7 +232,7 @@ class CacheCopier:
         """Commit planned shards of `recipe`, but those that `kept` denies; raises CacheCorruptError."""
         contents = self._contents
         if recipe.of_tars:
-            writer = TarWriter(self._target, contents.tables, contents.provenance, rows_from=contents.folder)
+            writer = TarWriter(self._target, contents.tables, contents.provenance, contents.folder, contents.wants)
             writer.write(recipe.table, shards, contents.planned, kept)
             return
         rows = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)

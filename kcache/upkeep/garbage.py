@@ -30,7 +30,7 @@ from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import Keys
 from kcache.store.index import TableState, merged_rows, stored_rows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, read_manifest, shard_number
-from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe, kind_of
+from kcache.store.recipe import RESERVED, SAMPLES, SHARD_FOLDER, Recipe
 from kcache.store.shards import Commit, next_shard, read_commits
 from kcache.upkeep.copying import CacheContents, RowCopier, find_all, read_contents, with_progress
 
@@ -132,7 +132,7 @@ def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
 def _used_rows(contents: CacheContents, recipe: Recipe) -> dict[str, list[bytes]]:
     """By shard, the keys of the table's rows that samples use."""
     stored = contents.tables[recipe.table].stored
-    keys = list(dict.fromkeys(kind_of(recipe.table).wanted(contents.samples)))
+    keys = list(dict.fromkeys(contents.wants.wanted(recipe.table, contents.samples)))
     used: dict[str, list[bytes]] = {}
     for key, shard in zip(keys, find_all(stored, keys, recipe)["shard"].tolist(), strict=True):
         used.setdefault(stored.shards[shard].name, []).append(key)
@@ -167,7 +167,14 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
                 add_rejections(folder / recipe.directory, recipe, lost, commit.provenance)
     states = _live_states(contents, live)
     new = finish_cache(
-        folder, contents.samples, contents.refused, states, manifest.models, manifest.format, contents.cut
+        folder,
+        contents.samples,
+        contents.refused,
+        states,
+        manifest.models,
+        manifest.format,
+        contents.cut,
+        contents.wants,
     )
     if knows_readers(folder):
         for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
@@ -234,7 +241,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         keys = frozenset[bytes]().union(*(shard.keys for shard in mixed))
         if not keys or recipe.table == RESERVED:
             continue
-        order = tar_keys(contents.samples) if recipe.of_tars else kind_of(recipe.table).wanted(contents.samples)
+        order = tar_keys(contents.samples) if recipe.of_tars else contents.wants.wanted(recipe.table, contents.samples)
         plan = TablePlan(
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),
@@ -243,7 +250,8 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         )
         shards = with_progress(plan, recipe.table, report)
         if recipe.of_tars:
-            TarWriter(contents.folder, contents.tables, contents.provenance).write(SAMPLES, shards, contents.planned)
+            writer = TarWriter(contents.folder, contents.tables, contents.provenance, wants=contents.wants)
+            writer.write(SAMPLES, shards, contents.planned)
         else:
             copier = RowCopier(contents.folder, recipe, contents.tables[recipe.table].stored, contents.sizes)
             for shard in shards:

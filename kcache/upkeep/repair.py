@@ -26,8 +26,9 @@ from kcache.places import Place, place_of
 from kcache.places.effects import make_folder, remove
 from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
-from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, shard_number
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
+from kcache.store.recorded import recorded_config
 from kcache.store.samples import Refusal, Sample, samples_digest, sizes_by_key, with_ids
 from kcache.store.shards import Commit
 from kcache.upkeep.copying import RowCopier

@@ -12,17 +12,18 @@ from measuring.synthetic import synthetic_recipe
 from small_builds import build, copy_pictures
 
 import kcache.build.build
-from kcache.build import finish
 from kcache.build.finish import PictureSizes, whole_samples
 from kcache.build.plan import Plan
 from kcache.build.survey import acceptable
 from kcache.errors import InputRejected
+from kcache.store import index
 from kcache.store.digests import Keys
 from kcache.store.formats import columns
 from kcache.store.formats.side_files import size_rows
-from kcache.store.index import StoredRows, TableState, index_dtype
+from kcache.store.index import StoredRows, TableState, index_arrays, index_dtype
 from kcache.store.recipe import Field, kind_of
 from kcache.store.samples import Refusal, Sample
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import Rejection
 
 FIELDS = {
@@ -107,13 +108,14 @@ def test_samples_are_whole_in_columns_as_one_by_one(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "SAMPLES_PER_TABLE", per_table)
-        patch.setattr(finish, "_TOGETHER", 2)
-        whole, refused = whole_samples(samples, tables)
+        patch.setattr(index, "_TOGETHER", 2)
+        wants = Wants(squares_of(tables))
+        whole, refused = whole_samples(samples, tables, wants)
         expected, reasons = looked_at_one_by_one(samples, tables)
         assert list(whole) == expected
         assert [(refusal.name, refusal.reason) for refusal in refused] == reasons
         assert all(isinstance(refusal, Refusal) for refusal in refused)
-        arrays = finish._index_arrays(whole, tables)
+        arrays = index_arrays(whole, tables, wants)
     counts = [len(sample.captions) if "text" in tables else 0 for sample in expected]
     assert np.concatenate([*arrays["captions"].runs]).tolist() == [0, *np.cumsum(counts)]
     for name, state in tables.items():

@@ -47,7 +47,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     ],
 )
 def test_a_stage_has_its_tables(stage: Stage, tables: tuple[str, ...], prior: int, decoder: tuple[str, ...]) -> None:
-    assert table_names(stage, (768, 512, 768)) == tables
+    assert table_names(stage, ((768, 768), (512, 512), (768, 768))) == tables
     assert len(components("prior", stage)) == prior
     assert components("decoder", stage) == decoder
 

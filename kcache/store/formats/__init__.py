@@ -2,6 +2,7 @@
 
 - `zarr`: groups of arrays, as `shards` writes them
 - `webdataset`: tars of whole samples, as a build writes them when all rows are there
+- `checksums`: crc32c
 - `side_files`: what stands beside the data of both
 - `columns`: samples, many of them without a Python object each
 - `parts`: the arrays of an index, each part verified when it is first touched

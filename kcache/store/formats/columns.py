@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from kcache.config.shapes import ShapeSet
 from kcache.disk.durable import writing
 from kcache.store.digests import KEY_BYTES, Keys, Positions
 
@@ -86,6 +87,7 @@ class Samples(Sequence[Sample]):
         """`tables` have the columns of `sample_schema`, in one piece each."""
         self.tables = _kept(iter(tables))
         self._starts = np.cumsum([0, *map(len, self.tables)])
+        self._in_shapes: dict[ShapeSet, np.ndarray] = {}
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> "Samples":
@@ -140,6 +142,13 @@ class Samples(Sequence[Sample]):
         """(N + 1,) int64: where in `caption_keys` those of each sample begin and end."""
         counts = [np.diff(_whole(table["caption_keys"]).offsets) for table in self.tables]
         return np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+
+    def in_shapes(self, shapes: ShapeSet) -> np.ndarray:
+        """(N,) int16: the number of each picture's shape in a set, as `ShapeSet.choose` gives it."""
+        if shapes not in self._in_shapes:
+            parts = [shapes.choose(table["width"].to_numpy(), table["height"].to_numpy()) for table in self.tables]
+            self._in_shapes[shapes] = np.concatenate([np.empty(0, np.int16), *parts])
+        return self._in_shapes[shapes]
 
     def count_captions(self, which: np.ndarray) -> np.ndarray:
         """(N,) int64: how many captions of each sample are those of all that `which` (n,) of bool is true of."""
