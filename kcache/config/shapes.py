@@ -19,10 +19,8 @@ Shape = tuple[int, int]
 
 MAX_RATIO = Fraction(12, 5)
 """Long side to short side of the longest shapes of `auto_set`."""
-MAX_SHAPES = 255
+MAX_SHAPES = 254
 """Of one set."""
-MAX_DEVIATION = 0.25
-"""By how much, of the area of its resolution, that of a listed shape may differ from it."""
 NO_SHAPE = -1
 """Stands for the number of a shape where a picture has none."""
 _SHAPES = re.compile(r"\s*[0-9]{1,5}\s*,\s*[0-9]{1,5}\s*(;\s*[0-9]{1,5}\s*,\s*[0-9]{1,5}\s*)*;?\s*")
@@ -110,18 +108,6 @@ def auto_set(resolution: int, step: int, max_upscale: float | None) -> ShapeSet:
     return ShapeSet(resolution, tuple(sorted(shapes, key=_order)), max_upscale)
 
 
-def listed_set(resolution: int, text: str, max_upscale: float | None) -> ShapeSet:
-    """The shapes that `text` lists for one resolution, see `parse_shapes`; raises ConfigError also for their areas."""
-    shapes = parse_shapes(text)
-    for tall, wide in shapes:
-        if not abs(tall * wide - resolution**2) <= MAX_DEVIATION * resolution**2:
-            raise ConfigError(
-                f"--aspect-ratio-buckets has {tall},{wide}, {tall * wide / resolution**2:.2f} of the area that "
-                f"--resolution {resolution} stands for; expected {1 - MAX_DEVIATION:g} to {1 + MAX_DEVIATION:g} of it"
-            )
-    return ShapeSet(resolution, shapes, max_upscale)
-
-
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """The shapes of a list such as "640,896;768,768", height before width, sorted; raises ConfigError."""
     do = 'expected auto, square, or heights and widths in pixels, such as "640,896;768,768"'
@@ -133,12 +119,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     if not all(map(min, found)):
         raise ConfigError(f"{given}, which has a side of 0 pixels; {do}")
     shapes = sorted(found, key=_order)
-    for (tall, wide), other in pairwise(shapes):
-        if tall * other[1] == wide * other[0]:
-            raise ConfigError(
-                f"{given}: {tall},{wide} and {other[0]},{other[1]} have the same proportions, and no picture would "
-                "have the second; expected each proportion once"
-            )
+    if twice := [first for first, second in pairwise(shapes) if first == second]:
+        raise ConfigError(f"{given} and lists {twice[0][0]},{twice[0][1]} twice; expected each shape once")
     if len(shapes) > MAX_SHAPES:
         raise ConfigError(f"--aspect-ratio-buckets lists {len(shapes)} shapes; expected {MAX_SHAPES} or fewer")
     return tuple(shapes)

@@ -14,7 +14,6 @@ from kcache.config.shapes import (
     ShapeSet,
     auto_set,
     crop_box,
-    listed_set,
     parse_shapes,
     resolutions_of,
     square_set,
@@ -69,7 +68,7 @@ def test_each_picture_has_the_shape_that_keeps_most_of_it(max_upscale: float | N
 
 SIDES = st.integers(1, 100_000)
 SHAPES = st.tuples(st.integers(1, 64), st.integers(1, 64))
-LISTS = st.lists(SHAPES, min_size=1, max_size=9, unique_by=lambda shape: Fraction(*shape))
+LISTS = st.lists(SHAPES, min_size=1, max_size=9, unique=True)
 
 
 @given(width=SIDES, height=SIDES, shapes=LISTS, max_upscale=st.none() | st.floats(0.1, 8))
@@ -131,7 +130,7 @@ def test_lists_are_read_and_sorted() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ";", "640", "640,896;;", "0,64", "a,b", "640x896", "64,64;64,64", "32,64;64,128", "-64,64", "1,2,3"]
+    "text", ["", ";", "640", "640,896;;", "0,64", "a,b", "640x896", "64,64;64,64", "-64,64", "1,2,3"]
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--aspect-ratio-buckets is .*expected"):
@@ -139,11 +138,8 @@ def test_what_is_no_list_is_refused(text: str) -> None:
 
 
 def test_too_many_shapes_and_a_resolution_between_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match="lists 256 shapes; expected 255 or fewer"):
-        parse_shapes(";".join(f"{side},8" for side in range(1, 257)))
-    with pytest.raises(ConfigError, match=re.escape("has 896,1152, 1.75 of the area that --resolution 768 stands for")):
-        listed_set(768, "896,1152;768,768", 2.0)
-    assert listed_set(768, "640,896;768,768", 2.0) == ShapeSet(768, ((640, 896), (768, 768)), 2.0)
+    with pytest.raises(ConfigError, match="lists 255 shapes; expected 254 or fewer"):
+        parse_shapes(";".join(f"{side},8" for side in range(1, 256)))
     with pytest.raises(ConfigError, match=re.escape("--resolution is 700; expected a multiple of 64")):
         auto_set(700, 64, 2.0)
 
@@ -162,5 +158,5 @@ def test_too_many_shapes_and_a_resolution_between_steps_are_refused() -> None:
     ],
 )
 def test_sets_that_no_list_gives_are_refused(shapes: tuple[Shape, ...], max_upscale: float | None) -> None:
-    with pytest.raises(ValueError, match=r"no sides|not 1 to 255 shapes|no factor"):
+    with pytest.raises(ValueError, match=r"no sides|not 1 to 254 shapes|no factor"):
         ShapeSet(8, shapes, max_upscale)

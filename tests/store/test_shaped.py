@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documents import ROOT, blocks_of
 from hypothesis import given
 from hypothesis import strategies as st
 from shaped_caches import ALL, BUCKETS, OTHERS, SIZES, row_of, write_shaped_cache
@@ -273,6 +274,27 @@ def test_only_what_is_new_needs_the_schema_that_says_it(
     assert ("shapes" in told, "flip" in told) == (bool(more), bool(more))
     found = {path.stem for path in (tmp_path / "c" / manifest.index_folder).glob("*.npy")}
     assert found == {"captions", *manifest.tables, *(more or ())}
+
+
+def test_the_documented_reader_reads_them(flipped: Path, tmp_path: Path) -> None:
+    """That of docs/cache-format.md, which knows nothing of kcache."""
+    block = next(block for block in blocks_of(ROOT / "docs" / "cache-format.md") if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(block.text.partition("\n\n\nfor folder")[0], names)  # noqa: S102
+    write_shaped_cache(tmp_path / "shared", 12, sets=SHARED)
+    for folder, sets, mirrored in [(flipped, ALL, True), (tmp_path / "shared", SHARED, False)]:
+        reader, whole = names["Reader"](folder), Cache.open(folder)
+        for number in range(12):
+            found = reader.sample(number, 1, mirrored)
+            row, size = whole.samples.slice(number, 1).to_pylist()[0], np.array([SIZES[number % len(SIZES)]]).T
+            shapes = {each.shapes[int(k)] for each in sets for k in each.choose(*size) if k != NO_SHAPE}
+            assert {table for table, _ in found} == {"image_embeds", "text", *(table_name(LATENTS, s) for s in shapes)}
+            for (table, name), value in found.items():
+                field = next(f for f in whole.recipes[table].fields if f.name == name)
+                key = mirrored_key(row["image_key"]) if mirrored else row["image_key"]
+                if not field.ragged:
+                    stored = row_of(folder, table, field, row["caption_keys"][1] if table == "text" else key)
+                    assert np.array_equal(value, stored)
 
 
 def test_other_shapes_are_another_cache_to_train_from(tmp_path: Path) -> None:
