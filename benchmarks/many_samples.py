@@ -6,11 +6,16 @@
 Each step runs in a process of its own, whose peak of memory is told; what it maps of files and has not changed is told
 apart. Nothing is encoded: keys are random, as digests are, and come in parts of a million, as a survey by many machines
 leaves them; the shards are all one real shard of tiny rows, by hard links, so that what is read is verified as ever.
-Ceilings for a hundred million on two cores: planning 15 minutes and 8 GB, opening 3 s and 1 GB.
+Then the decoder's rows are given files of their own, and the way from opening to the first batches is measured with
+nothing of the cache in the system's memory: streamed, mapped, in a full shuffle, and of a selection.
+Ceilings for a hundred million on two cores: planning 15 minutes and 8 GB, opening 3 s and 1 GB,
+the first batch of a streamed order 2 s.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +35,18 @@ from kcache import Cache
 from kcache.build.plan import Plan, freeze_plan, open_plan, plan_table
 from kcache.loader import CacheLoader
 from kcache.store.digests import Keys
+from kcache.store.formats.columns import SAMPLES_PER_TABLE, sample_schema
 from kcache.store.formats.parts import Rows
 from kcache.store.index import CAPTION_BOUNDS, open_index, write_index
-from kcache.store.manifest import read_manifest, write_manifest
+from kcache.store.manifest import MANIFEST, read_manifest, write_manifest
+from kcache.training.validation import split_by_key
 
 PART = 1_000_000
 """Samples in a part of the source."""
 SHARD = 50_000
 """Rows in a shard: such a one of latents at 768 pixels would have 3.7 GB, fourteen times what they have."""
+STAGE_BYTES = 1 << 30
+DECODER = ["image_embeds", "latents"]
 FIELDS = ["image_embeds", "text_embeds", "text_encoder_hidden_states", "latents"]
 
 
@@ -146,6 +156,92 @@ def read(scratch: Path, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def make_samples(scratch: Path, samples: int) -> dict[str, Any]:
+    """The list of the samples of `make_cache`: random keys, sides of 256 to 1279 pixels, one of a thousand captions."""
+    import pyarrow.parquet as pq
+
+    cache, rng = scratch / "cache", np.random.default_rng(1)
+    made = cache / "samples.parquet"
+    with pq.ParquetWriter(made, sample_schema(), compression="zstd") as writer:
+        for first in range(0, samples, 16 * SAMPLES_PER_TABLE):
+            writer.write_table(some_samples(first, min(16 * SAMPLES_PER_TABLE, samples - first), rng))
+    with made.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = replace(read_manifest(cache), samples_file_digest=digest)
+    made.rename(cache / manifest.samples_file)
+    write_manifest(cache, manifest, (cache / MANIFEST).read_bytes())
+    return {"bytes": (cache / manifest.samples_file).stat().st_size}
+
+
+def some_samples(first: int, count: int, rng: np.random.Generator) -> Any:
+    """Samples `first` to `first` + `count` in columns."""
+    import pyarrow as pa
+
+    def binary(rows: np.ndarray) -> Any:
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
+
+    def text(rows: np.ndarray) -> Any:
+        ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+        return pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(rows)))
+
+    keys, caption_keys = (np.frombuffer(rng.bytes(16 * count), np.uint8).reshape(-1, 16) for _ in range(2))
+    hexadecimal = np.frombuffer(b"0123456789abcdef", np.uint8)
+    names = (np.arange(first, first + count)[:, None] // 10 ** np.arange(8, -1, -1) % 10 + ord("0")).astype(np.uint8)
+    captions = pa.array([f"a caption, number {i}" for i in range(1000)]).take(pa.array(rng.integers(1000, size=count)))
+    ends = pa.array(np.arange(count + 1, dtype=np.int32))
+    sides = [pa.array(rng.integers(256, 1280, count, dtype=np.int32)) for _ in range(2)]
+    ids = text(hexadecimal[np.stack([keys >> 4, keys & 15], axis=2).reshape(count, 32)])
+    lists = [pa.ListArray.from_arrays(ends, each) for each in (captions, binary(caption_keys))]
+    return pa.table([ids, text(names), binary(keys), *lists, *sides], schema=sample_schema())
+
+
+def own_rows(scratch: Path, samples: int) -> dict[str, Any]:
+    """Each shard of what the decoder reads as files of its own, so that the disk has to give what is read."""
+    size = 0
+    for table in ("image_embeds", "latents-16"):
+        folder = (scratch / "cache" / read_manifest(scratch / "cache").tables[table].shards[0].data).parent
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+            size += len(content)
+    os.sync()
+    return {"bytes": size}
+
+
+def begin(
+    scratch: Path,
+    samples: int,
+    residency: str = "stream",
+    shuffle: str = "stream",
+    where: str = "",
+    held_out: float = 0,
+) -> dict[str, Any]:
+    """What the decoder reads, from opening to the first batches, with nothing of it in the system's memory yet."""
+    for path in sorted(file for file in (scratch / "cache").rglob("*") if file.is_file()):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before, start = memory(), time.perf_counter()
+    cache = Cache.open(scratch / "cache")
+    cache = cache.where(where) if where else cache
+    cache = split_by_key(cache, held_out)[0] if held_out else cache
+    opened = time.perf_counter()
+    batches = CacheLoader(cache, DECODER, 64, shuffle=shuffle, residency=residency, stage_bytes=STAGE_BYTES).forever()
+    next(batches)
+    first, first_memory = time.perf_counter(), memory()
+    moments = [first]
+    for _ in range(2000):
+        next(batches)
+        moments.append(time.perf_counter())
+    taken = np.diff(moments)
+    return {
+        "samples": len(cache), "open_seconds": opened - start, "first_batch_seconds": first - start,
+        "first_batch_anonymous_bytes": first_memory - before, "anonymous_bytes": memory() - before,
+        "next_100_seconds": float(taken[:100].sum()), "longest_seconds": float(taken.max()),
+        "batch_milliseconds_last_1000": 1e3 * float(np.mean(taken[-1000:])),
+    }  # fmt: skip
+
+
 def memory() -> int:
     """Memory of this process that no file gives back."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -154,6 +250,9 @@ def memory() -> int:
 
 STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "make_source": make_source, "plan": plan, "make_cache": make_cache, "read": read,
+    "make_samples": make_samples, "own_rows": own_rows, "begin_stream": begin,
+    "begin_mmap": partial(begin, residency="mmap"), "begin_full": partial(begin, residency="mmap", shuffle="full"),
+    "begin_where": partial(begin, where="width >= 512"), "begin_val_fraction": partial(begin, held_out=0.01),
 }  # fmt: skip
 
 
@@ -167,7 +266,8 @@ def step(name: str, scratch: Path, samples: int) -> dict[str, Any]:
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=PART)
-    parser.add_argument("--scratch", type=Path, help="a folder with 200 bytes of room for each sample")
+    parser.add_argument("--scratch", type=Path, help="a folder with 350 bytes of room for each sample")
+    parser.add_argument("--steps", choices=STEPS, nargs="+", default=list(STEPS), help="only these, in their order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="where to write the JSON: a file or a folder")
     arguments = parser.parse_args(given)
@@ -181,7 +281,7 @@ def main(given: Sequence[str] | None = None) -> None:
         scratch = Path(folder)
         write_synthetic_cache(scratch / "seed", SHARD, dim=8, latent_side=2, rows_per_shard=SHARD + 1)
         results = {}
-        for name in STEPS:
+        for name in arguments.steps:
             results[name] = step(name, scratch, arguments.samples)
             told = [f"{key} {value:,.3f}" for key, value in results[name].items()]
             print(f"{name}: {', '.join(told)}", flush=True)

@@ -95,6 +95,7 @@ def _train(
     config = TrainConfig(stage=stage, **(settings | lists))
     _check_launcher(config)
     _check_cache(cache)
+    _check_stage(cache, config)
     if sweep is None:
         _run(cache, config)
     else:
@@ -119,6 +120,27 @@ def _check_cache(cache: str) -> None:
 
     if hub_cache(cache) is None:
         read_manifest(place_of(cache))
+
+
+def _check_stage(cache: str, config: TrainConfig) -> None:
+    """Raise ConfigError for fewer --stage-bytes than streaming needs, before torch is loaded, which takes long.
+
+    Of a selection, which may need less, and of a cache on the Hub, setting up the run tells.
+    """
+    is_sure = config.residency == "stream" and config.where is None and not config.val_fraction
+    if config.stage_bytes is None or not is_sure or hub_cache(cache) is not None:
+        return
+    from kcache import Cache
+    from kcache.loader.fetches import Layout
+    from kcache.loader.ration import ration
+    from kcache.loader.streamed import stream_shape
+    from kcache.store.recipe import KINDS
+
+    opened = Cache.open(cache, config.resolution)
+    fields = [name for kind in KINDS if config.stage in kind.readers for name in kind.fields]
+    shape, processes = stream_shape(len(opened)), int(os.environ.get("WORLD_SIZE", "1"))
+    layout = Layout(opened, fields, shape)
+    ration(layout, shape, len(opened), config.train_batch_size, processes, config.stage_bytes)
 
 
 def _run(cache: str, config: TrainConfig) -> None:

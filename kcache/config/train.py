@@ -186,10 +186,18 @@ class TrainConfig(SourceConfig):
     )
     stage_bytes: int | None = setting(
         None,
-        "Memory in bytes that a process takes to stream into. Half of what is free, shared out, when left out.",
+        "Memory in bytes that a process takes to stream into; half of what is free, shared out, when left out. With "
+        "--stage-dir the most bytes that are copied there; what has room there when left out.",
         least=1,
         shown="never",
-        beside=("shuffle",),
+        beside=("shuffle", "stage_dir"),
+    )
+    stage_dir: str | None = setting(
+        None,
+        "Folder on a disk of this machine, to which `auto` copies the shards that fit neither the GPU nor memory, once "
+        "for all runs that give it. Streamed, or mapped where they are, when left out.",
+        shown="never",
+        swept=False,
     )
     seed: int = setting(
         0, "Decides order, captions, noise and timesteps.", least=0, below=2**63, kept=True, shown="always"
@@ -239,7 +247,7 @@ class TrainConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         check(self)
-        for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir)):
+        for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir, self.stage_dir)):
             check_local(path)
         self._check_stage()
         if self.compile and self.deterministic:
@@ -261,6 +269,12 @@ class TrainConfig(SourceConfig):
             raise ConfigError(
                 f"--residency stream with --shuffle {self.shuffle}, which wants rows from everywhere at any time; "
                 "expected an order that is read in blocks; give --shuffle stream"
+            )
+        if self.stage_dir is not None and (self.online is not None or self.residency != "auto"):
+            other = f"--residency {self.residency}" if self.online is None else "--online"
+            raise ConfigError(
+                f"--stage-dir {self.stage_dir} with {other}: it is where --residency auto copies rows of a cache to, "
+                "which fit neither the GPU nor memory; expected one of the two; leave the other out"
             )
         self._check_revisions()
 

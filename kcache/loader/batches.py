@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +15,10 @@ import torch
 from kcache.errors import ConfigError
 from kcache.loader.chance import draw_choice, draw_dropout
 from kcache.loader.course import Course, Span
-from kcache.loader.residency import DeviceTables, choose_residency
+from kcache.loader.residency import settle
 from kcache.loader.stage import Arrival, Stage, Wishes, make_stages
 from kcache.loader.streamed import StreamShape
 from kcache.loader.upload import Upload
-from kcache.machine import free_memory
 from kcache.stopping import Crew
 from kcache.store.cache import Cache
 from kcache.store.rows import Empty
@@ -31,6 +31,8 @@ threads use two cores. Encoders take all there are."""
 PREFETCH_BATCHES = 2
 """Batches that wait ready: enough to hide one slow read, few enough that their memory stays in the processor's cache:
 a copy into four blocks in turn took 1.26 times as long as into one, into eight 1.37 times."""
+_MUCH = 256 << 20
+"""Bytes of an index that are read in less than half a second of most disks."""
 POLL_SECONDS = 0.5
 """Between two looks at whether a batch shall be waited for any longer."""
 
@@ -70,6 +72,7 @@ class CacheLoader:
     "auto" takes the first of these that has room, see `choose_residency`; the attribute tells what was taken. Each
     row's checksum is verified: by "gpu" and "ram" when they read the tables, by "mmap" each time. With "stream" only
     some windows of the order that shuffle="stream" makes, of the given `shape`, are in memory: `stage_bytes` at most.
+    Given a folder of this machine as `stage_dir`, "auto" copies shards there before it maps or streams, see `settle`.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class CacheLoader:
         image_dropout: float = 0.0,
         draws: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
         stage_bytes: int | None = None,
+        stage_dir: str | Path | None = None,
         shape: StreamShape | None = None,
     ) -> None:
         if len(cache) == 0:
@@ -102,7 +106,6 @@ class CacheLoader:
         for name, dropout in self._dropouts.items():
             if not 0 <= dropout <= 1:
                 raise ConfigError(f"{name}_dropout is {dropout}; expected a probability, 0 to 1")
-        self._cache = cache
         self._fields = list(fields)
         self._batch_size = batch_size
         self._seed = seed
@@ -120,20 +123,14 @@ class CacheLoader:
         """What they were waited for, where rows are streamed: seconds for the store, verification and copying."""
         self.while_waiting: Callable[[float], None] | None = None
         """Called with the seconds that a batch has been waited for, every `POLL_SECONDS`; what it raises ends that."""
-        self.residency = choose_residency(residency, cache, self._fields, world_size, self._device, shuffle)
-        self._tables: DeviceTables | None = None
-        self._new_stage: Callable[[Iterator[Wishes]], Stage] | None = None
-        if isinstance(cache, Cache):
-            if self.residency == "gpu":
-                self._tables = DeviceTables(cache, self._fields, self._device)
-            elif self.residency == "ram":
-                cache.make_resident(self._fields)
-            elif self.residency == "stream":
-                self._new_stage = make_stages(
-                    cache, self._fields, self._course.shape, batch_size, world_size, stage_bytes
-                )
-            else:
-                cache.make_mapped(self._fields, stays=cache.resident_bytes(self._fields) <= free_memory())
+        folder = None if stage_dir is None else Path(stage_dir)
+        self.residency, self._cache, self._tables = settle(
+            residency, cache, self._fields, world_size, self._device, shuffle, folder, stage_bytes
+        )
+        self._new_stage: Callable[..., Stage] | None = None
+        if self.residency == "stream":
+            memory = stage_bytes if folder is None else None
+            self._new_stage = make_stages(self._cache, self._fields, self._course.shape, batch_size, world_size, memory)
 
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""
@@ -197,7 +194,7 @@ class CacheLoader:
         stage, used = None, 0
         with closing(Crew(FILL_THREADS[self.residency], "kcache-loader")) as crew:
             if self._new_stage is not None:
-                stage = self._new_stage(map(self._chosen, self._course.windows(self._shares(spans(self.consumed)))))
+                stage = self._begin_stage(self._new_stage, spans(self.consumed))
             waiting: deque[tuple[Future[tuple[Batch, Arrival | None]], int]] = deque()
             try:
                 for (_, done), turns in zip(spans(self.consumed), self._shares(spans(self.consumed)), strict=True):
@@ -224,6 +221,12 @@ class CacheLoader:
         self.consumed = done
         self._upload.receive(batch)
         return batch if self._tables is None else self._tables.take(batch)
+
+    def _begin_stage(self, new_stage: Callable[..., Stage], spans: Iterator[Span]) -> Stage:
+        windows, in_parts = self._course.windows(self._shares(spans)), 0
+        if isinstance(self._cache, Cache) and self._cache.unread_bytes(self._fields) > _MUCH:
+            windows, in_parts = self._course.growing(windows, self._batch_size), self._course.shape.window_rows
+        return new_stage(map(self._chosen, windows), in_parts)
 
     def _chosen(self, turns: np.ndarray) -> Wishes:
         """The samples of `turns`, the number of the caption that each takes, and which of them go without what."""

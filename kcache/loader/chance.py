@@ -22,7 +22,7 @@ WINDOW_ROWS = 16_384
 
 
 def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
-    """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64.
+    """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64, or int32 where it fits.
 
     "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
     nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
@@ -30,7 +30,9 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray
     """
     generator = _stream(seed, _ORDER, epoch)
     if shuffle == "full":
-        return generator.permutation(samples)
+        order = np.arange(samples, dtype=np.int32 if samples < 1 << 31 else np.int64)
+        generator.shuffle(order)  # what `permutation` gives, in half the memory
+        return order
     starts = generator.permutation(np.arange(0, samples, BLOCK_ROWS))
     blocks = (starts[:, None] + np.arange(BLOCK_ROWS)).reshape(-1)
     order = blocks[blocks < samples]

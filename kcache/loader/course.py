@@ -6,6 +6,7 @@ Turns count on through all epochs. A state is plain JSON values, and says nothin
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Course:
         """The samples whose turns are `turns` (n,) int64, ascending, of one epoch or of several."""
         epoch = self.place(int(turns[0]))[0]
         if turns[-1] < self.turn(epoch + 1):  # nearly always, and worth its time
-            return self._order(epoch)[turns - self.turn(epoch)]
+            return self._order(epoch)[turns - self.turn(epoch)].astype(np.int64)
         epochs, places = np.divmod(turns - self._first_turn, len(self._rows))
         samples = np.empty(len(turns), np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -114,6 +115,17 @@ class Course:
                 waiting.append(turns[part])
         if waiting:
             yield np.concatenate(waiting)
+
+    def growing(self, windows: Iterable[np.ndarray], first: int) -> Iterator[np.ndarray]:
+        """The turns of `windows`, the first one's in parts: `first` of them, then four times as many each time.
+
+        What is to be looked up for a whole window may lie all over a large index: the first samples wait for less.
+        """
+        left = iter(windows)
+        for turns in islice(left, 1):
+            ends = [first * (4**n - 1) // 3 for n in range(1, 32)]
+            yield from (part for part in np.split(turns, [end for end in ends if end < len(turns)]) if len(part))
+        yield from left
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a run's state says after `consumed` turns."""

@@ -121,6 +121,20 @@ class Layout:
             part["block"] = np.where(reserved, -1, samples // self._shape.block_rows)
         return rows
 
+    def payload(self, found: np.ndarray, fetch: Fetch, row: np.void) -> np.ndarray:
+        """The bytes of a row in what was `found` of its range, gaps left out."""
+        offset, length = int(row["offset"]), int(row["length"])
+        start = offset - fetch.start
+        if row["extent"] == length:
+            return found[start : start + length]
+        piece, gap = self.pieces[int(row["field"])][int(row["file"])]
+        runs = []
+        while length > 0:
+            run = min(length, piece - offset % (piece + gap))
+            runs.append(found[offset - fetch.start : offset - fetch.start + run])
+            offset, length = offset + run + gap, length - run
+        return np.concatenate(runs)
+
     def mean_bytes(self, name: str) -> float:
         """Bytes of a row of a field, on average of the table."""
         return self._cache.resident_bytes([name]) / self._cache.table_length(name)
@@ -150,11 +164,10 @@ class Layout:
         try:
             if not per_caption:
                 sample = position % len(self._cache.index[self._cache.table_of(name)])
-                key = self._cache.samples["image_key"][sample].as_py()
+                key = self._cache.told(sample, "image_key")
                 return str((key if sample == position else mirrored_key(key)).hex())
             sample = int(np.searchsorted(bounds, position, side="right")) - 1
-            keys = self._cache.samples["caption_keys"][sample].as_py()
-            return str(keys[position - int(bounds[sample])].hex())
+            return str(self._cache.told(sample, "caption_keys")[position - int(bounds[sample])].hex())
         except KcacheError:
             return "unknown"
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kcache.errors import ConfigError
+from kcache.loader.copies import copied
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
 from kcache.store.rows import token_numbers, unit_bytes
@@ -64,6 +65,49 @@ def _upload(cache: Cache, name: str, device: torch.device) -> tuple[torch.Tensor
     return table, np.concatenate(bounds)
 
 
+def settle(
+    asked: str,
+    cache: Any,
+    fields: Sequence[str],
+    processes: int,
+    device: torch.device,
+    shuffle: str,
+    stage_dir: Path | None,
+    stage_bytes: int | None,
+) -> tuple[str, Any, DeviceTables | None]:
+    """Where rows of `fields` wait, what they are read from, and the tables on the device, if they are there.
+
+    It is what `choose_residency` says, and prepared. With a `stage_dir`, "auto" copies the shards of a cache whose
+    tables fit neither the GPU nor memory there, if they have no more than `stage_bytes`, and maps the copies.
+    """
+    residency = None
+    if stage_dir is not None and isinstance(cache, Cache):
+        if asked != "auto":
+            raise ConfigError(
+                f"residency is {asked!r}, and stage_dir {str(stage_dir)!r} is where 'auto' copies shards to that fit "
+                "neither the GPU nor memory; expected one of the two; leave one out"
+            )
+        if _whole(cache, fields, processes, device) is None:
+            copy = copied(cache, fields, stage_dir, stage_bytes)
+            residency, cache = (None, cache) if copy is None else ("mmap", copy)
+    residency = residency or choose_residency(asked, cache, fields, processes, device, shuffle)
+    if residency == "gpu":
+        return residency, cache, DeviceTables(cache, fields, device)
+    if residency == "ram":
+        cache.make_resident(fields)
+    elif residency == "mmap":
+        cache.make_mapped(fields, stays=cache.resident_bytes(fields) <= free_memory())
+    return residency, cache, None
+
+
+def _whole(cache: Cache, fields: Sequence[str], processes: int, device: torch.device) -> str | None:
+    """Where whole tables have room, "gpu" or "ram"."""
+    size = cache.resident_bytes(fields)
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+        return "gpu"
+    return "ram" if size * processes <= free_memory() // 2 else None
+
+
 def choose_residency(
     asked: str, cache: Any, fields: Sequence[str], processes: int, device: torch.device, shuffle: str = "full"
 ) -> str:
@@ -93,10 +137,8 @@ def choose_residency(
         )
     if asked != "auto":
         return asked
-    if size <= free // 2:
-        return "gpu"
-    if size * processes <= free_memory() // 2:
-        return "ram"
+    if (whole := _whole(cache, fields, processes, device)) is not None:
+        return whole
     return "mmap" if isinstance(cache.path, Path) else _streamed(cache, shuffle)
 
 

@@ -37,7 +37,7 @@ _UNPACKERS = 2
 """Threads that verify what came and copy it into slots."""
 
 Wishes = tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]
-"""Samples (n,) of one window in the order of their use, each one's caption, and which go without what."""
+"""Samples (n,) of one window, or a part of it, in the order of their use, their captions, and which go without what."""
 
 
 class Arrival(NamedTuple):
@@ -54,7 +54,7 @@ class Arrival(NamedTuple):
 
 def make_stages(
     cache: Cache, fields: Sequence[str], shape: StreamShape, batch_size: int, world_size: int, asked: int | None
-) -> "Callable[[Iterator[Wishes]], Stage]":
+) -> "Callable[..., Stage]":
     """What makes a stage for a pass over wishes, in the memory that `ration` gives it; raises its ConfigError."""
     layout = Layout(cache, fields, shape)
     return partial(Stage, cache, layout, ration(layout, shape, len(cache), batch_size, world_size, asked), batch_size)
@@ -63,8 +63,19 @@ def make_stages(
 class Stage:
     """Rows on their way to batches; `take` gives them in the order of the wishes. For one pass over these."""
 
-    def __init__(self, cache: Cache, layout: Layout, given: Ration, batch_size: int, wishes: Iterator[Wishes]) -> None:
-        """`wishes` is asked by a thread of the stage; `batch_size` is the most samples that are taken at a time."""
+    def __init__(
+        self,
+        cache: Cache,
+        layout: Layout,
+        given: Ration,
+        batch_size: int,
+        wishes: Iterator[Wishes],
+        in_parts: int = 0,
+    ) -> None:
+        """`wishes` is asked by a thread of the stage; `batch_size` is the most samples that are taken at a time.
+
+        Of the first `in_parts` samples, wishes may be for parts of a window: how these lie says nothing of the cache.
+        """
         self._cache = cache
         self._layout = layout
         self._ration = given
@@ -82,6 +93,7 @@ class Stage:
         self._changed = threading.Condition()
         self._ranges = Ranges()
         self.tally = Tally()
+        self._in_parts = in_parts
         self._remarks = len(cache) * len(fields) >= ENOUGH_ROWS
         self.most_bytes = 0
         """The most memory that slots in use and ranges under way have taken."""
@@ -177,7 +189,8 @@ class Stage:
             run = Run(self._planned, [each[part] for each in units])
             mine = rows[:, part].reshape(-1).copy()
             mine["use"] -= part.start
-            fetches = plan_fetches(mine, self._ration.most_bytes, self.tally)
+            counted = self._planned >= self._in_parts
+            fetches = plan_fetches(mine, self._ration.most_bytes, self.tally if counted else Tally())
             if self._remarks and (remark := self.tally.remark()) is not None:
                 self._remarks = False
                 logger.warning("streaming: %s", remark)
@@ -295,7 +308,7 @@ class Stage:
                 continue
             arena, payloads = self._arenas[number], []
             for place, row in enumerate(rows):
-                payload = self._payload(found, fetch, row)
+                payload = self._layout.payload(found, fetch, row)
                 if (missing := int(row["length"]) - len(payload)) > 0:
                     return row, f"the file ends {missing} bytes before the row does"
                 if (checksum := crc32c(payload)) != row["crc32c"]:
@@ -307,20 +320,6 @@ class Stage:
             if payloads:
                 arena.bytes[into] = np.concatenate(payloads).reshape(len(into), -1)
         return None
-
-    def _payload(self, found: np.ndarray, fetch: Fetch, row: np.void) -> np.ndarray:
-        """The bytes of a row in what came of its range, gaps left out."""
-        offset, length = int(row["offset"]), int(row["length"])
-        start = offset - fetch.start
-        if row["extent"] == length:
-            return found[start : start + length]
-        piece, gap = self._layout.pieces[int(row["field"])][int(row["file"])]
-        runs = []
-        while length > 0:
-            run = min(length, piece - offset % (piece + gap))
-            runs.append(found[offset - fetch.start : offset - fetch.start + run])
-            offset, length = offset + run + gap, length - run
-        return np.concatenate(runs)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -1,13 +1,13 @@
 """Opening a finished cache and reading rows of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kcache.config.shapes import Shape, ShapeSet, resolutions_of
+from kcache.config.shapes import Shape, ShapeSet
 from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
@@ -15,9 +15,9 @@ from kcache.places.fetching import missing
 from kcache.store.index import bytes_of, open_index
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe
-from kcache.store.rows import Empty, FieldFiles, field_files, gather, token_numbers, unit_bytes
-from kcache.store.samples import read_samples
-from kcache.store.selection import Column, matching_samples
+from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
+from kcache.store.samples import read_columns, read_samples, read_some_samples
+from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
 from kcache.store.shaped.choice import Reads
 from kcache.store.shaped.held import Held
 from kcache.store.shards import OFFSETS
@@ -33,8 +33,12 @@ class Cache:
     it, or a selection of it, is there, nothing is removed from the cache's folder; building goes on beside it.
     """
 
-    def __init__(self, path: Place, manifest: Manifest, held: Held, reading: Reading | None = None) -> None:
+    def __init__(
+        self, path: Place, manifest: Manifest, held: Held, reading: Reading | None = None, copies: Place | None = None
+    ) -> None:
+        """`held` are its samples, all or some; shards are read in `copies`, where given."""
         self._reading = reading
+        self._copies = copies
         self.path = path
         self.manifest = manifest
         self.held = held
@@ -104,6 +108,16 @@ class Cache:
         table = read_samples(self.path, self.manifest)
         return table if self.held.selected is None else table.take(self.held.selected)
 
+    def told(self, sample: int, column: str) -> Any:
+        """What `samples` say in a column of one of them, without all of them in memory."""
+        number = sample if self.held.selected is None else int(self.held.selected[sample])
+        [found] = read_some_samples(self.path, self.manifest, np.array([number]), [column])
+        return found[column]
+
+    def parts(self, columns: Collection[str]) -> "Iterator[tuple[np.ndarray, pyarrow.Table]]":
+        """The samples in some `columns` at least, some ten thousand at a time, and their numbers (n,) int64."""
+        return numbered(read_columns(self.path, self.manifest, columns), self.held.selected)
+
     @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
@@ -121,21 +135,32 @@ class Cache:
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
 
         Columns are id, name, captions, width, height, n_captions (captions of the sample) and tokens (of its longest
-        caption). Nothing is written or copied but the index. Raises ConfigError for an expression that is not
+        caption). Nothing is written, nothing of the index copied. Raises ConfigError for an expression that is not
         understood, see `kcache.store.selection`, or holds for no sample.
         """
-        numbers = matching_samples(expression, self._columns())
-        if not len(numbers):
+        holds = np.zeros(len(self), np.bool_)
+        for numbers, part in self.parts(columns_named(expression)):
+            columns = columns_of(part)
+            if TEXT.name in self.recipes:
+                columns["tokens"] = partial(self._most_tokens, numbers)
+            holds[numbers[matching_samples(expression, columns)]] = True
+        if not holds.any():
             raise ConfigError(f"{expression!r} holds for none of the {len(self)} samples of {self.path}; loosen it")
-        return self.select(numbers)
+        return self.select(np.flatnonzero(holds))
 
     def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
         """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
         numbers = self.held.checked(samples)
-        return self if np.array_equal(numbers, np.arange(len(self))) else self._with(self.held.select(numbers))
+        if len(numbers) == len(self) and np.array_equal(numbers, np.arange(len(self))):
+            return self
+        return self._with(self.held.select(numbers))
 
     def _with(self, held: Held) -> "Cache":
-        return Cache(self.path, self.manifest, held, self._reading)
+        return Cache(self.path, self.manifest, held, self._reading, self._copies)
+
+    def with_rows_in(self, folder: Place) -> "Cache":
+        """The same samples, their rows read from copies of the shards in `folder`."""
+        return Cache(self.path, self.manifest, self.held, self._reading, folder)
 
     @property
     def shape_sets(self) -> tuple[ShapeSet, ...]:
@@ -145,8 +170,7 @@ class Cache:
     @property
     def resolution(self) -> int | None:
         """Pixels of the side of a square of the area of all latents; None where there are none, or several such."""
-        resolutions = resolutions_of(self.shape_sets)
-        return resolutions[0] if len(resolutions) == 1 else None
+        return self.held.reads.resolution
 
     @property
     def shape(self) -> Shape | None:
@@ -211,10 +235,9 @@ class Cache:
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
         condition left out, as classifier-free guidance needs it. Those in `mirrored` get the rows of the mirror image
-        of their picture. `empty` makes the arrays from shape and dtype. Every
-        row's checksum is verified: each time, or once by `make_resident`.
-        Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
-        that is not there.
+        of their picture. `empty` makes the arrays from shape and dtype. Every row's checksum is verified: each time, or
+        once by `make_resident`. Raises CacheCorruptError, CacheIncompleteError for a field that is not there, and
+        IndexError for a sample or caption that is not there.
         """
         rows: dict[str, np.ndarray] = {}
         positions = self.positions(
@@ -258,12 +281,22 @@ class Cache:
         """The files behind `name`, opened when first read."""
         if name not in self._files:
             shards = self.manifest.tables[self.table_of(name)].shards
-            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards)
+            self._files[name] = field_files(self.path, self.field(name), self.dtype(name), shards, self._copies)
         return self._files[name]
 
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
-        return sum(bytes_of(self.entries(name), name) for name in fields)
+        return sum(
+            bytes_of(self.entries(name), name)
+            if self.field(name).ragged
+            else self.table_length(name) * unit_bytes(self.field(name), self.dtype(name))
+            for name in fields
+        )
+
+    def unread_bytes(self, fields: Sequence[str]) -> int:
+        """Bytes of the index that the rows of `fields` are found by and that nobody has asked for yet."""
+        arrays = [self.caption_bounds, *map(self.held.entries, {*map(self.table_of, fields)})]
+        return sum(getattr(array, "unread", 0) for array in arrays)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
@@ -280,28 +313,14 @@ class Cache:
             self._stays[name] = stays
             self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
 
-    def _columns(self) -> dict[str, Callable[[], Column]]:
-        """What `where` may name."""
-        columns: dict[str, Callable[[], Column]] = {
-            name: lambda name=name: self.samples[name].to_pylist()  # type: ignore[misc]
-            for name in ("id", "name", "captions")
-        }
-        for name in ("width", "height"):
-            columns[name] = lambda name=name: self.samples[name].to_numpy()  # type: ignore[misc]
-        columns["n_captions"] = lambda: np.array([len(captions) for captions in self.samples["captions"].to_pylist()])
-        if TEXT.name in self.recipes:
-            columns["tokens"] = self._most_tokens
-        return columns
-
-    def _most_tokens(self) -> np.ndarray:
-        """Tokens of each sample's longest caption, (N,) int64."""
+    def _most_tokens(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of the longest caption of each of some samples, (n,) int64."""
         name = "text_encoder_hidden_states"
-        tokens = self.index[TEXT.name][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
-        return np.maximum.reduceat(tokens.astype(np.int64), self.caption_bounds[:-1])
+        return self.held.longest_texts(name, samples) // unit_bytes(self.field(name), self.dtype(name))
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
-            return _take(self._resident[name], positions, empty)
+            return take(self._resident[name], positions, empty)
         files, entries = self.field_files(name), self.entries(name)[positions]
         if name in self._asked:
             asked = self._asked[name]
@@ -309,13 +328,3 @@ class Cache:
                 files.will_need(entries[~asked[positions]])
                 asked[positions] = self._stays[name]
         return gather(files, entries, empty)
-
-
-def _take(
-    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
-    rows, bounds = resident
-    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
-    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
-    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets

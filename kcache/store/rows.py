@@ -28,7 +28,7 @@ _TOGETHER = 64
 _LONG_BYTES = 4 << 20
 """Longer than any row of a text: of a file in a bucket with such a row it is asked how long it is."""
 
-_DO = "`kcache cache-verify CACHE --source SOURCE --repair` encodes its rows again"
+_DO = "`kcache cache-verify CACHE --source SOURCE --repair` encodes such rows again"
 
 
 class FieldFile(NamedTuple):
@@ -45,8 +45,12 @@ class FieldFiles:
     Those of a bucket are `far`: they are never mapped, only what is wanted of them is fetched.
     """
 
-    def __init__(self, field: Field, dtype: np.dtype[np.generic], files: Sequence[FieldFile]) -> None:
+    def __init__(
+        self, field: Field, dtype: np.dtype[np.generic], files: Sequence[FieldFile], advice: str = _DO
+    ) -> None:
+        """`advice` says what to do about a row that is not what was committed."""
         self.field = field
+        self._advice = advice
         self.dtype = dtype
         self.files = files
         self.far = bool(files) and isinstance(files[0].path, BucketPath)
@@ -83,7 +87,7 @@ class FieldFiles:
             content = mapped(path)
             return content, np.frombuffer(content, np.uint8)
         except (OSError, ValueError) as error:
-            raise corrupt(error, path, _DO) from error
+            raise corrupt(error, path, self._advice) from error
 
     def will_need(self, entries: np.ndarray) -> None:
         """Have the rows that index entries point to read from the disk, all at once, without waiting for them.
@@ -128,18 +132,24 @@ class FieldFiles:
     def corrupt(self, shard: int, offset: int, detail: str) -> CacheCorruptError:
         """The error for a row that is not what was committed."""
         return CacheCorruptError(
-            f"{self.files[shard].path} is corrupt in the row at byte {offset}: {detail}; "
-            "`kcache cache-verify CACHE --source SOURCE --repair` encodes such rows again"
+            f"{self.files[shard].path} is corrupt in the row at byte {offset}: {detail}; {self._advice}"
         )
 
 
-def field_files(cache: Place, field: Field, dtype: np.dtype[np.generic], shards: Sequence[ShardEntry]) -> FieldFiles:
-    """The files that hold `field` in the shards of the cache at `cache`."""
-    files = []
+def field_files(
+    cache: Place,
+    field: Field,
+    dtype: np.dtype[np.generic],
+    shards: Sequence[ShardEntry],
+    copies: Place | None = None,
+) -> FieldFiles:
+    """The files that hold `field` in the shards of the cache at `cache`, or their copies in a folder."""
+    cache, files = copies or cache, []
     for shard in shards:
         form = format_of(shard.data)
         files.append(FieldFile(cache / form.field_file(shard.data, field), *form.pieces(unit_bytes(field, dtype))))
-    return FieldFiles(field, dtype, files)
+    advice = _DO if copies is None else "it is a copy: remove it, and start again, upon which it is copied anew"
+    return FieldFiles(field, dtype, files, advice)
 
 
 def unit_bytes(field: Field, dtype: np.dtype[np.generic]) -> int:
@@ -292,3 +302,13 @@ def token_numbers(bounds: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray
     offsets = np.zeros(len(positions) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return np.repeat(bounds[positions] - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
+def take(
+    resident: tuple[np.ndarray, np.ndarray | None], positions: np.ndarray, empty: Empty
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows out of memory, `positions` having been checked: `mode="clip"` then spares numpy a copy of its own."""
+    rows, bounds = resident
+    numbers, offsets = (positions, None) if bounds is None else token_numbers(bounds, positions)
+    out = empty((len(numbers), *rows.shape[1:]), rows.dtype)
+    return np.take(rows, numbers, axis=0, out=out, mode="clip"), offsets

@@ -7,7 +7,7 @@ the same image, so an id says which picture it is and stays when others come or 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -243,6 +243,15 @@ def read_some_samples(
         seen += len(part)
     _check_count(cache, manifest, seen)
     return rows
+
+
+def read_columns(cache: Place, manifest: Manifest, columns: Collection[str]) -> "Iterator[pyarrow.Table]":
+    """All samples in some `columns` at least, in order, some ten thousand at a time; raises CacheCorruptError."""
+    seen = 0
+    for part in _parts(cache, manifest, SAMPLES_PER_TABLE, sorted(columns) or ["width"]):
+        seen += len(part)
+        yield part
+    _check_count(cache, manifest, seen)
 
 
 def _parts(cache: Place, manifest: Manifest, rows: int, columns: list[str] | None = None) -> "Iterator[pyarrow.Table]":

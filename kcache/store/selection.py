@@ -7,24 +7,69 @@ contains that text. Python's parser reads the expression; nothing of it is ever 
 
 import ast
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from kcache.errors import ConfigError
 
-Column = Sequence[str] | Sequence[Sequence[str]] | np.ndarray
-"""One value per sample: strings, lists of strings, or numbers."""
+if TYPE_CHECKING:
+    import pyarrow
 
-_COMPARISONS: Mapping[type[ast.cmpop], Any] = {
-    ast.Eq: np.equal,
-    ast.NotEq: np.not_equal,
-    ast.Lt: np.less,
-    ast.LtE: np.less_equal,
-    ast.Gt: np.greater,
-    ast.GtE: np.greater_equal,
+Column: TypeAlias = "np.ndarray | pyarrow.Array"
+"""One value per sample: numbers, or as Arrow has them strings or lists of strings."""
+
+_COMPARISONS: Mapping[type[ast.cmpop], str] = {
+    ast.Eq: "equal",
+    ast.NotEq: "not_equal",
+    ast.Lt: "less",
+    ast.LtE: "less_equal",
+    ast.Gt: "greater",
+    ast.GtE: "greater_equal",
 }
+"""Their names in numpy and in Arrow, which orders strings as Python does: bytes of UTF-8 sort as code points do."""
+_TEXTS, _NUMBERS = ("id", "name", "captions"), ("width", "height")
+
+
+def columns_named(expression: str) -> set[str]:
+    """The columns of the samples' list that `expression` speaks of; raises ConfigError for what is no expression."""
+    names = {node.id for node in ast.walk(_parsed(_line(expression))) if isinstance(node, ast.Name)}
+    return names & {*_TEXTS, *_NUMBERS} | {"captions" for name in names & {"n_captions"}}
+
+
+def columns_of(part: "pyarrow.Table") -> dict[str, Callable[[], Column]]:
+    """What an expression may name of some samples, in one piece."""
+    columns: dict[str, Callable[[], Column]] = {name: partial(_whole, part, name) for name in _TEXTS}
+    columns |= {name: lambda name=name: _whole(part, name).to_numpy() for name in _NUMBERS}  # type: ignore[misc]
+    return columns | {"n_captions": lambda: np.diff(_bounds(_whole(part, "captions")))}
+
+
+def numbered(
+    parts: "Iterable[pyarrow.Table]", selected: np.ndarray | None
+) -> "Iterator[tuple[np.ndarray, pyarrow.Table]]":
+    """Those samples of all, which come in `parts`, that are `selected` (n,), and their places in that, (k,) int64."""
+    end, order = 0, None if selected is None else np.argsort(selected, kind="stable")
+    for part in parts:
+        start, end = end, end + len(part)
+        if selected is None or order is None:
+            yield np.arange(start, end), part
+        else:
+            first, last = np.searchsorted(selected, (start, end), sorter=order)
+            places = order[first:last]
+            yield places, part.take(selected[places] - start)
+
+
+def _whole(part: "pyarrow.Table", name: str) -> Any:
+    import pyarrow as pa
+
+    return pa.concat_arrays(part[name].chunks) if part[name].num_chunks else pa.array([], part[name].type)
+
+
+def _bounds(lists: Any) -> np.ndarray:
+    """Where each list begins among the values of all, and the last ends: (n + 1,) int64."""
+    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64)
 
 
 def matching_samples(expression: str, columns: Mapping[str, Callable[[], Column]]) -> np.ndarray:
@@ -34,19 +79,27 @@ def matching_samples(expression: str, columns: Mapping[str, Callable[[], Column]
     ConfigError, with the position, for what is not understood, for an unknown column and for values that do not fit
     the column.
     """
-    line = expression.replace("\n", " ").strip()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(line, mode="eval")
-    except SyntaxError as error:
-        raise _unreadable(line, f"{error.msg} at position {error.offset or 0}") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise _unreadable(line, str(error) or "it is nested too deeply") from error
+    line = _line(expression)
+    tree = _parsed(line)
     try:
         return np.flatnonzero(_Reading(line, columns).truth(tree.body))
     except RecursionError as error:
         raise _unreadable(line, "it is nested too deeply") from error
+
+
+def _line(expression: str) -> str:
+    return expression.replace("\n", " ").strip()
+
+
+def _parsed(line: str) -> ast.Expression:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return ast.parse(line, mode="eval")
+    except SyntaxError as error:
+        raise _unreadable(line, f"{error.msg} at position {error.offset or 0}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _unreadable(line, str(error) or "it is nested too deeply") from error
 
 
 def _unreadable(line: str, reason: str) -> ConfigError:
@@ -82,14 +135,14 @@ class _Reading:
             raise self._error(left, "==, !=, <, <=, >, >=, in or not in")
         if isinstance(left, ast.Name) and isinstance(right, ast.Name):
             column, other = self._plain_column(left), self._plain_column(right)
-            if column.dtype.kind != other.dtype.kind:
+            if isinstance(column, np.ndarray) != isinstance(other, np.ndarray):
                 raise self._error(right, f"a column of the same kind as {left.id}")
-            return compare(column, other)
+            return _compared(compare, column, other)
         if isinstance(right, ast.Name):
             column = self._plain_column(right)
-            return compare(self._value(left, column), column)
+            return _compared(compare, self._value(left, column), column)
         column = self._plain_column(left)
-        return compare(column, self._value(right, column))
+        return _compared(compare, column, self._value(right, column))
 
     def _contains(self, left: ast.expr, right: ast.Name) -> np.ndarray:
         column = self._column(right)
@@ -97,25 +150,28 @@ class _Reading:
             raise self._error(right, "a column of text")
         if not (isinstance(left, ast.Constant) and isinstance(left.value, str)):
             raise self._error(left, "a string")
+        text = self._encodable(left, left.value)
+        if not _is_list(column):
+            return _contain(column, text)
         # A list of captions contains a text where any of them does.
-        texts = ((value,) if isinstance(value, str) else value for value in column)
-        return np.array([any(left.value in text for text in each) for each in texts], np.bool_)
+        found = np.concatenate([[0], np.cumsum(_contain(column.flatten(), text))])
+        return np.diff(found[_bounds(column)]) > 0
 
     def _among(self, left: ast.expr, right: ast.expr) -> np.ndarray:
         if not isinstance(right, ast.List | ast.Tuple | ast.Set):
             raise self._error(right, "a column of text, or a list of values")
         column = self._plain_column(left)
         values = [self._value(each, column) for each in right.elts]
-        return np.isin(column, values) if values else np.zeros(len(column), np.bool_)
-
-    def _plain_column(self, node: ast.expr) -> np.ndarray:
-        """A column of strings or numbers as an array (N,)."""
-        column = self._column(node)
         if isinstance(column, np.ndarray):
-            return column
-        if not all(isinstance(value, str) for value in column):
+            return np.isin(column, values) if values else np.zeros(len(column), np.bool_)
+        return _among_texts(column, values)
+
+    def _plain_column(self, node: ast.expr) -> Column:
+        """A column of strings or numbers."""
+        column = self._column(node)
+        if _is_list(column):
             raise self._error(node, "a column of single values; of lists ask whether one has a text: 'cat' in captions")
-        return np.array(column, np.object_)
+        return column
 
     def _column(self, node: ast.expr) -> Column:
         if not isinstance(node, ast.Name):
@@ -124,18 +180,25 @@ class _Reading:
             raise self._error(node, f"one of the columns {', '.join(self._columns)}")
         return self._columns[node.id]()
 
-    def _value(self, node: ast.expr, column: np.ndarray) -> str | int | float:
+    def _value(self, node: ast.expr, column: Column) -> str | int | float:
         """A constant that can be compared with the values of `column`."""
         inner = node.operand if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else node
         value = inner.value if isinstance(inner, ast.Constant) else None
-        numeric = column.dtype.kind in "iuf"
+        numeric = isinstance(column, np.ndarray)
         if isinstance(value, bool) or not isinstance(value, (int, float) if numeric else str):
             raise self._error(node, "a number" if numeric else "a string in quotes")
         if isinstance(value, str):
-            return value
+            return self._encodable(inner, value)
         # Beyond 64 bits only the order counts, and infinity has it.
         number = float("inf") if isinstance(value, int) and value >= 1 << 63 else value
         return number if inner is node else -number
+
+    def _encodable(self, node: ast.expr, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self._error(node, "a string that can be written in UTF-8") from error
+        return text
 
     def _error(self, node: ast.expr, expected: str) -> ConfigError:
         position = len(self._expression.encode()[: node.col_offset].decode()) + 1
@@ -143,3 +206,29 @@ class _Reading:
         return ConfigError(
             f"{self._expression[:200]!a} cannot be read: {found[:60]!a} at position {position}; expected {expected}"
         )
+
+
+def _compared(name: str, left: Any, right: Any) -> np.ndarray:
+    """What the comparison of that name says of numbers, or of texts in Arrow's columns, (N,) bool."""
+    if any(isinstance(side, np.ndarray) for side in (left, right)):
+        return getattr(np, name)(left, right)
+    import pyarrow.compute as pc
+
+    return getattr(pc, name)(left, right).to_numpy(zero_copy_only=False)
+
+
+def _contain(texts: Any, text: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.match_substring(texts, text).to_numpy(zero_copy_only=False)
+
+
+def _among_texts(column: Any, texts: list[Any]) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.is_in(column, pa.array(texts, pa.string())).to_numpy(zero_copy_only=False)
+
+
+def _is_list(column: Any) -> bool:
+    return not isinstance(column, np.ndarray) and column.type.num_fields > 0

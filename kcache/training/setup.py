@@ -75,6 +75,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     wait_for_all()  # one may have fetched, read and digested longer than another waits in what follows
     prepared, optimizer = accelerator.prepare(objective.train(), made)
     loader = _make_loader(cache, objective, config, accelerator)
+    wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
     max_steps = last_step(loader, config, global_batch, checkpoint)
@@ -224,6 +225,7 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         device=accelerator.device,
         residency=config.residency,
         stage_bytes=config.stage_bytes,
+        stage_dir=config.stage_dir,
         caption_dropout=config.caption_dropout if objective.dropped == "caption" else 0.0,
         image_dropout=config.image_dropout if objective.dropped == "image" else 0.0,
         draws=draws,

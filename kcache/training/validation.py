@@ -8,6 +8,7 @@ Which images those are is decided by each image's key alone, so that every run h
 import hashlib
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ from kcache.objectives.losses import Batch, Objective
 from kcache.report.figures import plot_run
 from kcache.stopping import signal_asked
 from kcache.store.cache import Cache
+from kcache.store.digests import KEY_BYTES
+from kcache.store.formats.columns import packed
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.log import RunLog
 from kcache.training.optimizer import averaged
@@ -44,10 +47,9 @@ def split_by_key(cache: Cache, fraction: float) -> tuple[Cache, Cache]:
     joins the cache or leaves it, and what a smaller fraction holds out a larger one does too. Raises ConfigError when
     either side is empty.
     """
-    limit = int(fraction * 2**64)
-    held_out = np.array([number < limit for number in key_numbers(cache)], np.bool_)
+    held_out = key_numbers(cache) < int(fraction * 2**64)
     if held_out.all() or not held_out.any():
-        images = len(set(cache.samples["image_key"].to_pylist()))
+        images = len({*chain.from_iterable(part["image_key"].to_pylist() for _, part in cache.parts(["image_key"]))})
         raise ConfigError(
             f"--val-fraction {fraction} holds out {'all' if held_out.any() else 'none'} of the {images:,} images of "
             f"{cache.path}; expected some to train on and some to validate with; give another fraction or more images"
@@ -55,10 +57,15 @@ def split_by_key(cache: Cache, fraction: float) -> tuple[Cache, Cache]:
     return cache.select(np.flatnonzero(~held_out)), cache.select(np.flatnonzero(held_out))
 
 
-def key_numbers(cache: Cache) -> list[int]:
-    """A number below 2⁶⁴ for each sample: the first eight bytes, big-endian, of the sha256 of its image's key."""
-    keys = cache.samples["image_key"].to_pylist()
-    return [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys]
+def key_numbers(cache: Cache) -> np.ndarray:
+    """A number for each sample, (N,) uint64: the first eight bytes, big-endian, of the sha256 of its image's key."""
+    numbers = np.empty(len(cache), np.uint64)
+    for samples, part in cache.parts(["image_key"]):
+        keys = packed(part["image_key"]).tobytes()
+        starts = range(0, len(keys), KEY_BYTES)
+        digests = b"".join([hashlib.sha256(keys[start : start + KEY_BYTES]).digest() for start in starts])
+        numbers[samples] = np.frombuffer(digests, ">u8")[::4]
+    return numbers
 
 
 class Validation:
@@ -81,7 +88,7 @@ class Validation:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        numbers = np.array(key_numbers(cache), np.uint64)
+        numbers = key_numbers(cache)
         self._cache = cache
         self._objective = objective
         self._samples = np.argsort(numbers, kind="stable")[:MAX_SAMPLES][rank::world_size]

@@ -1,6 +1,7 @@
 """The trainers' flags: those of diffusers' scripts mean what they meant, files of flags, sweeps."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,27 @@ def test_a_cache_that_is_not_there_is_said_before_torch_is_loaded(
     monkeypatch.setitem(sys.modules, "kcache.training.trainer", None)
     status, _, err = run("train-prior", cache, "--output-dir=r")
     assert (status, "is not a finished cache" in err) == (1, True), err
+
+
+STREAM = ["--output-dir=r", "--shuffle=stream", "--residency=stream"]
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_too_small_a_stage_is_said_before_torch_is_loaded(cache: str, stage: str) -> None:
+    said = "import sys\nfrom kcache_cli import app\nsys.argv[0] = 'kcache'\ntry:\n    app.main()\nfinally:\n"
+    said += "    print('torch' in sys.modules)"
+    command = [sys.executable, "-c", said, f"train-{stage}", cache, *STREAM, "--stage-bytes=1000"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "False\n"), ran.stderr
+    assert "--stage-bytes is 1,000 bytes; expected at least" in ran.stderr
+
+
+def test_only_what_is_sure_is_said_of_a_stage(run: Run, calls: list[Any], cache: str, monkeypatch: Any) -> None:
+    [status, _, err] = run("train-prior", cache, *STREAM, "--stage-bytes=100000000")
+    assert status == 0, err
+    for more in (["--where=width > 1"], ["--val-fraction=0.5"]):
+        assert run("train-prior", cache, *STREAM, "--stage-bytes=1000", *more)[0] == 0
+    assert len(calls) == 3
 
 
 def test_the_scripts_have_47_flags() -> None:

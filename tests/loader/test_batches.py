@@ -236,7 +236,7 @@ def test_a_corrupt_row_stops_the_loop_with_its_name(tmp_path: Path, residency: s
 @pytest.mark.parametrize("free", [10**12, 0])
 def test_mapped_rows_are_verified_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """Whether the tables fit into memory or not."""
-    monkeypatch.setattr("kcache.loader.batches.free_memory", lambda: free)
+    monkeypatch.setattr("kcache.loader.residency.free_memory", lambda: free)
     write_synthetic_cache(tmp_path / "c", 9, dim=4, latent_side=2)
     opened = Cache.open(tmp_path / "c")
     loader = CacheLoader(opened, ["latents"], 2, residency="mmap")

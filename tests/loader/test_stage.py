@@ -128,6 +128,24 @@ def test_any_processes_go_on_with_the_same_samples(path: Path, taken: int) -> No
             assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in expected["latents"].numpy())
 
 
+def test_the_first_batch_asks_for_its_own_part_of_a_large_index(
+    path: Path, stages: list[Stage], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which grows, so that the samples of the first window come in several runs; and each comes once, all the same."""
+    monkeypatch.setattr("kcache.store.formats.index_files._SOON", 0)
+    monkeypatch.setattr("kcache.loader.batches._MUCH", 0)
+    runs: list[int] = []
+    plan = Stage._fetches
+    monkeypatch.setattr(Stage, "_fetches", lambda *given: runs.append(len(given[1])) or plan(*given))
+    shape = StreamShape(block_rows=4, lanes=4, window_blocks=8)
+    batches = loader(path, shape=shape).forever()
+    found = list(islice(batches, 60))
+    assert runs[:4] == [8, 32, 88, 128]
+    batches.close()
+    assert_equal(found, list(islice(loader(path, residency="ram", shape=shape).forever(), 60)))
+    assert "streaming" not in caplog.text
+
+
 def test_another_shape_is_another_order(path: Path) -> None:
     state = loader(path).state_dict()
     assert state["stream"] == {"block_rows": 4, "lanes": 4, "window_blocks": 3}

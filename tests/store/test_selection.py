@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def columns() -> dict[str, Any]:
-    text = {name: lambda name=name: [row[name] for row in ROWS] for name in ("name", "captions")}
+    text = {name: lambda name=name: pa.array([row[name] for row in ROWS]) for name in ("name", "captions")}
     return text | {name: lambda name=name: np.array([row[name] for row in ROWS]) for name in ("width", "height")}
 
 
@@ -87,6 +88,8 @@ def test_numbers_are_compared_as_python_compares_them(low: int, high: int, flip:
         ("width + 1 > 5", "'width \\+ 1' at position 1; expected the name of a column"),
         ("é > 1", "at position 1"),
         ("name == 'é' and x > 1", "'x' at position 17"),
+        ("name == '\\ud800'", "expected a string that can be written in UTF-8"),
+        ("'\\ud800' in captions", "expected a string that can be written in UTF-8"),
     ],
 )
 def test_what_is_not_understood_is_said_with_its_place(expression: str, message: str) -> None:
@@ -147,6 +150,34 @@ def test_a_selection_reads_as_its_samples_do(cache: Cache) -> None:
     few.make_resident(FIELDS)
     assert (few.read([0, 3], ["latents"])["latents"] == cache.read([1, 12], ["latents"])["latents"]).all()
     assert few.resident_bytes(FIELDS) < cache.resident_bytes(FIELDS)
+
+
+def test_a_selection_reads_only_what_is_asked_of_a_large_index(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.store.formats.index_files._SOON", 0)
+    few = Cache.open(cache.path).select([30, 4, 5]).select([2, 0])
+    assert few.unread_bytes(["latents"]) > 0
+    assert (few.read([1], ["latents"])["latents"] == cache.read([30], ["latents"])["latents"]).all()
+    assert few.unread_bytes(["latents"]) == 0
+    assert few.unread_bytes(["image_embeds"]) > 0
+    for name, table in (("text_embeds", "text"), ("latents", "latents-16")):
+        whole = np.concatenate([few.index[table][[at]] for at in range(few.table_length(name))])
+        assert (few.index[table][:] == whole).all()
+        assert (few.index[table]["shard"] == whole["shard"]).all()
+    assert few.told(0, "name") == "sample 5"
+
+
+def test_samples_come_in_parts_with_their_numbers(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kcache.store.samples.SAMPLES_PER_TABLE", 7)
+    few = cache.select([39, 8, 3, 20, 7])
+    for some in (cache, few):
+        numbers, names = zip(*((at, part["name"].to_pylist()) for at, part in some.parts(["name"])), strict=True)
+        parts = dict(zip(np.concatenate(numbers).tolist(), sum(names, []), strict=True))
+        assert [parts[number] for number in range(len(some))] == some.samples["name"].to_pylist()
+    assert few.where("'sample 7' == name or name == 'sample 20'").samples["name"].to_pylist() == [
+        "sample 20",
+        "sample 7",
+    ]
+    assert few.where("tokens > 0 and n_captions == 3") is few
 
 
 def test_the_reserved_rows_stay(cache: Cache) -> None:

@@ -32,6 +32,8 @@ AS_ONE = [
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip
+BEGUN: dict[str, dict[str, Any]] = {"begun": {}, "streamed": {"shuffle": "stream", "residency": "stream"}}
+"""Runs of two steps, and the order of their samples."""
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 SCRIPT = """
@@ -130,7 +132,8 @@ def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     runs = [settings(folder / f"as-one-{n}", stage, **WATCHED, **fast) for n, (stage, fast) in enumerate(AS_ONE)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
-    runs.append(settings(folder / "begun", "prior", max_train_steps=2, checkpointing_steps=2))
+    for name, order in BEGUN.items():
+        runs.append(settings(folder / name, "prior", max_train_steps=2, checkpointing_steps=2, **order))
     (folder / "script.py").write_text(SCRIPT)
     subprocess.run(
         [*LAUNCHER, str(folder / "script.py"), cache, *map(json.dumps, runs)],
@@ -190,10 +193,17 @@ def test_a_signal_to_one_process_ends_all_and_saving_takes_what_time_it_takes(ca
         assert checkpoint.step == len(course(tmp_path / f"stopped-{rank}")) == 20
 
 
+@pytest.mark.parametrize(("name", "batch_size"), [("begun", 2), ("streamed", 1)])
 def test_one_process_goes_on_where_two_were_and_misses_no_sample(
-    cache: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    batch_size: int,
 ) -> None:
-    seen = [image for path in trained.glob("begun/seen-*.json") for image in json.loads(path.read_text())]
+    seen = [image for path in trained.glob(f"{name}/seen-*.json") for image in json.loads(path.read_text())]
     samples, predict = len(Cache.open(cache)), PriorObjective.predict
     assert len(seen) == 2 * 4
 
@@ -204,10 +214,11 @@ def test_one_process_goes_on_where_two_were_and_misses_no_sample(
     monkeypatch.setattr(PriorObjective, "predict", watched)
     left = samples * 2 - 2 * 4
     assert left % 2 == 0
-    steps = {"max_train_steps": 2 + left // 2, "resume_from_checkpoint": str(trained / "begun" / "checkpoint-2")}
+    wishes = {"max_train_steps": 2 + left // batch_size, "train_batch_size": batch_size, **BEGUN[name]}
+    wishes["resume_from_checkpoint"] = str(trained / name / "checkpoint-2")
     with caplog.at_level("WARNING"):
-        train(cache, config(tmp_path, gradient_accumulation_steps=1, **steps))
-    assert "4 samples per step, this run takes 2" in caplog.text
+        train(cache, config(tmp_path, gradient_accumulation_steps=1, **wishes))
+    assert f"4 samples per step, this run takes {batch_size}" in caplog.text
     times = Counter(seen)
     assert len(times) == samples
     assert set(times.values()) == {2}

@@ -20,7 +20,9 @@ from kcache.training.trainer import train
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_bucket_and_memory_give_the_same_losses(stage: str, cache: str, bucket: str, tmp_path: Path) -> None:
+def test_a_bucket_its_copies_and_memory_give_the_same_losses(
+    stage: str, cache: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(Path(cache), bucket)
     dropout = {"caption_dropout": 0.3} if stage == "prior" else {"image_dropout": 0.3}
     expected, streamed = tmp_path / "memory", tmp_path / "bucket"
@@ -28,6 +30,11 @@ def test_a_bucket_and_memory_give_the_same_losses(stage: str, cache: str, bucket
     for run_dir, path, residency in ((expected, cache, "ram"), (streamed, bucket, "stream")):
         settings = {"shuffle": "stream", "residency": residency, "max_train_steps": 2, **dropout}
         train(path, config(run_dir, stage, **settings), report=lambda progress: told.append(progress.waits))
+    monkeypatch.setattr("kcache.loader.residency.free_memory", lambda: 0)
+    settings = {"shuffle": "stream", "stage_dir": str(tmp_path / "copies"), "max_train_steps": 2, **dropout}
+    train(bucket, config(tmp_path / "copied", stage, **settings))
+    assert course(tmp_path / "copied") == course(expected)
+    assert len(list((tmp_path / "copies").glob("*/*"))) == 2  # shards
     assert course(streamed) == course(expected)
     assert_equal_weights(streamed, expected, stage)
     assert told[0] == {}
@@ -56,11 +63,25 @@ def test_a_run_goes_on_as_if_it_had_not_ended(cache: str, tmp_path: Path) -> Non
         run("half", shuffle="full", residency="auto", max_train_steps=4, resume_from_checkpoint="latest")
 
 
+def test_a_new_order_of_other_samples_is_streamed_as_it_is_read_from_memory(cache: str, tmp_path: Path) -> None:
+    for residency in ("ram", "stream"):
+        wishes = {"output_dir": tmp_path / residency, "shuffle": "stream", "residency": residency}
+        train(cache, config(**wishes, where="tokens <= 10", max_train_steps=2))
+        again = {"resume_from_checkpoint": "latest", "new_order": True, "max_train_steps": 6}
+        train(cache, config(**wishes, **again, where="tokens > 7"))
+    assert course(tmp_path / "stream") == course(tmp_path / "ram")
+    assert_equal_weights(tmp_path / "stream", tmp_path / "ram", "prior")
+
+
 def test_what_streaming_needs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--residency stream with --shuffle full.*give --shuffle stream"):
         config(tmp_path, residency="stream")
-    with pytest.raises(ConfigError, match="--stage-bytes changes nothing without --shuffle"):
+    with pytest.raises(ConfigError, match="--stage-bytes changes nothing without --shuffle or --stage-dir"):
         config(tmp_path, stage_bytes=10**9)
+    with pytest.raises(ConfigError, match=r"--stage-dir /fast with --residency ram: it is where"):
+        config(tmp_path, stage_dir="/fast", residency="ram")
+    with pytest.raises(ConfigError, match=r"--stage-dir /fast with --online: it is where"):
+        config(tmp_path, stage_dir="/fast", online="photos")
 
 
 @pytest.mark.timeout(60)

@@ -7,6 +7,7 @@
 - `columns`: samples, many of them without a Python object each
 - `parts`: the arrays of an index, each part verified when it is first touched
 - `index_files`: those arrays, written, opened and checked
+- `chosen`: what of them some samples use
 """
 
 from typing import Protocol

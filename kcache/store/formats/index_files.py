@@ -22,6 +22,8 @@ from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, read_all, remove, temporary_folder
 from kcache.store.formats.checksums import crc32c
+from kcache.store.formats.chosen import CAPTION_BOUNDS as CAPTION_BOUNDS
+from kcache.store.formats.chosen import Chosen
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
 from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, TableEntry
@@ -30,7 +32,6 @@ from kcache.store.shaped.joined import Joined
 from kcache.store.shaped.standing import Standing, check_order, order_dtypes
 from kcache.store.shaped.wants import MIRRORED
 
-CAPTION_BOUNDS = "captions"
 _SOON = 64 << 20
 """Bytes of index arrays up to which all parts are checked when a cache is opened: it takes less than a tenth second."""
 
@@ -97,6 +98,8 @@ def bytes_of(entries: np.ndarray, field: str) -> int:
         return sum(bytes_of(part, field) for part in entries.parts)
     if isinstance(entries, Parts):
         return entries.parted.lengths[field]
+    if isinstance(entries, Chosen):
+        return entries.lengths(field)
     return int(entries[field]["length"].sum(dtype=np.int64))
 
 

@@ -6,6 +6,7 @@ many a part has, and the crc32c of each part, that of the first with the bytes b
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -137,7 +138,8 @@ class Parts:
             _make_room(kept, size)
         elif (found := kept.stat().st_size) != size:
             raise ValueError(f"{path.name} has {found} bytes instead of {size}")
-        self._content = np.frombuffer(mapped(kept), np.uint8)
+        self._map = mapped(kept)
+        self._content = np.frombuffer(self._map, np.uint8)
         self._array = np.frombuffer(self._content, dtype, parted.rows, parted.begins)
         self._sound = np.zeros(len(parted.crc32c), np.bool_)
         self._whole = False
@@ -152,6 +154,11 @@ class Parts:
     @property
     def nbytes(self) -> int:
         return self._array.nbytes
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the parts that nobody has asked for yet."""
+        return int((~self._sound).sum()) * self.dtype.itemsize << self._shift
 
     def __getitem__(self, rows: Any) -> Any:
         if not self._whole:
@@ -181,6 +188,7 @@ class Parts:
             self._verify(np.unique(missing))
 
     def _verify(self, parts: np.ndarray) -> None:
+        self._will_need(parts)
         wrong = [part for part in parts.tolist() if not self._is_sound(part, self._content[self._span(part)])]
         if wrong and self.path == self._kept:
             raise self._corrupt(wrong[0], "its bytes are not those that were written")
@@ -193,6 +201,14 @@ class Parts:
                 raise self._corrupt(part, str(error)) from error
         self._sound[parts] = True
         self._whole = bool(self._sound.all())
+
+    def _will_need(self, parts: np.ndarray) -> None:
+        """Have the disk read all of them at once: else each page that is not in memory is waited for alone."""
+        if len(parts) > 1 and hasattr(mmap, "MADV_WILLNEED"):
+            for part in parts.tolist():
+                span = self._span(part)
+                start = span.start // mmap.PAGESIZE * mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, span.stop - start)
 
     def _span(self, part: int) -> slice:
         """The bytes of a part."""

@@ -66,6 +66,12 @@ class Reads:
         return {name: array for name, array in self.arrays.items() if name in names}
 
     @property
+    def resolution(self) -> int | None:
+        """The one resolution of all latents; None where there are none, or several."""
+        resolutions = resolutions_of(self.sets)
+        return resolutions[0] if len(resolutions) == 1 else None
+
+    @property
     def shape(self) -> Shape | None:
         """The one shape of all latents; None where there are none, or several."""
         shapes = {shape for each in self.sets for shape in each.shapes}

@@ -8,11 +8,14 @@ from typing import cast
 import numpy as np
 
 from kcache.errors import ConfigError
-from kcache.store.formats.chosen import CAPTION_BOUNDS, chosen_index
-from kcache.store.recipe import LATENTS, kind_of, shape_of
+from kcache.store.formats.chosen import CAPTION_BOUNDS, Chosen, chosen_bounds, chosen_index
+from kcache.store.recipe import LATENTS, TEXT, kind_of, shape_of
 from kcache.store.shaped.choice import Reads
 from kcache.store.shaped.joined import Joined
 from kcache.store.shaped.wants import MIRRORED
+
+_TOGETHER = 1 << 20
+"""Numbers of samples that are digested together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +45,14 @@ class Held:
         """sha256 (hex) of these samples and their order, `digest` being that of all samples."""
         if self.selected is None:
             return digest
-        return hashlib.sha256(digest.encode() + self.selected.astype("<i8").tobytes()).hexdigest()
+        found = hashlib.sha256(digest.encode())
+        for first in range(0, len(self), _TOGETHER):
+            found.update(self.selected[first : first + _TOGETHER].astype("<i8").tobytes())
+        return found.hexdigest()
 
     def select(self, numbers: np.ndarray) -> "Held":
         """Those with these `numbers` (n,), in that order."""
+        numbers = numbers.astype(np.int32 if len(self) < 1 << 31 else np.int64)  # of very many samples half the memory
         selected = numbers if self.selected is None else self.selected[numbers]
         return Held(self.reads, chosen_index(self.index, numbers), selected)
 
@@ -77,9 +84,12 @@ class Held:
         else:
             numbers = np.flatnonzero(standing.numbers(shapes)[self.selected] == reads.number)
             selected = self.selected[numbers]
-        index, places = chosen_index(self.index, numbers), standing.places(table, selected)
+        index, holders = chosen_index(self.index, numbers), standing.holders(table)
         for name in (table, table + MIRRORED) if reads.flip else (table,):
-            index[name] = reads.arrays[name][places]
+            entries = index[name] = reads.arrays[name]
+            if self.selected is not None or holders is None or len(holders) != len(numbers):
+                places = standing.places(table, selected)
+                index[name] = cast("np.ndarray", Chosen(entries, len(entries), places))
         return Held(reads, index, selected)
 
     def entries(self, table: str) -> np.ndarray:
@@ -110,6 +120,13 @@ class Held:
                 positions = np.where(mask, reserved, positions)
             found.append(positions)
         return found
+
+    def longest_texts(self, field: str, samples: np.ndarray) -> np.ndarray:
+        """Bytes of the longest row of `field` among the captions of each of some samples, (n,) int64."""
+        starts, bounds = self.caption_bounds[samples], chosen_bounds(self.caption_bounds, samples)
+        captions = np.repeat(starts - bounds[:-1], np.diff(bounds)) + np.arange(bounds[-1])
+        lengths = self.index[TEXT.name][captions][field]["length"].astype(np.int64)
+        return np.maximum.reduceat(lengths, bounds[:-1]) if len(samples) else lengths
 
     def checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
         """The numbers of samples, (B,) int64; raises IndexError for one that is not there."""

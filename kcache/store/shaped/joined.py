@@ -22,6 +22,11 @@ class Joined:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self._parts[0].dtype)
 
+    @property
+    def unread(self) -> int:
+        """Bytes of both that nobody has asked for yet."""
+        return sum(getattr(part, "unread", 0) for part in self._parts)
+
     def __len__(self) -> int:
         return self._border + len(self._parts[1])
 
