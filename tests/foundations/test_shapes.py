@@ -84,6 +84,7 @@ def test_choice_is_exact_for_any_size_and_list(
     elif found != expected:  # two shares that are one as floating-point numbers
         shares = [float(kept(width, height, shape)) for shape in some.shapes]
         assert shares[found] == shares[expected]
+        assert kept(width, height, some.shapes[found]) != kept(width, height, some.shapes[expected])
 
 
 @given(width=SIDES, height=SIDES, shape=st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
@@ -102,6 +103,11 @@ def test_the_box_of_a_square_is_that_of_the_diffusers_scripts(width: int, height
     short = min(width, height)
     exact = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
     assert crop_box(width, height, (side, side)) == tuple(map(round, exact))
+
+
+def test_of_equals_the_first_has_the_picture() -> None:
+    some = ShapeSet(8, ((4, 16), (8, 8), (16, 16), (16, 4)), None)
+    assert some.choose(np.array([30, 20, 10]), np.array([30, 10, 20])).tolist() == [1, 0, 1]
 
 
 def test_a_bound_is_reached_but_not_passed() -> None:
