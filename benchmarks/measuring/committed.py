@@ -21,8 +21,8 @@ from kcache.build.plan import freeze_plan
 from kcache.build.survey import Survey, missing_rows
 from kcache.config import BuildConfig
 from kcache.sources import Source
-from kcache.store.checksums import crc32c
 from kcache.store.digests import Keys, Positions, pack_keys
+from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.columns import SAMPLES_PER_TABLE, Samples, sample_schema
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.index import open_index, tally_of

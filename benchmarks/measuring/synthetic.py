@@ -7,11 +7,13 @@ import numpy as np
 
 from kcache.build.finish import finish_cache
 from kcache.build.plan import plan_table
+from kcache.config.shapes import ShapeSet, square_set
 from kcache.store.digests import caption_key, content_key, pack_keys
 from kcache.store.index import table_state
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, TEXT, Field, Recipe, kind_of
+from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, TEXT, Field, Recipe, kind_of, shape_of
 from kcache.store.samples import Refusal, Sample, with_ids
+from kcache.store.shaped.wants import Wants, in_order, tables_of
 from kcache.store.shards import RowBlock, commit_shard
 
 
@@ -35,10 +37,18 @@ def write_synthetic_cache(
     captions: int = 1,
     seed: int = 0,
     refused: Sequence[Refusal] = (),
+    sets: Sequence[ShapeSet] | None = None,
+    sizes: Sequence[tuple[int, int]] = ((1, 1),),
+    flip: bool = False,
 ) -> Manifest:
-    """Write `samples` samples of random normal rows; captions have 4 to 30 tokens. Returns the manifest."""
+    """Write `samples` samples of random normal rows; captions have 4 to 30 tokens. Returns the manifest.
+
+    Latents are of `sets`, None being the square of `latent_side`, an eighth as high and wide as the pictures. `sizes`,
+    widths and heights, are those of the samples' pictures, over and over; `flip` makes rows of their mirror images.
+    """
     folder.mkdir(parents=True)
-    rows = with_ids([_sample(i, captions) for i in range(samples)])
+    rows = with_ids([_sample(i, captions, *sizes[i % len(sizes)]) for i in range(samples)])
+    wants = Wants(in_order([square_set(latent_side * 8)] if sets is None else sets), flip)
     rng = np.random.default_rng(seed)
     fields = {
         IMAGE_EMBEDS: (Field(name="image_embeds", shape=(dim,)),),
@@ -46,28 +56,33 @@ def write_synthetic_cache(
             Field(name="text_embeds", shape=(dim,)),
             Field(name="text_encoder_hidden_states", shape=(dim,), ragged=True),
         ),
-        LATENTS: (Field(name="latents", shape=(4, latent_side, latent_side)),),
     }
     states = {}
-    for kind in map(kind_of, tables):
-        name = f"{kind.name}-{latent_side * 8}" if kind.sided else kind.name
-        recipe = synthetic_recipe(name, fields[kind], dtype)
+    kinds = list(map(kind_of, tables))
+    for name in [
+        *(kind.name for kind in kinds if not kind.sided),
+        *(tables_of(wants.sets) if LATENTS in kinds else []),
+    ]:
+        height, width = shape_of(name) or (0, 0)
+        latents = (Field(name="latents", shape=(4, height // 8, width // 8)),)
+        recipe = synthetic_recipe(name, fields.get(kind_of(name), latents), dtype)
         table = folder / recipe.directory
         table.mkdir()
-        plan = plan_table(recipe, kind.wanted(rows), (), (), rows_per_shard=rows_per_shard, first_shard=0)
+        plan = plan_table(recipe, wants.wanted(name, rows), (), (), rows_per_shard=rows_per_shard, first_shard=0)
         for shard in plan.shards:
             block = random_rows(recipe, shard.keys, rng)
             commit_shard(table, shard.name, recipe, block, provenance={"made by": "numpy"})
         states[name] = table_state(folder, recipe)
     models = {"prior": {"name": "synthetic", "revision": None}}
-    return finish_cache(folder, rows, refused, states, models, "zarr", {})
+    wants = wants if LATENTS in kinds else Wants((), flip)
+    return finish_cache(folder, rows, refused, states, models, "zarr", {}, wants)
 
 
-def _sample(i: int, captions: int) -> Sample:
+def _sample(i: int, captions: int, width: int, height: int) -> Sample:
     texts = tuple(f"caption {c} of sample {i}" for c in range(captions))
     return Sample(
         name=f"sample {i}", image_key=content_key(b"synthetic image %d" % i), captions=texts,
-        caption_keys=tuple(map(caption_key, texts)), width=1, height=1,
+        caption_keys=tuple(map(caption_key, texts)), width=width, height=height,
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def complete(
     _tidy(folder, manifest)
     who = job.leaving
     if job.before and builder.seen:  # with other settings, pictures may be rejected that the cache had
-        whole, rejected = whole_samples(job.samples, found.tables)
+        whole, rejected = whole_samples(job.samples, found.tables, job.wants)
         who = leaving(job.before, whole, [*job.refused, *rejected])
     more = who.notes if len(who) > len(job.leaving) else ()
     for note in more:
@@ -177,7 +177,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]], siz
     """A plan, frozen, for what is missing; None when nothing is."""
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
     if found.waiting and not plan.rows:
-        whole = sizes.readable(whole_samples(job.samples, found.tables)[0])
+        whole = sizes.readable(whole_samples(job.samples, found.tables, job.wants)[0])
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
     if not plan.rows:
@@ -214,7 +214,7 @@ def _is_of(job: Survey, plan: Plan) -> bool:
         if name in job.recipes:
             wanted: Iterable[bytes] = job.wanted(name)
         elif name == SAMPLES:
-            wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables)[0]))
+            wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables, job.wants)[0]))
         else:
             continue  # the tar of the reserved rows is everybody's
         if not table.keys.among(wanted).all():

@@ -161,7 +161,7 @@ class Builder:
         claims: "Claims",
     ) -> None:
         job = self.job
-        named = with_ids(whole_samples(job.samples, found.tables)[0])
+        named = with_ids(whole_samples(job.samples, found.tables, job.wants)[0])
         standing = Positions(tar_keys(named))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
@@ -169,7 +169,7 @@ class Builder:
             readable, _ = self.sizes.measured([named[i] for i in standing.find(keys).tolist() if i >= 0])
             return dict(zip(tar_keys(readable), readable, strict=True))
 
-        writer = TarWriter(job.folder, found.tables, found.provenance)
+        writer = TarWriter(job.folder, found.tables, found.provenance, wants=job.wants)
         writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))
 
     def _encode(

@@ -16,7 +16,7 @@ from kcache.disk.durable import npy_of
 from kcache.errors import CacheMismatchError, KcacheError
 from kcache.places import Place
 from kcache.places.effects import make_folder
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.side_files import SIZES, sizes_name
 from kcache.store.index import StoredRows, TableState, judges, merged_rows, provenance_of, stored_rows, table_state
 from kcache.store.manifest import MANIFEST, read_manifest

@@ -15,7 +15,7 @@ from kcache.places import Place
 from kcache.store.digests import Keys, content_key
 from kcache.store.formats.columns import Samples
 from kcache.store.manifest import read_manifest
-from kcache.store.recipe import TEXT, kind_of
+from kcache.store.recipe import TEXT
 from kcache.store.samples import Refusal, Sample, counts_so_far, read_refused, samples_in_columns
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _earlier_refusals(folder: Place) -> list[Refusal]:
 
 def _check_kept(job: "Survey", kept: Samples) -> None:
     tables = job.committed().tables if len(kept) else {}
-    lacking = [name for name, state in tables.items() if (state.stored.find(kind_of(name).keys(kept)) < 0).any()]
+    lacking = [name for name, state in tables.items() if not job.wants.keys(name, kept).among(state.stored.known).all()]
     if TEXT.name in tables and not np.diff(kept.caption_bounds).all():
         lacking.append(f"{TEXT.name} (no captions)")
     if lacking:

@@ -34,6 +34,7 @@ from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
+from kcache.store.shaped.wants import Wants
 
 Item = TypeVar("Item")
 
@@ -161,7 +162,7 @@ def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> in
     rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
     plan = plan_tars(job.folder, job.recipes, named, rows)
     new = named.where(Keys.of(tar_keys(named)).among(plan.keys))
-    return tar_bytes(job.recipes, new, sum(len(table.shards) for table in plan.tables), tokens)
+    return tar_bytes(job.recipes, job.wants, new, sum(len(table.shards) for table in plan.tables), tokens)
 
 
 class _Watched(Exception):
@@ -229,7 +230,7 @@ def _savings(job: Survey, tables: Mapping[str, TableEstimate], seconds: float) -
     savings = {}
     for stage in ("prior", "decoder"):
         # Of several resolutions a decoder reads one, here the last one asked for.
-        needed = table_names(stage, job.config.resolution[-1:])
+        needed = table_names(stage, [(side, side) for side in job.config.resolution[-1:]])
         if all(name in tables and tables[name].row_seconds for name in needed):
             sample = sum(tables[name].row_seconds for name in needed)
             savings[stage] = Saving(sample_seconds=sample, epochs=seconds / (sample * len(job.samples)))
@@ -267,8 +268,10 @@ def _array_bytes(length: int, row_bytes: int) -> int:
     return chunks * (min(CHUNK_ROWS, length) * row_bytes + CHECKSUM_BYTES + _INDEX_BYTES)
 
 
-def tar_bytes(recipes: Mapping[str, Recipe], samples: Sequence[Sample], tars: int, tokens: np.ndarray) -> int:
-    """Bytes of `samples` in so many tars, where captions are as long as `tokens` (n,).
+def tar_bytes(
+    recipes: Mapping[str, Recipe], wants: Wants, samples: Sequence[Sample], tars: int, tokens: np.ndarray
+) -> int:
+    """Bytes of the rows that `wants` says of `samples`, in so many tars, where captions are as long as `tokens` (n,).
 
     A sample is a member with what is known of it, one per caption and one per row, each a header and whole blocks.
     Beside these, its side rows are at most 2 %.
@@ -279,7 +282,7 @@ def tar_bytes(recipes: Mapping[str, Recipe], samples: Sequence[Sample], tars: in
         tars * _SHARD_BYTES + sum(map(_member_bytes, infos)) + sum(_member_bytes(len(caption)) for caption in captions)
     )
     for recipe in recipes.values():
-        rows = len(kind_of(recipe.table).keys(samples))
+        rows = len(wants.keys(recipe.table, samples))
         for field in recipe.fields:
             unit = unit_bytes(field, np.dtype(recipe.stored_dtype))
             lengths = tokens.tolist() if field.ragged else [1]

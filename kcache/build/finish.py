@@ -27,9 +27,18 @@ from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.picture_sizes import Sizes, with_sizes
 from kcache.store.formats.side_files import SIZES
 from kcache.store.index import TableState, full_texts, index_arrays, write_index
-from kcache.store.manifest import MANIFEST, Manifest, TableEntry, read_manifest, schema_of, write_manifest
+from kcache.store.manifest import (
+    MANIFEST,
+    Manifest,
+    TableEntry,
+    read_manifest,
+    schema_of,
+    shapes_to_note,
+    write_manifest,
+)
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:
@@ -44,13 +53,15 @@ _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
 _CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
-def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> tuple[Samples, list[Refusal]]:
-    """The samples whose image is in every image table and that keep a caption where there are texts; and the others.
+def whole_samples(
+    samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants
+) -> tuple[Samples, list[Refusal]]:
+    """The samples whose image has all rows it should and that keep a caption where there are texts; and the others.
 
     A caption that was rejected costs the sample only that caption, as long as another one is left.
     """
     columns = Samples.of(samples)
-    complete = _complete(columns, tables)
+    complete = _complete(columns, tables, wants)
     refused = list[Refusal]()
 
     def kept(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
@@ -60,31 +71,31 @@ def whole_samples(samples: Sequence[Sample], tables: Mapping[str, TableState]) -
         return table_of([s for sample, is_whole in here for s in ([sample] if is_whole else part(sample))])
 
     def part(sample: Sample) -> list[Sample]:
-        whole, reasons = _whole_part(sample, tables)
+        whole, reasons = _whole_part(sample, tables, wants)
         refused.extend(reasons)
         return whole
 
     return columns.changed(kept), refused
 
 
-def _complete(samples: Samples, tables: Mapping[str, TableState]) -> np.ndarray:
+def _complete(samples: Samples, tables: Mapping[str, TableState], wants: Wants) -> np.ndarray:
     """(N,) bool: the samples of which all rows are there."""
     complete = np.ones(len(samples), np.bool_)
     for name, state in tables.items():
-        there = kind_of(name).keys(samples).among(state.stored.known)
         if kind_of(name).per == "image":
-            complete &= there
+            complete &= wants.are_there(name, samples, state.stored.known)
         else:
             complete &= np.diff(samples.caption_bounds) > 0
+            there = wants.keys(name, samples).among(state.stored.known)
             if not there.all():
                 complete &= samples.count_captions(~there) == 0
     return complete
 
 
-def _whole_part(sample: Sample, tables: Mapping[str, TableState]) -> tuple[list[Sample], list[Refusal]]:
+def _whole_part(sample: Sample, tables: Mapping[str, TableState], wants: Wants) -> tuple[list[Sample], list[Refusal]]:
     """What is left of a sample of which not all rows are there, [] or itself with fewer captions, and why."""
     for name, state in tables.items():
-        if kind_of(name).per == "image" and state.stored.find([sample.image_key])[0] < 0:
+        if kind_of(name).per == "image" and not wants.are_there(name, Samples.of([sample]), state.stored.known).all():
             return [], [_refusal(sample.name, sample.image_key, state.rejected)]
     text = tables[TEXT.name]
     there = (text.stored.find(sample.caption_keys) >= 0).tolist()
@@ -102,7 +113,7 @@ def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureS
 
     Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
     """
-    whole, incomplete = whole_samples(job.samples, tables)
+    whole, incomplete = whole_samples(job.samples, tables, job.wants)
     samples, unreadable = sizes.measured(whole)
     refused = [*job.refused, *incomplete, *unreadable]
     if not samples:
@@ -110,7 +121,7 @@ def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureS
             _write_rejections(job.folder, refused)
         raise no_sample(job.folder, refused)
     cut = _tokens_cut(job, samples, tables)
-    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut)
+    return finish_cache(job.folder, with_ids(samples), refused, tables, job.models, job.config.format, cut, job.wants)
 
 
 def _tokens_cut(job: Survey, samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[bytes, int]:
@@ -167,17 +178,22 @@ def finish_cache(
     models: Mapping[str, Mapping[str, str | None]],
     form: str,
     cut: Mapping[bytes, int],
+    wants: Wants | None = None,
 ) -> Manifest:
     """Write samples, index, rejections, card and, last, the manifest.
 
     What only the manifest before it used stays for those who read it, until `remove_superseded`.
-    The rows of `samples` are all in `tables`; `refused` is what the source had besides them.
+    The rows of `samples` are all in `tables`; `refused` is what the source had besides them. `wants` says which rows
+    these are, None being those of a cache of squares.
     """
     before = _content(cache / MANIFEST)
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     entries = {name: _table_entry(state) for name, state in tables.items()}
-    index_digest = write_index(cache, index_arrays(samples, tables), in_parts=schema_of(entries) > 1)
+    wants = wants or Wants(squares_of(tables))
+    shapes = shapes_to_note(wants.sets)
+    in_parts = schema_of(entries, shapes, wants.flip) > 1
+    index_digest = write_index(cache, index_arrays(samples, tables, wants), in_parts=in_parts)
     rejected, rejected_digest = _write_rejections(cache, refused)
     manifest = Manifest(
         format=form,
@@ -189,6 +205,8 @@ def finish_cache(
         rejected=rejected,
         rejected_digest=rejected_digest,
         models=models,
+        shapes=shapes,
+        flip=wants.flip,
     )
     write_card(cache, manifest, int(np.diff(samples.caption_bounds).max()) if len(samples) else 1)
     write_manifest(cache, manifest, before)

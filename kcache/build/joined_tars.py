@@ -19,14 +19,16 @@ from kcache.errors import CacheIncompleteError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import make_folder, temporary_folder, write_npy
-from kcache.store.checksums import crc32c
 from kcache.store.digests import Keys, content_key, pack_keys
+from kcache.store.formats.checksums import crc32c
+from kcache.store.formats.columns import Samples
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
 from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample, identities_of
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
 
 RESERVED_KEY = content_key(RESERVED.encode())
@@ -94,8 +96,13 @@ class TarWriter:
         tables: Mapping[str, TableState],
         provenance: Mapping[str, str],
         rows_from: Place | None = None,
+        wants: Wants | None = None,
     ) -> None:
-        """`tables` are the rows in the cache at `rows_from`, None being the one that is written."""
+        """`tables` are the rows in the cache at `rows_from`, None being the one that is written.
+
+        `wants` says which of them a sample has, None being those of a cache of squares.
+        """
+        self._wants = wants or Wants(squares_of(tables))
         self._cache = cache
         self._provenance = provenance
         self._recipes = {name: state.recipe for name, state in sorted(tables.items())}
@@ -132,7 +139,9 @@ class TarWriter:
 
     def _write_samples(self, shard: PlannedShard, samples: Mapping[bytes, Sample]) -> None:
         present = [key for key in shard.keys if key in samples]
-        keys = [{table: kind_of(table).keys([samples[key]]) for table in self._recipes} for key in present]
+        given = Samples.of([samples[key] for key in present])
+        by_table = {table: self._wants.by_sample(table, given) for table in self._recipes}
+        keys = [{table: by_table[table][number] for table in self._recipes} for number in range(len(present))]
         joined = [self._joined(samples[key], rows) for key, rows in zip(present, self._rows(keys), strict=True)]
         absent = [key.hex() for key in shard.keys if key not in samples]
         self._commit(tar_recipe(SAMPLES, self._recipes), shard.name, joined, keys, present, absent)

@@ -30,6 +30,7 @@ from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
 from kcache.store.samples import Refusal, Sample
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
@@ -62,7 +63,12 @@ class Survey:
 
     def wanted(self, table: str) -> Keys:
         """The keys that `table` should hold, in sample order, the reserved row first."""
-        return kind_of(table).wanted(self.samples)
+        return self.wants.wanted(table, self.samples)
+
+    @property
+    def wants(self) -> Wants:
+        """Which rows the tables should have of the samples."""
+        return Wants(squares_of(self.recipes))
 
     def repository(self, table: str) -> Repository:
         """Where the encoder of `table` is."""
@@ -93,7 +99,8 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
     """
     earlier = _recipes_so_far(folder, config)
     # The tables that were asked for, and those that the cache holds already: they stay complete.
-    tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
+    shapes = [(side, side) for side in config.resolution]
+    tables = list(dict.fromkeys((*table_names(config.stage, shapes), *earlier)))
     needed = TEXT.name in tables
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
@@ -262,7 +269,7 @@ def missing_rows(
         plans.append(
             plan_table(
                 state.recipe,
-                kind_of(name).wanted(samples),
+                job.wants.wanted(name, samples),
                 state.stored.known,
                 skipped,
                 rows_per_shard=job.config.rows_per_shard or default_rows_per_shard(state.recipe),

@@ -4,6 +4,7 @@ Each says once what it means, which values it takes and who minds it, see `kcach
 are made of this, in this order.
 
 - `words`: names and types that settings share
+- `shapes`: what pictures are cropped to, and which shape a picture has
 - `source`: how a source is read
 - `build`, `train`: what a build and a run are told
 """

@@ -56,7 +56,7 @@ class Encoder(Protocol):
 class PictureEncoder:
     """An encoder of images: an image file's bytes → rows of one field.
 
-    CLIP's image encoder gives image_embeds (k, D), MoVQ's gives latents (k, 4, R/8, R/8), before quantisation and not
+    CLIP's image encoder gives image_embeds (k, D), MoVQ's gives latents (k, 4, h/8, w/8), before quantisation and not
     scaled. `prepare` is `pixels` of the `picture` in a file: who encodes an image in several ways decodes it once.
     """
 
@@ -68,8 +68,8 @@ class PictureEncoder:
         self.batch_size = recipe.batch_shape[0]
         self.decoding = Decoding.of(recipe, max_pixels)
         if kind_of(recipe.table) == LATENTS:
-            side = recipe.batch_shape[-1]
-            self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: movq_pixels(picture, side)
+            height, width = recipe.batch_shape[-2:]
+            self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: movq_pixels(picture, (height, width))
             self._output: Callable[[Any, Tensor], Tensor] = lambda network, pixels: network.encode(pixels).latents
         else:
             processor = clip_processor(recipe.preprocess["processor"])
@@ -78,7 +78,7 @@ class PictureEncoder:
         self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: bytes) -> np.ndarray:
-        """Pixels (3, S, S) float32 of an image file."""
+        """Pixels (3, h, w) float32 of an image file."""
         return self.pixels(self.picture(content))
 
     def picture(self, content: bytes) -> Image.Image:
@@ -86,7 +86,7 @@ class PictureEncoder:
         return decode_image(content, self.decoding)
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
-        """Pixels (3, S, S) float32 of an RGB picture."""
+        """Pixels (3, h, w) float32 of an RGB picture."""
         with one_if_large(picture):
             return self._pixels(picture)
 

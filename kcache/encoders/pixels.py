@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from kcache.config.shapes import Shape, crop_box
 from kcache.errors import ModelError
 from kcache.foreign import told
 
@@ -33,14 +34,14 @@ def clip_pixels(image: Image.Image, processor: CLIPImageProcessorPil) -> np.ndar
     return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
-def movq_pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """What MoVQ sees of an RGB picture: its central square as (3, resolution, resolution) float32 in -1..1.
+def movq_pixels(image: Image.Image, shape: Shape) -> np.ndarray:
+    """What MoVQ sees of an RGB picture: its middle in the proportions of `shape`, (3, *shape) float32 in -1..1.
 
-    As in diffusers' Kandinsky 2.2 training scripts, halves of pixels in the crop box are left to Pillow to round.
+    Of a square as in diffusers' Kandinsky 2.2 training scripts: halves of pixels in the crop box are left to Pillow to
+    round.
     """
-    width, height = image.size
-    side = min(width, height)
-    square = image.crop(((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2))
-    resized = square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
+    height, width = shape
+    middle = image.crop(crop_box(*image.size, shape))
+    resized = middle.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
     pixels = np.asarray(resized, dtype=np.float32) / 127.5 - 1
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

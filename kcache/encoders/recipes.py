@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from kcache.config import BuildConfig, Say, unheard
+from kcache.config.shapes import Shape
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.color import INTENT
 from kcache.encoders.repositories import COMPONENTS, Configuration, Repository
 from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
 from kcache.errors import ConfigError, ModelError
-from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, side_of
+from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, shape_of
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are decoded one at a time, where they are let in: 64 Mpx of RGB take 192 MB in memory."""
@@ -38,13 +39,13 @@ def table_recipe(
 
     Where no `color` is given it is that of numbers as they are, see `in_srgb`. `known` is the recipe that the table has
     so far: what names there the same content by other digests is kept. `say` is told of large files that have to be
-    digested. Raises ConfigError for a resolution that the networks cannot take, ModelError for repositories that do not
+    digested. Raises ConfigError for a shape that the networks cannot take, ModelError for repositories that do not
     fit.
     """
-    kind, side = kind_of(table), side_of(table)
+    kind, shape = kind_of(table), shape_of(table)
     network = repository.read(kind.component)
-    if kind == LATENTS and side is not None:
-        preprocess, sample_shape, fields = _latents(side, config, network)
+    if kind == LATENTS and shape is not None:
+        preprocess, sample_shape, fields = _latents(shape, config, network)
     elif kind == IMAGE_EMBEDS:
         preprocess, sample_shape, fields = _image_embeds(config, network)
     else:
@@ -124,19 +125,19 @@ def _text(config: BuildConfig, network: Configuration, known: str | None) -> _Pa
     return preprocess, (length,), fields
 
 
-def _latents(resolution: int, config: BuildConfig, network: Configuration) -> _Parts:
-    factor = network.downsampling
-    _check_resolution(resolution, factor, network.repository)
+def _latents(shape: Shape, config: BuildConfig, network: Configuration) -> _Parts:
+    (height, width), factor = shape, network.downsampling
+    _check_shape(shape, factor, network.repository)
     channels = network.values.get("vq_embed_dim") or network.whole_number("latent_channels")
     preprocess = {
         **_decoding(config),
-        "center_crop": "short side",
+        "center_crop": "short side" if height == width else f"ratio {height}:{width}",
         "resample": "bicubic",
         "reducing_gap": 1,
         "scale": "x / 127.5 - 1",
     }
-    side = resolution // factor
-    return preprocess, (3, resolution, resolution), (Field(name="latents", shape=(channels, side, side)),)
+    field = Field(name="latents", shape=(channels, height // factor, width // factor))
+    return preprocess, (3, height, width), (field,)
 
 
 def _decoding(config: BuildConfig) -> dict[str, Any]:
@@ -170,15 +171,22 @@ def _clip_processor(prior: Repository) -> dict[str, Any]:
     }
 
 
-def _check_resolution(resolution: int, factor: int, decoder: Repository) -> None:
+def side_step(decoder: Repository, factor: int) -> tuple[int, str]:
+    """What sides of pictures must be multiples of, in pixels, for a MoVQ that shrinks them `factor` times; and why."""
     step, reason = factor, f"MoVQ shrinks each side {factor} times"
     if (decoder.path / "unet" / "config.json").is_file():
         halvings = decoder.read("unet").downsampling
         step, reason = factor * halvings, f"{reason}, the UNet another {halvings} times"
-    if resolution % step:
-        below, above = resolution // step * step, (resolution // step + 1) * step
-        nearest = f"{below} and {above}" if below else f"{above}"
-        raise ConfigError(
-            f"--resolution is {resolution}; expected a multiple of {step}, as {reason}; "
-            f"the nearest such values: {nearest}"
-        )
+    return step, reason
+
+
+def _check_shape(shape: Shape, factor: int, decoder: Repository) -> None:
+    step, reason = side_step(decoder, factor)
+    for side in shape:
+        if side % step:
+            given, what = f"--aspect-ratio-buckets has {shape[0]},{shape[1]}", f"multiples of {step}"
+            if shape[0] == shape[1]:
+                given, what = f"--resolution is {side}", f"a multiple of {step}"
+            below, above = side // step * step, (side // step + 1) * step
+            nearest = f"{below} and {above}" if below else f"{above}"
+            raise ConfigError(f"{given}; expected {what}, as {reason}; the nearest such values: {nearest}")

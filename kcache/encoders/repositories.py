@@ -14,8 +14,8 @@ from kcache.errors import ConfigError, ModelError
 from kcache.foreign import reason, told
 from kcache.hints import broken_link
 from kcache.plainly import plainly_at
-from kcache.store.manifest import MODEL_SETTINGS
 from kcache.store.recipe import components, json_digest
+from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import instead_of_pipeline
 from kcache.urls import remote
 

@@ -27,8 +27,8 @@ from kcache.places.fetching import FETCHES, at_once, reading
 from kcache.places.place import Place
 from kcache.stopping import Crew
 from kcache.store.cache import Cache
-from kcache.store.checksums import crc32c
 from kcache.store.formats import format_of
+from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.chosen import Chosen
 from kcache.store.manifest import DATA_NAME, ShardEntry
 from kcache.store.shards import Commit, read_commit

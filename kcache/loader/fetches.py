@@ -14,6 +14,7 @@ from kcache.places.bucket import BucketPath
 from kcache.places.client import is_silence
 from kcache.places.place import Place
 from kcache.store.cache import Cache
+from kcache.store.digests import mirrored_key
 from kcache.store.recipe import kind_of
 from kcache.store.rows import unit_bytes
 
@@ -105,7 +106,7 @@ class Layout:
         for number, name in enumerate(self.fields):
             table = self._cache.table_of(name)
             part = rows[number * len(samples) : (number + 1) * len(samples)]
-            entries = self._cache.index[table][positions[name]]
+            entries = self._cache.entries(name)[positions[name]]
             located, shards = entries[name], entries["shard"].astype(np.int64)
             part["use"], part["field"], part["position"] = np.arange(len(samples)), number, positions[name]
             part["file"] = self._files[number][shards]
@@ -116,7 +117,8 @@ class Layout:
             # The row for no input is wanted by samples of any block: it is read once for all of them.
             caption = kind_of(table).per == "caption"
             in_use = int(self._cache.caption_bounds[-1]) if caption else len(self._cache)
-            part["block"] = np.where(positions[name] >= in_use, -1, samples // self._shape.block_rows)
+            reserved = (positions[name] == in_use) & (kind_of(table).reserved is not None)
+            part["block"] = np.where(reserved, -1, samples // self._shape.block_rows)
         return rows
 
     def payload(self, found: np.ndarray, fetch: Fetch, row: np.void) -> np.ndarray:
@@ -139,7 +141,7 @@ class Layout:
 
     def most_bytes(self, name: str) -> int:
         """Bytes of the longest row of some runs of neighbours that are spread over the table."""
-        entries = self._cache.index[self._cache.table_of(name)]
+        entries = self._cache.entries(name)
         # Runs: the index is read in parts.
         starts = range(0, len(entries), max(_RUN_ROWS, len(entries) // _RUNS))
         return max(int(entries[start : start + _RUN_ROWS][name]["length"].max()) for start in starts)
@@ -157,11 +159,13 @@ class Layout:
         """The key (hex) of the row at `position` of a field's table; "unknown" where the samples cannot be read."""
         kind, bounds = kind_of(self._cache.table_of(name)), self._cache.caption_bounds
         per_caption = kind.per == "caption"
-        if position >= (bounds[-1] if per_caption else len(self._cache)):
-            return (kind.reserved or b"").hex()
+        if kind.reserved is not None and position == (bounds[-1] if per_caption else len(self._cache)):
+            return kind.reserved.hex()
         try:
             if not per_caption:
-                return str(self._cache.told(position, "image_key").hex())
+                sample = position % len(self._cache.index[self._cache.table_of(name)])
+                key = self._cache.told(sample, "image_key")
+                return str((key if sample == position else mirrored_key(key)).hex())
             sample = int(np.searchsorted(bounds, position, side="right")) - 1
             return str(self._cache.told(sample, "caption_keys")[position - int(bounds[sample])].hex())
         except KcacheError:

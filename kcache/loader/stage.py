@@ -25,7 +25,7 @@ from kcache.loader.slots import Arena, Run
 from kcache.loader.streamed import StreamShape
 from kcache.stopping import LAST_WORD_SECONDS
 from kcache.store.cache import Cache
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 from kcache.store.rows import Empty, token_numbers
 from kcache.store.shards import OFFSETS
 

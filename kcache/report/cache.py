@@ -19,7 +19,7 @@ from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
 from kcache.store.index import statistics, tally_of, token_counts
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import kind_of, side_of, sides_of
+from kcache.store.recipe import LATENTS, kind_of, sides_of
 from kcache.store.samples import read_refused, read_some_samples
 
 SHOWN = 24
@@ -129,11 +129,11 @@ def _pictures(
     side = sides[0] if sides else SIDE
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
     if config.source is not None:
-        given = originals(cache, chosen, config.source, config.reading, side, report)
+        given = originals(cache, chosen, config.source, config.reading, (side, side), report)
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
     decoder = config.pretrained_decoder_model_name_or_path
     if decoder is not None and sides:
-        made = decoded(_at(cache, side), chosen, decoder, config.device, report)
+        made = decoded(cache.of_table(f"{LATENTS.name}-{side}"), chosen, decoder, config.device, report)
     figures: list[Block] = []
     ratios = []
     for row, first, second in zip(told, given, made, strict=True):
@@ -200,23 +200,17 @@ def _norms(cache: Cache, report: CountReport) -> list[Block]:
     chosen = np.sort(rng.choice(len(cache), min(SAMPLED_ROWS, len(cache)), replace=False))
     blocks: list[Block] = []
     for table, recipe in sorted(cache.recipes.items()):
-        side = side_of(table)
-        opened = _at(cache, side)
+        opened = cache.of_table(table)
         for field in recipe.fields:
             if not field.ragged and (kind_of(table).per == "image" or np.diff(cache.caption_bounds).all()):
-                norms = _norms_of(opened, chosen, field.name, table, report)
-                title = field.name if side is None else table
+                norms = _norms_of(opened, chosen[chosen < len(opened)], field.name, table, report)
+                title = table if kind_of(table).sided else field.name
                 shape = " × ".join(map(str, field.shape))
                 text = (
                     f"Euclidean norms of {len(norms):,} of {len(cache):,} rows of {shape} {recipe.stored_dtype} values."
                 )
                 blocks.append(histogram(title, norms, "norm", text))
     return blocks
-
-
-def _at(cache: Cache, side: int | None) -> Cache:
-    """The same cache with its latents of `side` pixels; what is opened already is not opened again."""
-    return Cache(cache.path, cache.manifest, cache.index, side)
 
 
 def _norms_of(cache: Cache, chosen: np.ndarray, field: str, table: str, report: CountReport) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from diffusers import VQModel
 
 from kcache.config import CountReport, SourceConfig
+from kcache.config.shapes import Shape
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.pixels import movq_pixels
 from kcache.encoders.pretrained import load_pretrained
@@ -46,9 +47,9 @@ def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report
 
 
 def originals(
-    cache: Cache, samples: np.ndarray, source: str, reading: SourceConfig, side: int, report: CountReport
+    cache: Cache, samples: np.ndarray, source: str, reading: SourceConfig, shape: Shape, report: CountReport
 ) -> list[np.ndarray | str]:
-    """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, side, side) float32 in -1..1 each.
+    """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, *shape) float32 in -1..1 each.
 
     For one that `source` has no more, or no longer with that content, there is a sentence that says so, and a warning
     of how many these are. Raises SourceError, also for a source that has none of them.
@@ -60,7 +61,7 @@ def originals(
     how = Decoding.of(cache.recipes[cache.table_of("image_embeds")])
     pictures = []
     for number, row in enumerate(told, 1):
-        pictures.append(_original(opened, places.get(row["name"]), row, how, side))
+        pictures.append(_original(opened, places.get(row["name"]), row, how, shape))
         report("reading originals", number, len(told))
     _check_found(pictures, source, cache, told[0]["name"])
     return pictures
@@ -81,14 +82,16 @@ def _check_found(pictures: list[np.ndarray | str], source: str, cache: Cache, na
         )  # fmt: skip
 
 
-def _original(source: Source, place: int | None, row: Mapping[str, Any], how: Decoding, side: int) -> np.ndarray | str:
+def _original(
+    source: Source, place: int | None, row: Mapping[str, Any], how: Decoding, shape: Shape
+) -> np.ndarray | str:
     if place is None:
         return ABSENT
     try:
         content = source.image(place)
         if content_key(content) != row["image_key"]:
             return CHANGED
-        return movq_pixels(decode_image(content, how), side)
+        return movq_pixels(decode_image(content, how), shape)
     except InputRejected as error:
         return f"not to be read from the source: {error}"
 

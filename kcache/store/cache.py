@@ -1,6 +1,5 @@
 """Opening a finished cache and reading rows of it."""
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -8,24 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kcache.config.shapes import Shape, ShapeSet
 from kcache.disk.readers import Reading
-from kcache.errors import CacheCorruptError, CacheIncompleteError, ConfigError
+from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
-from kcache.store.formats.chosen import chosen_bounds, chosen_index
-from kcache.store.index import CAPTION_BOUNDS, bytes_of, open_index
-from kcache.store.manifest import Manifest, build_line, read_manifest
-from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
+from kcache.store.index import bytes_of, open_index
+from kcache.store.manifest import Manifest, read_manifest
+from kcache.store.recipe import TEXT, Field, Recipe
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
 from kcache.store.samples import read_columns, read_samples, read_some_samples
 from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
+from kcache.store.shaped.choice import Reads
+from kcache.store.shaped.held import Held
 from kcache.store.shards import OFFSETS
 
 if TYPE_CHECKING:
     import pyarrow
-
-_TOGETHER = 1 << 20
-"""Numbers of samples that are digested together."""
 
 
 class Cache:
@@ -36,54 +34,50 @@ class Cache:
     """
 
     def __init__(
-        self,
-        path: Place,
-        manifest: Manifest,
-        index: Mapping[str, np.ndarray],
-        resolution: int | None,
-        selected: np.ndarray | None = None,
-        reading: Reading | None = None,
-        copies: Place | None = None,
+        self, path: Place, manifest: Manifest, held: Held, reading: Reading | None = None, copies: Place | None = None
     ) -> None:
-        """`index` is of the samples `selected` (n,), None being all; shards are read in `copies`, where given."""
+        """`held` are its samples, all or some; shards are read in `copies`, where given."""
         self._reading = reading
         self._copies = copies
         self.path = path
         self.manifest = manifest
-        self.resolution = resolution
-        self.index = index
-        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives."""
-        self._selected = selected
+        self.held = held
+        """Which samples these are, and where their rows stand."""
         self._files: dict[str, FieldFiles] = {}
         self._resident: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._asked: dict[str, np.ndarray] = {}
         self._stays: dict[str, bool] = {}
 
     @classmethod
-    def open(cls, path: str | Place, resolution: int | None = None) -> "Cache":
-        """Open the cache at `path`, a folder or a URL; `resolution` (pixels) picks the latents when it holds several.
+    def open(
+        cls,
+        path: str | Place,
+        resolution: int | Sequence[int] | None = None,
+        buckets: bool | None = None,
+        flip: bool | None = None,
+    ) -> "Cache":
+        """Open the cache at `path`, a folder or a URL.
 
+        Where it holds several, `resolution` (pixels; one, or several to read one after another) picks the latents, and
+        `buckets` whether those of shapes or of squares; `flip` False leaves mirrored pictures out, True asks for them.
         Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
         saying what is there, what was expected and what to do.
         """
         folder = cache_place(path)
         reading = Reading(folder)  # before anything is read: what is read next is not removed any more
         manifest = read_manifest(folder)
-        if resolution is not None and resolution not in sides_of(manifest.tables):
-            raise CacheIncompleteError(
-                f"{folder} has no table latents-{resolution}; found {', '.join(sorted(manifest.tables))}; "
-                f"run `{build_line(folder, manifest, 'latents', resolution)}`"
-            )
+        reads = Reads.of(folder, manifest, {}, resolution, buckets, flip)
         shards = dict.fromkeys(folder / shard.data for entry in manifest.tables.values() for shard in entry.shards)
         if lacking := missing(shards):
             raise CacheCorruptError(
                 f"{folder} lacks {len(lacking)} of its {len(shards)} shards, such as {lacking[0]}; if it was copied, "
                 "finish that, else build the cache again with its source to encode them anew"
             )
-        return cls(folder, manifest, open_index(folder, manifest), resolution, reading=reading)
+        held = Held.all_of(replace(reads, arrays=open_index(folder, manifest)))
+        return cls(folder, manifest, held, reading)
 
     def __len__(self) -> int:
-        return len(self.caption_bounds) - 1
+        return len(self.held)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {len(self)} samples, {', '.join(sorted(self.manifest.tables))})"
@@ -101,13 +95,7 @@ class Cache:
     @property
     def samples_digest(self) -> str:
         """sha256 (hex) of the samples and their order."""
-        digest = self.manifest.samples_digest
-        if self._selected is None:
-            return digest
-        found = hashlib.sha256(digest.encode())
-        for first in range(0, len(self), _TOGETHER):
-            found.update(self._selected[first : first + _TOGETHER].astype("<i8").tobytes())
-        return found.hexdigest()
+        return self.held.digest(self.manifest.samples_digest)
 
     @property
     def fingerprint(self) -> str:
@@ -118,22 +106,30 @@ class Cache:
     def samples(self) -> "pyarrow.Table":
         """The samples: id, name, image_key, captions, caption_keys, width, height."""
         table = read_samples(self.path, self.manifest)
-        return table if self._selected is None else table.take(self._selected)
+        return table if self.held.selected is None else table.take(self.held.selected)
 
     def told(self, sample: int, column: str) -> Any:
         """What `samples` say in a column of one of them, without all of them in memory."""
-        number = sample if self._selected is None else int(self._selected[sample])
+        number = sample if self.held.selected is None else int(self.held.selected[sample])
         [found] = read_some_samples(self.path, self.manifest, np.array([number]), [column])
         return found[column]
 
     def parts(self, columns: Collection[str]) -> "Iterator[tuple[np.ndarray, pyarrow.Table]]":
         """The samples in some `columns` at least, some ten thousand at a time, and their numbers (n,) int64."""
-        return numbered(read_columns(self.path, self.manifest, columns), self._selected)
+        return numbered(read_columns(self.path, self.manifest, columns), self.held.selected)
 
     @property
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
-        return self.index[CAPTION_BOUNDS]
+        return self.held.caption_bounds
+
+    @property
+    def index(self) -> Mapping[str, np.ndarray]:
+        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives.
+
+        Of tables that not all samples have a row in, only a part has the one it is of, see `by_shape`.
+        """
+        return self.held.index
 
     def where(self, expression: str) -> "Cache":
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
@@ -154,35 +150,63 @@ class Cache:
 
     def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
         """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
-        numbers = self._checked(samples)
+        numbers = self.held.checked(samples)
         if len(numbers) == len(self) and np.array_equal(numbers, np.arange(len(self))):
             return self
-        numbers = numbers.astype(np.int32 if len(self) < 1 << 31 else np.int64)  # of very many samples half the memory
-        selected = numbers if self._selected is None else self._selected[numbers]
-        index = chosen_index(self.index, numbers)
-        return Cache(self.path, self.manifest, index, self.resolution, selected, self._reading, self._copies)
+        return self._with(self.held.select(numbers))
+
+    def _with(self, held: Held) -> "Cache":
+        return Cache(self.path, self.manifest, held, self._reading, self._copies)
 
     def with_rows_in(self, folder: Place) -> "Cache":
         """The same samples, their rows read from copies of the shards in `folder`."""
-        return Cache(self.path, self.manifest, self.index, self.resolution, self._selected, self._reading, folder)
+        return Cache(self.path, self.manifest, self.held, self._reading, folder)
+
+    @property
+    def shape_sets(self) -> tuple[ShapeSet, ...]:
+        """What pictures are cropped to, of the resolutions that are read."""
+        return self.held.reads.sets
+
+    @property
+    def resolution(self) -> int | None:
+        """Pixels of the side of a square of the area of all latents; None where there are none, or several such."""
+        return self.held.reads.resolution
+
+    @property
+    def shape(self) -> Shape | None:
+        """Height and width in pixels of the pictures behind all latents; None where they are not of one shape."""
+        return self.held.reads.shape
+
+    @property
+    def flip(self) -> bool:
+        """Whether there are rows of the mirrored pictures."""
+        return self.held.reads.flip
+
+    def by_shape(self, *fields: str) -> "tuple[Cache, ...]":
+        """The samples in parts in which all rows of `fields` have one shape, by resolution and in order of its list.
+
+        Each is a cache of its own; parts without a sample are left out. Where one shape is all there is, it is the
+        cache itself. Raises ConfigError where it is not clear which resolutions, or whether buckets, are meant.
+        """
+        parts = self.held.parts(fields)
+        return (self,) if parts is None else tuple(map(self._with, parts))
+
+    def of_table(self, table: str) -> "Cache":
+        """The samples that have a row in a table, with that one of its kind; of the first set that has its shape."""
+        return self._with(self.held.of_table(table))
+
+    def having(self, *fields: str) -> "Cache":
+        """The samples that have rows of all `fields`: those are left out whose picture is too small for any shape."""
+        there = self.held.having(fields)
+        return self if there is None else self.select(np.flatnonzero(there))
 
     def table_of(self, field: str) -> str:
         """The table that holds `field`; raises CacheIncompleteError when there is none, ConfigError when several."""
-        tables = [name for name, recipe in self.recipes.items() if any(f.name == field for f in recipe.fields)]
-        if self.resolution is not None:
-            tables = [name for name in tables if side_of(name) in (None, self.resolution)]
-        if not tables:
-            known = sorted(f.name for recipe in self.recipes.values() for f in recipe.fields)
-            raise CacheIncompleteError(
-                f"{self.path} holds no {field!r}; found {', '.join(known)}; "
-                f"run `{build_line(self.path, self.manifest, field)}` to add what is missing"
-            )
-        if len(tables) > 1:
-            sides = ", ".join(map(str, sides_of(tables)))
-            raise ConfigError(
-                f"{self.path} holds latents at {sides} pixels; say which: --resolution, or Cache.open(…, resolution=…)"
-            )
-        return tables[0]
+        return self.held.reads.table_of(field)
+
+    def entries(self, field: str) -> np.ndarray:
+        """Where the rows of `field` stand that `positions` name: its table's index, the mirrored ones behind it."""
+        return self.held.entries(self.table_of(field))
 
     def field(self, name: str) -> Field:
         """Shape of one row of `name`, and whether it is ragged."""
@@ -201,6 +225,7 @@ class Cache:
         *,
         drop_caption: np.ndarray | None = None,
         drop_image: np.ndarray | None = None,
+        mirrored: np.ndarray | None = None,
         empty: Empty = np.empty,
     ) -> dict[str, np.ndarray]:
         """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
@@ -209,13 +234,15 @@ class Cache:
         and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
-        condition left out, as classifier-free guidance needs it. `empty` makes the arrays from shape and dtype. Every
-        row's checksum is verified: each time, or once by `make_resident`.
-        Raises CacheCorruptError, CacheIncompleteError for a field that is not there, IndexError for a sample or caption
-        that is not there.
+        condition left out, as classifier-free guidance needs it. Those in `mirrored` get the rows of the mirror image
+        of their picture. `empty` makes the arrays from shape and dtype. Every row's checksum is verified: each time, or
+        once by `make_resident`. Raises CacheCorruptError, CacheIncompleteError for a field that is not there, and
+        IndexError for a sample or caption that is not there.
         """
         rows: dict[str, np.ndarray] = {}
-        positions = self.positions(samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image)
+        positions = self.positions(
+            samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored
+        )
         for name in fields:
             rows[name], offsets = self._read_field(name, positions[name], empty)
             if offsets is not None:
@@ -230,29 +257,25 @@ class Cache:
         *,
         drop_caption: np.ndarray | None = None,
         drop_image: np.ndarray | None = None,
+        mirrored: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
-        numbers = self._checked(samples)
-        positions = {}
-        for name in fields:
-            table = self.table_of(name)
-            kind = kind_of(table)
-            positions[name] = self._caption_positions(numbers, caption) if kind.per == "caption" else numbers
-            if (mask := kind.dropped(drop_caption, drop_image)) is not None:
-                # where the reserved row stands
-                positions[name] = np.where(mask, self._rows_in_use(table), positions[name])
-        return positions
+        positions = self.held.positions(
+            samples, [*map(self.table_of, fields)], caption,
+            drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored,
+        )  # fmt: skip
+        return dict(zip(fields, positions, strict=True))
 
     def table_rows(self, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows `first` to `last` of the table of `name`, in the order of `positions`, every checksum verified.
 
         Fixed rows are (n, …), None; ragged ones (T, …) and (n + 1,) int64, where each of them starts.
         """
-        return gather(self.field_files(name), self.index[self.table_of(name)][first:last], np.empty)
+        return gather(self.field_files(name), self.entries(name)[first:last], np.empty)
 
     def table_length(self, name: str) -> int:
         """Rows that `positions` can name for a field: one per sample, or per caption, and the reserved one."""
-        return len(self.index[self.table_of(name)])
+        return len(self.entries(name))
 
     def field_files(self, name: str) -> FieldFiles:
         """The files behind `name`, opened when first read."""
@@ -264,7 +287,7 @@ class Cache:
     def resident_bytes(self, fields: Sequence[str]) -> int:
         """Memory that `make_resident(fields)` takes."""
         return sum(
-            bytes_of(self.index[self.table_of(name)], name)
+            bytes_of(self.entries(name), name)
             if self.field(name).ragged
             else self.table_length(name) * unit_bytes(self.field(name), self.dtype(name))
             for name in fields
@@ -272,8 +295,8 @@ class Cache:
 
     def unread_bytes(self, fields: Sequence[str]) -> int:
         """Bytes of the index that the rows of `fields` are found by and that nobody has asked for yet."""
-        names = {CAPTION_BOUNDS, *map(self.table_of, fields)}
-        return sum(getattr(self.index[name], "unread", 0) for name in names)
+        arrays = [self.caption_bounds, *map(self.held.entries, {*map(self.table_of, fields)})]
+        return sum(getattr(array, "unread", 0) for array in arrays)
 
     def make_resident(self, fields: Sequence[str]) -> None:
         """Read all rows of `fields` into memory now, verified; reads are then served from there, unchecked."""
@@ -290,40 +313,18 @@ class Cache:
             self._stays[name] = stays
             self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
 
-    def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        numbers = np.asarray(samples, np.int64)
-        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
-        return numbers
-
-    def _rows_in_use(self, table: str) -> int:
-        """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
-        return int(self.caption_bounds[-1]) if kind_of(table).per == "caption" else len(self)
-
     def _most_tokens(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of the longest caption of each of some samples, (n,) int64."""
-        name, starts = "text_encoder_hidden_states", self.caption_bounds[samples]
-        bounds = chosen_bounds(self.caption_bounds, samples)
-        captions = np.repeat(starts - bounds[:-1], np.diff(bounds)) + np.arange(bounds[-1])
-        tokens = self.index[TEXT.name][captions][name]["length"] // unit_bytes(self.field(name), self.dtype(name))
-        return np.maximum.reduceat(tokens.astype(np.int64), bounds[:-1]) if len(samples) else tokens
+        name = "text_encoder_hidden_states"
+        return self.held.longest_texts(name, samples) // unit_bytes(self.field(name), self.dtype(name))
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
             return take(self._resident[name], positions, empty)
-        files, entries = self.field_files(name), self.index[self.table_of(name)][positions]
+        files, entries = self.field_files(name), self.entries(name)[positions]
         if name in self._asked:
             asked = self._asked[name]
             if not asked[positions].all():
                 files.will_need(entries[~asked[positions]])
                 asked[positions] = self._stays[name]
         return gather(files, entries, empty)
-
-    def _caption_positions(self, samples: np.ndarray, caption: int | np.ndarray) -> np.ndarray:
-        starts, ends = self.caption_bounds[samples], self.caption_bounds[samples + 1]
-        positions = starts + caption
-        wrong = np.flatnonzero((positions < starts) | (positions >= ends))
-        if len(wrong):
-            sample, number, held = samples[wrong[0]], (positions - starts)[wrong[0]], (ends - starts)[wrong[0]]
-            raise IndexError(f"caption {number} asked of sample {sample}, which has {held}")
-        return positions

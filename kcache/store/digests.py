@@ -264,6 +264,17 @@ def unpack_keys(packed: np.ndarray) -> list[bytes]:
     return list(Keys.checked(packed))
 
 
+def mirrored_key(key: bytes) -> bytes:
+    """The key of the mirror image of the picture that has `key`; of that of a mirror image, the picture's."""
+    return mirrored_keys(Keys.of([key]))[0]
+
+
+def mirrored_keys(keys: Keys) -> Keys:
+    """The keys of the mirror images of pictures: each differs by the same bits, and so leads back."""
+    return Keys(keys.packed ^ np.frombuffer(_MIRROR, np.uint8))
+
+
+_MIRROR = content_key(b"kcache: the mirror image")
 EMPTY_CAPTION_KEY = caption_key("")
 """Key of the reserved row of `text`: the caption "", which guidance drops to."""
 ZERO_IMAGE_KEY = content_key(b"kcache: all-zero pixels")

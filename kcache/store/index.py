@@ -25,9 +25,11 @@ from kcache.store.formats.index_files import open_index as open_index
 from kcache.store.formats.index_files import write_index as write_index
 from kcache.store.formats.parts import Rows, in_memory
 from kcache.store.manifest import Manifest, ShardEntry
-from kcache.store.recipe import TEXT, Recipe, kind_of, sides_of
+from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import read_cut, short_sides
+from kcache.store.shaped.standing import order_arrays
+from kcache.store.shaped.wants import Wants
 from kcache.store.shards import Commit, Rejection, next_shard, read_commits, read_side_files
 from kcache.tally import Tally
 
@@ -173,15 +175,19 @@ def provenance_of(commits: Sequence[Commit]) -> dict[str, str]:
     return {name: value for commit in commits for name, value in commit.provenance.items()}
 
 
-def index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> dict[str, Rows]:
-    """What `write_index` writes for samples whose rows are all in `tables`; taking it raises CacheIncompleteError."""
+def index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants) -> dict[str, Rows]:
+    """What `write_index` writes for samples with sizes whose rows are all in `tables`.
+
+    Taking it raises CacheIncompleteError.
+    """
     columns = Samples.of(samples)
     bounds = columns.caption_bounds if TEXT.name in tables else np.zeros(len(columns) + 1, np.int64)
     arrays = {CAPTION_BOUNDS: in_memory(bounds)}
     for name, state in tables.items():
-        keys = kind_of(name).indexed(columns)
-        arrays[name] = Rows(state.stored.entries.dtype, len(keys), _entries(name, state.stored, keys))
-    return arrays
+        for array, keys in wants.indexed(name, columns).items():
+            arrays[array] = Rows(state.stored.entries.dtype, len(keys), _entries(name, state.stored, keys))
+    orders = order_arrays(wants.sets, columns)
+    return arrays | {name: in_memory(array) for name, array in orders.items()}
 
 
 def _entries(name: str, stored: StoredRows, keys: Keys) -> Iterator[np.ndarray]:
@@ -231,7 +237,9 @@ def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) 
             empty += int((tokens == wordless).sum())
             full.append(entries[tokens == longest])
     cut, short = read_cut(cache, manifest), short_sides(cache, manifest)
-    images = next(index[name] for name in recipes if kind_of(name).per == "image")
+    squares = [each.resolution for each in manifest.shape_sets if each.is_square]
+    of_all = [name for name in recipes if kind_of(name).per == "image" and len(index[name]) >= manifest.samples]
+    images = next(index[name] for name in of_all)
     return Tally(
         captions=captions,
         captions_empty=empty,
@@ -241,7 +249,7 @@ def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) 
         longest=longest if captions else 0,
         samples=manifest.samples,
         samples_alike=manifest.samples - _distinct(images[span] for span in spans(manifest.samples, _TOGETHER)),
-        pictures_small={side: int((short < side).sum()) for side in sides_of(recipes)},
+        pictures_small={side: int((short < side).sum()) for side in squares},
     )
 
 

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from kcache.config import COMPUTE_DTYPES, BuildConfig
+from kcache.config.shapes import ShapeSet
 from kcache.disk.durable import json_bytes
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError
 from kcache.foreign import check_withheld
@@ -15,22 +14,25 @@ from kcache.hints import instead_of_cache
 from kcache.places import Place
 from kcache.places.effects import swap_bytes
 from kcache.store.recipe import (
-    KINDS,
     SHARD_FOLDER,
     STORED_DTYPES,
     TABLE_NAME,
     Recipe,
     canonical_json,
     json_digest,
-    sides_of,
-    stage_of,
+    kind_of,
 )
+from kcache.store.shaped.wants import Wants, in_order, squares_of, tables_of
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 """Raised by one whenever the bytes on disk of an unchanged recipe would change, or an old reader would read wrongly."""
-SCHEMA_VERSIONS = (1, SCHEMA_VERSION)
-"""Those that are read: in the first, shards are named by their number alone."""
+SHAPES_VERSION = SCHEMA_VERSION + 1
+"""That of caches with shapes that are no plain squares, or with mirrored pictures; their shards are as before."""
+RECORD_VERSIONS = (1, SCHEMA_VERSION)
+"""Those of plans and commit records that are read: in the first, shards are named by their number alone."""
+SCHEMA_VERSIONS = (*RECORD_VERSIONS, SHAPES_VERSION)
+"""Those of manifests that are read."""
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
 DATA_NAME = re.compile(rf"({SHARD_NAME.pattern})(-[0-9a-f]{{16}})?(\.tar)?")
 """Name of a shard's data: its number, from version 2 on a digest of its files, and what says that it is a tar."""
@@ -86,6 +88,20 @@ class Manifest:
     """sha256 (hex) of the bytes of rejected.jsonl."""
     models: Mapping[str, Mapping[str, str | None]]
     """Where the encoders came from: {"prior": {"name": …, "revision": …}, "decoder": …}. Shown, never compared."""
+    shapes: tuple[ShapeSet, ...] = ()
+    """What pictures are cropped to, by resolution; () for the plain square of each table of latents."""
+    flip: bool = False
+    """Whether there are rows of the mirrored pictures."""
+
+    @property
+    def shape_sets(self) -> tuple[ShapeSet, ...]:
+        """What pictures are cropped to, by resolution, squares first."""
+        return self.shapes or squares_of(self.tables)
+
+    @property
+    def wants(self) -> Wants:
+        """Which rows the tables have of the samples."""
+        return Wants(self.shape_sets, self.flip)
 
     @property
     def samples_file(self) -> str:
@@ -100,17 +116,23 @@ class Manifest:
     @property
     def schema_version(self) -> int:
         """The first that says all that is in it: a cache of which nothing changed keeps its manifest, byte for byte."""
-        return schema_of(self.tables)
+        return schema_of(self.tables, self.shapes, self.flip)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what a training run sees: the recipes and the samples."""
+        """sha256 (hex) of what a training run sees: the recipes, the samples, and which shapes these have."""
         recipes = {name: entry.recipe.fingerprint for name, entry in self.tables.items()}
-        return json_digest([recipes, self.samples_digest])
+        parts = [recipes, self.samples_digest]
+        return json_digest(parts if self.schema_version < SHAPES_VERSION else [*parts, self._shapes_json(), self.flip])
+
+    def _shapes_json(self) -> list[dict[str, Any]]:
+        return [asdict(each) for each in self.shape_sets]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands on disk, with the sha256 of all that it says."""
-        data = {"schema_version": self.schema_version, **asdict(self)}
+        data = {"schema_version": self.schema_version, **asdict(self), "shapes": self._shapes_json()}
+        if self.schema_version < SHAPES_VERSION:
+            del data["shapes"], data["flip"]
         for name, entry in self.tables.items():
             data["tables"][name]["recipe"] = entry.recipe.to_json()
             data["tables"][name]["fingerprint"] = entry.recipe.fingerprint
@@ -118,11 +140,13 @@ class Manifest:
         return {**body, "digest": json_digest(body)}
 
 
-def schema_of(tables: Mapping[str, TableEntry]) -> int:
+def schema_of(tables: Mapping[str, TableEntry], shapes: Collection[ShapeSet] = (), flip: bool = False) -> int:
     """The schema version that says all of these tables: where all shards are named by number alone, the first does.
 
-    From the second on the index, too, is in parts.
+    From the second on the index, too, is in parts; the third is of what is no cache of plain squares.
     """
+    if shapes or flip:
+        return SHAPES_VERSION
     shards = (shard for entry in tables.values() for shard in entry.shards)
     return SCHEMA_VERSION if any("-" in shard.data.partition("/")[2] for shard in shards) else 1
 
@@ -159,28 +183,31 @@ def read_manifest(cache: Place) -> Manifest:
         raise CacheCorruptError(
             f"{path} is not a kcache manifest ({error}); build the cache again to write it anew"
         ) from error
-    check_version(path, version)
+    check_version(path, version, SCHEMA_VERSIONS)
     try:
         return _from_json(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheCorruptError(f"{path} is damaged ({error}); build the cache again to write it anew") from error
 
 
-def check_version(path: Place, version: object) -> None:
+def check_version(path: Place, version: object, known: Sequence[int] = RECORD_VERSIONS) -> None:
     """Raise CacheMismatchError for what a newer kcache, or none, has written at `path`."""
-    if version not in SCHEMA_VERSIONS:
+    if version not in known:
         raise CacheMismatchError(
-            f"{path} has schema version {version}; this kcache reads {' and '.join(map(str, SCHEMA_VERSIONS))}; "
+            f"{path} has schema version {version}; this kcache reads {_listed(known)}; "
             "use the kcache that wrote it, a newer one, or build the cache again"
         )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join([", ".join(map(str, numbers[:-1])), str(numbers[-1])])
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:
     digest = data.pop("digest")
     if digest != json_digest(data):
         raise ValueError("its digest does not match its content")
-    data.pop("schema_version")
-    tables = {}
+    version, tables = data.pop("schema_version"), {}
     for name, entry in data.pop("tables").items():
         shards = tuple(_shard(shard) for shard in entry["shards"])
         recipe = Recipe.from_json(entry["recipe"])
@@ -188,9 +215,23 @@ def _from_json(data: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name!a} is no table of {recipe.stored_dtype!a} rows")
         check_count(entry["rows"], entry["bytes"])
         tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
+    if (version == SHAPES_VERSION) != ("shapes" in data):
+        raise ValueError(f"schema version {version} {'with' if 'shapes' in data else 'without'} shapes")
+    data["shapes"] = shapes_to_note([_shape_set(each) for each in data.get("shapes", ())])
     manifest = Manifest(tables=tables, **data)
     _check(manifest)
     return manifest
+
+
+def shapes_to_note(sets: Iterable[ShapeSet]) -> tuple[ShapeSet, ...]:
+    """What `Manifest.shapes` has of the sets of a cache: (), where all are plain squares, which their tables say."""
+    ordered = in_order(list(sets))
+    return () if all(each.is_square for each in ordered) else ordered
+
+
+def _shape_set(data: Mapping[str, Any]) -> ShapeSet:
+    shapes = tuple((height, width) for height, width in data["shapes"])
+    return ShapeSet(data["resolution"], shapes, data["max_upscale"])
 
 
 def _shard(data: Mapping[str, Any]) -> ShardEntry:
@@ -209,9 +250,20 @@ def _check(manifest: Manifest) -> None:
     for digest in digests:
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!a} is no digest")
+    _check_shapes(manifest)
     for role, model in manifest.models.items():
         if not isinstance(model["name"], str) or not isinstance(model["revision"], str | None):
             raise ValueError(f"{model!a} says not where the {role} comes from")
+
+
+def _check_shapes(manifest: Manifest) -> None:
+    """Raise ValueError where a shape has no table, a table of latents no shape, or a resolution two sets of shapes."""
+    named, held = set(tables_of(manifest.shape_sets)), {name for name in manifest.tables if kind_of(name).sided}
+    if named != held or type(manifest.flip) is not bool:
+        raise ValueError(f"{sorted(held)} are not the tables of {sorted(named)}")
+    buckets = [each.resolution for each in manifest.shape_sets if not each.is_square]
+    if len(buckets) != len(set(buckets)):
+        raise ValueError(f"several sets of shapes for one resolution, of {buckets}")
 
 
 def shard_number(file: str) -> str:
@@ -235,52 +287,3 @@ def _not_found(cache: Place) -> CacheNotFoundError:
     else:
         found = f"there is no {MANIFEST} in it"
     return CacheNotFoundError(f"{cache} is not a finished cache: {found}; run `kcache cache-build SOURCE {cache}`")
-
-
-def recorded_config(manifest: Manifest) -> BuildConfig:
-    """The settings behind the recipes of a manifest, as far as one set of settings can have made them all."""
-    recipes = [entry.recipe for entry in manifest.tables.values()]
-    alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
-    precisions = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
-    settings: dict[str, Any] = {
-        "stage": stage_of(manifest.tables),
-        "format": manifest.format,
-        "resolution": tuple(sides_of(manifest.tables)) or BuildConfig.resolution,
-        "alpha": alphas[0] if alphas else BuildConfig.alpha,
-        "color": "srgb" if any(r.preprocess.get("color") == "srgb" for r in recipes) else "as-is",
-        "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
-        **{MODEL_SETTINGS[role]: model["name"] for role, model in manifest.models.items()},
-    }
-    for recipe in recipes[:1]:
-        settings |= {
-            "dtype": recipe.stored_dtype,
-            "mixed_precision": precisions.get(recipe.compute_dtype, "no"),
-            "batch_size": recipe.batch_shape[0],
-        }
-    return BuildConfig(**settings)
-
-
-def build_line(folder: Place, manifest: Manifest, field: str, resolution: int | None = None) -> str:
-    """The command that adds the table of `field`, with the settings that the cache at `folder` was built with."""
-    tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
-    stage, sides = stage_of(tables), {*sides_of(manifest.tables), *([] if resolution is None else [resolution])}
-    config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or BuildConfig.resolution)
-    words = ["kcache", "cache-build", "SOURCE", str(folder)]
-    for name in _BUILD_FLAGS:
-        value = getattr(config, name)
-        if value != getattr(BuildConfig, name):
-            for given in value if isinstance(value, tuple) else (value,):
-                words += ["--" + name.replace("_", "-"), str(given)]
-    return shlex.join(words)
-
-
-MODEL_SETTINGS = {
-    "prior": "pretrained_prior_model_name_or_path",
-    "decoder": "pretrained_decoder_model_name_or_path",
-}
-"""The setting, of a build and of a run, that names the repository of each role of `models`."""
-_BUILD_FLAGS = (
-    "stage", "format", *MODEL_SETTINGS.values(), "dtype", "mixed_precision", "batch_size", "alpha", "text_padding",
-    "resolution",
-)  # fmt: skip
-"""What decides which tables a build makes, and their recipes."""

@@ -3,18 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from kcache.config import Stage
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, Keys
+from kcache.config.shapes import Shape
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
 
 SCHEMA_VERSION = 1
 """That of recipes, for ever: it is part of their fingerprints, and `kcache.store.manifest` has that of caches."""
 
 STORED_DTYPES = ("float16", "float32")
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9]{1,6})?")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9]{1,6}(x[0-9]{1,6})?)?")
 _MAX_SIZE = 1 << 24
 """Above any side of a row; with it, no product of sizes that a file claims is beyond reason."""
 
@@ -29,24 +30,12 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-class Keyed(Protocol):
-    """What has an image and captions, each with the key of its content: a sample."""
-
-    @property
-    def image_key(self) -> bytes:
-        """Of the image file's bytes."""
-
-    @property
-    def caption_keys(self) -> tuple[bytes, ...]:
-        """Of each caption's UTF-8."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableKind:
     """What all tables of one kind have in common, whatever their recipes."""
 
     name: str
-    """The table's name, or what stands before the side of its pictures: `latents` of latents-768."""
+    """The table's name, or what stands before the shape of its pictures: `latents` of latents-768."""
     per: Literal["image", "caption"]
     """What has a row."""
     reserved: bytes | None
@@ -62,30 +51,13 @@ class TableKind:
     readers: tuple[Literal["prior", "decoder"], ...]
     """Who trains from it."""
     sided: bool = False
-    """Whether there is a table for each side that pictures are cropped to."""
-
-    def keys(self, samples: Sequence[Keyed]) -> Keys:
-        """The key of each row that `samples` use, in their order; a key that several use comes several times."""
-        together = getattr(samples, f"{self.per}_keys", None)  # as samples in columns have them
-        each = (sample.caption_keys if self.per == "caption" else (sample.image_key,) for sample in samples)
-        return together or Keys.of(key for keys in each for key in keys)
-
-    def wanted(self, samples: Sequence[Keyed]) -> Keys:
-        """The keys that a table holds when it holds all of `samples`, in their order, the reserved one first."""
-        return Keys.of(self._reserved()) + self.keys(samples)
-
-    def indexed(self, samples: Sequence[Keyed]) -> Keys:
-        """The key of each entry of a table's index: those of `samples` in their order, and the reserved one."""
-        return self.keys(samples) + Keys.of(self._reserved())
+    """Whether there is a table for each shape that pictures are cropped to."""
 
     def dropped(self, captions: Any, images: Any) -> Any:
         """Of two masks, for captions and for images, the one that applies to rows of this kind; None for neither."""
         if self.reserved is None:
             return None
         return captions if self.per == "caption" else images
-
-    def _reserved(self) -> tuple[bytes, ...]:
-        return () if self.reserved is None else (self.reserved,)
 
 
 IMAGE_EMBEDS = TableKind(
@@ -106,7 +78,8 @@ KINDS = (IMAGE_EMBEDS, TEXT, LATENTS)
 SAMPLES, RESERVED = "samples", "reserved"
 """Names of the folders of tars, where tables have those of their kinds: whole samples, and the reserved rows."""
 
-TABLE_NAME = re.compile("|".join(kind.name + "-[1-9][0-9]{0,4}" * kind.sided for kind in KINDS))
+_OF_SHAPE = "-[1-9][0-9]{0,4}(?:x[1-9][0-9]{0,4})?"
+TABLE_NAME = re.compile("|".join(kind.name + _OF_SHAPE * kind.sided for kind in KINDS))
 SHARD_FOLDER = re.compile(rf"({TABLE_NAME.pattern}|{SAMPLES}|{RESERVED})-[0-9a-f]{{8}}")
 """Names of the folders that shards lie in: the table's, or the tars', and the first 8 digits of the fingerprint."""
 
@@ -119,22 +92,33 @@ def kind_of(table: str) -> TableKind:
     raise ValueError(f"{table!a} is no table; expected one of {', '.join(kind.name for kind in KINDS)}")
 
 
-def side_of(table: str) -> int | None:
-    """The side, in pixels, of the pictures behind a table of which there is one for each; else None."""
-    return int(table.partition("-")[2]) if kind_of(table).sided else None
+def shape_of(table: str) -> Shape | None:
+    """The shape of the pictures behind a table of which there is one for each; None for other tables."""
+    if not kind_of(table).sided:
+        return None
+    height, _, width = table.partition("-")[2].partition("x")
+    return int(height), int(width or height)
+
+
+def table_name(kind: TableKind, shape: Shape) -> str:
+    """The table of a kind that has pictures of `shape`: latents-640x896, or latents-768 for a square."""
+    height, width = shape
+    return f"{kind.name}-{height}" if height == width else f"{kind.name}-{height}x{width}"
 
 
 def sides_of(tables: Collection[str]) -> list[int]:
-    """The sides that there are tables for, ascending; names of no table are passed over."""
-    return sorted(side for name in tables if TABLE_NAME.fullmatch(name) and (side := side_of(name)) is not None)
+    """The sides of the squares that there are tables for, ascending; names of no table are passed over."""
+    shapes = (shape_of(name) for name in tables if TABLE_NAME.fullmatch(name))
+    return sorted(shape[0] for shape in shapes if shape is not None and shape[0] == shape[1])
 
 
-def table_names(stage: Stage, resolutions: Sequence[int]) -> tuple[str, ...]:
-    """Names of the tables that a stage reads, e.g. ("image_embeds", "text", "latents-768") for "all"."""
+def table_names(stage: Stage, shapes: Iterable[Shape]) -> tuple[str, ...]:
+    """Names of the tables that a stage reads, e.g. ("image_embeds", "text", "latents-768") for "all" of one square."""
+    shapes = list(dict.fromkeys(shapes))
     names: list[str] = []
     for kind in KINDS:
         if stage in ("all", *kind.readers):
-            names += [f"{kind.name}-{side}" for side in dict.fromkeys(resolutions)] if kind.sided else [kind.name]
+            names += [table_name(kind, shape) for shape in shapes] if kind.sided else [kind.name]
     return tuple(names)
 
 
@@ -169,7 +153,7 @@ class Recipe:
     """What decides the bytes of one table; equal recipes under equal library versions give equal bytes."""
 
     table: str
-    """Name of the table: "image_embeds", "text", or "latents-R" for resolution R in pixels."""
+    """Name of the table: "image_embeds", "text", or of a shape in pixels, as `table_name` gives it."""
     encoder: str
     """Class of the frozen network, e.g. "CLIPVisionModelWithProjection"."""
     weights: str

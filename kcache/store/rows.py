@@ -15,8 +15,8 @@ from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
 from kcache.places.fetching import FETCHES, at_once, near
-from kcache.store.checksums import crc32c, joined_crc32c
 from kcache.store.formats import format_of
+from kcache.store.formats.checksums import crc32c, joined_crc32c
 from kcache.store.manifest import ShardEntry
 from kcache.store.recipe import Field
 

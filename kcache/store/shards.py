@@ -23,8 +23,8 @@ from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import create_bytes, publish, remove, temporary_folder, write_npy
-from kcache.store.checksums import crc32c, file_sums
 from kcache.store.formats import zarr
+from kcache.store.formats.checksums import crc32c, file_sums
 from kcache.store.formats.side_files import side_dtype, side_name, side_rows, sizes_name
 from kcache.store.manifest import DATA_NAME, SCHEMA_VERSION, SHARD_NAME, check_count, check_version
 from kcache.store.recipe import Recipe, canonical_json, json_digest

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kcache.config.shapes import resolutions_of
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.batches import POLL_SECONDS
@@ -28,7 +29,6 @@ from kcache.stopping import Crew, signal_asked
 from kcache.store.cache import Cache
 from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.columns import packed
-from kcache.store.recipe import sides_of
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.log import RunLog
 from kcache.training.optimizer import averaged
@@ -237,7 +237,7 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     from kcache.report.pictures import PromptPictures
 
     # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
-    side = run.config.resolution or max(sides_of(run.cache.recipes), default=RESOLUTION)
+    side = run.config.resolution or max(resolutions_of(run.cache.shape_sets), default=RESOLUTION)
     pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
     pictures.prepare()
     return pictures

@@ -12,7 +12,7 @@ from kcache.encoders.online import OnlineEncoders
 from kcache.machine import check_device, default_device
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.recipe import Recipe, side_of
+from kcache.store.recipe import Recipe
 
 SAMPLES_PER_READ = 64
 
@@ -54,11 +54,11 @@ def compare_online(
     captions = rng.integers(np.maximum(np.diff(whole.caption_bounds), 1))[samples]
     place = torch.device(device or default_device())
     found: list[Difference] = []
+    sampled = whole.select(samples)
     for table, recipe in whole.recipes.items():
-        side = side_of(table)
-        chosen = Cache.open(cache, resolution=side)
-        online = OnlineEncoders(chosen, opened, [field.name for field in recipe.fields], place)
-        found += _compare(chosen, online, recipe, samples, captions, report)
+        held = sampled.of_table(table)
+        online = OnlineEncoders(held, opened, [field.name for field in recipe.fields], place)
+        found += _compare(held, online, recipe, captions, report)
     return found
 
 
@@ -66,12 +66,11 @@ def _compare(
     cache: Cache,
     online: OnlineEncoders,
     recipe: Recipe,
-    samples: np.ndarray,
     captions: np.ndarray,
     report: Callable[[str, int, int], None] | None,
 ) -> list[Difference]:
-    """The largest differences in each field of one table."""
-    names = [field.name for field in recipe.fields]
+    """The largest differences in each field of one table, of all samples of `cache`."""
+    samples, names = np.arange(len(cache)), [field.name for field in recipe.fields]
     worst = {
         name: Difference(table=recipe.table, field=name, rows=len(samples), absolute=0.0, relative=0.0)
         for name in names

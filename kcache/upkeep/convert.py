@@ -15,6 +15,7 @@ from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan, unfinished
 from kcache.config import Say, Stage, check_worker, unheard
+from kcache.config.shapes import resolutions_of
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError
 from kcache.places import Place, cache_place, place_of
 from kcache.places.bucket import BucketPath
@@ -23,8 +24,10 @@ from kcache.places.effects import make_folder
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.formats import FORMATS
-from kcache.store.manifest import Manifest, build_line
-from kcache.store.recipe import KINDS, Recipe, kind_of, side_of, sides_of
+from kcache.store.manifest import Manifest
+from kcache.store.recipe import KINDS, Recipe, kind_of
+from kcache.store.recorded import build_line
+from kcache.store.shaped.wants import tables_of
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents
 from kcache.upkeep.portions import Portion
 
@@ -101,19 +104,17 @@ def _of_stage(contents: CacheContents, stage: Stage, resolution: Collection[int]
         raise ConfigError(f"--resolution was given, but --stage {stage} reads no latents; leave it out")
     folder, manifest = contents.folder, contents.manifest
     has = f"{folder} has {', '.join(sorted(manifest.tables))}; expected a cache that has them"
-    if lacking := sorted(set(resolution) - set(sides_of(manifest.tables))):
+    if lacking := sorted(set(resolution) - set(resolutions_of(manifest.shape_sets))):
         line = build_line(folder, manifest, "latents", lacking[0])
         raise ConfigError(f"--resolution {lacking[0]} asks for latents of that side, but {has}; add them to it: {line}")
-    names = [
-        name
-        for name in manifest.tables
-        if kind_of(name) in kinds and (not resolution or side_of(name) in (None, *resolution))
-    ]
+    sets = [each for each in manifest.shape_sets if not resolution or each.resolution in resolution]
+    latents = tables_of(sets)
+    names = [n for n in manifest.tables if kind_of(n) in kinds and (not kind_of(n).sided or n in latents)]
     for kind in kinds:
         if stage != "all" and kind not in map(kind_of, names):
             line = build_line(folder, manifest, kind.fields[0])
             raise ConfigError(f"--stage {stage} reads {kind.name}, but {has}; add them to it: {line}")
-    return contents.of_tables(names)
+    return contents.of_tables(names, sets)
 
 
 def _plan_to_join(copier: CacheCopier, target: Place) -> Plan | None:
@@ -163,7 +164,7 @@ def _finish(copier: CacheCopier, contents: CacheContents, target: Place, form: s
     copier.record_rejected()
     tables = read_committed(target, form, contents.recipes)
     models = contents.manifest.models
-    return finish_cache(target, contents.samples, contents.refused, tables, models, form, contents.cut)
+    return finish_cache(target, contents.samples, contents.refused, tables, models, form, contents.cut, contents.wants)
 
 
 def _size_text(size: int) -> str:

@@ -12,6 +12,7 @@ from kcache.build.committed import check_outside, read_committed, record_rejecti
 from kcache.build.joined_tars import RESERVED_KEY, plan_tars, shard_recipes, tar_keys, tar_recipe
 from kcache.build.plan import Plan, PlannedShard, TablePlan, plan_table
 from kcache.config import CountReport
+from kcache.config.shapes import ShapeSet
 from kcache.disk.readers import Reading
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.errors import CacheMismatchError
@@ -22,9 +23,10 @@ from kcache.store.cache import Cache
 from kcache.store.digests import Keys, Positions
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState, table_state
-from kcache.store.manifest import MANIFEST, Manifest, read_manifest
+from kcache.store.manifest import MANIFEST, Manifest, read_manifest, shapes_to_note
 from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, columns_of, read_cut, read_refused
+from kcache.store.shaped.wants import Wants
 from kcache.upkeep.portions import PictureSizes, Portion, of_rows, of_samples
 
 _DERIVED = (MANIFEST, "samples-*.parquet", "index-*", "rejected.jsonl", "README.md", ".tmp-*", "plans", TURN)
@@ -55,6 +57,11 @@ class CacheContents:
         """The recipe of each table."""
         return {name: entry.recipe for name, entry in self.manifest.tables.items()}
 
+    @property
+    def wants(self) -> Wants:
+        """Which rows the tables have of the samples."""
+        return self.manifest.wants
+
     @cached_property
     def sizes(self) -> PictureSizes:
         """Width and height of the samples' pictures."""
@@ -69,14 +76,15 @@ class CacheContents:
     def _by_tar_key(self) -> Positions:
         return Positions(self.tar_keys)
 
-    def of_tables(self, names: Collection[str]) -> "CacheContents":
-        """The same samples with the rows of some tables only."""
+    def of_tables(self, names: Collection[str], sets: Sequence[ShapeSet]) -> "CacheContents":
+        """The same samples with the rows of some tables only, in which pictures have the shapes of these sets."""
         tables = {name: entry for name, entry in self.manifest.tables.items() if name in names}
         roles: set[str] = {kind_of(name).role for name in tables}
+        shapes = shapes_to_note(sets if any(kind_of(name).sided for name in tables) else ())
         models = {role: model for role, model in self.manifest.models.items() if role in roles}
         return replace(
             self,
-            manifest=replace(self.manifest, tables=tables, models=models),
+            manifest=replace(self.manifest, tables=tables, models=models, shapes=shapes),
             tables={name: state for name, state in self.tables.items() if name in tables},
             cut=self.cut if TEXT.name in tables else {},
         )
@@ -89,9 +97,9 @@ class CacheContents:
         if recipe.of_tars:
             numbers = self._by_tar_key.find(shard.keys)
             samples = self.samples.at(numbers[numbers >= 0])
-            return of_samples(self.folder, target, self.tables, recipe, shard, samples, self.provenance)
+            return of_samples(self.folder, target, self.tables, recipe, shard, samples, self.provenance, self.wants)
         state = self.tables[recipe.table]
-        return of_rows(self.folder, target, recipe, state.stored, shard, self.sizes, self.provenance)
+        return of_rows(self.folder, target, recipe, state.stored, shard, self.sizes, self.provenance, self.wants)
 
 
 def read_contents(cache: Place) -> CacheContents:
@@ -159,7 +167,7 @@ class CacheCopier:
     def wanted(self, recipe: Recipe) -> Keys:
         """The keys of all that shards of `recipe` hold in the end."""
         if not recipe.of_tars:
-            return kind_of(recipe.table).wanted(self._contents.samples)
+            return self._contents.wants.wanted(recipe.table, self._contents.samples)
         return self._contents.tar_keys if recipe.table == SAMPLES else Keys.of([RESERVED_KEY])
 
     def plan(self, rows_per_shard: int | None = None) -> Plan:
@@ -183,7 +191,9 @@ class CacheCopier:
             elif table.recipe.table == SAMPLES:
                 samples += sum(len(shard.keys) for shard in own)
         if samples:
-            used = sum(_size(state, kind_of(name).keys(contents.samples)) for name, state in contents.tables.items())
+            used = sum(
+                _size(state, contents.wants.keys(name, contents.samples)) for name, state in contents.tables.items()
+            )
             size += used * samples // len(contents.samples)
         return size
 

@@ -32,7 +32,7 @@ from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import Keys, Positions
 from kcache.store.index import TableState, merged_rows, stored_rows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, read_manifest, shard_number
-from kcache.store.recipe import RESERVED, SHARD_FOLDER, Recipe, kind_of
+from kcache.store.recipe import RESERVED, SHARD_FOLDER, Recipe
 from kcache.store.shards import Commit, next_shard, read_commits
 from kcache.upkeep.copying import CacheContents, read_contents, with_progress
 from kcache.upkeep.portions import find_all
@@ -135,7 +135,7 @@ def live_shards(contents: CacheContents) -> dict[str, list[LiveShard]]:
 def _used_rows(contents: CacheContents, recipe: Recipe) -> dict[str, Keys]:
     """By shard, the keys of the table's rows that samples use."""
     stored = contents.tables[recipe.table].stored
-    keys = kind_of(recipe.table).wanted(contents.samples).unique()
+    keys = contents.wants.wanted(recipe.table, contents.samples).unique()
     standing = _by_shard(keys, stored.entries["shard"][find_all(stored, keys, recipe)])
     return {stored.shards[shard].name: own for shard, own in standing.items()}
 
@@ -174,7 +174,14 @@ def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> Non
                 add_rejections(folder / recipe.directory, recipe, lost, commit.provenance)
     states = _live_states(contents, live)
     new = finish_cache(
-        folder, contents.samples, contents.refused, states, manifest.models, manifest.format, contents.cut
+        folder,
+        contents.samples,
+        contents.refused,
+        states,
+        manifest.models,
+        manifest.format,
+        contents.cut,
+        contents.wants,
     )
     if knows_readers(folder):
         for name in {manifest.samples_file, manifest.index_folder} - {new.samples_file, new.index_folder}:
@@ -241,7 +248,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         if not mixed or recipe.table == RESERVED:
             continue
         keys = Keys(np.concatenate([shard.keys.packed for shard in mixed]))
-        wanted = contents.tar_keys if recipe.of_tars else kind_of(recipe.table).wanted(contents.samples)
+        wanted = contents.tar_keys if recipe.of_tars else contents.wants.wanted(recipe.table, contents.samples)
         plan = TablePlan(
             recipe=recipe,
             rows_per_shard=default_rows_per_shard(recipe),

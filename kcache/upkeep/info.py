@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from kcache.build.plan import Plan, open_plan
+from kcache.config.shapes import resolutions_of
 from kcache.places import Place, cache_place
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.recipe import sides_of
 from kcache.store.samples import Refusal, read_refused
 from kcache.store.shards import read_commits
 from kcache.tally import Tally
@@ -53,7 +53,7 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
         "models": {role: dict(model) for role, model in manifest.models.items()},
         "provenance": None if contents is None else dict(sorted(contents.provenance.items())),
         "tables": _tables(manifest),
-        "resolutions": sides_of(manifest.tables),
+        "resolutions": resolutions_of(manifest.shape_sets),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(recipes, index)),
         "losses": _losses(tally_of(folder, manifest, index)),

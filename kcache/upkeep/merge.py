@@ -93,7 +93,9 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
                 copier.portion(table.recipe, shard).commit()
         copier.record_rejected()
         states = read_committed(target, form, recipes)
-        manifest = finish_cache(target, samples, merged.refused, states, first.manifest.models, form, merged.cut)
+        manifest = finish_cache(
+            target, samples, merged.refused, states, first.manifest.models, form, merged.cut, first.wants
+        )
         if knows_readers(target):
             remove_superseded(target, manifest)
         stop_here()

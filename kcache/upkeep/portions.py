@@ -23,6 +23,7 @@ from kcache.store.index import StoredRows, TableState
 from kcache.store.recipe import RESERVED, Recipe, kind_of
 from kcache.store.rows import field_files, gather
 from kcache.store.samples import Sample
+from kcache.store.shaped.wants import Wants
 from kcache.store.shards import RowBlock, commit_shard
 
 
@@ -44,11 +45,13 @@ class Portion:
     sizes: np.ndarray | None
     """(n,) of `SIZES`, where the rows are of pictures and of a table."""
     provenance: Mapping[str, str]
+    wants: Wants
+    """Which rows the tables have of the samples."""
 
     def commit(self) -> None:
         """Copy the rows, each checked on the way, and commit the shard; raises CacheCorruptError for a damaged row."""
         if self.recipe.of_tars:
-            writer = TarWriter(self.target, self.tables, self.provenance, rows_from=self.cache)
+            writer = TarWriter(self.target, self.tables, self.provenance, self.cache, self.wants)
             writer.write(self.recipe.table, [self.shard], lambda _: self._by_key())
         else:
             self._commit_rows()
@@ -99,13 +102,14 @@ def of_rows(
     shard: PlannedShard,
     sizes: PictureSizes,
     provenance: Mapping[str, str],
+    wants: Wants,
 ) -> Portion:
     """The portion of a shard of a table, whose rows are among those `stored` in `cache`; raises CacheCorruptError."""
     rows = TableState(recipe=recipe, stored=_standing(stored, shard.keys, recipe), provenance=provenance)
     return Portion(
         cache=_anywhere(cache), target=_anywhere(target), recipe=recipe, shard=shard, tables={recipe.table: rows},
         samples=Samples(()), sizes=sizes.of(shard.keys) if kind_of(recipe.table).per == "image" else None,
-        provenance=provenance,
+        provenance=provenance, wants=wants,
     )  # fmt: skip
 
 
@@ -117,17 +121,18 @@ def of_samples(
     shard: PlannedShard,
     samples: Samples,
     provenance: Mapping[str, str],
+    wants: Wants,
 ) -> Portion:
     """The portion of a tar of whole `samples`, or of the reserved rows, of all `tables`; raises CacheCorruptError."""
     rows = {}
     for name, state in tables.items():
-        kind = kind_of(name)
-        reserved = [] if kind.reserved is None else [kind.reserved]
-        keys = Keys.of(reserved) if recipe.table == RESERVED else kind.keys(samples)
+        reserved = kind_of(name).reserved
+        own = Keys.of([] if reserved is None else [reserved])
+        keys = own if recipe.table == RESERVED else wants.keys(name, samples)
         rows[name] = replace(state, stored=_standing(state.stored, keys, state.recipe), rejections=(), judged_by={})
     return Portion(
         cache=_anywhere(cache), target=_anywhere(target), recipe=recipe, shard=shard, tables=rows, samples=samples,
-        sizes=None, provenance=provenance,
+        sizes=None, provenance=provenance, wants=wants,
     )  # fmt: skip
 
 

@@ -26,9 +26,11 @@ from kcache.places.effects import make_folder, remove
 from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
-from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, recorded_config, shard_number
+from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, shard_number
 from kcache.store.recipe import Recipe, components, kind_of, recipe_differences, stage_of
+from kcache.store.recorded import recorded_config
 from kcache.store.samples import Refusal, Sample, samples_digest, with_ids
+from kcache.store.shaped.wants import Wants
 from kcache.store.shards import Commit
 from kcache.upkeep.portions import PictureSizes, of_rows
 from kcache.upkeep.records import Records, read_records
@@ -187,9 +189,9 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
             if records.index is not None and records.samples is not None:
                 sound = _sound_entries(records.index[table], entry, shard, before)
                 if len(sound):
-                    keys = kind_of(table).indexed(records.samples)[sound]
+                    keys = manifest.wants.indexed(table, records.samples)[table][sound]
                     rows = _rows_by_key(records.index[table][sound], keys, entry)
-                    _copy_rows(folder, entry.recipe, rows, keys.unique(), records.samples, commit)
+                    _copy_rows(folder, entry.recipe, rows, keys.unique(), records.samples, commit, manifest.wants)
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):
                 rejected.append((entry.recipe, commit))
         _remove_shard(folder, shard)
@@ -224,7 +226,13 @@ def _rows_by_key(index: np.ndarray, keys: Keys, entry: TableEntry) -> StoredRows
 
 
 def _copy_rows(
-    folder: Place, recipe: Recipe, rows: StoredRows, keys: Keys, samples: Samples, commit: Commit | None
+    folder: Place,
+    recipe: Recipe,
+    rows: StoredRows,
+    keys: Keys,
+    samples: Samples,
+    commit: Commit | None,
+    wants: Wants,
 ) -> None:
     """Commit the rows of `keys` as a new shard of their table, behind all that are in its folder."""
     table = folder / recipe.directory
@@ -232,4 +240,4 @@ def _copy_rows(
     names = {shard_number(path.name) for path in table.iterdir()}
     number = 1 + max((int(name) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
     shard, provenance = PlannedShard(name=shard_name(number), keys=keys), commit.provenance if commit else {}
-    of_rows(folder, folder, recipe, rows, shard, PictureSizes(samples), provenance).commit()
+    of_rows(folder, folder, recipe, rows, shard, PictureSizes(samples), provenance, wants).commit()

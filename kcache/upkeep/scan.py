@@ -9,7 +9,7 @@ import numpy as np
 from kcache.foreign import check_withheld
 from kcache.places import Place
 from kcache.places.fetching import reading
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 
 BLOCK_BYTES = 1 << 20
 """Read at a time: a block's rows are checked while it lies in the processor's cache."""

@@ -23,6 +23,7 @@ from kcache.store.formats.side_files import size_rows
 from kcache.store.index import StoredRows, TableState, index_dtype
 from kcache.store.recipe import Field, kind_of
 from kcache.store.samples import Refusal, Sample
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import Rejection
 
 FIELDS = {
@@ -108,12 +109,13 @@ def test_samples_are_whole_in_columns_as_one_by_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "SAMPLES_PER_TABLE", per_table)
         patch.setattr(index, "_TOGETHER", 2)
-        whole, refused = whole_samples(samples, tables)
+        wants = Wants(squares_of(tables))
+        whole, refused = whole_samples(samples, tables, wants)
         expected, reasons = looked_at_one_by_one(samples, tables)
         assert list(whole) == expected
         assert [(refusal.name, refusal.reason) for refusal in refused] == reasons
         assert all(isinstance(refusal, Refusal) for refusal in refused)
-        arrays = index.index_arrays(whole, tables)
+        arrays = index.index_arrays(whole, tables, wants)
     counts = [len(sample.captions) if "text" in tables else 0 for sample in expected]
     assert np.concatenate([*arrays["captions"].runs]).tolist() == [0, *np.cumsum(counts)]
     for name, state in tables.items():

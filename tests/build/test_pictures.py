@@ -19,7 +19,8 @@ from kcache.disk.durable import json_bytes
 from kcache.encoders import frozen
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.errors import ConfigError
-from kcache.store.manifest import recorded_config, shard_number
+from kcache.store.manifest import shard_number
+from kcache.store.recorded import recorded_config
 from kcache.store.shards import read_commit, record_json
 from kcache.upkeep.compare import compare_online
 from kcache.upkeep.repair import repair_cache

@@ -221,10 +221,10 @@ def test_clip_pixels_are_those_of_the_pillow_processor() -> None:
 def test_movq_pixels_are_the_central_square_in_minus_one_to_one() -> None:
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
-    assert movq_pixels(image, 50).shape == (3, 50, 50)
-    assert movq_pixels(image, 50).dtype == np.float32
-    np.testing.assert_array_equal(movq_pixels(image, 50), 1)
-    np.testing.assert_array_equal(movq_pixels(Image.new("RGB", (3, 9)), 50), -1)
+    assert movq_pixels(image, (50, 50)).shape == (3, 50, 50)
+    assert movq_pixels(image, (50, 50)).dtype == np.float32
+    np.testing.assert_array_equal(movq_pixels(image, (50, 50)), 1)
+    np.testing.assert_array_equal(movq_pixels(Image.new("RGB", (3, 9)), (50, 50)), -1)
 
 
 def test_movq_leaves_half_pixels_of_the_crop_to_pillow() -> None:
@@ -232,4 +232,5 @@ def test_movq_leaves_half_pixels_of_the_crop_to_pillow() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (255, 258, 3), np.uint8))
     square = image.crop((2, 0, 256, 255))
     expected = square.resize((64, 64), Image.Resampling.BICUBIC, reducing_gap=1)
-    np.testing.assert_allclose(movq_pixels(image, 64), np.asarray(expected).transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    found = movq_pixels(image, (64, 64))
+    np.testing.assert_allclose(found, np.asarray(expected).transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)

@@ -15,7 +15,20 @@ from kcache.disk.memo import DigestMemo
 from kcache.encoders.recipes import default_rows_per_shard, table_recipe
 from kcache.encoders.repositories import Repository
 from kcache.errors import ConfigError, ModelError
-from kcache.store.recipe import Field, Recipe, components, kind_of, recipe_differences, table_names
+from kcache.store.recipe import (
+    LATENTS,
+    SHARD_FOLDER,
+    TABLE_NAME,
+    Field,
+    Recipe,
+    components,
+    kind_of,
+    recipe_differences,
+    shape_of,
+    sides_of,
+    table_name,
+    table_names,
+)
 
 TABLES = ("image_embeds", "text", "latents-64")
 TINY = BuildConfig(resolution=(64,), batch_size=4)
@@ -47,7 +60,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     ],
 )
 def test_a_stage_has_its_tables(stage: Stage, tables: tuple[str, ...], prior: int, decoder: tuple[str, ...]) -> None:
-    assert table_names(stage, (768, 512, 768)) == tables
+    assert table_names(stage, ((768, 768), (512, 512), (768, 768))) == tables
     assert len(components("prior", stage)) == prior
     assert components("decoder", stage) == decoder
 
@@ -61,6 +74,31 @@ def test_shapes_are_read_from_the_configurations(oracle: Path) -> None:
         Field(name="text_encoder_hidden_states", shape=(32,), ragged=True),
     )
     assert (latents.batch_shape, latents.fields) == ((4, 3, 64, 64), (Field(name="latents", shape=(4, 8, 8)),))
+
+
+def test_a_shape_that_is_no_square_says_so_in_its_recipe_alone(oracle: Path) -> None:
+    square, tall = recipe_of("latents-64", oracle), recipe_of("latents-96x48", oracle)
+    assert (tall.batch_shape, tall.fields) == ((4, 3, 96, 48), (Field(name="latents", shape=(4, 12, 6)),))
+    differences = [line for line in recipe_differences(square, tall) if not line.startswith("fields: ")]
+    assert differences == [
+        "batch_shape: [4,3,64,64] → [4,3,96,48]",
+        "preprocess.center_crop: short side → ratio 96:48",
+        "table: latents-64 → latents-96x48",
+    ]
+    assert Recipe.from_json(json.loads(json.dumps(tall.to_json()))) == tall
+    assert SHARD_FOLDER.fullmatch(tall.directory)
+    with pytest.raises(ConfigError, match=r"--aspect-ratio-buckets has 96,44; expected multiples of 16, as .*nearest"):
+        recipe_of("latents-96x44", oracle)
+
+
+def test_names_of_tables_say_their_shapes() -> None:
+    for name, shape in (("latents-768", (768, 768)), ("latents-640x896", (640, 896))):
+        assert shape_of(name) == shape
+        assert table_name(LATENTS, shape) == name
+        assert TABLE_NAME.fullmatch(name)
+    assert shape_of("text") is None
+    assert sides_of(["latents-640x896", "latents-768", "latents-512", "image_embeds", "samples"]) == [512, 768]
+    assert not any(TABLE_NAME.fullmatch(f"latents-{shape}") for shape in ("640x", "x896", "0x64", "64x064", "1x2x3"))
 
 
 def test_only_trimmed_captions_are_told_of_in_the_recipe(oracle: Path) -> None:

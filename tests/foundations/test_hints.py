@@ -11,7 +11,7 @@ from kcache import Cache
 from kcache.errors import CacheIncompleteError, CacheNotFoundError, SourceError
 from kcache.hints import instead_of_cache, near_names
 from kcache.sources import open_source
-from kcache.store.manifest import build_line
+from kcache.store.recorded import build_line
 
 
 @pytest.fixture

@@ -162,8 +162,8 @@ def test_originals_are_those_that_were_encoded(cache: str, oracle: Path, tmp_pat
     source = shutil.copytree(oracle / "data", tmp_path / "data")
     (source / names[1]).unlink()
     shutil.copyfile(source / names[0], source / names[2])
-    found = originals(opened, np.array([0, 1, 2]), str(source), AS_FOUND, 64, ignore)
-    expected = movq_pixels(Image.open(source / names[0]).convert("RGB"), 64)
+    found = originals(opened, np.array([0, 1, 2]), str(source), AS_FOUND, (64, 64), ignore)
+    expected = movq_pixels(Image.open(source / names[0]).convert("RGB"), (64, 64))
     assert isinstance(found[0], np.ndarray)
     assert found[0] == pytest.approx(expected, abs=1e-6)
     assert found[1:] == ["not in the source", "another picture in the source now"]
@@ -180,13 +180,13 @@ def test_a_source_without_the_originals_is_refused(
     names = opened.samples["name"].to_pylist()[:3]
     shutil.copyfile(oracle / "data" / names[0], tmp_path / names[0])
     shutil.copyfile(oracle / "data" / names[0], tmp_path / names[1])
-    originals(opened, np.array([0, 1, 2]), str(tmp_path), AS_FOUND, 64, ignore)
+    originals(opened, np.array([0, 1, 2]), str(tmp_path), AS_FOUND, (64, 64), ignore)
     assert "2 of the 3 samples shown have no original" in caplog.text
     assert "1 are not there, 1 have another picture now" in caplog.text
     with pytest.raises(SourceError, match=rf"none of the 2 samples .* such as {names[1]} \(1 are not there, 1 have"):
-        originals(opened, np.array([1, 2]), str(tmp_path), AS_FOUND, 64, ignore)
+        originals(opened, np.array([1, 2]), str(tmp_path), AS_FOUND, (64, 64), ignore)
     caplog.clear()
-    originals(opened, np.array([0]), str(tmp_path), AS_FOUND, 64, ignore)
+    originals(opened, np.array([0]), str(tmp_path), AS_FOUND, (64, 64), ignore)
     assert caplog.text == ""
 
 

@@ -18,6 +18,8 @@ from kcache.errors import (
     ConfigError,
     KcacheError,
 )
+from kcache.store.shaped.choice import Reads
+from kcache.store.shaped.held import Held
 
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]
 
@@ -100,10 +102,11 @@ def test_two_resolutions_need_a_choice(tmp_path: Path) -> None:
     cache = Cache.open(tmp_path / "c")
     manifest = read_manifest(tmp_path / "c")
     both = {**manifest.tables, "latents-64": manifest.tables["latents-32"]}
-    ambiguous = Cache(cache.path, type(manifest)(**{**_fields(manifest), "tables": both}), {}, None)
+    several = type(manifest)(**{**_fields(manifest), "tables": both})
+    ambiguous = Cache(cache.path, several, Held(Reads.of(cache.path, several, {}, None, None, None), {}))
     with pytest.raises(ConfigError, match="latents at 32, 64 pixels; say which"):
         ambiguous.table_of("latents")
-    chosen = Cache(cache.path, ambiguous.manifest, {}, 64)
+    chosen = Cache(cache.path, several, Held(Reads.of(cache.path, several, {}, 64, None, None), {}))
     assert chosen.table_of("latents") == "latents-64"
     assert (tmp_path / "c" / MANIFEST).exists()
 
@@ -170,7 +173,7 @@ def test_a_damaged_manifest_or_index_is_noticed(tmp_path: Path) -> None:
 
 def test_a_cache_of_another_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
-    with pytest.raises(CacheMismatchError, match="schema version 99; this kcache reads 1 and 2"):
+    with pytest.raises(CacheMismatchError, match="schema version 99; this kcache reads 1, 2 and 3"):
         Cache.open(tmp_path)
 
 

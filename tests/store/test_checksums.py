@@ -3,7 +3,7 @@ from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcache.store.checksums import joined_crc32c
+from kcache.store.formats.checksums import joined_crc32c
 
 
 @given(rows=st.integers(0, 70), length=st.integers(0, 300), seed=st.integers(0, 2**32 - 1))

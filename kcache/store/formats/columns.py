@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from kcache.config.shapes import ShapeSet
 from kcache.disk.scratch import release
 from kcache.store.digests import KEY_BYTES, Keys, Positions
 from kcache.store.formats.records import RECORDS_PER_TABLE, TABLES_IN_MEMORY, kept
@@ -80,6 +81,7 @@ class Samples(Sequence[Sample]):
         """`tables` have the columns of `sample_schema`, in one piece each."""
         self.tables, self._content = kept(iter(tables), sample_schema())
         self._starts = np.cumsum([0, *map(len, self.tables)])
+        self._in_shapes: dict[ShapeSet, np.ndarray] = {}
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> "Samples":
@@ -157,6 +159,13 @@ class Samples(Sequence[Sample]):
         for table, first, last in zip(self.each(), ends[:-1], ends[1:], strict=True):
             bounds[first + 1 : last + 1] = bounds[first] + caption_keys_of(table)[1][1:]
         return bounds
+
+    def in_shapes(self, shapes: ShapeSet) -> np.ndarray:
+        """(N,) int16: the number of each picture's shape in a set, as `ShapeSet.choose` gives it."""
+        if shapes not in self._in_shapes:
+            parts = [shapes.choose(table["width"].to_numpy(), table["height"].to_numpy()) for table in self.tables]
+            self._in_shapes[shapes] = np.concatenate([np.empty(0, np.int16), *parts])
+        return self._in_shapes[shapes]
 
     def count_captions(self, which: np.ndarray) -> np.ndarray:
         """(N,) int64: how many captions of each sample are those of all that `which` (n,) of bool is true of."""

@@ -7,9 +7,10 @@ bucket those parts are fetched then, and kept on this machine. Older indexes are
 import filecmp
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,13 +22,16 @@ from kcache.disk.sweeping import hold, sweep
 from kcache.foreign import corrupt
 from kcache.places import Place
 from kcache.places.effects import publish, read_all, remove, temporary_folder
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.chosen import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.chosen import Chosen
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
 from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
+from kcache.store.shaped.joined import Joined
+from kcache.store.shaped.standing import Standing, check_order, order_dtypes
+from kcache.store.shaped.wants import MIRRORED
 
 _MOST_BYTES = 64 << 30
 """What indexes of buckets take of this machine's disk; that of a hundred million samples takes eight billion bytes."""
@@ -93,6 +97,8 @@ def open_index(cache: Place, manifest: Manifest, *, whole: bool = False) -> dict
 
 def bytes_of(entries: np.ndarray, field: str) -> int:
     """Bytes of the rows of `field` that the entries of a table point to."""
+    if isinstance(entries, Joined):
+        return sum(bytes_of(part, field) for part in entries.parts)
     if isinstance(entries, Parts):
         return entries.parted.lengths[field]
     if isinstance(entries, Chosen):
@@ -111,7 +117,7 @@ def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
     bounds = arrays[CAPTION_BOUNDS]
     if bounds.dtype != np.int64 or bounds.ndim != 1 or not len(bounds):
         raise ValueError(f"{CAPTION_BOUNDS}.npy holds {bounds.shape} of {bounds.dtype}")
-    _check_lengths(manifest, {name: array.shape for name, array in arrays.items()}, int(bounds[-1]))
+    _check_lengths(manifest, {name: array.shape for name, array in arrays.items()}, int(bounds[-1]), arrays)
     _check_bounds(manifest, bounds, 0)
     for name, entry in manifest.tables.items():
         if arrays[name].dtype != index_dtype(entry.recipe.fields):
@@ -150,7 +156,6 @@ def _in_use(folder: Path) -> Path:
 def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
     listed = read_parts((folder / PARTS).read_bytes(), manifest.index_digest)
     bounds = listed[CAPTION_BOUNDS].borders
-    _check_lengths(manifest, {name: (parted.rows,) for name, parted in listed.items()}, bounds[-1])
     kept = folder if isinstance(folder, Path) else _in_use(own_folder() / "index" / folder.name)
 
     def check_bounds(part: int, found: np.ndarray) -> None:
@@ -161,21 +166,34 @@ def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
         if is_last and found[-1] != bounds[-1]:
             raise ValueError(f"it ends with {found[-1]} instead of {bounds[-1]}")
 
-    def part_of(name: str) -> Parts:
-        entry = manifest.tables.get(name)
-        dtype = np.dtype(np.int64) if entry is None else index_dtype(entry.recipe.fields)
-        check = check_bounds if entry is None else lambda _, found: _check_entries(name, entry, found)
+    def parts(name: str, dtype: np.dtype[Any], check: Callable[[int, np.ndarray], None]) -> Parts:
         return Parts(folder / f"{name}.npy", kept / f"{name}.npy", dtype, listed[name], check, do)
 
-    return {name: part_of(name) for name in (*sorted(manifest.tables), CAPTION_BOUNDS)}
+    arrays = {CAPTION_BOUNDS: parts(CAPTION_BOUNDS, np.dtype(np.int64), check_bounds)}
+    for name, entry in manifest.tables.items():
+        check = partial(_check_part, name, entry)
+        for array in (name, name + MIRRORED) if manifest.flip and kind_of(name).per == "image" else (name,):
+            arrays[array] = parts(array, index_dtype(entry.recipe.fields), check)
+    for name, dtype in order_dtypes(manifest.shape_sets).items():
+        arrays[name] = parts(name, dtype, partial(check_order, name, manifest.samples))
+    _check_lengths(manifest, {name: array.shape for name, array in arrays.items()}, bounds[-1], arrays)
+    return arrays
 
 
-def _check_lengths(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], captions: int) -> None:
+def _check_lengths(
+    manifest: Manifest,
+    shapes: Mapping[str, tuple[int, ...]],
+    captions: int,
+    arrays: Mapping[str, Any],
+) -> None:
     """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
-    expected = {CAPTION_BOUNDS: manifest.samples + 1}
+    standing = Standing(manifest.shape_sets, arrays, manifest.samples)
+    expected = {CAPTION_BOUNDS: manifest.samples + 1, **standing.lengths()}
     for name in manifest.tables:
         kind = kind_of(name)
-        expected[name] = (captions if kind.per == "caption" else manifest.samples) + (kind.reserved is not None)
+        rows = captions if kind.per == "caption" else standing.rows(name)
+        expected[name] = rows + (kind.reserved is not None)
+        expected |= {name + MIRRORED: rows} if manifest.flip and kind.per == "image" else {}
     for name, rows in expected.items():
         if shapes[name] != (rows,):
             raise ValueError(f"{name}.npy has shape {shapes[name]} instead of ({rows},)")
@@ -186,6 +204,10 @@ def _check_bounds(manifest: Manifest, bounds: np.ndarray, first: int) -> None:
     fits = np.greater if TEXT.name in manifest.tables else np.equal
     if bounds[0] != first or not fits(bounds[1:], bounds[:-1]).all():
         raise ValueError(f"{CAPTION_BOUNDS}.npy does not bound the captions of {manifest.samples} samples")
+
+
+def _check_part(name: str, entry: TableEntry, _: int, array: np.ndarray) -> None:
+    _check_entries(name, entry, array)
 
 
 def _check_entries(name: str, entry: TableEntry, array: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from kcache.disk.filesystems import mapped
 from kcache.errors import CacheCorruptError
 from kcache.places import Place
 from kcache.places.fetching import FETCHES, at_once
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 
 PARTS = "parts.json"
 _PART_BYTES = 1 << 20

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from kcache.store.checksums import crc32c
 from kcache.store.digests import pack_keys
 from kcache.store.formats import zarr
+from kcache.store.formats.checksums import crc32c
 from kcache.store.recipe import Field
 
 LOCATOR = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4")])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kcache.disk.durable import new_file, sync_folder
-from kcache.store.checksums import crc32c
+from kcache.store.formats.checksums import crc32c
 from kcache.store.recipe import Field
 
 CHUNK_ROWS = 64

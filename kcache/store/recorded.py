@@ -1,0 +1,66 @@
+"""The settings that a cache was built with, and the command that adds to it what it lacks."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from kcache.config import COMPUTE_DTYPES, BuildConfig
+from kcache.config.shapes import resolutions_of
+from kcache.places import Place
+from kcache.store.manifest import Manifest
+from kcache.store.recipe import KINDS, stage_of
+
+MODEL_SETTINGS = {
+    "prior": "pretrained_prior_model_name_or_path",
+    "decoder": "pretrained_decoder_model_name_or_path",
+}
+"""The setting, of a build and of a run, that names the repository of each role of `models`."""
+_BUILD_FLAGS = (
+    "stage", "format", *MODEL_SETTINGS.values(), "dtype", "mixed_precision", "batch_size", "alpha", "text_padding",
+    "resolution",
+)  # fmt: skip
+"""What decides which tables a build makes, and their recipes."""
+
+
+def recorded_config(manifest: Manifest) -> BuildConfig:
+    """The settings behind the recipes of a manifest, as far as one set of settings can have made them all."""
+    recipes = [entry.recipe for entry in manifest.tables.values()]
+    alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
+    precisions = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
+    settings: dict[str, Any] = {
+        "stage": stage_of(manifest.tables),
+        "format": manifest.format,
+        "resolution": tuple(resolutions_of(manifest.shape_sets)) or BuildConfig.resolution,
+        "alpha": alphas[0] if alphas else BuildConfig.alpha,
+        "color": "srgb" if any(r.preprocess.get("color") == "srgb" for r in recipes) else "as-is",
+        "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
+        **{MODEL_SETTINGS[role]: model["name"] for role, model in manifest.models.items()},
+    }
+    for recipe in recipes[:1]:
+        settings |= {
+            "dtype": recipe.stored_dtype,
+            "mixed_precision": precisions.get(recipe.compute_dtype, "no"),
+            "batch_size": recipe.batch_shape[0],
+        }
+    return BuildConfig(**settings)
+
+
+def build_line(
+    folder: Place, manifest: Manifest, field: str, resolution: int | None = None, *, more: Sequence[str] = ()
+) -> str:
+    """The command that adds the table of `field`, with the settings that the cache at `folder` was built with.
+
+    `more` are flags that it has beside these.
+    """
+    tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
+    sides = {*resolutions_of(manifest.shape_sets), *([] if resolution is None else [resolution])}
+    stage = stage_of(tables)
+    config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or BuildConfig.resolution)
+    words = ["kcache", "cache-build", "SOURCE", str(folder)]
+    for name in _BUILD_FLAGS:
+        value = getattr(config, name)
+        if value != getattr(BuildConfig, name):
+            for given in value if isinstance(value, tuple) else (value,):
+                words += ["--" + name.replace("_", "-"), str(given)]
+    return shlex.join([*words, *more])
