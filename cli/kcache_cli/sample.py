@@ -46,9 +46,13 @@ def sample(
     prior_guidance_scale: Annotated[float, typer.Option(help="How strongly the prior follows the prompt.")] = 4.0,
     height: Annotated[
         int | None,
-        typer.Option(help="Height in pixels; when left out, what the decoder's run was trained at, else 768."),
+        typer.Option(help="Height in pixels; when left out, what most of the decoder's run had, else 768."),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, likewise.")] = None,
+    aspect_ratio: Annotated[
+        str | None,
+        typer.Option(help="Width to height, such as 3:2: the nearest shape that was trained on.", metavar="<w:h>"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise; picture i starts from seed + i.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:0; chosen by what there is.")] = None,
 ) -> None:
@@ -61,6 +65,7 @@ def sample(
       kcache sample "a red fox in the snow" --prior runs/prior --decoder runs/decoder
       kcache sample "a fox" "an owl" --decoder runs/decoder --output-dir pictures --seed 7
       kcache sample "a fox" --decoder runs/decoder/checkpoint-500
+      kcache sample "a fox" --decoder runs/decoder --aspect-ratio 3:2
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
     """
     check_folder("--output-dir", output_dir)
@@ -79,6 +84,7 @@ def sample(
         prior_guidance_scale=prior_guidance_scale,
         height=height,
         width=width,
+        aspect_ratio=aspect_ratio,
         seed=seed,
         device=device,
     )

@@ -17,7 +17,8 @@ from kcache.demo.digits import FULL, PAPERS, SIDE, Drawing, all_drawings, colour
 from kcache.demo.result import DemoSize, DigitScore, ExamResult, Variety
 from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
 from kcache.encoders.pretrained import without_advice
-from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline
+from kcache.report.drawn.halves import load_pipeline
+from kcache.report.sampling import draw_embeds, draw_pictures
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline

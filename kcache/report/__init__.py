@@ -1,6 +1,7 @@
 """What people look at: curves, pictures, cards, pages, and the machine.
 
 - `sampling`, `pictures`, `grid`: pictures from prompts, at the end and on the way, and their files
+- drawn/: what they are drawn with, and how large
 - `figures`: curves and histograms, in one look
 - `page`, `write`, `run`, `cache`: a run or a cache as one HTML file, by the template page.html
 - `reconstructions`, `neighbours`: samples decoded from their rows, and those that are nearest to what a run drew

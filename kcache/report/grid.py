@@ -84,53 +84,58 @@ def png_bytes(picture: Image.Image) -> bytes:
 
 
 def captioned_grid(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """One picture of all `pictures` (one or more, of equal size), none of them scaled.
+    """One picture of all `pictures` (one or more), none of them scaled.
 
     `prompts` has one for each picture; neighbours with the same prompt stand in one row, with the prompt once below.
+    Where they differ in height their middles are in line.
     """
-    width, height = pictures[0].size
-    groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
-    most = max(count for _, count in groups)
-    down = math.ceil(len(groups) / max(1, COLUMNS // most))
-    across = math.ceil(len(groups) / down)  # so that the last row is about as full as the others
+    numbers = [list(group) for _, group in groupby(range(len(pictures)), lambda number: prompts[number])]
+    groups = [[pictures[number] for number in group] for group in numbers]
+    width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
     size, gap = max(11, width // 24), max(4, width // 32)
+    widest = max(sum(picture.width + gap for picture in group) for group in groups)
+    down = math.ceil(len(groups) / max(1, COLUMNS * (width + gap) // widest))
+    across = math.ceil(len(groups) / down)  # so that the last row is about as full as the others
     written = [
-        writable(prompt, f"prompt {number}, in letters that no font here has")
-        for number, (prompt, _) in enumerate(groups, 1)
+        writable(prompts[group[0]], f"prompt {number}, in letters that no font here has")
+        for number, group in enumerate(numbers, 1)
     ]
     fonts = [ImageFont.truetype(file, size) for _, file in written]
     line = max(sum(font.getmetrics()) for font in fonts)
-    captions = [
-        _wrapped(text, font, most * (width + gap) - gap) for (text, _), font in zip(written, fonts, strict=True)
-    ]
+    captions = [_wrapped(text, font, widest - gap) for (text, _), font in zip(written, fonts, strict=True)]
 
-    block = (most * (width + gap), height + max(map(len, captions)) * line + 2 * gap)
+    block = (widest, height + max(map(len, captions)) * line + 2 * gap)
     grid = Image.new("RGB", (across * block[0] + gap, down * block[1] + gap), PAPER)
     draw = ImageDraw.Draw(grid)
-    waiting = iter(pictures)
-    for number, ((_, count), caption, font) in enumerate(zip(groups, captions, fonts, strict=True)):
+    for number, (group, caption, font) in enumerate(zip(groups, captions, fonts, strict=True)):
         left, top = gap + number % across * block[0], gap + number // across * block[1]
-        for i in range(count):
-            grid.paste(next(waiting), (left + i * (width + gap), top))
         for i, text in enumerate(caption):
             draw.text((left, top + height + gap // 2 + i * line), text, INK, font)
+        for picture in group:
+            grid.paste(picture, (left, top + (height - picture.height) // 2))
+            left += picture.width + gap
     return grid
 
 
 def beside(images: Sequence[Image.Image], side: int) -> Image.Image:
-    """Square pictures (one or more) beside each other, each `side` × `side` pixels."""
-    strip = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), "white")
-    for number, image in enumerate(images):
-        strip.paste(_square(image, side), (number * (side + GAP), 0))
+    """Pictures (one or more) beside each other, each `side` pixels high."""
+    scaled = [_as_high(image, side) for image in images]
+    strip = Image.new("RGB", (sum(image.width + GAP for image in scaled) - GAP, side), "white")
+    left = 0
+    for image in scaled:
+        strip.paste(image, (left, 0))
+        left += image.width + GAP
     return strip
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """A square picture at `side` × `side` pixels: small ones enlarged by whole pixels, as far as they go."""
-    times = side // image.width
+def _as_high(image: Image.Image, height: int) -> Image.Image:
+    """A picture at `height` pixels: small ones enlarged by whole pixels, as far as they go."""
+    times = height // image.height
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+    if image.height == height:
+        return image
+    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: FreeTypeFont, width: int) -> list[str]:

@@ -14,9 +14,9 @@ from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
 from kcache.encoders.repositories import COMPONENTS, PIPELINES
+from kcache.report.drawn.sizes import most_used, trained_shapes
 from kcache.report.grid import grids_of
 from kcache.settings import marks_of
-from kcache.store.recipe import sides_of
 from kcache.store.run_directory import (
     LORA_FILE,
     new_order_of,
@@ -44,9 +44,9 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
     trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
-    # Drawn at the size that the decoder was trained at, not at its pipeline's default.
-    sides = sides_of(told["cache"]["tables"])
-    size = f", height={sides[0]}, width={sides[0]}" if sides else ""
+    # Drawn as most of what the decoder was trained on, not at its pipeline's default.
+    counts = trained_shapes(told) if stage == "decoder" else {}
+    size = ", height={}, width={}".format(*most_used(counts)) if counts else ""
     lines = [
         "---",
         _front_matter(stage, base, other, lora),

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.config.shapes import Shape
 from kcache.encoders.pretrained import cast_pipeline, without_advice
 from kcache.encoders.repositories import Repository
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
-from kcache.report.sampling import Embeds, draw_embeds, draw_pictures, load_pipeline
+from kcache.report.drawn.halves import load_pipeline
+from kcache.report.sampling import Embeds, draw_embeds, draw_pictures
 from kcache.stopping import signal_asked
 
 with without_advice():
@@ -34,9 +36,10 @@ GUIDANCE_SCALE = 4.0
 class PromptPictures:
     """Draws `config.num_validation_images` pictures of each of `config.validation_prompts`, whenever it is asked.
 
-    `base` is the repository of the half that learns, `counterpart` that of the other one. Pictures have `resolution`
-    pixels a side, rounded up to a multiple of 64. Picture i starts from noise of `config.seed` + i drawn on the CPU,
-    the same at each call: it is what `kcache sample` draws with equal settings. One process of a run is enough for it.
+    Each is drawn in every one of `shapes`, heights and widths in pixels, rounded up to multiples of 64. `base` is the
+    repository of the half that learns, `counterpart` that of the other one. Picture i of a shape starts from noise of
+    `config.seed` + i drawn on the CPU, the same at each call: it is what `kcache sample` draws with equal settings. One
+    process of a run is enough for it.
     """
 
     def __init__(
@@ -44,19 +47,23 @@ class PromptPictures:
         config: TrainConfig,
         base: Repository,
         counterpart: Repository,
-        resolution: int,
+        shapes: Sequence[Shape],
         device: str | torch.device,
     ) -> None:
-        self.prompts = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
-        """The prompt of each picture that `draw` returns."""
+        self._asked = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
+        self._shapes = tuple(shapes)
         self._config = config
         self._base = base
         self._counterpart = counterpart
-        self._resolution = resolution
         self._device = torch.device(device)
         self._learning_dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
         # As in `kcache sample`.
         self._frozen_dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each picture that `draw` returns: its shapes stand behind each other."""
+        return [text for text in self._asked for _ in self._shapes]
 
     def prepare(self) -> None:
         """Ask the frozen networks all that they will be asked; to be called once, before anything else.
@@ -67,7 +74,7 @@ class PromptPictures:
         """
         if self._config.stage == "prior":
             _check_widths(self._base, self._counterpart)
-            self._prior = _remember_prompts(self._base, self.prompts, self._frozen_dtype, self._device)
+            self._prior = _remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
         else:
             _check_widths(self._counterpart, self._base)
@@ -97,10 +104,10 @@ class PromptPictures:
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
         """What the decoder draws each picture from, and the picture's generator, as the prior left it."""
-        generators = [torch.Generator().manual_seed(self._config.seed + i) for i in range(len(self.prompts))]
+        generators = [torch.Generator().manual_seed(self._config.seed + i) for i in range(len(self._asked))]
         embeds = draw_embeds(
             prior,
-            self.prompts,
+            self._asked,
             generators,
             num_inference_steps=PRIOR_STEPS,
             guidance_scale=GUIDANCE_SCALE,
@@ -110,18 +117,24 @@ class PromptPictures:
 
     def _finish(self, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]) -> list[Image.Image]:
         """The pictures; the generators are left as they were, for the next call."""
+        by_shape = [self._drawn_in(shape, embeds, generators) for shape in self._shapes]
+        return [picture for of_prompt in zip(*by_shape, strict=True) for picture in of_prompt]
+
+    def _drawn_in(
+        self, shape: Shape, embeds: Sequence[Embeds], generators: Sequence[torch.Generator]
+    ) -> list[Image.Image]:
         generators = [generator.clone_state() for generator in generators]
-        factor = self._decoder.movq_scale_factor
-        side = math.ceil(self._resolution / factor**2) * factor  # as the pipeline rounds
-        shape = (1, self._decoder.unet.config.in_channels, side, side)
+        factor, (height, width) = self._decoder.movq_scale_factor, shape
+        sides = [math.ceil(side / factor**2) * factor for side in shape]  # as the pipeline rounds
+        latents = (1, self._decoder.unet.config.in_channels, *sides)
         return draw_pictures(
             self._decoder,
             embeds,
             generators,
             # The pipeline's own would have the network's dtype, and in half precision the steps' rounding would add up.
-            latents=[torch.randn(shape, generator=generator) for generator in generators],
-            height=self._resolution,
-            width=self._resolution,
+            latents=[torch.randn(latents, generator=generator) for generator in generators],
+            height=height,
+            width=width,
             num_inference_steps=DECODER_STEPS,
             guidance_scale=GUIDANCE_SCALE,
             callback_on_step_end=_unless_stopped,

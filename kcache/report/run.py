@@ -13,6 +13,7 @@ from PIL import Image
 from kcache.config import TrainConfig
 from kcache.errors import RunError
 from kcache.report import figures
+from kcache.report.drawn.sizes import shown_shapes, trained_shapes
 from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
@@ -95,7 +96,7 @@ def run_sections(run: Run) -> list[Section]:
         Section(title="Overview", blocks=[_overview(run)]),
         Section(title="Course", blocks=_course(run)),
         Section(title="Validation", blocks=_validation(run)),
-        Section(title="Pictures", blocks=drawn_blocks(run.folder, run.config)),
+        Section(title="Pictures", blocks=drawn_blocks(run.folder, run.told)),
         Section(title="Speed and memory", blocks=_speed(run)),
         Section(title="Settings", blocks=_settings(run.config)),
         Section(title="Versions and machine", blocks=[_versions(run)]),
@@ -182,18 +183,19 @@ def _validation(run: Run) -> list[Block]:
     return blocks
 
 
-def drawn_prompts(config: Mapping[str, Any]) -> list[str]:
-    """The prompt of each picture of a grid, as the run's settings have them."""
-    each = int(config.get("num_validation_images", 1))
+def drawn_prompts(told: Mapping[str, Any]) -> list[str]:
+    """The prompt of each picture of a grid, as config.json has the run's settings and shapes."""
+    config = told.get("config", {})
+    each = int(config.get("num_validation_images", 1)) * max(1, len(shown_shapes(trained_shapes(told))))
     return [str(prompt) for prompt in config.get("validation_prompts", ()) for _ in range(each)]
 
 
-def drawn_blocks(run_dir: Path, config: Mapping[str, Any]) -> list[Block]:
+def drawn_blocks(run_dir: Path, told: Mapping[str, Any]) -> list[Block]:
     """The newest grid, unless its pictures are small, and a strip of pictures over the steps for each of them.
 
-    Where a grid has not beside it a picture for each prompt of `config`, grids are shown as they are.
+    Where a grid has not beside it each picture that config.json has prompts of, grids are shown as they are.
     """
-    grids, prompts = grids_of(run_dir), drawn_prompts(config)
+    grids, prompts = grids_of(run_dir), drawn_prompts(told)
     if not grids:
         reason = "has not come to drawing any yet" if prompts else "was not asked for any (--validation-prompts)"
         return [Text(text=f"No pictures: the run {reason}.")]
@@ -210,7 +212,7 @@ def drawn_blocks(run_dir: Path, config: Mapping[str, Any]) -> list[Block]:
     if not parts:
         return blocks
     newest, pictures = list(parts.items())[-1]
-    if pictures[0].width > SIDE:
+    if max(pictures[0].size) > SIDE:
         blocks.append(_whole(newest, NEWEST_BYTES))
     return [*blocks, *_strips(parts, prompts, len(grids))]
 

@@ -72,12 +72,15 @@ class RunLog:
                 tracker.log(values, step=entry["step"])
 
     def track_pictures(self, step: int, pictures: "Sequence[Image.Image]") -> None:
-        """Show pictures of equal size to those trackers that take some: tensorboard and wandb."""
+        """Show pictures to those trackers that take some: tensorboard, those of each size together, and wandb."""
+        sizes = dict.fromkeys(picture.size for picture in pictures)
         for tracker in self._run.accelerator.trackers:
             with self._run.decoration(f"{tracker.name} could not be shown the pictures"):
                 if tracker.name == "tensorboard":
-                    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-                    tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
+                    for size in sizes:
+                        alike = [np.asarray(each.convert("RGB")) for each in pictures if each.size == size]
+                        name = "validation" if len(sizes) == 1 else "validation {1}x{0}".format(*size)
+                        tracker.log_images({name: np.stack(alike)}, step=step, dataformats="NHWC")
                 elif tracker.name == "wandb":
                     tracker.log_images({"validation": list(pictures)}, step=step)
 

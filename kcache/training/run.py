@@ -31,6 +31,7 @@ from kcache.objectives.losses import Objective
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import STATE_FILE, Checkpoint, checkpoint_steps, save_checkpoint
+from kcache.store.recipe import LATENTS, table_name
 from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
 from kcache.training.accelerator import check_others, machine_facts
 from kcache.training.network import network_bytes, save_network, save_tensors
@@ -148,7 +149,12 @@ class TrainingRun:
         """What config.json tells of a run beside its settings."""
         cache, base = self.cache, self.base
         return {
-            "cache": {"path": str(cache.path.resolve()), "samples": len(cache), "tables": dict(self.tables)},
+            "cache": {
+                "path": str(cache.path.resolve()),
+                "samples": len(cache),
+                "tables": dict(self.tables),
+                "rows": {table_name(LATENTS, shape): count for shape, count in cache.held.shapes().items()},
+            },
             "base": {"name": base.name, "revision": base.revision},
             "counterpart": self.counterpart_name,
             "global_batch": self.global_batch,

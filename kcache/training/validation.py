@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcache.config.shapes import resolutions_of
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.batches import POLL_SECONDS
 from kcache.loader.chance import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
+from kcache.report.drawn.sizes import shown_shapes
 from kcache.report.figures import plot_run
 from kcache.stopping import Crew, signal_asked
 from kcache.store.cache import Cache
@@ -237,7 +237,7 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     from kcache.report.pictures import PromptPictures
 
     # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
-    side = run.config.resolution or max(resolutions_of(run.cache.shape_sets), default=RESOLUTION)
-    pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
+    shapes = shown_shapes(run.cache.held.shapes()) or [(RESOLUTION, RESOLUTION)]
+    pictures = PromptPictures(run.config, run.base, run.counterpart, shapes, run.accelerator.device)
     pictures.prepare()
     return pictures

@@ -68,6 +68,19 @@ def test_pictures_of_one_prompt_share_a_row_and_a_caption() -> None:
     assert not (pixels[:, found[1][1] :] < 128).any()
 
 
+def test_pictures_of_several_shapes_are_whole_and_in_line() -> None:
+    sizes = [(96, 64), (64, 64), (64, 96)]
+    colours = [*zip(sizes * 2, COLOURS, strict=True)]
+    grid = captioned_grid([Image.new("RGB", size, colour) for size, colour in colours], ["a"] * 3 + ["b"] * 3)
+    found = places(grid, 6)
+    assert [pixels for _, _, pixels in found] == [width * height for width, height in sizes * 2]
+    middles = [top + size[1] / 2 for (top, _, _), size in zip(found, sizes * 2, strict=True)]
+    assert middles == [middles[0]] * 3 + [middles[3]] * 3
+    lefts = [left for _, left, _ in found]
+    assert lefts[1] - lefts[0] > 96
+    assert lefts[2] - lefts[1] > 64
+
+
 @pytest.mark.parametrize(
     "text", ["one two three", "рыжая лиса на снегу", "x" * 200, "a " * 200, "word " * 3 + "y" * 90, "", "  a \n b "]
 )

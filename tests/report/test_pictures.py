@@ -16,9 +16,11 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from kcache.config import TrainConfig
+from kcache.config.shapes import Shape
 from kcache.encoders.repositories import PIPELINES, Repository, find_repository
 from kcache.errors import ModelError
 from kcache.report import pictures
+from kcache.report.grid import png_bytes
 from kcache.report.pictures import PromptPictures
 from kcache.report.sampling import sample
 from kcache.stopping import stopped_when_safe
@@ -40,12 +42,12 @@ def repositories(oracle: Path) -> dict[str, Repository]:
     }
 
 
-def prompt_pictures(oracle: Path, stage: str, resolution: int = 64, **settings: Any) -> PromptPictures:
+def prompt_pictures(oracle: Path, stage: str, *shapes: Shape, **settings: Any) -> PromptPictures:
     found = repositories(oracle)
     base, counterpart = found[stage], found["decoder" if stage == "prior" else "prior"]
     settings = {"seed": 7, "validation_prompts": PROMPTS, "num_validation_images": 2} | settings
     config = TrainConfig(stage=stage, output_dir="run", **settings)  # type: ignore[arg-type]
-    return PromptPictures(config, base, counterpart, resolution, "cpu")
+    return PromptPictures(config, base, counterpart, shapes or [(64, 64)], "cpu")
 
 
 def learner(oracle: Path, stage: str) -> torch.nn.Module:
@@ -60,18 +62,22 @@ def arrays(drawn: list[Image.Image]) -> np.ndarray:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pictures_are_those_of_kcache_sample(oracle: Path, stage: str) -> None:
-    expected = sample(
-        [prompt for prompt in PROMPTS for _ in range(2)],
-        decoder=str(oracle / "decoder"),
-        prior=str(oracle / "prior"),
-        prior_num_inference_steps=3,
-        num_inference_steps=2,
-        height=128,
-        width=128,
-        seed=7,
-        device="cpu",
+    lying, standing = (
+        sample(
+            [prompt for prompt in PROMPTS for _ in range(2)],
+            decoder=str(oracle / "decoder"),
+            prior=str(oracle / "prior"),
+            prior_num_inference_steps=3,
+            num_inference_steps=2,
+            height=height,
+            width=width,
+            seed=7,
+            device="cpu",
+        )
+        for height, width in ((64, 128), (128, 64))
     )
-    drawer = prompt_pictures(oracle, stage, resolution=100)
+    expected = [picture for both in zip(lying, standing, strict=True) for picture in both]
+    drawer = prompt_pictures(oracle, stage, (64, 100), (128, 64))
     drawer.prepare()
     network = learner(oracle, stage)
     with stopped_when_safe():
@@ -79,8 +85,10 @@ def test_pictures_are_those_of_kcache_sample(oracle: Path, stage: str) -> None:
         with pytest.raises(InterruptedError, match="asks to stop"):
             drawer.draw(network)
     for _ in range(2):
-        assert np.array_equal(arrays(drawer.draw(network)), arrays(expected))
-    assert drawer.prompts == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+        drawn = drawer.draw(network)
+        assert [picture.size for picture in drawn] == [(128, 64), (64, 128)] * 4
+        assert [png_bytes(picture) for picture in drawn] == [png_bytes(picture) for picture in expected]
+    assert drawer.prompts == [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
 
 
 @pytest.mark.parametrize("stage", STAGES)

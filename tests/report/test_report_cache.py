@@ -246,6 +246,7 @@ def test_pictures_fit_the_page() -> None:
     wide = picture(Image.new("RGB", (2000, 600)), "plain", 100_000)
     assert int.from_bytes(wide.png[16:20], "big") == MAX_SIDE
     assert beside([Image.new("RGB", (64, 64)), Image.new("RGB", (300, 300))], 152).size == (308, 152)
+    assert beside([Image.new("RGB", (96, 64)), Image.new("RGB", (200, 304))], 152).size == (228 + 4 + 100, 152)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [3.0] * 5, [1e30, 2e30], [1.0, np.nan, np.inf], list(range(5000))])

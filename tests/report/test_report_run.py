@@ -218,8 +218,10 @@ def test_pictures_over_the_steps_stand_beside_each_other(tmp_path: Path) -> None
     for step in range(1, 21):
         draw_grid(tmp_path, step, ["a", "b", "b"])
     settings = {"validation_prompts": ["a", "b"], "num_validation_images": 1}
-    assert drawn_prompts(settings | {"num_validation_images": 2}) == ["a", "a", "b", "b"]
-    text, *strips = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b", "b"]})
+    assert drawn_prompts({"config": settings | {"num_validation_images": 2}}) == ["a", "a", "b", "b"]
+    shapes = {"rows": {"latents-640x896": 3, "latents-896x640": 1, "latents-512x1088": 2, "latents-768": 0}}
+    assert drawn_prompts({"config": settings, "cache": shapes}) == ["a", "a", "b", "b"]
+    text, *strips = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a", "b", "b"]}})
     assert isinstance(text, Text)
     assert "after step 1, 5, 9, 12, 16, 20 (of 20 times" in text.text
     assert [strip.caption for strip in strips if isinstance(strip, Figure)] == ["a", "b", "b"]
@@ -232,7 +234,7 @@ def test_pictures_over_the_steps_stand_beside_each_other(tmp_path: Path) -> None
 
 def test_large_pictures_are_also_shown_large(tmp_path: Path) -> None:
     draw_grid(tmp_path, 5, ["a", "b"], side=256)
-    first, _, *strips = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b"]})
+    first, _, *strips = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a", "b"]}})
     assert isinstance(first, Figure)
     assert first.caption == "After step 5."
     assert len(strips) == 2
@@ -241,14 +243,14 @@ def test_large_pictures_are_also_shown_large(tmp_path: Path) -> None:
 def test_grids_of_other_prompts_are_shown_as_they_are(tmp_path: Path) -> None:
     draw_grid(tmp_path, 1, ["a", "b"])
     draw_grid(tmp_path, 2, ["a", "b", "c"])
-    blocks = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b", "c"]})
+    blocks = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a", "b", "c"]}})
     assert [block.caption for block in blocks if isinstance(block, Figure)] == ["After step 2.", "After step 1."]
 
 
 def test_grids_without_single_pictures_are_shown_as_they_are(tmp_path: Path) -> None:
     shutil.rmtree(draw_grid(tmp_path, 1, ["a", "b"]).with_suffix(""))
     grid = draw_grid(tmp_path, 2, ["a", "b"])
-    newest, first = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b"]})
+    newest, first = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a", "b"]}})
     assert isinstance(newest, Figure)
     assert isinstance(first, Figure)
     assert (newest.caption, first.caption) == ("After step 2.", "After step 1.")
@@ -260,14 +262,14 @@ def test_pictures_that_are_broken_are_named(tmp_path: Path) -> None:
     first, second = (draw_grid(tmp_path, step, ["a"]) for step in (1, 2))
     (path,) = pictures_of(first)
     path.write_bytes(path.read_bytes()[:60])
-    broken, steps_text, strip = drawn_blocks(tmp_path, {"validation_prompts": ["a"]})
+    broken, steps_text, strip = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a"]}})
     assert isinstance(broken, Text)
     assert broken.text.startswith("step-000001/00.png cannot be shown: ")
     assert isinstance(steps_text, Text)
     assert "after step 2" in steps_text.text
     assert isinstance(strip, Figure)
     second.write_bytes(b"")
-    whole, _ = drawn_blocks(tmp_path, {"validation_prompts": ["a", "b"]})
+    whole, _ = drawn_blocks(tmp_path, {"config": {"validation_prompts": ["a", "b"]}})
     assert isinstance(whole, Text)
     assert whole.text.startswith("pictures/step-000002.png cannot be shown: ")
 

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from kcache.errors import ConfigError, ModelError
 from kcache.objectives.lora import add_lora, fuse_lora, save_lora
 from kcache.report import sampling
-from kcache.report.sampling import draw_embeds, draw_pictures, load_pipeline, sample
+from kcache.report.drawn.halves import load_pipeline
+from kcache.report.sampling import draw_embeds, draw_pictures, sample
 from kcache_cli.app import app
 from kcache_cli.sample import save
 
@@ -72,16 +73,26 @@ def test_a_decoder_is_not_taken_for_a_prior(oracle: Path) -> None:
         sample(["a"], decoder=str(oracle / "decoder"), prior=str(oracle / "decoder"), device="cpu")
 
 
-def make_run(folder: Path, oracle: Path, *components: str, side: int | None = None) -> Path:
-    """A directory as a run leaves it, of a decoder trained on pictures of `side` pixels, or of a prior."""
+def make_run(
+    folder: Path, oracle: Path, *components: str, side: int | None = None, rows: dict[str, int] | None = None
+) -> Path:
+    """A directory as a run leaves it, of a decoder trained on pictures of `side` pixels or on `rows`, or of a prior."""
     folder.mkdir(exist_ok=True)
     tables = {"image_embeds": "0", **({} if side is None else {f"latents-{side}": "0"})}
-    told = {"base": {"name": "models/the base"}, "cache": {"tables": tables}}
+    cache = {"tables": tables, **({} if rows is None else {"rows": rows})}
+    told = {"base": {"name": "models/the base"}, "cache": cache}
     (folder / "config.json").write_text(json.dumps(told))
     (folder / "metrics.jsonl").touch()
     for name in components:
         (folder / name).symlink_to(oracle / "decoder" / name)
     return folder
+
+
+def catch_sizes(monkeypatch: pytest.MonkeyPatch, sizes: list[tuple[int, int]]) -> None:
+    """Have the heights and widths of pictures put into `sizes`, and none drawn."""
+    monkeypatch.setattr(sampling, "load_half", lambda *_: None)
+    monkeypatch.setattr(sampling, "draw_embeds", lambda *_, **__: [])
+    monkeypatch.setattr(sampling, "draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
 
 
 @pytest.mark.parametrize(
@@ -107,9 +118,7 @@ def test_pictures_are_drawn_as_large_as_was_trained(
 ) -> None:
     """What the decoder was trained at, or the last LoRA of it, in the multiples of 64 that MoVQ's factor of 8 makes."""
     sizes: list[tuple[int, int]] = []
-    monkeypatch.setattr(sampling, "_load", lambda *_: None)
-    monkeypatch.setattr(sampling, "draw_embeds", lambda *_, **__: [])
-    monkeypatch.setattr(sampling, "draw_pictures", lambda *_, height, width, **__: sizes.append((height, width)) or [])
+    catch_sizes(monkeypatch, sizes)
     decoder = oracle / "decoder"
     if trained is not None:
         decoder = make_run(tmp_path / "run", oracle, "unet", "movq", "scheduler", side=trained)
@@ -127,6 +136,52 @@ def test_pictures_are_drawn_as_large_as_was_trained(
         **asked,
     )
     assert sizes == [drawn]
+
+
+BUCKETS = {"latents-640x896": 30, "latents-576x1024": 5, "latents-896x640": 7, "latents-768": 9, "latents-640x960": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "drawn"),
+    [
+        (BUCKETS, {}, (640, 896)),
+        (BUCKETS, {"width": 768}, (640, 768)),
+        (BUCKETS, {"aspect_ratio": "3:2"}, (640, 896)),
+        (BUCKETS, {"aspect_ratio": "5:1"}, (576, 1024)),
+        (BUCKETS, {"aspect_ratio": "2:3"}, (896, 640)),
+        (BUCKETS, {"aspect_ratio": "100:99"}, (768, 768)),
+        ({"latents-512": 9, "latents-768": 9}, {}, (768, 768)),
+        ({"latents-768": 9}, {"aspect_ratio": "3:2"}, (640, 960)),
+        ({"latents-768": 9}, {"aspect_ratio": "9:16"}, (1024, 576)),
+        (None, {"aspect_ratio": "1:1"}, (768, 768)),
+    ],
+)
+def test_pictures_have_a_shape_that_was_trained_on(
+    oracle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: dict[str, int] | None,
+    asked: dict[str, Any],
+    drawn: tuple[int, int],
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    catch_sizes(monkeypatch, sizes)
+    decoder = make_run(tmp_path / "run", oracle, "unet", "movq", "scheduler", rows=rows)
+    sample(["a"], prior=str(oracle / "prior"), decoder=str(decoder), device="cpu", **asked)
+    assert sizes == [drawn]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"aspect_ratio": "3/2"}, r"--aspect-ratio is '3/2'; expected a width and a height; type --aspect-ratio 3:2 "),
+        ({"aspect_ratio": "0:2"}, "expected a width and a height"),
+        ({"aspect_ratio": "3:2", "height": 64}, "--aspect-ratio 3:2 and --height 64 were given; .* leave --height 64"),
+    ],
+)
+def test_what_is_no_ratio_is_refused(oracle: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sample(["a"], prior=str(oracle / "prior"), decoder=str(oracle / "decoder"), device="cpu", **asked)
 
 
 @pytest.mark.parametrize(

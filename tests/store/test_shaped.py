@@ -359,3 +359,20 @@ def test_an_index_that_gives_samples_no_shape_is_noticed(
     monkeypatch.setattr(index_files, "_SOON", soon)
     with pytest.raises(CacheCorruptError, match=f"{name}|latents"):
         Cache.open(tmp_path / "c").by_shape("latents")
+
+
+def test_samples_of_each_shape_are_counted(flipped: Path) -> None:
+    cache = Cache.open(str(flipped), resolution=64)
+    counts = {part.shape: len(part) for part in cache.by_shape("latents")}
+    assert {shape: count for shape, count in cache.held.shapes().items() if count} == counts
+    assert sum(counts.values()) < len(cache)
+    some = cache.select([0, 1, 2, 11, 21])
+    assert {shape: count for shape, count in some.held.shapes().items() if count} == {
+        (32, 96): 3,
+        (64, 64): 1,
+        (96, 32): 1,
+    }
+    [part] = [part for part in some.by_shape("latents") if part.shape == (32, 96)]
+    assert part.held.shapes() == {(32, 96): 3}
+    both = Cache.open(str(flipped), resolution=[32, 64])
+    assert both.held.shapes() == counts | {(32, 32): len(cache)}

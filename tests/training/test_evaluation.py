@@ -8,6 +8,7 @@ import pytest
 import torch
 from short_runs import STAGES, config, course
 
+from kcache.config.shapes import Shape
 from kcache.errors import ModelError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import append_metrics, read_validation
@@ -130,27 +131,33 @@ def test_halves_that_do_not_belong_together_are_refused_before_the_first_step(
     assert course(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize(("tables", "asked", "side"), [((), None, 512), ((256, 768), None, 768), ((64,), 96, 96)])
-def test_pictures_are_as_large_as_what_is_trained_on(
-    tables: tuple[int, ...], asked: int | None, side: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("counts", "shapes"),
+    [
+        ({}, [(512, 512)]),
+        ({(256, 256): 9, (768, 768): 9}, [(768, 768)]),
+        ({(32, 96): 2, (48, 80): 3, (64, 64): 1, (80, 48): 0, (96, 32): 1}, [(48, 80), (64, 64), (96, 32)]),
+    ],
+)
+def test_pictures_have_the_shapes_that_most_of_what_is_trained_on_has(
+    counts: dict[Shape, int], shapes: list[Shape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
 
-    def make(config: object, base: object, counterpart: object, resolution: int, device: object) -> SimpleNamespace:
-        made.append(resolution)
+    def make(config: object, base: object, counterpart: object, given: list[Shape], device: object) -> SimpleNamespace:
+        made.append(given)
         return SimpleNamespace(prepare=lambda: None)
 
     monkeypatch.setattr("kcache.report.pictures.PromptPictures", make)
-    recipes = ["image_embeds", *(f"latents-{table}" for table in tables)]
     run: Any = SimpleNamespace(
-        cache=SimpleNamespace(recipes=recipes),
-        config=SimpleNamespace(resolution=asked),
+        cache=SimpleNamespace(held=SimpleNamespace(shapes=lambda: counts)),
+        config=None,
         base="base",
         counterpart="other half",
         accelerator=SimpleNamespace(is_main_process=True, device="cpu"),
     )
     _make_pictures(run)
-    assert made == [side]
+    assert made == [shapes]
 
 
 def test_no_generator_is_touched_by_looking(cache: str, tmp_path: Path) -> None:

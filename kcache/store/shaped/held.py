@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 
+from kcache.config.shapes import NO_SHAPE, Shape
 from kcache.errors import ConfigError
 from kcache.store.formats.chosen import CAPTION_BOUNDS, Chosen, chosen_bounds, chosen_index
 from kcache.store.recipe import LATENTS, TEXT, kind_of, shape_of
@@ -73,6 +74,22 @@ class Held:
         """(N,) bool: which samples have rows of all `fields`; None for all."""
         there = None if self.reads.parts(fields) is None else self.reads.have_rows()
         return there if there is None or self.selected is None else there[self.selected]
+
+    def shapes(self) -> dict[Shape, int]:
+        """How many of the samples have each shape of the sets that are read; several sets may have one of it."""
+        if self.reads.number is not None:
+            return {self.reads.sets[0].shapes[self.reads.number]: len(self)}
+        counts: dict[Shape, int] = {}
+        for each in self.reads.sets:
+            if self.selected is None or each.is_square:
+                found = {shape: min(count, len(self)) for shape, count in self.reads.standing.counts(each).items()}
+            else:
+                numbers = self.reads.standing.numbers(each)[self.selected]
+                sums = np.bincount(numbers[numbers != NO_SHAPE], minlength=len(each.shapes)).tolist()
+                found = dict(zip(each.shapes, sums, strict=True))
+            for shape, count in found.items():
+                counts[shape] = counts.get(shape, 0) + count
+        return counts
 
     def _part(self, reads: Reads) -> "Held":
         """The samples of one shape."""
