@@ -9,12 +9,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kcache.errors import ConfigError
 from kcache.tally import counted
 from kcache_cli.flags import check_folder
 from kcache_cli.progress import bytes_text, duration_text, note, say
 
 if TYPE_CHECKING:
     from kcache.demo.result import DemoResult, ExamResult
+    from kcache.demo.shapes import ShapesResult
 
 
 def demo(
@@ -29,6 +31,10 @@ def demo(
     online: Annotated[
         bool, typer.Option("--online", help="Train with the encoders in the loop, and compare with the cache.")
     ] = False,
+    shapes: Annotated[
+        bool,
+        typer.Option("--shapes", help="Train on buckets and on squares of lying and standing paper; draw at 3 shapes."),
+    ] = False,
 ) -> None:
     """Do all of it on handwritten digits: some three minutes.
 
@@ -40,8 +46,11 @@ def demo(
     Examples:
       kcache demo
       kcache demo --quick --output /tmp/demo
+      kcache demo --shapes
     """
     check_folder("--output", output)
+    if shapes and (online or format != "zarr"):
+        raise ConfigError("--shapes was given with --online or --format; expected it alone; leave these out")
     # In networks this small, threads mostly wait for each other: spinning, which beside anything else on the machine
     # makes a step several times slower, or asleep, which does so always. One thread takes the same time either way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,10 +58,34 @@ def demo(
 
     take_folder(output)
     note("loading torch, diffusers and transformers")
+    if shapes:
+        from kcache.demo import shapes as papers
+
+        _print_shapes(papers.run_shapes(output, papers.QUICK if quick else papers.WHOLE, say=note, seed=seed), output)
+        return
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
     result = run_demo(output, QUICK if quick else WHOLE, say=note, seed=seed, format=format, online=online)
     _print(result, output)
+
+
+def _print_shapes(result: "ShapesResult", output: Path) -> None:
+    from kcache.demo.shapes import ratio_of
+
+    title = "Digits in inks they were never seen in, right in %"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("paper", "trained on"):
+        table.add_column(heading)
+    for heading in ("digit", "ink", "paper", "whole", "centred", "all five"):
+        table.add_column(heading, justify="right")
+    for scores in zip(*result.scores.values(), strict=True):
+        for way, score in zip(result.scores, scores, strict=True):
+            table.add_row(ratio_of(score.shape), way, *score.cells)
+    Console(width=100).print(table)
+    for name, seconds in result.seconds.items():
+        say(f"{name:20} {duration_text(seconds)}")
+    say(f"{'all':20} {duration_text(sum(result.seconds.values()))}")
+    say(f"{'picture':20} {output / 'shapes.png'}")
 
 
 def _print(result: "DemoResult", output: Path) -> None:

@@ -3,5 +3,6 @@
 - `digits`, `tiny`: the pictures and the networks
 - `run`, `folder`, `stages`: the whole demo, where it lies, and its training runs
 - `exam`, `scoring`: what it learnt, drawn and judged
+- `shapes`, `placing`: the demo of lying and standing paper, and where on it a digit stands
 - `result`, `picture`, `report`: what was measured, in pictures and as a page
 """

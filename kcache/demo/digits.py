@@ -6,6 +6,7 @@ Machine Learning Repository, 1998 (https://doi.org/10.24432/C50P49), licensed CC
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kcache.config.shapes import Shape
 from kcache.errors import ConfigError
 
 SCANS = Path(__file__).parent / "scans.npz"
@@ -111,12 +113,12 @@ def write_digits(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_lesson(folder: Path, count: int) -> None:
+def write_lesson(folder: Path, count: int, shapes: Sequence[Shape] = ((SIDE, SIDE),)) -> None:
     """Write `count` pictures that the demo trains on as an imagefolder, the same every time.
 
     Each scan that is not kept for tests is drawn once, then each in another way, and so on, none of them held out. Each
-    picture has a list of four captions, of which one leaves something out. Raises ConfigError for more than 20 pictures
-    of each scan.
+    picture has a list of four captions, of which one leaves something out. `shapes` are those of the paper, taken in
+    turn. Raises ConfigError for more than 20 pictures of each scan.
     """
     scans, digits = read_scans(test=False)
     if not 1 <= count <= 20 * len(scans):
@@ -132,7 +134,8 @@ def write_lesson(folder: Path, count: int) -> None:
         times, scan = divmod(number, len(scans))
         drawing, name = ways[digits[scan]][orders[scan][times]], f"{number:05}.png"
         templates = [*rng.choice(FULL, 3, replace=False), rng.choice(PARTIAL)]
-        coloured(scans[scan], drawing.ink, drawing.paper).save(folder / name, compress_level=1)
+        digit = coloured(scans[scan], drawing.ink, drawing.paper)
+        on_paper(digit, drawing.paper, shapes[(times + scan) % len(shapes)]).save(folder / name, compress_level=1)
         captions = [drawing.caption(template) for template in templates]
         lines.append(json.dumps({"file_name": name, "text": captions}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -161,3 +164,17 @@ def coloured(scan: np.ndarray, ink: str, paper: str) -> Image.Image:
     cover = cover_of(scan)[:, :, None]
     blend = cover * np.array(INKS[ink]) + (1.0 - cover) * np.array(PAPERS[paper])
     return Image.fromarray(np.round(blend).astype(np.uint8))
+
+
+def on_paper(digit: Image.Image, paper: str, shape: Shape) -> Image.Image:
+    """The picture of a digit in the middle of a paper of a shape, which is as large or larger."""
+    height, width = shape
+    picture = Image.new("RGB", (width, height), PAPERS[paper])
+    picture.paste(digit, ((width - digit.width) // 2, (height - digit.height) // 2))
+    return picture
+
+
+def middle_of(picture: Image.Image) -> Image.Image:
+    """The SIDE x SIDE pixels in the middle of a picture."""
+    left, top = (picture.width - SIDE) // 2, (picture.height - SIDE) // 2
+    return picture.crop((left, top, left + SIDE, top + SIDE))

@@ -13,12 +13,13 @@ from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from kcache.config.shapes import Shape
 from kcache.demo.digits import FULL, PAPERS, SIDE, Drawing, all_drawings, coloured, is_held_out, read_scans
 from kcache.demo.result import DemoSize, DigitScore, ExamResult, Variety
 from kcache.demo.scoring import CHANCE, JUDGES, distance_to_known, read, score, spread
 from kcache.encoders.pretrained import without_advice
 from kcache.report.drawn.halves import load_pipeline
-from kcache.report.sampling import draw_embeds, draw_pictures
+from kcache.report.sampling import Embeds, draw_embeds, draw_pictures
 
 with without_advice():
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -51,7 +52,7 @@ def sit_exam(
     paths = [folder / f"{number:03} {prompt}.png" for number, prompt in enumerate(prompts)]
     for path, picture in zip(paths, pictures, strict=True):
         picture.save(path)
-    real = _real_pictures(wanted)
+    real = real_pictures(wanted)
     ceiling = round_trip(real, decoder)
     return ExamResult(
         drawn=tuple((prompt, tuple(paths[i * samples : (i + 1) * samples])) for i, (prompt, _) in enumerate(asked)),
@@ -71,7 +72,7 @@ def sit_exam(
     )
 
 
-def _real_pictures(drawings: Sequence[Drawing]) -> list[Image.Image]:
+def real_pictures(drawings: Sequence[Drawing]) -> list[Image.Image]:
     """Different test scans of each digit, as far as there are enough."""
     scans, digits = read_scans(test=True)
     rng = np.random.default_rng(0)
@@ -90,11 +91,30 @@ def draw(prompts: Sequence[str], prior: Path, decoder: Path, *, steps: int, seed
     Picture i starts from noise of `seed` + i. They are drawn in batches, which with networks this small are many times
     faster than one by one.
     """
+    embeds, generators = imagine(prompts, prior, steps=steps, seed=seed)
+    return paint(embeds, generators, decoder, (SIDE, SIDE), steps=steps)
+
+
+def imagine(
+    prompts: Sequence[str], prior: Path, *, steps: int, seed: int
+) -> tuple[list[Embeds], list[torch.Generator]]:
+    """What the decoder draws a picture of each prompt from, and its generator as the prior leaves it."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "batch_size": BATCH_SIZE}
-    embeds = draw_embeds(load_pipeline(KandinskyV22PriorPipeline, prior), prompts, generators, **settings)
-    pipeline = load_pipeline(KandinskyV22Pipeline, decoder)
-    return draw_pictures(pipeline, embeds, generators, height=SIDE, width=SIDE, **settings)
+    pipeline = load_pipeline(KandinskyV22PriorPipeline, prior)
+    return draw_embeds(pipeline, prompts, generators, **_settings(steps)), generators
+
+
+def paint(
+    embeds: Sequence[Embeds], generators: Sequence[torch.Generator], decoder: Path, shape: Shape, *, steps: int
+) -> list[Image.Image]:
+    """The pictures of a shape that a decoder draws; the generators are left as they were."""
+    pipeline, (height, width) = load_pipeline(KandinskyV22Pipeline, decoder), shape
+    cloned = [generator.clone_state() for generator in generators]
+    return draw_pictures(pipeline, embeds, cloned, height=height, width=width, **_settings(steps))
+
+
+def _settings(steps: int) -> dict[str, Any]:
+    return {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "batch_size": BATCH_SIZE}
 
 
 @torch.no_grad()
