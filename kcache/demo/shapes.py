@@ -23,7 +23,9 @@ from kcache.demo.placing import PaperScore, score_papers
 from kcache.demo.stages import stage_config, train
 from kcache.demo.tiny import demo_models
 from kcache.disk.durable import write_bytes
+from kcache.places import cache_place
 from kcache.report.figures import FAINT, TEXT, png_of
+from kcache.store.manifest import read_manifest
 
 if TYPE_CHECKING:  # it is loaded where it is drawn with
     from matplotlib.figure import Figure
@@ -142,7 +144,7 @@ def _build(output: Path, models: tuple[Path, Path]) -> dict[str, int]:
     buckets = replace(squares, aspect_ratio_buckets=";".join(f"{height},{width}" for height, width in SHAPES))
     for config in (squares, buckets):
         build_cache(str(output / "pictures"), str(output / "cache"), config)
-    return {name: table.rows for name, table in read_manifest(cache_place(output / "cache")).tables.items()}
+    return {name: table.rows for name, table in read_manifest(cache_place(str(output / "cache"))).tables.items()}
 
 
 def _draw(

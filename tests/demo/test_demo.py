@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from kcache.config.shapes import Shape
 from kcache.demo.digits import (
     FULL,
     INKS,
@@ -23,18 +24,23 @@ from kcache.demo.digits import (
     all_drawings,
     coloured,
     is_held_out,
+    middle_of,
+    on_paper,
     read_scans,
     vocabulary,
     write_digits,
     write_lesson,
 )
 from kcache.demo.exam import questions, round_trip
+from kcache.demo.placing import score_papers
 from kcache.demo.result import DemoSize, Measured, Score, StageResult
 from kcache.demo.run import run_demo
 from kcache.demo.scoring import JUDGES, distance_to_known, read, score, spread
+from kcache.demo.shapes import SHAPES, WAYS, ShapesSize, run_shapes
 from kcache.demo.stages import repeat, stage_config, train
 from kcache.demo.tiny import TEXT_LENGTH, WEIGHTS, demo_models
 from kcache.errors import ConfigError
+from kcache.store.run_directory import read_config
 from kcache_cli.app import app
 
 TINY = DemoSize(
@@ -366,3 +372,48 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an earlier demo's"):
         run_demo(tmp_path, TINY, say=lambda text: None)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lesson_has_each_digit_whole_in_the_middle_of_its_paper(tmp_path: Path, shape: Shape) -> None:
+    write_lesson(tmp_path / "papers", 60, SHAPES)
+    write_lesson(tmp_path / "squares", 60)
+    assert rows_of(tmp_path / "papers") == rows_of(tmp_path / "squares")
+    height, width = shape
+    found = 0
+    for path in sorted((tmp_path / "papers").glob("*.png")):
+        with Image.open(path) as picture, Image.open(tmp_path / "squares" / path.name) as square:
+            assert np.array_equal(np.asarray(middle_of(picture)), np.asarray(square))
+            found += picture.size == (width, height)
+    assert found == 20
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_a_digit_stands_is_judged(shape: Shape) -> None:
+    asked, pictures = unseen()
+    on_each = [on_paper(picture, drawing.paper, shape) for picture, drawing in zip(pictures, asked, strict=True)]
+    real = score_papers(on_each, asked)
+    assert real.shape == shape
+    assert (real.ink, real.paper, real.whole) == (100, 100, 100)
+    assert min(real.digit, real.centred) > 97
+    if shape != (SIDE, SIDE):
+        longer = 1 if shape[0] < shape[1] else 0
+        stretched = score_papers([picture.resize(shape[::-1]) for picture in pictures], asked)
+        moved = score_papers([Image.fromarray(np.roll(np.asarray(each), 8, axis=longer)) for each in on_each], asked)
+        assert max(stretched.whole, stretched.everything, moved.centred, moved.everything) < 10
+
+
+def test_whole_demo_of_shapes_in_a_few_steps(tmp_path: Path) -> None:
+    size = ShapesSize(pictures=60, prior_steps=2, decoder_steps=6, decoder_batch_size=8, samples=1, sampling_steps=2)
+    said: list[str] = []
+    result = run_shapes(tmp_path / "out", size, say=said.append)
+    rows = {"latents-32": 60, "latents-32x48": 20, "latents-48x32": 20}
+    assert result.rows.items() >= rows.items()
+    assert [score.shape for scores in result.scores.values() for score in scores] == [*SHAPES] * 3
+    assert json.loads((tmp_path / "out" / "shapes.json").read_text())["rows"] == result.rows
+    with Image.open(tmp_path / "out" / "shapes.png") as picture:
+        assert picture.width == 1540
+    told = {way: read_config(tmp_path / "out" / "runs" / way)["cache"]["rows"] for way in WAYS}
+    assert told == {"squares": {"latents-32": 60}, "buckets": rows | {"latents-32": 20}}
+    drawn = {path.parent.name for path in (tmp_path / "out" / "samples").glob("*/*/*.png")}
+    assert drawn == {"32x48", "32x32", "48x32"}

@@ -191,6 +191,13 @@ def test_caches_lie_in_object_stores_as_it_says(place: Path, s3: str, kcache_com
     assert not list(place.glob("s3*"))
 
 
+def test_pictures_of_any_shape_as_it_says(place: Path, kcache_command: Callable[..., int]) -> None:
+    (names,) = run_document(ROOT / "docs" / "shapes.md", kcache_command)
+    assert len({part.shape for part in names["cache"].by_shape("latents")}) > 1
+    with Image.open(*(place / "samples").glob("*.png")) as picture:
+        assert picture.size == (128, 64)
+
+
 def test_each_of_the_scripts_has_its_command() -> None:
     scripts = {word for _, words, _ in PAIRS for word in words if word.endswith(".py")}
     assert scripts == {f"train_text_to_image_{name}.py" for name in ("prior", "decoder", "lora_prior", "lora_decoder")}

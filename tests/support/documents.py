@@ -33,6 +33,7 @@ ADDED = {
     "train-prior": [*_SHORT, "2"],
     "train-decoder": [*_SHORT, "2"],
     "sample": shlex.split("--num-inference-steps 2 --prior-num-inference-steps 2 --height 64 --width 64"),
+    "sample --aspect-ratio": shlex.split("--num-inference-steps 2 --prior-num-inference-steps 2"),
 }
 """What is added to each command for the same reasons: the last of a flag's values counts."""
 
@@ -94,7 +95,8 @@ def run_document(document: Path, command: Callable[..., int], *, together: bool 
             arguments = arguments_of(shlex.split(smaller(shlex.join(words))))
             if arguments is not None:
                 resumed = ["--max-train-steps", "3"] if "--resume-from-checkpoint" in arguments else []
-                status = command(*arguments, *ADDED.get(arguments[0], []), *resumed)
+                shaped = " --aspect-ratio" if "--aspect-ratio" in arguments else ""
+                status = command(*arguments, *ADDED.get(arguments[0] + shaped, []), *resumed)
                 assert status == 0, f"{block.place}: {shlex.join(words)}"
         if block.language == "python":
             names: dict[str, Any] = dict(left[-1]) if together and left else {}
