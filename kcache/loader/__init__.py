@@ -2,6 +2,7 @@
 
 - `chance`: the order, the noise and all else that is drawn: functions of the seed and the sample's turn
 - `streamed`: the order for caches that are read in blocks, any window of it known alone
+- `schedule`: which bucket of samples each pass is of, and which of its samples it takes
 - `course`: which sample has which turn, who takes it, and how a state tells of it
 - `batches`: the samples in their order, read ahead of use
 - `residency`: where rows wait until then

@@ -12,13 +12,16 @@ from itertools import product
 
 import numpy as np
 
-_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM = range(8)
+_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS = range(9)
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
 """Neighbouring samples that "block" shuffling keeps together on disk."""
 WINDOW_ROWS = 16_384
 """Samples among which "block" shuffling mixes freely: 1.2 GB of latents at 768 pixels."""
+
+PASSES_DRAWN = 1024
+"""Passes whose buckets are drawn together, as a generator takes longer to make than to ask."""
 
 
 def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
@@ -49,6 +52,11 @@ def draw_blocks(seed: int, epoch: int, blocks: int) -> np.ndarray:
 def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int) -> np.ndarray:
     """The order of the `rows` of one window of one lane in "stream" shuffling: (rows,) int64; alone, as any other."""
     return _stream(seed, _STREAM, epoch, 1 + lane, window).permutation(rows)
+
+
+def draw_passes(seed: int, block: int) -> np.ndarray:
+    """What decides the buckets of `PASSES_DRAWN` passes, uniform in [0, 1): (PASSES_DRAWN,) float64."""
+    return _stream(seed, _PASS, block).random(PASSES_DRAWN)
 
 
 def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...], draws: int = 1) -> np.ndarray:
