@@ -24,14 +24,16 @@ PASSES_DRAWN = 1024
 """Passes whose buckets are drawn together, as a generator takes longer to make than to ask."""
 
 
-def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, samples: int, shuffle: str, bucket: int = 0) -> np.ndarray:
     """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64.
+
+    Each of several buckets has an order by its number, below 2³²; what is alone has 0.
 
     "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
     nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
-    The third shuffle, "stream", is no array: see `kcache.loader.streamed`.
+    The third shuffle, "stream", is no array: see `kcache.loader.streaming.streamed`.
     """
-    generator = _stream(seed, _ORDER, epoch)
+    generator = _stream(seed, _ORDER, epoch, bucket << 32)
     if shuffle == "full":
         return generator.permutation(samples)
     starts = generator.permutation(np.arange(0, samples, BLOCK_ROWS))
@@ -42,16 +44,16 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray
     return order
 
 
-def draw_blocks(seed: int, epoch: int, blocks: int) -> np.ndarray:
+def draw_blocks(seed: int, epoch: int, blocks: int, bucket: int = 0) -> np.ndarray:
     """The order in which "stream" shuffling takes its blocks in epoch `epoch`: (blocks,) int32."""
     order = np.arange(blocks, dtype=np.int32)
-    _stream(seed, _STREAM, epoch).shuffle(order)
+    _stream(seed, _STREAM, epoch, bucket << 32).shuffle(order)
     return order
 
 
-def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int) -> np.ndarray:
+def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int, bucket: int = 0) -> np.ndarray:
     """The order of the `rows` of one window of one lane in "stream" shuffling: (rows,) int64; alone, as any other."""
-    return _stream(seed, _STREAM, epoch, 1 + lane, window).permutation(rows)
+    return _stream(seed, _STREAM, epoch, 1 + lane | bucket << 32, window).permutation(rows)
 
 
 def draw_passes(seed: int, block: int) -> np.ndarray:

@@ -1,26 +1,112 @@
-"""The course of one bucket's samples: which sample has which place, which places a process takes, in which windows.
+"""The course of one bucket's samples: which sample has which place, which places a process takes, and in what windows.
 
 Places count on through all epochs: those of epoch e begin at e × samples.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from kcache.errors import ConfigError
 from kcache.loader.chance import epoch_order
-from kcache.loader.streamed import StreamOrder, StreamShape, share_of_lanes, stream_shape
+from kcache.loader.schedule import Pass
+from kcache.loader.streaming.streamed import StreamOrder, StreamShape, share_of_lanes, stream_shape
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """What one process takes of a pass, or of several."""
 
     turns: np.ndarray
-    """(n,) int64: by these all else is drawn."""
+    """(n,) int64: their numbers in the whole training, by which all else is drawn."""
     places: np.ndarray
-    """(n,) int64, ascending: in the order of the bucket's samples."""
+    """(n,) int64, ascending: their places in the order of the bucket."""
 
-    def __getitem__(self, part: object) -> "Share":  # type: ignore[override]
-        return Share(self.turns[part], self.places[part])
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def some(self, which: np.ndarray) -> "Share":
+        """Those numbered `which` (m,) int64."""
+        return Share(self.turns[which], self.places[which])
+
+
+def _joined(shares: list[Share]) -> Share:
+    turns, places = [share.turns for share in shares], [share.places for share in shares]
+    return Share(np.concatenate(turns), np.concatenate(places))
+
+
+class Course:
+    """The order of a number of `samples`, which seed, shuffle and, of "stream", the shape decide.
+
+    Several buckets have numbers, by which their orders differ even where they have as many samples.
+    """
+
+    def __init__(
+        self, samples: int, seed: int, shuffle: str, shape: StreamShape | None = None, bucket: int = 0
+    ) -> None:
+        """Raises ConfigError for a shuffle that is none."""
+        if shuffle not in ("full", "block", "stream"):
+            raise ConfigError(f"shuffle is {shuffle!r}; expected 'full', 'block' or 'stream'")
+        self._count = samples
+        self._seed = seed
+        self._bucket = bucket
+        self.shuffle = shuffle
+        self.shape = shape or stream_shape(samples)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def _make_order(self, epoch: int) -> np.ndarray | StreamOrder:
+        if self.shuffle == "stream":
+            return StreamOrder(self._seed, epoch, self._count, self.shape, self._bucket)
+        return epoch_order(self._seed, epoch, self._count, self.shuffle, self._bucket)
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples at `places` (n,) int64, ascending, of one epoch or of several."""
+        epoch = int(places[0]) // self._count
+        if places[-1] < (epoch + 1) * self._count:  # nearly always, and worth its time
+            return self._order(epoch)[places - epoch * self._count]
+        epochs, inside = np.divmod(places, self._count)
+        samples = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            samples[mine] = self._order(epoch)[inside[mine]]
+        return samples
+
+    def share(self, given: Pass, rank: int, world_size: int) -> Share:
+        """What process `rank` of `world_size` takes of a pass.
+
+        Processes take lanes of a streamed order where these divide evenly, else turns that follow one another.
+        """
+        numbers = self._numbers(given, rank, world_size)
+        return Share(given.turn + numbers, given.place + numbers)
+
+    def _numbers(self, given: Pass, rank: int, world_size: int) -> np.ndarray:
+        if self.shuffle == "stream" and world_size > 1:
+            place = given.place % self._count
+            if place + given.samples <= self._count:
+                places = np.arange(place, place + given.samples)
+                mine = share_of_lanes(places, self.shape.lanes, rank, world_size)
+                if mine is not None:
+                    return np.flatnonzero(mine)
+        size, more = divmod(given.samples, world_size)
+        first = rank * size + min(rank, more)
+        return np.arange(first, first + size + (rank < more))
+
+    def windows(self, shares: Iterable[Share]) -> Iterator[Share]:
+        """What is in `shares`, that of one window of a streamed order together."""
+        waiting: list[Share] = []
+        now = None
+        for share in shares:
+            epochs, inside = np.divmod(share.places, self._count)
+            windows = self.shape.windows(inside, self._count)
+            borders = np.flatnonzero(np.diff(epochs) | np.diff(windows)) + 1
+            for part in np.split(np.arange(len(share)), borders):
+                here = (int(epochs[part[0]]), int(windows[part[0]]))
+                if here != now and waiting:
+                    yield _joined(waiting)
+                    waiting = []
+                now = here
+                waiting.append(share.some(part))
+        if waiting:
+            yield _joined(waiting)

@@ -22,10 +22,10 @@ from measuring.synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
-from kcache.loader.fetches import Layout
-from kcache.loader.ranges import Ranges
-from kcache.loader.stage import Arrival, Stage, make_stages
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.fetches import Layout
+from kcache.loader.streaming.ranges import Ranges
+from kcache.loader.streaming.stage import Arrival, Stage, make_stages
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.places.bucket import BucketPath
 from kcache.upkeep.convert import convert_cache
 
@@ -188,7 +188,7 @@ def test_memory_stays_within_the_least_that_is_named(path: Path, stages: list[St
 
 def test_half_of_the_free_memory_is_taken_unless_it_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"bytes": 0}
-    monkeypatch.setattr("kcache.loader.ration.free_memory", lambda: free["bytes"])
+    monkeypatch.setattr("kcache.loader.streaming.ration.free_memory", lambda: free["bytes"])
     with pytest.raises(ConfigError, match="half of the free memory, a share per process, is 0 bytes") as refused:
         loader(path, stage_bytes=None)
     free["bytes"] = 2 * least(str(refused.value))
@@ -284,20 +284,22 @@ def test_whoever_stops_early_leaves_no_thread(path: Path, bucket: str) -> None:
 def test_what_lies_apart_is_said_once(
     many_captions: Path, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.WARNING, "kcache.loader.stage")
-    monkeypatch.setattr("kcache.loader.fetches._ALONE", 0.02)  # blocks at the borders of small shards are more than 1 %
+    caplog.set_level(logging.WARNING, "kcache.loader.streaming.stage")
+    monkeypatch.setattr(
+        "kcache.loader.streaming.fetches._ALONE", 0.02
+    )  # blocks at the borders of small shards are more than 1 %
     list(loader(path))
     list(loader(path, caption_dropout=0.3, image_dropout=0.3))
     assert caplog.messages == []
     list(islice(loader(many_captions).forever(), 400))
     assert caplog.messages == []  # a small cache, and for all that a long run
-    monkeypatch.setattr("kcache.loader.stage.ENOUGH_ROWS", 240)
+    monkeypatch.setattr("kcache.loader.streaming.stage.ENOUGH_ROWS", 240)
     list(loader(many_captions))
     assert caplog.messages == []  # and a short one
     list(islice(loader(many_captions).forever(), 40))
     (said,) = caplog.messages
     assert re.match(r"streaming: \d\.\d% of the rows take a request for themselves, and 2\.\d\d bytes are read", said)
-    monkeypatch.setattr("kcache.loader.fetches.GAP_BYTES", 0)
+    monkeypatch.setattr("kcache.loader.streaming.fetches.GAP_BYTES", 0)
     list(islice(loader(many_captions).forever(), 40))
     assert re.match(
         r"streaming: \d\d\.\d% of the rows take a request for themselves, and 1.0\d bytes", caplog.messages[1]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kcache.errors import ConfigError
-from kcache.loader.fetches import Layout
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.fetches import Layout
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.machine import free_memory
 
 AT_ONCE = 32

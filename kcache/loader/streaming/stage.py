@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from kcache.errors import KcacheError
-from kcache.loader.fetches import ENOUGH_ROWS, Fetch, Layout, Tally, plan_fetches
-from kcache.loader.ranges import Ranges
-from kcache.loader.ration import AT_ONCE, Ration, ration
-from kcache.loader.slots import Arena, Run
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.fetches import ENOUGH_ROWS, Fetch, Layout, Tally, plan_fetches
+from kcache.loader.streaming.ranges import Ranges
+from kcache.loader.streaming.ration import AT_ONCE, Ration, ration
+from kcache.loader.streaming.slots import Arena, Run
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.stopping import LAST_WORD_SECONDS
 from kcache.store.cache import Cache
 from kcache.store.checksums import crc32c

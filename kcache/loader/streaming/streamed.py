@@ -63,12 +63,13 @@ class StreamOrder:
     with the block that is shorter, are the last window: shuffled together. Safe in threads.
     """
 
-    def __init__(self, seed: int, epoch: int, samples: int, shape: StreamShape) -> None:
+    def __init__(self, seed: int, epoch: int, samples: int, shape: StreamShape, bucket: int = 0) -> None:
         self._seed = seed
         self._epoch = epoch
         self._samples = samples
         self._shape = shape
-        self._blocks = draw_blocks(seed, epoch, samples // shape.block_rows)
+        self._bucket = bucket
+        self._blocks = draw_blocks(seed, epoch, samples // shape.block_rows, bucket)
         self._last = int(shape.windows(np.array([samples]), samples)[0])
         # Beside a batch at the border of two windows stand those who read ahead.
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -95,12 +96,15 @@ class StreamOrder:
         if window == self._last:
             short = np.arange(len(self._blocks) * shape.block_rows, self._samples)
             rows = np.concatenate([rows, short])
-            return rows[draw_window(self._seed, self._epoch, window, shape.lanes, len(rows))]
+            return rows[self._drawn(window, shape.lanes, len(rows))]
         lane_rows = shape.window_blocks * shape.block_rows
         # (window_blocks, lanes, block_rows): blocks were dealt in turn
         lanes = rows.reshape(shape.window_blocks, shape.lanes, shape.block_rows).swapaxes(0, 1).reshape(-1, lane_rows)
-        orders = [draw_window(self._seed, self._epoch, window, lane, lane_rows) for lane in range(shape.lanes)]
+        orders = [self._drawn(window, lane, lane_rows) for lane in range(shape.lanes)]
         return np.take_along_axis(lanes, np.stack(orders), axis=1).T.reshape(-1)
+
+    def _drawn(self, window: int, lane: int, rows: int) -> np.ndarray:
+        return draw_window(self._seed, self._epoch, window, lane, rows, self._bucket)
 
 
 def share_of_lanes(positions: np.ndarray, lanes: int, rank: int, world_size: int) -> np.ndarray | None:
