@@ -25,6 +25,9 @@ _CLASSES: dict[str, type[Any]] = {
     network.__name__: network for network in (CLIPVisionModelWithProjection, CLIPTextModelWithProjection, VQModel)
 }
 
+_OF_NETWORK = ("encoder", "weights", "config", "compute_dtype")
+"""What of a recipe decides the network."""
+
 
 class Encoder(Protocol):
     """A frozen network with its preprocessing, which makes the rows of the table that `recipe` describes."""
@@ -61,7 +64,12 @@ class PictureEncoder:
     """
 
     def __init__(
-        self, recipe: Recipe, repository: Repository, device: torch.device, max_pixels: int | None = None
+        self,
+        recipe: Recipe,
+        repository: Repository,
+        device: torch.device,
+        max_pixels: int | None = None,
+        network: "_Frozen | None" = None,
     ) -> None:
         self.recipe = recipe
         self.device = device
@@ -75,7 +83,12 @@ class PictureEncoder:
             processor = clip_processor(recipe.preprocess["processor"])
             self._pixels = lambda picture: clip_pixels(picture, processor)
             self._output = lambda network, pixels: network(pixels).image_embeds
-        self._network = _Frozen(recipe, repository, device)
+        self._network = network or _Frozen(recipe, repository, device)
+
+    def network_for(self, recipe: Recipe) -> "_Frozen | None":
+        """The network, where that is what makes the rows of `recipe`, too: of pictures of another shape."""
+        own = [getattr(each, name) for each in (self.recipe, recipe) for name in _OF_NETWORK]
+        return self._network if own[: len(_OF_NETWORK)] == own[len(_OF_NETWORK) :] else None
 
     def prepare(self, content: bytes) -> np.ndarray:
         """Pixels (3, h, w) float32 of an image file."""
@@ -190,16 +203,27 @@ def full_batches(encoder: Encoder, inputs: Iterable[tuple[int, Any]]) -> Iterato
 
 
 def load_encoder(
-    recipe: Recipe, repository: Repository, device: torch.device, max_pixels: int | None = None
+    recipe: Recipe,
+    repository: Repository,
+    device: torch.device,
+    max_pixels: int | None = None,
+    held: Encoder | None = None,
 ) -> Encoder:
     """The encoder that makes the rows of `recipe`, its network loaded from `repository` on `device`.
 
-    Pictures of more than `max_pixels` are rejected; None for those that are in a cache already. Raises ModelError when
-    the weights do not fit the network, ConfigError where Pillow cannot convert colours as the recipe says.
+    The network is that of `held`, an encoder on that device, where `shares_network` says so. Pictures of more than
+    `max_pixels` are rejected; None for those that are in a cache already. Raises ModelError when the weights do not fit
+    the network, ConfigError where Pillow cannot convert colours as the recipe says.
     """
     if kind_of(recipe.table).per == "caption":
         return TextEncoder(recipe, repository, device)
-    return PictureEncoder(recipe, repository, device, max_pixels)
+    network = held.network_for(recipe) if isinstance(held, PictureEncoder) else None
+    return PictureEncoder(recipe, repository, device, max_pixels, network)
+
+
+def shares_network(held: Encoder | None, recipe: Recipe) -> bool:
+    """Whether the network of an encoder makes the rows of `recipe`, too."""
+    return isinstance(held, PictureEncoder) and held.network_for(recipe) is not None
 
 
 class _Frozen:

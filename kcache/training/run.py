@@ -184,11 +184,11 @@ class TrainingRun:
         Unless what learns is no longer finite. What goes wrong with that is said, and the failure raised all the same;
         of another process that has ended as a RunError.
         """
-        taken = self.loader.consumed
+        standing = self.loader.standing
         try:
             yield
         except BaseException as error:
-            self.loader.consumed = taken  # the batches of a step that was not made
+            self.loader.standing = standing  # the batches of a step that was not made
             if not isinstance(error, Exception):  # whoever stops says what is kept
                 raise
             self.keep("something failed")

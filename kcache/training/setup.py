@@ -10,8 +10,9 @@ from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
-from kcache.loader.batches import CacheLoader, RowReader
+from kcache.loader.batches import CacheLoader
 from kcache.loader.chance import draw_turns
+from kcache.loader.parts import RowReader
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
@@ -78,7 +79,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
-    max_steps = last_step(loader, config, global_batch, checkpoint)
+    max_steps = last_step(loader, config, checkpoint)
     run = TrainingRun(
         config=config,
         cache=cache,
