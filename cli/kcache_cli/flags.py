@@ -42,7 +42,7 @@ def with_flags(settings: type, stage: str | None = None) -> Callable[[Command], 
 
 def _option(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
     metavar, flag = None, "--" + name.replace("_", "-")
-    if hint is bool:  # what a file of flags turns on, the command line can turn off
+    if switch := hint in (bool, bool | None):  # what a file of flags turns on, the command line can turn off
         flag += "/--no-" + flag.removeprefix("--")
     if get_origin(hint) is tuple:  # an option that may be repeated
         (item, *_) = get_args(hint)
@@ -51,7 +51,7 @@ def _option(name: str, hint: Any, default: Any, text: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[hint, typer.Option(flag, help=text, metavar=metavar, show_default=hint is not bool)],
+        annotation=Annotated[hint, typer.Option(flag, help=text, metavar=metavar, show_default=not switch)],
     )
 
 

@@ -137,7 +137,7 @@ def _check_stage(cache: str, config: TrainConfig) -> None:
     from kcache.loader.streaming.streamed import stream_shapes
     from kcache.store.recipe import KINDS
 
-    opened = Cache.open(cache, config.resolution)
+    opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     fields = [name for kind in KINDS if config.stage in kind.readers for name in kind.fields]
     parts, processes = opened.by_shape(*fields), int(os.environ.get("WORLD_SIZE", "1"))
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ class CacheLoader:
         self._upload = Upload(on, keep=PREFETCH_BATCHES + 2)
         self.standing = self._schedule.begin()
         """Where it stands: after the last batch that the caller was given. One may put it back."""
+        self.weight = 1.0
+        """What part of a full batch of its shape the last one was: less where there are no more samples of it."""
         self.waited = 0.0
         """Seconds that whoever takes the batches has waited for one to be filled."""
         self.waits: dict[str, float] = {}
@@ -148,6 +151,11 @@ class CacheLoader:
         """
         self.standing = self._schedule.begin(consumed, epoch_after(state))
 
+    @property
+    def passes_of_epoch(self) -> Fraction:
+        """Full batches per epoch and process, on average of many epochs."""
+        return self._schedule.passes_of_epoch
+
     def batches_until(self, epoch: int) -> int:
         """Batches that `forever` still gives each process before epoch `epoch`, the one that reaches into it too."""
         return self._schedule.steps_until(epoch, self.standing)
@@ -164,7 +172,7 @@ class CacheLoader:
         """The batches of `passes`, filled ahead in threads; a batch counts as consumed when the caller gets it."""
         stages: list[Stage | None] = []
         used = [0] * len(self._parts)
-        waiting: deque[tuple[Future[tuple[Batch, Arrival | None]], Part, Standing]] = deque()
+        waiting: deque[tuple[Future[tuple[Batch, Arrival | None]], Part, float, Standing]] = deque()
         with closing(Crew(FILL_THREADS[self.residency], "kcache-loader")) as crew:
             try:
                 for bucket, part in enumerate(self._parts):
@@ -172,7 +180,8 @@ class CacheLoader:
                 for bucket, share, after in self._shares(passes(self.standing)):
                     part = self._parts[bucket]
                     filling = crew.submit(self._fill, part, share, stages[bucket], used[bucket])
-                    waiting.append((filling, part, after))
+                    weight = len(share) / part.batch if self._schedule.several else 1.0
+                    waiting.append((filling, part, weight, after))
                     used[bucket] += len(share)
                     if len(waiting) > PREFETCH_BATCHES:
                         yield self._hand_over(*waiting.popleft())
@@ -186,7 +195,9 @@ class CacheLoader:
     def _shares_of(self, bucket: int, passes: Iterator[Pass]) -> Iterator[Share]:
         return (share for number, share, _ in self._shares(passes) if number == bucket)
 
-    def _hand_over(self, filling: Future[tuple[Batch, Arrival | None]], part: Part, after: Standing) -> Batch:
+    def _hand_over(
+        self, filling: Future[tuple[Batch, Arrival | None]], part: Part, weight: float, after: Standing
+    ) -> Batch:
         start = time.perf_counter()
         while not wait([filling], POLL_SECONDS).done:
             if self.while_waiting is not None:
@@ -196,7 +207,7 @@ class CacheLoader:
         self.waited += end - start
         if arrival is not None:
             self.waits = {name: self.waits.get(name, 0) + part for name, part in arrival.parts(start, end).items()}
-        self.standing = after
+        self.standing, self.weight = after, weight
         self._upload.receive(batch)
         return part.on_device(batch)
 

@@ -12,6 +12,7 @@ them: nothing is drawn, and its samples simply follow one another.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -141,6 +142,12 @@ class Schedule:
         if self.several:
             return -(-sum(self._left(standing, epoch - 1)) // self.world_size)
         return -(-max(0, epoch * self.counts[0] - standing.taken[0]) // self.sizes[0])
+
+    @property
+    def passes_of_epoch(self) -> Fraction:
+        """`steps` of full passes in an epoch, on average of many."""
+        passes = sum(Fraction(count, size) for count, size in zip(self.counts, self.sizes, strict=True))
+        return Fraction(passes) / (self.world_size if self.several else 1)
 
     def steps_of_epoch(self) -> int:
         """`steps` of the `rest` of an epoch from its beginning, before which nothing waits."""

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kcache.errors import CacheMismatchError
-from kcache.loader.parts import Part, RowReader
+from kcache.loader.parts import Part, RowReader, ShapedReader
 from kcache.loader.schedule import Standing
 
 ONE, ANEW, SEVERAL = 1, 2, 3
@@ -40,6 +40,7 @@ class States:
         self._parts = parts
         self._seed = seed
         self._shuffle = shuffle
+        self._flip = any(isinstance(part.rows, ShapedReader) and part.rows.flip for part in parts)
 
     def told(self, standing: Standing) -> dict[str, Any]:
         """The state of a run that stands at `standing`."""
@@ -61,6 +62,8 @@ class States:
             state["epoch"], state["samples_consumed"] = divmod(standing.taken[0], len(self._parts[0].rows))
             if self._shuffle == "stream":
                 state["stream"] = asdict(self._parts[0].course.shape)
+        if self._flip:
+            state["flip"] = True
         if several or standing.first_turn:  # what a kcache that knows of no new order would pass over
             state |= {"first_turn": standing.first_turn, "first_epoch": standing.first_epoch}
         return state
@@ -99,6 +102,7 @@ class States:
             )
         own: dict[str, Any] = {"seed": self._seed, "shuffle": self._shuffle}
         found = {name: state[name] for name in own}
+        own["flip"], found["flip"] = self._flip, bool(state.get("flip", False))
         if then:
             own["buckets"] = self._buckets()
             found["buckets"] = [

@@ -64,7 +64,7 @@ class TrainingRun:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     loader: CacheLoader
     global_batch: int
-    """Samples per optimizer step, of all processes and accumulated batches."""
+    """Samples per optimizer step, of all processes and accumulated batches; fewer of shapes that have more pixels."""
     max_steps: int
     counterpart_name: str
     """The repository of the half that does not learn."""
