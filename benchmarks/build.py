@@ -37,9 +37,10 @@ from measuring.record import write_outcome
 from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, open_workload
 
 from kcache.build import build_cache
-from kcache.build.encode import Meter, encode_shards
+from kcache.build.encode import encode_shards
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey, fetcher, survey
+from kcache.build.work.meter import Meter
 from kcache.encoders.frozen import Encoder, full_batches, load_encoder
 from kcache.encoders.pretrained import load_pretrained
 from kcache.machine import default_device, threads_for

@@ -118,6 +118,16 @@ def cache(build: Callable[..., str]) -> str:
     return build()
 
 
+@pytest.fixture(scope="session")
+def bucketed(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To read from: `source`, and `cache`, built of it, of five shapes, two resolutions and mirror images."""
+    from bucketed_builds import bucketed_source, build_bucketed
+
+    folder = tmp_path_factory.mktemp("bucketed")
+    build_bucketed(bucketed_source(folder / "source"), folder / "cache", oracle, format="zarr")
+    return folder
+
+
 @pytest.fixture
 def kcache_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the `kcache` command in this process and returns its exit status."""

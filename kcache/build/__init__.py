@@ -12,6 +12,6 @@
 """
 
 from kcache.build.build import BuildResult, build_cache
-from kcache.build.builder import BuildProgress
+from kcache.build.work.progress import BuildProgress
 
 __all__ = ["BuildProgress", "BuildResult", "build_cache"]

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from kcache.build.builder import Builder, BuildReport
+from kcache.build.builder import Builder
 from kcache.build.claims import TURN, Patience, is_mine, refuse_beside_others, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import Committed, check_target, record_rejections
 from kcache.build.departures import NOBODY, Leaving, beside_earlier, leaving
-from kcache.build.finish import PictureSizes, finish_build, no_sample, remove_superseded, whole_samples
+from kcache.build.finish import finish_build, no_sample, remove_superseded, whole_samples
 from kcache.build.joined_tars import plan_tars, shard_recipes, tar_keys, tar_recipe
+from kcache.build.pictures.sizes import PictureSizes, resized, sized
 from kcache.build.plan import Plan, claims_folder, clear_plans, close_plan, freeze_plan, open_plan, unfinished
 from kcache.build.survey import Survey, missing_rows, other_verdicts, survey
+from kcache.build.work.progress import BuildReport
 from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.recipes import default_rows_per_shard
@@ -28,7 +30,7 @@ from kcache.places.effects import make_folder, remove
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers, shared
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.index import open_index, tally_of
-from kcache.store.manifest import Manifest, read_manifest
+from kcache.store.manifest import Manifest, read_manifest, shapes_to_note
 from kcache.store.recipe import SAMPLES
 from kcache.store.samples import with_ids
 
@@ -119,6 +121,7 @@ def complete(
                         break
             if plan is not None:
                 builder.work_off(plan, found)
+                job = builder.job = resized(job)
         stop_here()
     _tidy(folder, manifest)
     who = job.leaving
@@ -167,7 +170,7 @@ def checked_survey(source: str, cache: str, config: BuildConfig, say: Say, ahead
     folder = place_of(cache)
     check_target(folder)
     check_device(config.device)
-    job = beside_earlier(survey(source, folder, config, say, ahead))
+    job = beside_earlier(sized(survey(source, folder, config, say, ahead), say))
     if not job.samples:
         raise no_sample(folder, job.refused)
     return job
@@ -179,7 +182,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]], siz
     if found.waiting and not plan.rows:
         whole = sizes.readable(whole_samples(job.samples, found.tables, job.wants)[0])
         rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
-        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows) if whole else plan
+        plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows, job.wants) if whole else plan
     if not plan.rows:
         return None
     freeze_plan(job.folder, plan)
@@ -194,6 +197,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     tars = shard_recipes("webdataset", job.recipes)
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
+    ours = ours and (plan.shapes, plan.flip) == (shapes_to_note(job.wants.sets), job.wants.flip)
     if not (ours and _is_of(job, plan)):
         how = "from another source" if ours else "with other settings"
         refuse_beside_others(claims_folder(job.folder, plan), patience, how)
@@ -212,7 +216,7 @@ def _is_of(job: Survey, plan: Plan) -> bool:
     for table in plan.tables:
         name = table.recipe.table
         if name in job.recipes:
-            wanted: Iterable[bytes] = job.wanted(name)
+            wanted: Iterable[bytes] = job.wants.possible(name, job.samples)
         elif name == SAMPLES:
             wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables, job.wants)[0]))
         else:

@@ -7,7 +7,7 @@ taken over, at once if it ran on this machine, else when its lease has run out.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -15,47 +15,31 @@ from typing import TYPE_CHECKING
 
 from kcache.build.claims import Patience, holder, is_mine, let_go, take, unless_lost
 from kcache.build.committed import Committed
-from kcache.build.finish import PictureSizes, whole_samples
+from kcache.build.finish import whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
+from kcache.build.pictures.contents import fetcher, still_given
+from kcache.build.pictures.sizes import PictureSizes
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open, uncommitted, unfinished
-from kcache.build.survey import Survey, fetcher, still_given
+from kcache.build.survey import Survey
+from kcache.build.work.meter import Meter
+from kcache.build.work.progress import BuildReport, ShardProgress
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.errors import CacheWriteError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import Place
 from kcache.places.effects import make_folder
 from kcache.places.holds import writing
-from kcache.stopping import stop_here
 from kcache.store.digests import Positions
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shards import read_commits
 
 if TYPE_CHECKING:
-    from kcache.build.encode import Meter
+    from kcache.encoders.frozen import Encoder
 
-REPORT_SECONDS = 0.2
-"""How often progress is reported, at most."""
 _LIST_SECONDS = 10.0
 """How often it is looked, at most, what others claimed."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildProgress:
-    """Where a build stands in the table it is working on."""
-
-    table: str
-    done: int
-    total: int
-    """Inputs done, and to be done, by this builder alone."""
-    seconds: float
-    """Time spent on this table so far."""
-    busy: Mapping[str, float]
-    """Share of the time (0 to 1) spent waiting for decoded inputs, encoding, and waiting for the disk."""
-    who: str = ""
-    """Of an engine: how many encode, on how many machines, and how often that had to be tried again."""
-
-
-BuildReport = Callable[[BuildProgress], None]
 Work = Callable[[TablePlan, Sequence[PlannedShard], "Claims"], None]
 """Called with shards of a table, to make those that it can claim."""
 
@@ -103,15 +87,20 @@ class Builder:
     """Keys, by table, of the plans that were worked off that are rejected, or gone from the source."""
     _doubted: dict[str, set[bytes]] = field(default_factory=dict)
     """Keys, by table, that a record says are gone from the source, and the source still gave."""
-    meters: dict[str, "Meter"] = field(default_factory=dict)
+    meters: dict[str, Meter] = field(default_factory=dict)
     """Where the time went, by table that this builder encoded rows of."""
+    _encoder: "Encoder | None" = None
+    """What was loaded last, whose network may be that of the next table."""
 
     def work_off(self, plan: Plan, found: Committed) -> None:
         """Encode, or write into tars, what nobody else does of `plan`; returns when all of it is committed.
 
         `found` is what was committed when the plan was there: a plan of tars is made when no row is missing.
         """
-        work_off(self.job.folder, plan, self.place, self.patience, partial(self._work, found=found))
+        try:
+            work_off(self.job.folder, plan, self.place, self.patience, partial(self._work, found=found))
+        finally:
+            self._encoder = None
         if not unfinished(self.job.folder, plan):
             for table in plan.tables:
                 self._see(table)
@@ -156,7 +145,7 @@ class Builder:
         self,
         table: TablePlan,
         shards: Iterator[PlannedShard],
-        progress: "ShardProgress",
+        progress: ShardProgress,
         found: Committed,
         claims: "Claims",
     ) -> None:
@@ -173,25 +162,30 @@ class Builder:
         writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))
 
     def _encode(
-        self, table: TablePlan, shards: Iterator[PlannedShard], progress: "ShardProgress", claims: "Claims"
+        self, table: TablePlan, shards: Iterator[PlannedShard], progress: ShardProgress, claims: "Claims"
     ) -> None:
         import torch
 
-        from kcache.build.encode import Meter, encode_shards
-        from kcache.encoders.frozen import load_encoder
+        from kcache.build.encode import encode_shards
+        from kcache.encoders.frozen import load_encoder, shares_network
 
         job, recipe = self.job, table.recipe
-        self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
+        if not shares_network(self._encoder, recipe):
+            self._encoder = None  # so that there is room for the next one
+            self.patience.say(f"loading {recipe.encoder} for {recipe.table}: {progress.total} to encode")
         device = torch.device(job.config.device or default_device())
         workers = workers_for(recipe, job.config.num_workers, progress.total)
         with enough_memory(recipe):
-            encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
+            encoder = load_encoder(
+                recipe, job.repository(recipe.table), device, job.config.max_pixels, held=self._encoder
+            )
+            self._encoder = encoder
             fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
             with kept_to_groups(device.type):
                 encode_shards(
                     encoder, job.folder / recipe.directory, shards, fetch,
                     workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
-                    kept=partial(claims.kept, table),
+                    kept=partial(claims.kept, table), takes=partial(job.wants.takes, recipe.table),
                 )  # fmt: skip
 
 
@@ -216,7 +210,7 @@ class Claims:
         return is_open(self._cache, self._plan)
 
     def claimed(
-        self, table: TablePlan, shards: Sequence[PlannedShard], progress: "ShardProgress"
+        self, table: TablePlan, shards: Sequence[PlannedShard], progress: ShardProgress
     ) -> Iterator[PlannedShard]:
         """Those of `shards` that this builder gets, each one claimed when it is asked for.
 
@@ -297,30 +291,3 @@ class Claims:
         for claim in claims:
             self._held.pop(claim, None)
             let_go(claim)
-
-
-class ShardProgress:
-    """Counts inputs of one table and reports now and then."""
-
-    def __init__(self, table: str, total: int, report: BuildReport | None) -> None:
-        self.total = total
-        self._table = table
-        self._report = report
-        self._start = time.perf_counter()
-        self._done = 0
-        self._reported = 0.0
-
-    def add(self, inputs: int, busy: Mapping[str, float]) -> None:
-        stop_here()
-        self._done += inputs
-        now = time.perf_counter()
-        if self._report and (now - self._reported >= REPORT_SECONDS or self._done == self.total):
-            self._reported = now
-            table, seconds = self._table, now - self._start
-            self._report(BuildProgress(table=table, done=self._done, total=self.total, seconds=seconds, busy=busy))
-
-    def counted(self, shards: Iterator[PlannedShard]) -> Iterator[PlannedShard]:
-        """The `shards`, each counted as written when the next one is asked for."""
-        for shard in shards:
-            yield shard
-            self.add(len(shard.keys), {"write": 1.0})

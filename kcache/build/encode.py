@@ -5,9 +5,8 @@ shard before. Batches never cross a shard's border, so a shard's bytes do not de
 before it. Inputs are taken in plan order, and their rows stored in it, whatever batches they were encoded in.
 """
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +15,12 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from kcache.build.pictures.contents import MirrorImage
 from kcache.build.plan import PlannedShard
+from kcache.build.work.meter import Input, Meter
+from kcache.build.work.refusals import refusal_reasons
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
@@ -31,57 +34,8 @@ _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
 Fetch = Callable[[bytes], bytes | str | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
-
-STAGES = ("decode", "encode", "write")
-
-
-@dataclass
-class Meter:
-    """Where the encoding thread's time goes: waiting for decoded inputs, encoding, or waiting for the writer."""
-
-    clock: Callable[[], float] = time.perf_counter
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    held_up: float = 0.0
-    """Seconds of the wait for decoded inputs in which enough for a batch were decoded, but stood behind a slow one."""
-
-    def shares(self) -> dict[str, float]:
-        """Share of the time, 0 to 1, by stage; the largest is the one that binds."""
-        total = sum(self.seconds.values())
-        return {stage: seconds / total if total else 0.0 for stage, seconds in self.seconds.items()}
-
-    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        """The result of `work`, its time counted under `stage`."""
-        start = self.clock()
-        try:
-            return work()
-        finally:
-            self.seconds[stage] += self.clock() - start
-
-    def decoded(self, first: "Future[_Input]", behind: Iterable["Future[_Input]"], lacking: int) -> "_Input":
-        """The `first` of the inputs under way, waited for; `lacking` more of those `behind` it would fill a batch."""
-        if first.done():
-            return first.result()
-        start = self.clock()
-        item: _Input = self.timed("decode", first.result)
-        end = self.clock()
-        ready = sorted(done.result().ready for done in behind if done.done() and done.exception() is None)
-        if lacking <= len(ready):
-            self.held_up += max(0.0, end - max(start, ready[lacking - 1]))
-        return item
-
-
-@dataclass(frozen=True, slots=True)
-class _Input:
-    """One planned input after decoding: prepared, or rejected, or gone from the source."""
-
-    key: bytes
-    prepared: Any = None
-    size: tuple[int, int] | None = None
-    """Of a picture: width and height as decoded."""
-    rejection: Rejection | None = None
-    absent: bool = False
-    ready: float = 0.0
-    """When that was, by the meter's clock."""
+Takes = Callable[[int, int], bool]
+"""Whether a picture of this width and height has a row in the table."""
 
 
 @dataclass
@@ -135,16 +89,18 @@ def encode_shards(
     done: Callable[[int], None],
     kept: _Kept = lambda _: True,
     committed: Callable[[Commit], None] = lambda _: None,
+    takes: Takes = lambda _, __: True,
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
-    `done` is told of inputs dealt with since, `committed` of each shard. What `kept` denies is not committed.
+    `done` is told of inputs dealt with since, `committed` of each shard. What `kept` denies is not committed; a picture
+    of which `takes` says, once it is decoded, that it belongs into another table is as one that is gone.
     """
     recipe = encoder.recipe
     write = partial(commit_shard, folder, recipe=recipe, provenance=provenance(encoder.device))
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
         ahead: deque[_Planned] = deque()
-        prepare = partial(_prepare, encoder, fetch, meter.clock)
+        prepare = partial(_prepare, encoder, fetch, takes, meter.clock)
         inputs = _started(pool, prepare, shards, ahead, limit=workers + 2 * encoder.batch_size)
         committing: Future[Any] | None = None
         try:
@@ -169,12 +125,12 @@ def _commit(
         committed(write(rows.planned.name, block=block, rejected=rows.rejected, absent=rows.absent))
 
 
-_Planned = tuple[PlannedShard, Future[_Input]]
+_Planned = tuple[PlannedShard, Future[Input]]
 
 
 def _started(
     pool: ThreadPoolExecutor,
-    prepare: Callable[[bytes], _Input],
+    prepare: Callable[[bytes], Input],
     shards: Iterator[PlannedShard],
     ahead: deque[_Planned],
     limit: int,
@@ -189,7 +145,7 @@ def _started(
         yield ahead.popleft()
 
 
-def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: bytes) -> _Input:
+def _prepare(encoder: Encoder, fetch: Fetch, takes: Takes, clock: Callable[[], float], key: bytes) -> Input:
     prepared, size, rejection, absent = None, None, None, False
     try:
         if key == kind_of(encoder.recipe.table).reserved:
@@ -198,17 +154,21 @@ def _prepare(encoder: Encoder, fetch: Fetch, clock: Callable[[], float], key: by
             absent = True
         elif isinstance(encoder, PictureEncoder) and isinstance(content, bytes):
             picture = encoder.picture(content)
+            if isinstance(content, MirrorImage):
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if not takes(*picture.size):
+                return Input(key, absent=True, ready=clock())
             prepared, size = encoder.pixels(picture), picture.size
         else:
             prepared = encoder.prepare(content)
     except InputRejected as error:
         rejection = Rejection(key=key.hex(), stage=error.stage, reason=error.reason)
-    return _Input(key, prepared, size, rejection, absent, ready=clock())
+    return Input(key, prepared, size, rejection, absent, ready=clock())
 
 
 def _decoded(
     rows: _OpenShard,
-    inputs: Iterator[Future[_Input]],
+    inputs: Iterator[Future[Input]],
     ahead: Iterable[_Planned],
     batch_size: int,
     meter: Meter,
@@ -267,27 +227,3 @@ def _encode_batch(encoder: Encoder, batch: Sequence[tuple[int, Any]], rows: _Ope
         rows.parts.setdefault(f.name, []).append(stored[f.name][chosen])
     if lengths is not None:
         rows.lengths.append(lengths[kept])
-
-
-def refusal_reasons(
-    recipe: Recipe, values: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray], offsets: np.ndarray | None
-) -> list[str | None]:
-    """Why each row cannot be stored, None where it can: NaN or infinity from the encoder, or beyond the stored dtype.
-
-    `values` are the encoder's results in float32, `stored` the same in the stored dtype; `offsets` bound ragged rows.
-    """
-    rows = len(next(iter(values.values()))) if offsets is None else len(offsets) - 1
-    reasons: list[str | None] = [None] * rows
-    for f in recipe.fields:
-        bounds = offsets if f.ragged and offsets is not None else np.arange(rows + 1)
-        bad = ~np.isfinite(stored[f.name]).reshape(len(stored[f.name]), -1).all(axis=1)
-        for unit in np.flatnonzero(bad).tolist():
-            row = int(np.searchsorted(bounds, unit, side="right")) - 1
-            if np.isfinite(values[f.name][unit]).all():
-                largest = float(np.abs(values[f.name][unit]).max())
-                reasons[row] = (
-                    f"{f.name} holds {largest:g}, more than {recipe.stored_dtype} can; build with --dtype float32"
-                )
-            else:
-                reasons[row] = f"{f.name} came out of {recipe.encoder} as NaN or infinity, in float32 too"
-    return reasons

@@ -17,10 +17,12 @@ import torch
 
 from kcache.build.build import checked_survey
 from kcache.build.departures import Leaving
-from kcache.build.encode import Meter, encode_shards
+from kcache.build.encode import encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
+from kcache.build.pictures.contents import fetcher
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Survey, acceptable, fetcher, missing_rows, other_verdicts, why_missing
+from kcache.build.survey import Survey, acceptable, missing_rows, other_verdicts, why_missing
+from kcache.build.work.meter import Meter
 from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.fit import enough_memory, workers_for
@@ -160,7 +162,7 @@ def _spread(items: Sequence[Item], most: int) -> Sequence[Item]:
 def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> int:
     named = with_ids(samples)
     rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
-    plan = plan_tars(job.folder, job.recipes, named, rows)
+    plan = plan_tars(job.folder, job.recipes, named, rows, job.wants)
     new = named.where(Keys.of(tar_keys(named)).among(plan.keys))
     return tar_bytes(job.recipes, job.wants, new, sum(len(table.shards) for table in plan.tables), tokens)
 
@@ -229,10 +231,13 @@ class _Watch:
 def _savings(job: Survey, tables: Mapping[str, TableEstimate], seconds: float) -> dict[str, Saving]:
     savings = {}
     for stage in ("prior", "decoder"):
-        # Of several resolutions a decoder reads one, here the last one asked for.
-        needed = table_names(stage, [(side, side) for side in job.config.resolution[-1:]])
+        # Of several resolutions a decoder reads one, here the largest, and of its shapes as many as there are samples.
+        shapes = [shape for each in job.wants.sets[-1:] for shape in each.shapes]
+        having = {name: job.wants.samples_of(name, job.samples) for name in table_names(stage, shapes)}
+        shares = {name: 1.0 if those is None else len(those) / len(job.samples) for name, those in having.items()}
+        needed = {name: share for name, share in shares.items() if share}
         if all(name in tables and tables[name].row_seconds for name in needed):
-            sample = sum(tables[name].row_seconds for name in needed)
+            sample = sum(share * tables[name].row_seconds for name, share in needed.items())
             savings[stage] = Saving(sample_seconds=sample, epochs=seconds / (sample * len(job.samples)))
     return savings
 

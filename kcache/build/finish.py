@@ -3,29 +3,20 @@
 import hashlib
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kcache.build.committed import recorded_sizes
 from kcache.build.dataset_card import write_card
-from kcache.build.survey import Survey, fetcher
-from kcache.config import Say
-from kcache.errors import InputRejected, KcacheError, SourceError
-from kcache.machine import threads_for
+from kcache.build.pictures.sizes import PictureSizes, refusal_of
+from kcache.build.survey import Survey
+from kcache.errors import KcacheError, SourceError
 from kcache.places import Place
 from kcache.places.effects import remove, write_bytes
-from kcache.stopping import stop_here
-from kcache.store.digests import Keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
-from kcache.store.formats.picture_sizes import Sizes, with_sizes
-from kcache.store.formats.side_files import SIZES
 from kcache.store.index import TableState, full_texts, index_arrays, write_index
 from kcache.store.manifest import (
     MANIFEST,
@@ -39,18 +30,14 @@ from kcache.store.manifest import (
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shaped.wants import Wants, squares_of
-from kcache.store.shards import Rejection
 
 if TYPE_CHECKING:
     import pyarrow
 
-_REPORT_SECONDS = 10.0
-"""How often it is said how many pictures were decoded for their sizes alone."""
 _REASONS = 3
 """Reasons that are told where nothing else came of a build."""
 _NAMES_AND_NUMBERS = re.compile(r"'[^']*'|[\d.,+e]+")
 """What differs between reasons that are one to a person."""
-_CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
 def whole_samples(
@@ -96,19 +83,19 @@ def _whole_part(sample: Sample, tables: Mapping[str, TableState], wants: Wants) 
     """What is left of a sample of which not all rows are there, [] or itself with fewer captions, and why."""
     for name, state in tables.items():
         if kind_of(name).per == "image" and not wants.are_there(name, Samples.of([sample]), state.stored.known).all():
-            return [], [_refusal(sample.name, sample.image_key, state.rejected)]
+            return [], [refusal_of(sample.name, sample.image_key, state.rejected)]
     text = tables[TEXT.name]
     there = (text.stored.find(sample.caption_keys) >= 0).tolist()
     kept = [i for i, is_there in enumerate(there) if is_there]
     lost = [key for key, is_there in zip(sample.caption_keys, there, strict=True) if not is_there]
-    refused = [_refusal(sample.name, key, text.rejected) for key in lost]
+    refused = [refusal_of(sample.name, key, text.rejected) for key in lost]
     if not kept:
         return [], refused
     captions = tuple(sample.captions[i] for i in kept)
     return [replace(sample, captions=captions, caption_keys=tuple(sample.caption_keys[i] for i in kept))], refused
 
 
-def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: "PictureSizes") -> Manifest:
+def finish_build(job: Survey, tables: Mapping[str, TableState], sizes: PictureSizes) -> Manifest:
     """Finish the cache of those samples of `job` whose rows are all in `tables`; the others are refused.
 
     Raises SourceError where there is none: a cache that was finished before stays, and none is made without a sample.
@@ -221,81 +208,6 @@ def remove_superseded(cache: Place, manifest: Manifest) -> None:
     for path in cache.glob("index-*"):
         if path.name != manifest.index_folder:
             remove(path)
-
-
-def _refusal(name: str, key: bytes, rejected: Mapping[bytes, Rejection | InputRejected]) -> Refusal:
-    rejection = rejected.get(key)
-    if rejection is None:
-        return Refusal(name=name, stage=_CHANGED.stage, reason=_CHANGED.reason)
-    return Refusal(name=name, stage=rejection.stage, reason=rejection.reason)
-
-
-class PictureSizes:
-    """Width and height of a build's pictures, as decoded: found where that is known, and decoded for only where not."""
-
-    def __init__(self, job: Survey, say: Say) -> None:
-        self._job = job
-        self._say = say
-        self._refused: dict[bytes, InputRejected] = {}
-
-    @cached_property
-    def _sizes(self) -> Sizes:
-        """Those of the cache before; without them, what was recorded counts, or is found again."""
-        return Sizes(self._job.before)
-
-    def readable(self, samples: Samples) -> Samples:
-        """The samples without those of which it was found that their picture cannot be read any more."""
-        return samples.where(~samples.image_keys.among(self._refused))
-
-    def measured(self, samples: Sequence[Sample]) -> tuple[Samples, list[Refusal]]:
-        """The samples with the sizes of their pictures; and those whose picture cannot be read any more."""
-        columns = Samples.of(samples)
-        if self._lacking(columns):
-            # Shards of an interrupted build by a kcache before this one have no sizes.
-            self._sizes.add(recorded_sizes(self._job.folder, self._job.recipes))
-            if lacking := self._lacking(columns):
-                self._measure(lacking)
-        at = self._sizes.find(columns.image_keys)
-        refused = [_refusal(sample.name, sample.image_key, self._refused) for sample in columns.where(at < 0)]
-        there, at = columns.where(at >= 0), at[at >= 0]
-        return there.changed(lambda table, span: with_sizes(table, self._sizes.at(at[span]))), refused
-
-    def _lacking(self, samples: Samples) -> Keys:
-        """The pictures of which nothing is known."""
-        keys = samples.image_keys
-        lacking = keys[self._sizes.find(keys) < 0].unique()
-        return lacking[~lacking.among(self._refused)]
-
-    def _measure(self, keys: Keys) -> None:
-        """Decode the pictures of `keys` for their sizes, which nothing recorded."""
-        from kcache.encoders.decoding import Decoding, decode_image
-
-        images = next(name for name in self._job.recipes if kind_of(name).per == "image")
-        fetch, how = fetcher(self._job, images), Decoding()
-
-        def size(key: bytes) -> tuple[int, int] | InputRejected:
-            try:
-                content = fetch(key)
-                return decode_image(content, how).size if isinstance(content, bytes) else _CHANGED
-            except InputRejected as error:
-                return error
-
-        reported, sizes = time.monotonic(), np.zeros(len(keys), SIZES)
-        sizes["key"] = keys.packed
-        with ThreadPoolExecutor(threads_for(self._job.config.num_workers), "kcache-decode") as pool:
-            try:
-                for number, (key, found) in enumerate(zip(keys, pool.map(size, keys), strict=True)):
-                    stop_here()
-                    if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
-                        reported = now
-                        self._say(f"found the sizes of {number:,} of {len(keys):,} pictures")
-                    if isinstance(found, InputRejected):
-                        self._refused[key] = found
-                    else:
-                        sizes["width"][number], sizes["height"][number] = found
-            finally:
-                pool.shutdown(cancel_futures=True)
-        self._sizes.add([sizes[sizes["width"] > 0]])
 
 
 def _current(cache: Place) -> Manifest | None:

@@ -25,6 +25,7 @@ from kcache.store.formats.columns import Samples
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
+from kcache.store.manifest import shapes_to_note
 from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample, identities_of
@@ -75,7 +76,9 @@ def _committed_tar_keys(folder: Place, commits: Sequence[Commit]) -> Iterator[np
         yield keys.packed
 
 
-def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int) -> Plan:
+def plan_tars(
+    cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sample], rows_per_shard: int, wants: Wants
+) -> Plan:
     """The plan for the tars of all `samples`, which have their ids, that are in none yet."""
     tables = []
     for name, wanted in ((RESERVED, [RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
@@ -84,7 +87,7 @@ def plan_tars(cache: Place, recipes: Mapping[str, Recipe], samples: Sequence[Sam
         there = Keys.joined(_committed_tar_keys(cache / recipe.directory, commits))
         first = next_shard(commits)
         tables.append(plan_table(recipe, wanted, there, (), rows_per_shard=rows_per_shard, first_shard=first))
-    return Plan(tables=tuple(tables))
+    return Plan(tables=tuple(tables), shapes=shapes_to_note(wants.sets), flip=wants.flip)
 
 
 class TarWriter:
@@ -244,8 +247,11 @@ def _side_rows(
 ) -> np.ndarray | None:
     """Key and locators of one table's rows in a tar, sample by sample; None for a table that has none there."""
     members = {field.name: _member(recipe, field, recipes) for field in recipe.fields}
-    if not all(member in sample.rows for sample in samples for member in members.values()):
+    having = [number for number, sample in enumerate(samples) if all(m in sample.rows for m in members.values())]
+    if not having:
         return None
+    samples, keys = [samples[number] for number in having], [keys[number] for number in having]
+    placed = [placed[number] for number in having]
     flat = [key for sample_keys in keys for key in sample_keys[recipe.table]]
     side = np.zeros(len(flat), side_dtype(recipe.fields))
     side["key"] = pack_keys(flat)

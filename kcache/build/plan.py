@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from kcache.config.shapes import ShapeSet
 from kcache.disk.durable import json_bytes, npy_of, read_npy, writing
 from kcache.errors import CacheBusyError, CacheMismatchError
 from kcache.foreign import corrupt
@@ -33,15 +34,16 @@ from kcache.places.effects import (
 )
 from kcache.places.holds import knows_readers
 from kcache.store.digests import Keys
-from kcache.store.manifest import check_count, check_version
+from kcache.store.manifest import SCHEMA_VERSIONS, SHAPES_VERSION, check_count, check_version, shape_set
 from kcache.store.recipe import Recipe, canonical_json
+from kcache.store.shaped.wants import Wants, squares_of
 
 CLAIMS = "claims"
 """Name of the folder beside an open plan where builders claim its shards."""
 OPEN = "open.json"
 """Name of the file that names the open plan."""
 _SCHEMA_VERSION = 2
-"""A plan of version 1 is open by being there."""
+"""A plan of version 1 is open by being there; one of version 3 says shapes or mirrored pictures."""
 _CLOSED = json_bytes({"digest": None})
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -84,6 +86,15 @@ class Plan:
     """The open plan of a cache: what every builder of it works off."""
 
     tables: tuple[TablePlan, ...]
+    shapes: tuple[ShapeSet, ...] = ()
+    """What pictures are cropped to, as `Manifest.shapes` has it: () for plain squares."""
+    flip: bool = False
+    """Whether there are to be rows of the mirrored pictures."""
+
+    @property
+    def wants(self) -> Wants:
+        """Which rows its tables are to have of the samples."""
+        return Wants(self.shapes or squares_of([table.recipe.table for table in self.tables]), self.flip)
 
     @property
     def keys(self) -> Keys:
@@ -97,12 +108,17 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of the recipes, cuts and keys."""
-        digest = hashlib.sha256()
+        """sha256 (hex) of the recipes, cuts and keys, and of what it says of shapes."""
+        digest = hashlib.sha256(canonical_json(self.shapes_json).encode() if self.shapes_json else b"")
         for table in self.tables:
             digest.update(canonical_json(_table_json(table)).encode())
             digest.update(table.keys.packed.data)
         return digest.hexdigest()
+
+    @property
+    def shapes_json(self) -> dict[str, object]:
+        """What its file says of shapes and mirrored pictures: nothing where it is of plain squares."""
+        return {"shapes": list(map(asdict, self.shapes)), "flip": self.flip} if self.shapes or self.flip else {}
 
 
 def plan_table(
@@ -134,7 +150,8 @@ def freeze_plan(cache: Place, plan: Plan) -> None:
             for table in plan.tables:
                 write_npy(temporary / f"{table.recipe.table}.keys.npy", table.keys.packed)
             tables = [_table_json(table) for table in plan.tables]
-            data = {"schema_version": _SCHEMA_VERSION, "digest": plan.digest, "tables": tables}
+            version = SHAPES_VERSION if plan.shapes_json else _SCHEMA_VERSION
+            data = {"schema_version": version, "digest": plan.digest, "tables": tables, **plan.shapes_json}
             write_json(temporary / "plan.json", data)
             publish(temporary, folder)
     if create_bytes(plans / OPEN, _naming(plan)) or (found := _read(plans / OPEN)) == _naming(plan):
@@ -275,8 +292,12 @@ def _table_json(table: TablePlan) -> Mapping[str, object]:
 def _read_plan(folder: Place) -> Plan:
     """The plan in `folder`; raises what `_DAMAGES` lists."""
     data = json.loads((folder / "plan.json").read_bytes())
-    check_version(folder / "plan.json", data["schema_version"])
-    plan = Plan(tables=tuple(_read_table(folder, table) for table in data["tables"]))
+    check_version(folder / "plan.json", data["schema_version"], SCHEMA_VERSIONS)
+    plan = Plan(
+        tables=tuple(_read_table(folder, table) for table in data["tables"]),
+        shapes=tuple(map(shape_set, data.get("shapes", ()))),
+        flip=bool(data.get("flip", False)),
+    )
     if plan.digest != data["digest"]:
         raise ValueError("its digest does not match its content")
     return plan

@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from kcache.build.committed import Committed, read_committed
 from kcache.build.departures import NOBODY, Leaving
 from kcache.build.joined_tars import shard_recipes
+from kcache.build.pictures.asked import replaced, wanted
 from kcache.build.plan import Plan, open_plan, plan_table
 from kcache.config import BuildConfig, Say
 from kcache.disk.memo import DigestMemo
@@ -18,19 +19,19 @@ from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.color import check_color_management
 from kcache.encoders.decoding import decoder_facts, outgrown_limit
 from kcache.encoders.fit import check_request
-from kcache.encoders.recipes import default_rows_per_shard, in_srgb, table_recipe
+from kcache.encoders.recipes import default_rows_per_shard, in_srgb, step_of_sides, table_recipe
 from kcache.encoders.repositories import Repository, find_repositories
 from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import Keys, Positions, caption_key, content_key
+from kcache.store.digests import Keys, Positions, caption_key, mirrored_keys
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
-from kcache.store.manifest import read_manifest
+from kcache.store.manifest import Manifest, read_manifest, shapes_to_note
 from kcache.store.recipe import IMAGE_EMBEDS, TEXT, Recipe, kind_of, recipe_differences, stage_of, table_names
 from kcache.store.samples import Refusal, Sample
-from kcache.store.shaped.wants import Wants, squares_of
+from kcache.store.shaped.wants import Wants, tables_of
 from kcache.tally import counted
 
 _REPORT_SECONDS = 10.0
@@ -45,13 +46,15 @@ class Survey:
     config: BuildConfig
     source: Source
     samples: Sequence[Sample]
-    """What the source offers, without ids and sizes."""
+    """What the source offers, without ids, and without sizes where no shape depends on them."""
     positions: Positions
     """Where in the source each image stands."""
     refused: Sequence[Refusal]
     repositories: Mapping[str, Repository]
     """Where the encoders are, by role: "prior" and, where it is needed, "decoder"."""
     recipes: Mapping[str, Recipe]
+    wants: Wants
+    """Which rows the tables should have of the samples."""
     earlier: Mapping[str, Recipe]
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
@@ -64,11 +67,6 @@ class Survey:
     def wanted(self, table: str) -> Keys:
         """The keys that `table` should hold, in sample order, the reserved row first."""
         return self.wants.wanted(table, self.samples)
-
-    @property
-    def wants(self) -> Wants:
-        """Which rows the tables should have of the samples."""
-        return Wants(squares_of(self.recipes))
 
     def repository(self, table: str) -> Repository:
         """Where the encoder of `table` is."""
@@ -97,17 +95,23 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
     `ahead` may have others look through the source. Raises SourceError, ModelError, ConfigError, or CacheMismatchError
     for a cache of another schema or form.
     """
-    earlier = _recipes_so_far(folder, config)
+    manifest, plan = _cache_so_far(folder, config), open_plan(folder)
+    earlier = {} if manifest is None else {name: entry.recipe for name, entry in manifest.tables.items()}
+    # A first build that was interrupted has no manifest.
+    begun = {} if plan is None else {table.recipe.table: table.recipe for table in plan.tables}
+    so_far, had = {**begun, **earlier}, manifest or plan
     # The tables that were asked for, and those that the cache holds already: they stay complete.
-    shapes = [(side, side) for side in config.resolution]
-    tables = list(dict.fromkeys((*table_names(config.stage, shapes), *earlier)))
-    needed = TEXT.name in tables
-    so_far = {**_recipes_begun(folder), **earlier}
+    unsided = [*table_names(config.stage, []), *(name for name in earlier if not kind_of(name).sided)]
+    stage = stage_of([*table_names(config.stage, [(1, 1)]), *earlier])
+    needed = TEXT.name in unsided
     with DigestMemo() as memo:
         most = config.max_train_samples
         opened = open_source(source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead)
-        repositories = find_repositories(config, stage_of(tables))
+        repositories = find_repositories(config, stage)
         say(opened.description)
+        step = step_of_sides(repositories["decoder"]) if "decoder" in repositories else 1
+        wants = wanted(config, None if had is None else had.wants, step)
+        tables = list(dict.fromkeys((*unsided, *tables_of(wants.sets))))
         recipes = {
             name: table_recipe(
                 name, config, repositories[kind_of(name).role], memo, config.rehash, say, known=so_far.get(name)
@@ -120,6 +124,7 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
             check_color_management()
         numbers, unreadable = array("q"), list[Refusal]()
         samples = Samples.of(_offered(opened, memo, config.rehash, say, numbers, unreadable))
+    before = () if manifest is None else manifest.shape_sets
     return Survey(
         folder=folder,
         config=config,
@@ -129,25 +134,29 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
         refused=[*opened.refused, *unreadable],
         repositories=repositories,
         recipes=recipes,
+        wants=wants,
         earlier=earlier,
-        notes=tuple(_recipe_notes(earlier, recipes)),
+        notes=(
+            *_recipe_notes(earlier, recipes),
+            *replaced(before, wants.sets),
+        ),
     )
 
 
-def _recipes_so_far(folder: Place, config: BuildConfig) -> dict[str, Recipe]:
-    """The recipes that the manifest names; raises CacheMismatchError where it is of another schema or form."""
+def _cache_so_far(folder: Place, config: BuildConfig) -> Manifest | None:
+    """The manifest, if there is one; raises CacheMismatchError where it is of another schema or form."""
     try:
         manifest = read_manifest(folder)
     except CacheMismatchError:
         raise
     except KcacheError:
-        return {}  # a damaged or missing manifest is derived from the shards, and written anew by this build
+        return None  # a damaged or missing manifest is derived from the shards, and written anew by this build
     if manifest.format != config.format:
         raise CacheMismatchError(
             f"{folder} is a {manifest.format} cache; --format {config.format} was asked for; give --format "
             f"{manifest.format}, or run `kcache cache-convert {folder} NEW --format {config.format}`"
         )
-    return {name: entry.recipe for name, entry in manifest.tables.items()}
+    return manifest
 
 
 def _is_in_srgb(folder: Place, earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> bool:
@@ -169,16 +178,10 @@ def _of_images(recipes: Mapping[str, Recipe]) -> list[Recipe]:
     return [recipe for name, recipe in recipes.items() if kind_of(name).per == "image"]
 
 
-def _recipes_begun(folder: Place) -> dict[str, Recipe]:
-    """The recipes of the open plan, if there is one: a first build that was interrupted has no manifest."""
-    plan = open_plan(folder)
-    return {} if plan is None else {table.recipe.table: table.recipe for table in plan.tables}
-
-
 def _recipe_notes(earlier: Mapping[str, Recipe], recipes: Mapping[str, Recipe]) -> list[str]:
     notes = []
     for name, found in earlier.items():
-        if found.fingerprint != recipes[name].fingerprint:
+        if name in recipes and found.fingerprint != recipes[name].fingerprint:
             differences = "; ".join(recipe_differences(found, recipes[name]))
             notes.append(f"{name} in the cache is of another recipe, its rows are not used ({differences})")
     return notes
@@ -219,7 +222,8 @@ def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> S
         return samples
     columns = Samples.of(samples)
     rejected, counts = columns.count_captions(columns.caption_keys.among(captions)), np.diff(columns.caption_bounds)
-    return columns.where(~columns.image_keys.among(images) & ((rejected < counts) | (counts == 0)))
+    refused = columns.image_keys.among(images) | mirrored_keys(columns.image_keys).among(images)
+    return columns.where(~refused & ((rejected < counts) | (counts == 0)))
 
 
 def other_verdicts(job: Survey, tables: Mapping[str, TableState]) -> list[str]:
@@ -280,7 +284,7 @@ def missing_rows(
         if table.keys:
             rows, device = min(table.rows_per_shard, len(table.keys)), job.config.device or default_device()
             check_request(table.recipe, job.repository(table.recipe.table), rows, device)
-    return Plan(tables=tuple(plans))
+    return Plan(tables=tuple(plans), shapes=shapes_to_note(job.wants.sets), flip=job.wants.flip)
 
 
 def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> dict[str, str]:
@@ -312,24 +316,3 @@ def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> di
             parts = [f"{counted(count, kind.per)} {what}" for what, count in counts.items() if count]
             reasons[name] = ", ".join(parts) or "the reserved row is lost"
     return reasons
-
-
-def fetcher(job: Survey, table: str) -> Callable[[bytes], bytes | str | None]:
-    """A function from a key of `table` to its content, None where the source no longer gives that content."""
-    # One or the other: a file that holds the text of a caption has that caption's key.
-    if kind_of(table).per == "caption":
-        samples = Samples.of(job.samples)
-        return lambda key: samples.texts((key,)).get(key)
-
-    def fetch(key: bytes) -> bytes | str | None:
-        [number] = job.positions.find((key,)).tolist()
-        content = job.source.image(number) if number >= 0 else None
-        return content if content is not None and content_key(content) == key else None
-
-    return fetch
-
-
-def still_given(job: Survey, table: str, keys: Collection[bytes]) -> set[bytes]:
-    """Those of `keys` of a table whose content the source of `job` gives now."""
-    fetch = fetcher(job, table) if keys else None
-    return {key for key in keys if fetch and fetch(key) is not None}

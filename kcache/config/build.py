@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kcache.config.shapes import parse_shapes
 from kcache.config.source import SourceConfig
 from kcache.config.words import COMPUTE_DTYPES, DECODER_REPO, PRIOR_REPO, MixedPrecision, Stage, check_worker
 from kcache.errors import ConfigError
 from kcache.settings import check, setting
+
+DEFAULT_RESOLUTION = (768,)
+"""Of a new cache, where none is asked for."""
+DEFAULT_MAX_UPSCALE = 2.0
+"""Of new sets of shapes, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +21,26 @@ class BuildConfig(SourceConfig):
 
     stage: Stage = setting("all", "Which trainer the cache is for; `all` serves both.")
     resolution: tuple[int, ...] = setting(
-        (768,), "Side in pixels of the square pictures whose latents are stored; repeat it for several tables.", least=1
+        (),
+        "Side in pixels of the square pictures whose latents are stored, or of the square that is as large as their "
+        "shapes; repeat it for several. What the cache has when left out, 768 for a new one.",
+        least=1,
+    )
+    aspect_ratio_buckets: str | None = setting(
+        None,
+        'Shapes that pictures are cropped to, whichever keeps most: "auto", "square", or heights and widths such as '
+        '"640,896;768,768". What the cache has when left out, squares for a new one.',
+    )
+    max_upscale: float | None = setting(
+        None,
+        "Pictures that would have to be enlarged more than so many times have no row in such shapes. What the cache "
+        "has when left out, 2 for a new one.",
+        above=0,
+        below=1e6,
+    )
+    flip: bool | None = setting(
+        None,
+        "Store rows of the mirror image of each picture, too. What the cache has when left out, none for a new one.",
     )
     max_train_samples: int | None = setting(
         None, "Take only the first so many samples of the source; what the cache has beside them stays.", least=1
@@ -81,8 +106,8 @@ class BuildConfig(SourceConfig):
                 f"--worker is {self.worker!r}, but --engine {self.engine} hands out all shards itself; expected one "
                 "process to start the build; leave --worker out"
             )
-        if not self.resolution:
-            raise ConfigError("no --resolution given; expected at least one, e.g. --resolution 768")
+        if self.aspect_ratio_buckets not in (None, "auto", "square"):
+            parse_shapes(self.aspect_ratio_buckets)
 
     @property
     def compute_dtype(self) -> str:

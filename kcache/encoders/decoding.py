@@ -13,6 +13,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a picture upright, by its EXIF orientation; any other value turns nothing."""
+_ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
+"""Those that make its height its width."""
+_PNG_ORIENTED = (b"eXIf", b"Raw profile type", b"com.adobe.xmp")
+"""What is in each PNG that says an orientation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +114,27 @@ def decode_image(content: bytes, how: Decoding) -> Image.Image:
             except Exception as without:  # noqa: BLE001  # what is wrong when no metadata is left is wrong with the pixels
                 found = without
         raise _rejection(content, found, how) from found
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """Width and height of the picture that `decode_image` makes of a file, by its header; (0, 0) where that is unknown.
+
+    Of a picture whose pixels turn out to be damaged, too, and of a header that is wrong: only decoding shows. Safe to
+    call from several threads.
+    """
+    for bare in chain([content], without_side_data(content)):
+        try:
+            image: Image.Image = Image.open(io.BytesIO(bare), formats=_FORMATS)
+            width, height = image.size
+            # A TIFF is turned when it is opened. For the orientation of a PNG all of it may have to be read.
+            if image.format == "TIFF" or (image.format == "PNG" and not any(word in bare for word in _PNG_ORIENTED)):
+                return width, height
+            return (height, width) if _turn(image) in _ON_ITS_SIDE else (width, height)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001, S112  # as in decode_image
+            continue
+    return 0, 0
 
 
 def _decoded(content: bytes, how: Decoding, profile: bytes | None = None) -> Image.Image:

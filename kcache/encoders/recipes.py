@@ -180,6 +180,11 @@ def side_step(decoder: Repository, factor: int) -> tuple[int, str]:
     return step, reason
 
 
+def step_of_sides(decoder: Repository) -> int:
+    """What sides of pictures must be multiples of, in pixels, for the networks in a decoder's repository."""
+    return side_step(decoder, decoder.read("movq").downsampling)[0]
+
+
 def _check_shape(shape: Shape, factor: int, decoder: Repository) -> None:
     step, reason = side_step(decoder, factor)
     for side in shape:

@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from kcache.build.pictures.contents import as_named
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
@@ -23,11 +25,10 @@ from kcache.errors import EngineError, ModelError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import place_of
 from kcache.sources import Source, open_source
-from kcache.store.digests import content_key
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 
 if TYPE_CHECKING:
-    from kcache.build.encode import Meter
+    from kcache.build.work.meter import Meter
     from kcache.encoders.frozen import Encoder
     from kcache.store.shards import Commit
 
@@ -142,6 +143,7 @@ class EncodingActor:
                     (given.task.shard for given in self._given(first)), self._fetch,
                     workers=workers_for(recipe, setup.workers, 2 * len(first.task.shard.keys)),
                     meter=meter, done=self._count, committed=self._committed,
+                    takes=partial(setup.wants.takes, recipe.table),
                 )  # fmt: skip
 
     def _given(self, first: _Given) -> Iterator[_Given]:
@@ -181,7 +183,7 @@ class EncodingActor:
             if key in given.task.pictures:
                 number = self._number(*given.task.pictures[key])
                 content = b"" if self._source is None or number is None else self._source.image(number)
-                return content if content_key(content) == key else None
+                return as_named(content, key)
         return None
 
     def _number(self, number: int, name: str) -> int | None:
@@ -198,19 +200,20 @@ class EncodingActor:
         """The encoder of `recipe`, loaded where another one was held, and where its time goes."""
         import torch
 
-        from kcache.build.encode import Meter
-        from kcache.encoders.frozen import load_encoder
+        from kcache.build.work.meter import Meter
+        from kcache.encoders.frozen import load_encoder, shares_network
 
         if self._encoder is None or self._meter is None or self._encoder.recipe != recipe:
-            self._encoder = None
-            gc.collect()  # the one before it, so that there is room for this
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if not shares_network(self._encoder, recipe):
+                self._encoder = None
+                gc.collect()  # the one before it, so that there is room for this
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             torch.set_num_threads(self._setup.threads)
             device = torch.device(self._setup.config.device or default_device())
             repository = self._repository(recipe)
             self._encoder, self._meter = (
-                load_encoder(recipe, repository, device, self._setup.config.max_pixels),
+                load_encoder(recipe, repository, device, self._setup.config.max_pixels, held=self._encoder),
                 Meter(),
             )
         return self._encoder, self._meter

@@ -61,6 +61,7 @@ class RayBuilder(Builder):
             cache=str(job.folder.absolute()),
             plan=str(self._plan_folder.absolute()),
             config=config,
+            wants=job.wants,
             repositories=job.repositories,
             need_captions=TEXT.name in job.recipes,
             directory=str(Path.cwd()),
@@ -74,7 +75,7 @@ class RayBuilder(Builder):
 
     def _note_times(self, table: TablePlan, seconds: Mapping[str, float]) -> None:
         """Add up what the time of the actors' encoding threads went into."""
-        from kcache.build.encode import Meter
+        from kcache.build.work.meter import Meter
 
         meter = self.meters.setdefault(table.recipe.table, Meter())
         for stage in meter.seconds:

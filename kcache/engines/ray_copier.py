@@ -10,9 +10,10 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
-from kcache.build.builder import BuildReport, Claims, ShardProgress, Work
+from kcache.build.builder import Claims, Work
 from kcache.build.claims import Patience
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder
+from kcache.build.work.progress import BuildReport, ShardProgress
 from kcache.engines.cluster import joined, machines_of, slot_of
 from kcache.engines.copier import CopyingActor, CopySetup, CopyTask, Portion
 from kcache.engines.crew import Crew

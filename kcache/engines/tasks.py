@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Protocol
 
+import numpy as np
+
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey
 from kcache.config import BuildConfig
 from kcache.encoders.repositories import Repository
 from kcache.errors import EngineError
 from kcache.places import place_of
+from kcache.store.digests import Keys, mirrored_keys
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import Recipe, kind_of
+from kcache.store.shaped.wants import Wants
 
 
 class Handed(Protocol):
@@ -41,6 +45,8 @@ class Setup:
     plan: str
     """Where the plan that is worked off lies: who sees it sees the cache."""
     config: BuildConfig
+    wants: Wants
+    """Which rows the tables are to have of the samples."""
     repositories: Mapping[str, Repository]
     """Where the encoders were found, by role, and which revisions that were."""
     need_captions: bool
@@ -86,7 +92,10 @@ def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
         return lambda shard: Task(recipe=recipe, shard=shard, captions=samples.texts(shard.keys))
 
     def of_pictures(shard: PlannedShard) -> Task:
-        standing = zip(shard.keys, job.positions.find(shard.keys).tolist(), strict=True)
+        # A mirror image is where its picture is.
+        keys = Keys.of(shard.keys)
+        numbers = np.maximum(job.positions.find(keys), job.positions.find(mirrored_keys(keys)))
+        standing = zip(shard.keys, numbers.tolist(), strict=True)
         pictures = {key: (number, job.source.name(number)) for key, number in standing if number >= 0}
         return Task(recipe=recipe, shard=shard, pictures=pictures)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kcache.build.builder import REPORT_SECONDS, BuildProgress, BuildReport
 from kcache.build.plan import PlannedShard, TablePlan
+from kcache.build.work.progress import REPORT_SECONDS, BuildProgress, BuildReport
 from kcache.config import Say
 from kcache.engines.cluster import why_lost
 from kcache.engines.crew import Crew, Hand

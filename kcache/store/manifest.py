@@ -217,7 +217,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
         tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
     if (version == SHAPES_VERSION) != ("shapes" in data):
         raise ValueError(f"schema version {version} {'with' if 'shapes' in data else 'without'} shapes")
-    data["shapes"] = shapes_to_note([_shape_set(each) for each in data.get("shapes", ())])
+    data["shapes"] = shapes_to_note([shape_set(each) for each in data.get("shapes", ())])
     manifest = Manifest(tables=tables, **data)
     _check(manifest)
     return manifest
@@ -229,7 +229,8 @@ def shapes_to_note(sets: Iterable[ShapeSet]) -> tuple[ShapeSet, ...]:
     return () if all(each.is_square for each in ordered) else ordered
 
 
-def _shape_set(data: Mapping[str, Any]) -> ShapeSet:
+def shape_set(data: Mapping[str, Any]) -> ShapeSet:
+    """The set that a file tells of; raises KeyError, TypeError or ValueError on foreign data."""
     shapes = tuple((height, width) for height, width in data["shapes"])
     return ShapeSet(data["resolution"], shapes, data["max_upscale"])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from kcache.config import COMPUTE_DTYPES, BuildConfig
+from kcache.config.build import DEFAULT_RESOLUTION
 from kcache.config.shapes import resolutions_of
 from kcache.places import Place
 from kcache.store.manifest import Manifest
@@ -31,7 +32,7 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
     settings: dict[str, Any] = {
         "stage": stage_of(manifest.tables),
         "format": manifest.format,
-        "resolution": tuple(resolutions_of(manifest.shape_sets)) or BuildConfig.resolution,
+        "resolution": tuple(resolutions_of(manifest.shape_sets)) or DEFAULT_RESOLUTION,
         "alpha": alphas[0] if alphas else BuildConfig.alpha,
         "color": "srgb" if any(r.preprocess.get("color") == "srgb" for r in recipes) else "as-is",
         "text_padding": "trimmed" if any("pad_to_multiple_of" in r.preprocess for r in recipes) else "full",
@@ -56,7 +57,7 @@ def build_line(
     tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
     sides = {*resolutions_of(manifest.shape_sets), *([] if resolution is None else [resolution])}
     stage = stage_of(tables)
-    config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or BuildConfig.resolution)
+    config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or DEFAULT_RESOLUTION)
     words = ["kcache", "cache-build", "SOURCE", str(folder)]
     for name in _BUILD_FLAGS:
         value = getattr(config, name)

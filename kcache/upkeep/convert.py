@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import get_args
 
-from kcache.build.builder import BuildReport, Claims, ShardProgress, Work, work_off
+from kcache.build.builder import Claims, Work, work_off
 from kcache.build.claims import TURN, Patience, is_mine, renewed, turn, unless_lost, worker_place
 from kcache.build.committed import read_committed
 from kcache.build.finish import finish_cache, remove_superseded
 from kcache.build.plan import Plan, PlannedShard, TablePlan, clear_plans, close_plan, freeze_plan, open_plan, unfinished
+from kcache.build.work.progress import BuildReport, ShardProgress
 from kcache.config import Say, Stage, check_worker, unheard
 from kcache.config.shapes import resolutions_of
 from kcache.errors import CacheBusyError, CacheMismatchError, ConfigError

@@ -175,7 +175,7 @@ class CacheCopier:
         contents, tables = self._contents, []
         if self._form != "zarr":
             rows = rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, contents.recipes))
-            return plan_tars(self._target, contents.recipes, contents.samples, rows)
+            return plan_tars(self._target, contents.recipes, contents.samples, rows, contents.wants)
         for recipe in self.recipes:
             there, rows = table_state(self._target, recipe), rows_per_shard or default_rows_per_shard(recipe)
             wanted, first = self.wanted(recipe), there.next_shard

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from kcache.build.build import complete
-from kcache.build.builder import BuildReport
 from kcache.build.claims import alone
 from kcache.build.committed import record_rejections
 from kcache.build.plan import PlannedShard, shard_name
 from kcache.build.survey import Survey, survey
+from kcache.build.work.progress import BuildReport
 from kcache.config import AS_FOUND, Say, SourceConfig, unheard
 from kcache.encoders.repositories import Repository, find_repository
 from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError

@@ -16,6 +16,7 @@ from small_builds import build, copy_pictures, digests, encoded, small_config
 import kcache.build.builder
 import kcache.build.claims
 import kcache.build.encode
+import kcache.build.work.progress
 from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.build.claims import TURN, Patience
@@ -249,7 +250,7 @@ def test_of_what_others_committed_no_claim_is_held(planned: tuple[Path, Path], m
 
     monkeypatch.setattr("kcache.build.builder.take", counted)
     own = kcache.build.builder.Claims(cache, plan, kcache.build.claims.Patience(say=lambda _: None))
-    progress = kcache.build.builder.ShardProgress("", 0, None)
+    progress = kcache.build.work.progress.ShardProgress("", 0, None)
     assert list(own.claimed(table, table.shards, progress)) == [second]
     own.settled(table, second)
     (cache / table.recipe.directory / f"{second.name}.json").write_bytes(b"")  # since it was last looked
@@ -341,7 +342,7 @@ def test_a_claim_is_let_go_when_its_shard_is_committed(planned: tuple[Path, Path
     plan = open_plan(cache)
     assert plan is not None
     claims, table = kcache.build.builder.Claims(cache, plan, Patience(say=print)), plan.tables[0]
-    mine = claims.claimed(table, table.shards, kcache.build.builder.ShardProgress("", 9, None))
+    mine = claims.claimed(table, table.shards, kcache.build.work.progress.ShardProgress("", 9, None))
     first, second = next(mine), next(mine)
     assert claims.kept(table, first)
     assert claims.kept(table, second)  # asked once the first is committed

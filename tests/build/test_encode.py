@@ -13,7 +13,7 @@ from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.build.build import BuildResult
-from kcache.build.encode import Meter, _Input
+from kcache.build.work.meter import Input, Meter
 from kcache.encoders.frozen import TextEncoder
 from kcache.encoders.online import OnlineEncoders
 from kcache.loader import CacheLoader
@@ -164,9 +164,9 @@ class Late(Future):
     def done(self) -> bool:
         return self._clock[0] >= self._ready
 
-    def result(self, timeout: float | None = None) -> _Input:
+    def result(self, timeout: float | None = None) -> Input:
         self._clock[0] = max(self._clock[0], self._ready)
-        return _Input(b"", ready=self._ready)
+        return Input(b"", ready=self._ready)
 
     def exception(self, timeout: float | None = None) -> None:
         return None

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import kcache.build.build
 from kcache.build.build import BuildResult, TableResult
-from kcache.build.builder import BuildProgress
+from kcache.build.work.progress import BuildProgress
 from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models

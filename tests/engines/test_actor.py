@@ -48,7 +48,8 @@ def actor_of() -> Iterator[Callable[..., EncodingActor]]:
         job, plan = planned
         setup = Setup(
             source=str(source), cache=str(job.folder), plan=str(claims_folder(job.folder, plan).parent),
-            config=job.config, repositories=job.repositories, need_captions=True, directory=str(Path.cwd()),
+            config=job.config, wants=job.wants, repositories=job.repositories, need_captions=True,
+            directory=str(Path.cwd()),
             threads=torch.get_num_threads(), workers=2, version=version("kcache"),
         )  # fmt: skip
         made.append(EncodingActor(replace(setup, **changes)))

@@ -24,8 +24,8 @@ from small_builds import build, copy_pictures, digests, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache
-from kcache.build.builder import BuildProgress
 from kcache.build.survey import Survey, survey
+from kcache.build.work.progress import BuildProgress
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Piece
 from kcache.engines import copying_engine, engine_of

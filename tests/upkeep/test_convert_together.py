@@ -15,9 +15,9 @@ from small_builds import digests
 import kcache.build.builder
 import kcache.build.claims
 from kcache import Cache
-from kcache.build.builder import BuildProgress
 from kcache.build.joined_tars import SAMPLES
 from kcache.build.plan import claims_folder, open_plan
+from kcache.build.work.progress import BuildProgress
 from kcache.errors import CacheMismatchError, CacheNotFoundError
 from kcache.places import place_of
 from kcache.store.shards import publish_shard, record_commit

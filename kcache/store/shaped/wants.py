@@ -37,6 +37,15 @@ class Wants:
             chosen |= columns.in_shapes(each) == each.shapes.index(shape)
         return np.flatnonzero(chosen)
 
+    def takes(self, table: str, width: int, height: int) -> bool:
+        """Whether a picture of this size has a row in a table of pictures."""
+        shape = shape_of(table)
+        sets = [each for each in self.sets if shape in each.shapes]
+        sizes = np.array([width]), np.array([height])
+        return shape is None or any(
+            each.is_square or each.choose(*sizes)[0] == each.shapes.index(shape) for each in sets
+        )
+
     def keys(self, table: str, samples: Sequence[Sample]) -> Keys:
         """The key of each row that `samples` use, in their order, then those of the mirrored pictures in the same.
 
@@ -56,6 +65,13 @@ class Wants:
         if self._is_mirrored(table):
             keys = Keys(np.stack([keys.packed, mirrored_keys(keys).packed], axis=1).reshape(-1, keys.packed.shape[1]))
         return keys if kind.reserved is None else Keys.of([kind.reserved]) + keys
+
+    def possible(self, table: str, samples: Sequence[Sample]) -> Keys:
+        """All keys that a table can hold of `samples`, whatever the sizes of the pictures turn out to be."""
+        kind, columns = kind_of(table), Samples.of(samples)
+        keys = columns.caption_keys if kind.per == "caption" else columns.image_keys
+        keys = keys + mirrored_keys(keys) if self._is_mirrored(table) else keys
+        return keys if kind.reserved is None else keys + Keys.of([kind.reserved])
 
     def indexed(self, table: str, samples: Sequence[Sample]) -> dict[str, Keys]:
         """The key of each entry of a table's index arrays, by their names.

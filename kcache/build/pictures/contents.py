@@ -1,0 +1,46 @@
+"""From the key of a row to the content behind it, as the source of a build gives it now."""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from kcache.store.digests import content_key, mirrored_key
+from kcache.store.formats.columns import Samples
+from kcache.store.recipe import kind_of
+
+if TYPE_CHECKING:
+    from kcache.build.survey import Survey
+
+
+class MirrorImage(bytes):
+    """The bytes of an image file where what is meant is the mirror image of the picture in it."""
+
+    __slots__ = ()
+
+
+def as_named(content: bytes, key: bytes) -> bytes | None:
+    """The bytes of an image file as `key` names them, the picture or its mirror image; None where it names others."""
+    found = content_key(content)
+    if found == key:
+        return content
+    return MirrorImage(content) if mirrored_key(found) == key else None
+
+
+def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | None]:
+    """A function from a key of `table` to its content, None where the source no longer gives that content."""
+    # One or the other: a file that holds the text of a caption has that caption's key.
+    if kind_of(table).per == "caption":
+        samples = Samples.of(job.samples)
+        return lambda key: samples.texts((key,)).get(key)
+
+    def fetch(key: bytes) -> bytes | str | None:
+        number, mirrored = job.positions.find((key, mirrored_key(key))).tolist()
+        content = job.source.image(max(number, mirrored)) if max(number, mirrored) >= 0 else None
+        return None if content is None else as_named(content, key)
+
+    return fetch
+
+
+def still_given(job: "Survey", table: str, keys: Collection[bytes]) -> set[bytes]:
+    """Those of `keys` of a table whose content the source of `job` gives now."""
+    fetch = fetcher(job, table) if keys else None
+    return {key for key in keys if fetch and fetch(key) is not None}

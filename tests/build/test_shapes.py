@@ -1,0 +1,114 @@
+"""Builds of shapes, several resolutions and mirrored pictures: what is encoded, into which tables, and how it moves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_builds
+import torch
+from bucketed_builds import BUCKETED, SIZES, bucketed_source
+from diffusers import VQModel
+from PIL import Image
+from small_builds import build, encoded
+
+from kcache import Cache
+from kcache.store.digests import content_key, mirrored_key
+from kcache.store.index import table_state
+from kcache.store.manifest import read_manifest
+from kcache.store.rows import field_files, gather
+from kcache.store.samples import read_refused
+
+
+@pytest.fixture(autouse=True)
+def of_zarr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_builds, "FORM", "zarr")
+
+
+def rows_of(cache: Path, table: str) -> dict[bytes, np.ndarray]:
+    """All rows of a table by key, whoever uses them."""
+    recipe = read_manifest(cache).tables[table].recipe
+    stored = table_state(cache, recipe).stored
+    [field] = recipe.fields
+    files = field_files(cache, field, np.dtype(recipe.stored_dtype), stored.shards)
+    entries = stored.entries[stored.find(stored.known)]
+    return dict(zip(stored.known, gather(files, entries, np.empty)[0], strict=True))
+
+
+def shapes_kept(width: int, height: int) -> tuple[int, int]:
+    """Height and width of the shape that keeps most of a picture, by the words of docs/shapes.md."""
+    shapes = [(32, 96), (48, 80), (64, 64), (80, 48), (96, 32)]
+    return max(shapes, key=lambda s: min(width * s[0], height * s[1]) / max(width * s[0], height * s[1]))
+
+
+@torch.inference_mode()
+def test_rows_are_what_an_independent_encoding_gives(bucketed: Path, oracle: Path) -> None:
+    movq = VQModel.from_pretrained(oracle / "decoder" / "movq")
+    rows = {
+        name: rows_of(bucketed / "cache", name) for name in read_manifest(bucketed / "cache").tables if "lat" in name
+    }
+    assert sum(map(len, rows.values())) == 4 * len(SIZES)
+    for path in sorted((bucketed / "source").glob("*.png")):
+        key, whole = content_key(path.read_bytes()), Image.open(path).convert("RGB")
+        flipped = Image.fromarray(np.asarray(whole)[:, ::-1])
+        for own, image in ((key, whole), (mirrored_key(key), flipped)):
+            for height, width in ((32, 32), shapes_kept(*whole.size)):
+                box_width = min(whole.width, int(whole.height * width / height + 0.5))
+                box_height = min(whole.height, int(whole.width * height / width + 0.5))
+                left, top = (whole.width - box_width) / 2, (whole.height - box_height) / 2
+                cut = image.crop((left, top, left + box_width, top + box_height))
+                small = cut.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
+                pixels = torch.from_numpy(np.array(small, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+                name = f"latents-{height}" if height == width else f"latents-{height}x{width}"
+                found = torch.from_numpy(rows[name][own])
+                torch.testing.assert_close(found, movq.encode(pixels).latents[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_what_squares_have_is_taken_over_and_another_list_encodes_only_what_moves(
+    tmp_path: Path, oracle: Path, form: str
+) -> None:
+    source = bucketed_source(tmp_path / "source", SIZES[:8])
+    changes: dict[str, Any] = {"format": form, "rows_per_shard": 4}
+    build(source, tmp_path / "cache", oracle, **changes)
+    buckets = build(source, tmp_path / "cache", oracle, **(BUCKETED | changes | {"flip": None}))
+    assert encoded(buckets) == {"latents-32x96": 1, "latents-48x80": 2, "latents-80x48": 2, "latents-96x32": 1}
+    manifest = read_manifest(tmp_path / "cache")
+    assert [each.is_square for each in manifest.shape_sets] == [True, False]
+    # The pictures of the shape that goes move into the next best, and nothing else does.
+    fewer = build(source, tmp_path / "cache", oracle, aspect_ratio_buckets="48,80;64,64;80,48;96,32", **changes)
+    assert encoded(fewer) == {"latents-48x80": 1}
+    assert any("5 shapes → 4" in note for note in fewer.notes)
+    again = build(source, tmp_path / "cache", oracle, resolution=(), **changes)
+    assert (encoded(again), again.samples) == ({}, 8)
+    cache = Cache.open(tmp_path / "cache", resolution=64, buckets=True)
+    assert {part.shape: len(part) for part in cache.by_shape("latents")} == {
+        (48, 80): 3, (64, 64): 2, (80, 48): 2, (96, 32): 1
+    }  # fmt: skip
+
+
+def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_path: Path, oracle: Path) -> None:
+    source = bucketed_source(tmp_path / "source", ((96, 64), (20, 20), (20, 31)))
+    two = build(source, tmp_path / "cache", oracle, **(BUCKETED | {"flip": None}))
+    assert (two.samples, two.rejected) == (1, 2)
+    assert {refusal.name: refusal.stage for refusal in read_refused(tmp_path / "cache")} == {
+        "01.png": "shape", "02.png": "shape"
+    }  # fmt: skip
+    four = build(source, tmp_path / "cache", oracle, resolution=(), max_upscale=4.0)
+    assert (four.samples, four.rejected) == (3, 0)
+    assert encoded(four) == {"image_embeds": 2, "text": 2, "latents-64": 1, "latents-80x48": 1}
+
+
+def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = bucketed_source(tmp_path / "source", SIZES[:3])
+    build(source, tmp_path / "right", oracle, **BUCKETED)
+    monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    build(source, tmp_path / "wrong", oracle, **BUCKETED)
+    found, expected = (read_manifest(tmp_path / name) for name in ("wrong", "right"))
+    assert (found.samples_file_digest, found.rejected) == (expected.samples_file_digest, 0)
+    for table in ("latents-48x80", "latents-64", "latents-80x48"):
+        rows, right = rows_of(tmp_path / "wrong", table), rows_of(tmp_path / "right", table)
+        assert rows.keys() == right.keys()
+        assert all(np.array_equal(rows[key], right[key]) for key in right)
