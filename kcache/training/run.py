@@ -65,7 +65,7 @@ class TrainingRun:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     loader: CacheLoader
     global_batch: int
-    """Samples per optimizer step, of all processes and accumulated batches."""
+    """Samples per optimizer step, of all processes and accumulated batches; fewer of shapes that have more pixels."""
     max_steps: int
     counterpart_name: str
     """The repository of the half that does not learn."""
@@ -190,11 +190,11 @@ class TrainingRun:
         Unless what learns is no longer finite. What goes wrong with that is said, and the failure raised all the same;
         of another process that has ended as a RunError.
         """
-        taken = self.loader.consumed
+        standing = self.loader.standing
         try:
             yield
         except BaseException as error:
-            self.loader.consumed = taken  # the batches of a step that was not made
+            self.loader.standing = standing  # the batches of a step that was not made
             if not isinstance(error, Exception):  # whoever stops says what is kept
                 raise
             self.keep("something failed")
