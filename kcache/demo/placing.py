@@ -13,7 +13,7 @@ from kcache.demo.scoring import read
 WHOLE = 0.95
 """Share of the ink that lies within the middle square of a whole digit."""
 OFF = SIDE / 8
-"""Pixels that the centre of the ink may be off the middle: one of a scan's. Of real scans 99 in 100 are within."""
+"""Pixels that the centre of the ink may be off the middle: one of a scan's. Of real scans 98 in 100 are within."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
