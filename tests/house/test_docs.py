@@ -112,7 +112,7 @@ def test_the_document_on_streaming_runs(place_with_cache: Path, kcache_command: 
 def test_the_readme_runs(place: Path, kcache_command: Callable[..., int]) -> None:
     *_, names = run_document(README, kcache_command, together=True)
     assert set(names["batch"]) >= {"image_embeds", "latents"}
-    assert len(list((place / "samples").iterdir())) == 3
+    assert len(list((place / "samples").iterdir())) == 4
 
 
 def pairs() -> Iterator[tuple[str, list[str], list[str]]]:
