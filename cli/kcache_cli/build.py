@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kcache.build.build import BuildResult
     from kcache.build.estimate import BuildEstimate
 
+_IN_FULL = 5
+"""Of more tables, as many shapes have, each is told of in a line, and only where there is something to tell."""
+
 
 @with_flags(BuildConfig)
 def cache_build(
@@ -90,10 +93,14 @@ def _print_estimate(estimate: "BuildEstimate", batch: int, as_json: bool) -> Non
     if as_json:
         say(json.dumps(dataclasses.asdict(estimate) | {"leaving": estimate.leaving.counts}, indent=2))
         return
+    short = len(estimate.tables) > _IN_FULL
     for name, table in estimate.tables.items():
+        if short and not table.missing and not table.unused:
+            continue
         size = f", {bytes_text(table.bytes)}" if table.bytes else ""
         todo = f"{counted(table.missing, 'row')} to encode ({table.why}){size}, {duration_text(table.seconds)}"
-        say(f"{name}: {todo}" if table.missing else f"{name}: 0 to do")
+        if table.missing or not short:
+            say(f"{name}: {todo}" if table.missing else f"{name}: 0 to do")
         if table.unused:
             say(f"{name}: {counted(table.unused, 'row')} that no sample uses any more: see `kcache cache-gc`")
     say(f"{bytes_text(estimate.bytes)} to write, about {duration_text(estimate.seconds)}")
@@ -106,9 +113,12 @@ def _print_result(result: "BuildResult", as_json: bool) -> None:
     if as_json:
         say(json.dumps(dataclasses.asdict(result) | {"leaving": result.leaving.counts}, indent=2))
         return
+    short = len(result.tables) > _IN_FULL
     for name, table in result.tables.items():
+        if short and not table.encoded and not table.present:
+            continue
         say(f"{name}: {table.encoded:,} encoded, {table.present:,} present before, {bytes_text(table.bytes)}")
-        if table.seconds:
+        if table.seconds and not short:
             say(f"{name}: {_time_text(table.seconds)}")
     if not any(table.encoded for table in result.tables.values()):
         say("0 to do")

@@ -26,7 +26,7 @@ from kcache.build.work.meter import Meter
 from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.fit import enough_memory, workers_for
-from kcache.encoders.frozen import load_encoder, load_tokenizer
+from kcache.encoders.frozen import Encoder, load_encoder, load_tokenizer, shares_network
 from kcache.encoders.recipes import default_rows_per_shard
 from kcache.machine import default_device, kept_to_groups
 from kcache.store.digests import KEY_BYTES, Keys
@@ -115,10 +115,10 @@ def estimate_build(
     plan = missing_rows(job, found.tables, retry=config.retry_rejected, seen={})
     why = why_missing(job, found.tables, plan)
     tokens = _token_counts(job)
-    tables = {}
+    tables, held = {}, list[Encoder]()
     for table in plan.tables:
         name = table.recipe.table
-        loading, row = _probe(job, table, say) if table.keys else (0.0, 0.0)
+        loading, row = _probe(job, table, say, held) if table.keys else (0.0, 0.0)
         tables[name] = TableEstimate(
             missing=len(table.keys),
             why=why[name],
@@ -171,14 +171,21 @@ class _Watched(Exception):
     """Ends a probe: enough was seen."""
 
 
-def _probe(job: Survey, table: TablePlan, say: Say) -> tuple[float, float]:
-    """Seconds that the encoder of `table` takes to load, and seconds per row, measured on some of its missing rows."""
+def _probe(job: Survey, table: TablePlan, say: Say, held: list[Encoder]) -> tuple[float, float]:
+    """Seconds that the encoder of `table` takes to load, and seconds per row, measured on some of its missing rows.
+
+    `held` is what was loaded last, whose network may be that of this table.
+    """
     recipe = table.recipe
     say(f"measuring {recipe.encoder} on some of {len(table.keys):,} inputs of {recipe.table}")
     start = time.perf_counter()
     device = torch.device(job.config.device or default_device())
     with enough_memory(recipe):
-        encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels)
+        if not any(shares_network(each, recipe) for each in held):
+            held.clear()
+        before = held[0] if held else None
+        encoder = load_encoder(recipe, job.repository(recipe.table), device, job.config.max_pixels, held=before)
+        held[:] = [encoder]
     loading = time.perf_counter() - start
     workers = workers_for(recipe, job.config.num_workers, len(table.keys))
     watch = _Watch(encoder.batch_size, warm_up=1 + -(-(workers + 2 * encoder.batch_size) // encoder.batch_size))

@@ -25,7 +25,10 @@ _BUILD_FLAGS = (
 
 
 def recorded_config(manifest: Manifest) -> BuildConfig:
-    """The settings behind the recipes of a manifest, as far as one set of settings can have made them all."""
+    """The settings behind the recipes of a manifest, as far as one set of settings can have made them all.
+
+    Shapes and mirrored pictures are not among them: a build that is not told of any keeps those that its cache has.
+    """
     recipes = [entry.recipe for entry in manifest.tables.values()]
     alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
     precisions = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
@@ -55,7 +58,9 @@ def build_line(
     `more` are flags that it has beside these.
     """
     tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
-    sides = {*resolutions_of(manifest.shape_sets), *([] if resolution is None else [resolution])}
+    # A resolution that is named joins those that there are; flags of shapes are for all that are named.
+    had = [] if more and resolution is not None else resolutions_of(manifest.shape_sets)
+    sides = {*had, *([] if resolution is None else [resolution])}
     stage = stage_of(tables)
     config = replace(recorded_config(manifest), stage=stage, resolution=tuple(sorted(sides)) or DEFAULT_RESOLUTION)
     words = ["kcache", "cache-build", "SOURCE", str(folder)]

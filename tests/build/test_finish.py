@@ -144,7 +144,7 @@ def test_a_picture_that_is_gone_before_it_is_measured_costs_itself_and_ends_the_
         sizes._refused[gone] = InputRejected("source", "it is gone")
 
     monkeypatch.setattr("kcache.build.build.plan_tars", counted)
-    monkeypatch.setattr("kcache.build.finish.recorded_sizes", lambda *_: [size_rows((), {})])
+    monkeypatch.setattr("kcache.build.pictures.sizes.recorded_sizes", lambda *_: [size_rows((), {})])
     monkeypatch.setattr(PictureSizes, "_measure", measured)
     result = build(copy_pictures(oracle, tmp_path / "pictures"), tmp_path / "cache", oracle, format="webdataset")
     assert (result.samples, result.rejected) == (5, 1)

@@ -129,7 +129,7 @@ def test_shards_without_sizes_are_built_on_and_their_pictures_measured_by_the_sa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kcache.build.finish.stop_here", stop)
+        patch.setattr("kcache.build.pictures.sizes.stop_here", stop)
         with pytest.raises(KeyboardInterrupt):
             build(source, cache, oracle, num_workers=1)
     assert len(decoded) < 6  # stopped between two pictures

@@ -10,9 +10,11 @@ import torch
 from bucketed_builds import BUCKETED, SIZES, bucketed_source
 from diffusers import VQModel
 from PIL import Image
-from small_builds import build, encoded
+from small_builds import build, digests, encoded
 
 from kcache import Cache
+from kcache.encoders import frozen
+from kcache.errors import ConfigError
 from kcache.store.digests import content_key, mirrored_key
 from kcache.store.index import table_state
 from kcache.store.manifest import read_manifest
@@ -112,3 +114,61 @@ def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
         rows, right = rows_of(tmp_path / "wrong", table), rows_of(tmp_path / "right", table)
         assert rows.keys() == right.keys()
         assert all(np.array_equal(rows[key], right[key]) for key in right)
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_first_build_that_was_stopped_goes_on_with_its_shapes_unasked_to_the_same_bytes(
+    tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = bucketed_source(tmp_path / "source", SIZES[:5])
+    build(source, tmp_path / "undisturbed", oracle, **(BUCKETED | {"format": form}))
+    for stops in range(2):
+        left = [4]
+
+        def stop(left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        # The first time it is told of shapes, afterwards it is as the build was begun.
+        told = BUCKETED if stops == 0 else {"resolution": (), "rows_per_shard": 4}
+        with monkeypatch.context() as patch:
+            patch.setattr("kcache.build.work.progress.stop_here", stop)
+            with pytest.raises(KeyboardInterrupt):
+                build(source, tmp_path / "cache", oracle, format=form, **told)
+        assert not (tmp_path / "cache" / "manifest.json").exists()
+    build(source, tmp_path / "cache", oracle, resolution=(), rows_per_shard=4, format=form)
+    assert digests(tmp_path / "cache") == digests(tmp_path / "undisturbed")
+
+
+def test_the_network_of_latents_is_loaded_once_for_all_shapes(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = frozen.load_pretrained
+
+    def noted(kind: type, *rest: Any) -> Any:
+        loaded.append(kind.__name__)
+        return load(kind, *rest)
+
+    monkeypatch.setattr(frozen, "load_pretrained", noted)
+    build(bucketed_source(tmp_path / "source", SIZES[:4]), tmp_path / "cache", oracle, **BUCKETED)
+    assert loaded == ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection", "VQModel"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"aspect_ratio_buckets": "48x80"}, "expected auto, square, or heights and widths"),
+        ({"aspect_ratio_buckets": "48,80", "resolution": (64, 32)}, "lists shapes, and there are 2 resolutions"),
+        ({"aspect_ratio_buckets": "48,83"}, "48,83; expected multiples of"),
+        ({"max_upscale": 3.0}, "--max-upscale is 3, but squares take pictures of any size"),
+        ({"max_upscale": 0.0, "aspect_ratio_buckets": "auto"}, "--max-upscale is 0.0; expected a number above 0"),
+        ({"aspect_ratio_buckets": "auto", "resolution": (65,)}, "--resolution is 65; expected a multiple of"),
+    ],
+)
+def test_flags_that_make_no_shapes_are_one_message(
+    bucketed: Path, tmp_path: Path, oracle: Path, settings: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build(bucketed / "source", tmp_path / "cache", oracle, **settings)

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bucketed_builds import BUCKETED, SIZES, bucketed_source
 from small_builds import build, copy_pictures, digests, small_config
 
+from kcache.build.pictures.sizes import sized
 from kcache.build.plan import Plan, claims_folder, freeze_plan
 from kcache.build.survey import Survey, missing_rows, survey
 from kcache.engines.actor import EncodingActor
@@ -81,6 +83,24 @@ def test_what_it_commits_is_what_a_build_does_to_the_byte(
     build(source, tmp_path / "alone", oracle, rows_per_shard=4)
     alone = {name: digest for name, digest in digests(tmp_path / "alone").items() if "/0000" in name}
     assert {name: digest for name, digest in digests(job.folder).items() if "/0000" in name} == alone
+
+
+def test_what_it_commits_of_shapes_and_mirror_images_is_what_a_build_does(
+    actor_of: Callable[..., EncodingActor], oracle: Path, tmp_path: Path
+) -> None:
+    source, cache = bucketed_source(tmp_path / "shapes", SIZES[:4]), tmp_path / "cache"
+    cache.mkdir()
+    job = sized(survey(str(source), cache, small_config(oracle, **BUCKETED), lambda _: None), lambda _: None)
+    plan = missing_rows(job, job.committed().tables, retry=False, seen={})
+    freeze_plan(cache, plan)
+    for table in plan.tables:
+        (cache / table.recipe.directory).mkdir()
+    actor = actor_of((job, plan), source)
+    for task in tasks(job, plan):
+        actor.build(task)
+    build(source, tmp_path / "alone", oracle, **BUCKETED)
+    alone = {name: digest for name, digest in digests(tmp_path / "alone").items() if "/0000" in name}
+    assert {name: digest for name, digest in digests(cache).items() if "/0000" in name} == alone
 
 
 def test_a_picture_is_found_by_its_name_where_others_came_before_it(
