@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bucketed_builds import build_bucketed, bucketed_source
+from bucketed_builds import bucketed_source, build_bucketed
 from short_runs import assert_equal_weights, config, course
 
 from kcache.errors import CacheMismatchError
 from kcache.store.cache import Cache
-from kcache.store.run_directory import read_metrics, read_validation
+from kcache.store.run_directory import read_config, read_metrics, read_validation
 from kcache.training.trainer import Progress, train
 
 BOTH: dict[str, Any] = {"resolution": (32, 64), "aspect_ratio_buckets": None, "shuffle": "stream"}
@@ -90,8 +90,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(path: Path, tmp_path: Path) -> N
     assert_equal_weights(tmp_path / "parts", tmp_path / "whole", "decoder")
 
 
-def test_epochs_and_speed_are_counted_in_passes_and_samples(path: Path, tmp_path: Path) -> None:
-    """Three epochs of twelve pictures at either resolution, each pass of one shape."""
+def test_epochs_are_counted_in_passes_and_what_there_is_of_shapes_is_said(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three epochs of twelve pictures, each pass of one."""
     opened = Cache.open(path, 64)
     parts = [len(part) for part in opened.by_shape("latents")]
     assert sum(parts) == len(opened) == 12
@@ -101,6 +103,14 @@ def test_epochs_and_speed_are_counted_in_passes_and_samples(path: Path, tmp_path
     ))  # fmt: skip
     assert result.step == 36
     assert len(read_metrics(tmp_path)) == 36
+    told = read_config(tmp_path)
+    assert [each["samples"] for each in told["shapes"]] == parts
+    assert told["mirrored"] is True
+    assert "32 high, 96 wide: " in caplog.text
+    assert "mirrored picture" in caplog.text
+    card = (tmp_path / "README.md").read_text()
+    assert "32x96, 48x80, 64x64, 80x48, 96x32" in card
+    assert "36 of up to 1 samples each" in card
 
 
 def test_held_out_pictures_are_looked_at_in_each_of_their_shapes(path: Path, tmp_path: Path) -> None:
