@@ -113,6 +113,15 @@ class CacheLoader:
         """Samples that the caller was given, of all processes and epochs together."""
         return self.standing.turn
 
+    @property
+    def shapes(self) -> list[dict[str, Any]]:
+        """What there is of each shape, where there are several: {"shape": [height, width], "samples", "batch"}."""
+        several = self._parts if self._schedule.several else []
+        return [
+            {"shape": list(part.shape or ()), "samples": len(part.rows), "batch": size}
+            for part, size in zip(several, self._schedule.sizes, strict=False)
+        ]
+
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""
         return self._schedule.steps_of_epoch()
