@@ -144,10 +144,13 @@ def find_all(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> np.nd
 
 def _standing(stored: StoredRows, keys: Sequence[bytes], recipe: Recipe) -> StoredRows:
     """The rows of `keys` alone, and the shards that they stand in."""
-    positions = np.unique(find_all(stored, keys, recipe))
-    entries = stored.entries[positions]
+    packed = Keys.of(keys)
+    order, new = packed.in_order()
+    own = packed[order[new]]
+    entries = stored.entries[find_all(stored, own, recipe)]
     used, entries["shard"] = np.unique(entries["shard"], return_inverse=True)
-    return StoredRows(entries, stored.keys[positions], tuple(stored.shards[number] for number in used.tolist()))
+    shards = tuple(stored.shards[number] for number in used.tolist())
+    return StoredRows(entries, own.packed.view("S16").reshape(-1), shards)
 
 
 def _anywhere(place: Place) -> Place:
