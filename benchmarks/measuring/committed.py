@@ -24,11 +24,12 @@ from kcache.sources import Source
 from kcache.store.digests import Keys, Positions, pack_keys
 from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.columns import SAMPLES_PER_TABLE, Samples, sample_schema
+from kcache.store.formats.shard_files import CommittedFile
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
-from kcache.store.shards import CommittedFile, record_commit
+from kcache.store.shards import record_commit
 
 HAS = 0.99
 """Of the samples that a source offers, as many the cache has."""

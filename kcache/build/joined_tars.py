@@ -22,6 +22,7 @@ from kcache.places.effects import make_folder, temporary_folder, write_npy
 from kcache.store.digests import Keys, content_key, pack_keys
 from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.columns import Samples
+from kcache.store.formats.shard_files import DRAFT, publish_shard
 from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
@@ -30,7 +31,7 @@ from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample, identities_of
 from kcache.store.shaped.wants import Wants, squares_of
-from kcache.store.shards import DRAFT, Commit, next_shard, publish_shard, read_commits, record_commit
+from kcache.store.shards import Commit, next_shard, read_commits, record_commit
 
 RESERVED_KEY = content_key(RESERVED.encode())
 

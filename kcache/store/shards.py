@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from kcache.disk.fetched import read_listed
 from kcache.errors import CacheBusyError, CacheCorruptError, CacheMismatchError
 from kcache.foreign import corrupt
 from kcache.places import Place
-from kcache.places.effects import create_bytes, publish, remove, temporary_folder, write_npy
+from kcache.places.effects import create_bytes, remove, temporary_folder, write_npy
 from kcache.store.formats import zarr
-from kcache.store.formats.checksums import crc32c, file_sums
+from kcache.store.formats.checksums import crc32c
+from kcache.store.formats.shard_files import DRAFT, CommittedFile, publish_shard
 from kcache.store.formats.side_files import side_dtype, side_name, side_rows, sizes_name
 from kcache.store.manifest import DATA_NAME, SCHEMA_VERSION, SHARD_NAME, check_count, check_version
 from kcache.store.recipe import Recipe, canonical_json, json_digest
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 OFFSETS = "text_offsets"
 """Name of the array that says where each row's tokens start in a ragged field."""
-
-DRAFT = "shard"
-"""What names of a shard's files begin with, in the place of its number and their digest, while they are made."""
 
 _HEX_KEY = re.compile(r"[0-9a-f]{32}")
 _FILE_PATH = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -62,16 +59,6 @@ class Rejection:
     key: str
     stage: str
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CommittedFile:
-    """A file of a shard as it was committed."""
-
-    path: str
-    """Relative to the table's folder."""
-    bytes: int
-    crc32c: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,35 +126,6 @@ def commit_shard(
             write_npy(temporary / sizes_name(DRAFT), block.sizes)
         stem, files = publish_shard(temporary, folder, name)
     return record(rows=len(block.keys), data=stem, files=files)
-
-
-def publish_shard(temporary: Path, folder: Place, name: str) -> tuple[str, Sequence[CommittedFile]]:
-    """Put the files of shard `name`, made in `temporary` under names that begin with DRAFT, into `folder`.
-
-    Returns what their names begin with there, the number and a digest of them all, and the files. Who was killed here
-    left files with the same content under these names, or no part of any shard.
-    """
-    found = _sums(temporary)
-    stem = name + _content_name(found)
-    for path in sorted(temporary.iterdir()):
-        publish(path, folder / (stem + path.name.removeprefix(DRAFT)))
-    temporary.rmdir()
-    files = ((stem + behind, size, checksum) for behind, (size, checksum, _) in sorted(found.items()))
-    return stem, [CommittedFile(path=path, bytes=size, crc32c=checksum) for path, size, checksum in files]
-
-
-def content_name(temporary: Path) -> str:
-    """What stands behind a shard's number in the names of its files, which lie in `temporary` as in `publish_shard`."""
-    return _content_name(_sums(temporary))
-
-
-def _sums(temporary: Path) -> dict[str, tuple[int, int, str]]:
-    made = [path for path in temporary.rglob("*") if path.is_file()]
-    return {path.relative_to(temporary).as_posix().removeprefix(DRAFT): file_sums(path) for path in made}
-
-
-def _content_name(sums: Mapping[str, tuple[int, int, str]]) -> str:
-    return f"-{json_digest(sorted([behind, sha256] for behind, (_, _, sha256) in sums.items()))[:16]}"
 
 
 def record_commit(

@@ -36,11 +36,12 @@ from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
 from kcache.store.digests import Keys, content_key, pack_keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
+from kcache.store.formats.shard_files import DRAFT, content_name
 from kcache.store.index import TableState
 from kcache.store.manifest import SCHEMA_VERSION, Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
 from kcache.store.samples import Sample, samples_digest, with_ids
-from kcache.store.shards import DRAFT, Commit, content_name, read_commits, read_side_files, write_commit
+from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents, with_progress
 from kcache.upkeep.garbage import LiveShard, live_shards
 

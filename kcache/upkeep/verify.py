@@ -17,10 +17,10 @@ from kcache.disk.readers import Reading
 from kcache.places import Place, cache_place
 from kcache.places.fetching import AT_ONCE, FETCHES, listed
 from kcache.store.formats import format_of
+from kcache.store.formats.shard_files import CommittedFile
 from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.recipe import Field
 from kcache.store.rows import unit_bytes
-from kcache.store.shards import CommittedFile
 from kcache.upkeep.records import BrokenFile, Records, read_records
 from kcache.upkeep.scan import RowSpans, Scan, scan_file
 

@@ -183,7 +183,7 @@ def test_pieces_of_a_few_samples_are_those_that_have_them(tmp_path: Path) -> Non
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"kcache is .*, and 99\.0 where the build was started"):
+    with pytest.raises(EngineError, match=r"kcache is .*, and 99\.0 where this was started"):
         look_through(None, "99.0")  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ from kcache.store import index
 from kcache.store.digests import Keys
 from kcache.store.formats import index_files, parts
 from kcache.store.formats.parts import PARTS, Parts, Rows, in_memory, write_rows
+from kcache.store.formats.shard_files import CommittedFile
 from kcache.store.formats.side_files import side_dtype
 from kcache.store.index import (
     CAPTION_BOUNDS,
@@ -37,7 +38,7 @@ from kcache.store.index import (
 )
 from kcache.store.manifest import Manifest, ShardEntry, TableEntry
 from kcache.store.recipe import Field, json_digest
-from kcache.store.shards import Commit, CommittedFile
+from kcache.store.shards import Commit
 
 SAMPLES, SHARDS = 100, 3
 RECIPES = [

@@ -20,7 +20,8 @@ from kcache.build.plan import claims_folder, open_plan
 from kcache.build.work.progress import BuildProgress
 from kcache.errors import CacheMismatchError, CacheNotFoundError
 from kcache.places import place_of
-from kcache.store.shards import publish_shard, record_commit
+from kcache.store.formats.shard_files import publish_shard
+from kcache.store.shards import record_commit
 from kcache.upkeep.convert import convert_cache
 
 OTHER = {"zarr": "webdataset", "webdataset": "zarr"}

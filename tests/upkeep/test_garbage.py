@@ -19,8 +19,8 @@ from kcache.build.plan import Plan, freeze_plan
 from kcache.disk.durable import exclusive
 from kcache.errors import CacheBusyError, CacheIncompleteError
 from kcache.places.effects import temporary_folder
+from kcache.store.formats.shard_files import DRAFT, publish_shard
 from kcache.store.formats.side_files import side_name
-from kcache.store.shards import DRAFT, publish_shard
 from kcache.upkeep.garbage import Garbage, collect_garbage
 from kcache.upkeep.verify import verify_cache
 

@@ -3,6 +3,7 @@
 - `zarr`: groups of arrays, as `shards` writes them
 - `webdataset`: tars of whole samples, as a build writes them when all rows are there
 - `checksums`: crc32c
+- `shard_files`: the files of a shard, published under names that say what is in them
 - `side_files`: what stands beside the data of both
 - `columns`: samples, many of them without a Python object each
 - `records`: what is kept in columns, in memory or in a mapped file

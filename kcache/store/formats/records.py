@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 RECORDS_PER_TABLE = 1 << 16
+_WALKED = 1 << 9
+"""Values that are taken out of a column at a time where records are asked for in turn."""
 TABLES_IN_MEMORY = 16
 """Tables that are kept in memory; where there are more, all are in a file."""
 
@@ -31,6 +33,8 @@ class Records:
         found, _ = kept(_joined(iter(tables)), schema)
         self._starts = [0, *accumulate(map(len, found))]
         self._tables = [{name: table[name].chunk(0) for name in schema.names} for table in found]
+        self._taken = dict[str, tuple[int, list[Any]]]()
+        """By column what was taken out of it last: the number of the first record, and the values from there on."""
 
     @classmethod
     def of(cls, schema: "pyarrow.Schema", rows: Iterable[tuple[Any, ...]]) -> "Records":
@@ -42,8 +46,19 @@ class Records:
 
     def value(self, i: int, column: str) -> Any:
         """What record `i` has in a column, which is text, bytes, a number, a list of such, or None."""
-        table = bisect_right(self._starts, i) - 1
-        return self._tables[table][column][i - self._starts[table]].as_py()
+        first, values = self._taken.get(column, (0, []))
+        if not first <= i < first + len(values):
+            # Whoever asks for one record after the other gets many at a time: each alone takes several times as long.
+            values = self._values(i, column, _WALKED if i == first + len(values) else 1)
+            first = i
+            self._taken[column] = first, values
+        return values[i - first]
+
+    def _values(self, first: int, column: str, count: int) -> list[Any]:
+        """What up to `count` records from `first` have in a column: those of one table."""
+        table = bisect_right(self._starts, first) - 1
+        found: list[Any] = self._tables[table][column].slice(first - self._starts[table], count).to_pylist()
+        return found
 
     def numbers(self, column: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """(last - first,) what the records from `first` to `last` have in a column of numbers."""
