@@ -18,7 +18,7 @@ from kcache.store.manifest import Manifest, build_line, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of, side_of, sides_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
 from kcache.store.samples import read_columns, read_samples, read_some_samples
-from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
+from kcache.store.selection import columns_named, columns_of, matching_samples, numbered, sample_numbers
 from kcache.store.shards import OFFSETS
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Cache:
 
     def select(self, samples: Sequence[int] | np.ndarray) -> "Cache":
         """The same cache with only `samples`, in the order given; raises IndexError for one that is not there."""
-        numbers = self._checked(samples)
+        numbers = sample_numbers(samples, len(self))
         if len(numbers) == len(self) and np.array_equal(numbers, np.arange(len(self))):
             return self
         numbers = numbers.astype(np.int32 if len(self) < 1 << 31 else np.int64)  # of very many samples half the memory
@@ -232,7 +232,7 @@ class Cache:
         drop_image: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
-        numbers = self._checked(samples)
+        numbers = sample_numbers(samples, len(self))
         positions = {}
         for name in fields:
             table = self.table_of(name)
@@ -289,12 +289,6 @@ class Cache:
         for name in fields:
             self._stays[name] = stays
             self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
-
-    def _checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        numbers = np.asarray(samples, np.int64)
-        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
-        return numbers
 
     def _rows_in_use(self, table: str) -> int:
         """Entries of a table's index that samples use; the reserved row's entry stands behind them, if there is one."""
