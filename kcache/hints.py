@@ -56,6 +56,12 @@ def _instead_in_bucket(path: BucketPath) -> str | None:
     return f"the caches are in it: {', '.join(map(str, inner[:5]))}; give one of them" if inner else None
 
 
+def cache_around(path: Path) -> Path | None:
+    """The cache that `path` is, or is in; None where that is none."""
+    real = Path(os.path.realpath(path))
+    return next((folder for folder in (real, *real.parents) if _is_cache(folder)), None)
+
+
 def instead_of_source(path: Path) -> str | None:
     """What `path`, given as a source of pictures, is instead, and what to type; None where nothing is known."""
     if _is_cache(path):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from kcache.machine import usable_cores
 
 _OBJECT_BYTES = 80 << 20
 """What Ray sets aside to hand objects about, as little as it takes: nothing large is."""
+_ANSWER_SECONDS = 10.0
+"""In which a cluster that runs takes a connection."""
 _LETTERS = 300
 """Of what Ray says of a loss."""
 _ENVIRONMENT = {
@@ -106,6 +109,7 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
     try:
         try:
             with told(EngineError, f"there is no Ray cluster {where}", do):
+                _check_answers(address, do)
                 ray.init(**options)
         finally:
             if threading.current_thread() is threading.main_thread():
@@ -116,6 +120,17 @@ def joined(address: str | None, say: Say) -> Iterator[Any]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_answers(address: str | None, do: str) -> None:
+    """Raise EngineError where nothing answers at HOST:PORT, which Ray itself would wait for many minutes for."""
+    host, _, port = (address or "").rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(f"there is no Ray cluster at {address}: nothing answers there ({error}); {do}") from error
 
 
 def why_lost(error: Exception) -> str:

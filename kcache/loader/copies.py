@@ -83,9 +83,11 @@ def _copied_all(source: Place, wanted: Sequence[Wanted], folder: Path, most_byte
     size = sum(file.bytes for file in wanted)
     if most_bytes is not None and size > most_bytes:
         return f"they have {size:,} bytes, and --stage-bytes is {most_bytes:,}"
+    if not _lacking(wanted, folder):  # nothing to wait for, or to write: the folder may be read-only
+        return None
     with _alone(folder):
         remove_temporary(folder)
-        lacking = [file for file in wanted if not _is_there(folder / file.name, file.bytes)]
+        lacking = _lacking(wanted, folder)
         needed, free = sum(file.bytes for file in lacking), free_bytes(folder)
         if free is not None and needed > free:
             return f"{needed:,} bytes of them are not there yet, and {free:,} bytes are free"
@@ -139,6 +141,10 @@ def _commit_of(cache: Place, shard: ShardEntry) -> Commit:
     return commit
 
 
+def _lacking(wanted: Sequence[Wanted], folder: Path) -> list[Wanted]:
+    return [file for file in wanted if not _is_there(folder / file.name, file.bytes)]
+
+
 def _is_there(path: Path, size: int) -> bool:
     try:
         return path.stat().st_size == size
@@ -169,7 +175,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _copy_all(source: Place, folder: Path, files: Sequence[Wanted]) -> None:
     total, done, ended = sum(file.bytes for file in files), _Count(), threading.Event()
-    if not files:
+    if not files:  # who was waited for has made them
         return
     begun = said = time.monotonic()
     crew = Crew(min(_AT_ONCE, len(files)), "kcache-copy")
@@ -227,16 +233,25 @@ def _copy(source: Place, folder: Path, file: Wanted, done: _Count, ended: thread
 
 def _written(source: Place, temporary: Path, done: _Count, ended: threading.Event) -> tuple[int, int]:
     """Bytes and crc32c of what came of `source`, which is in the new file `temporary` now."""
-    block, size, checksum = memoryview(bytearray(_BLOCK_BYTES)), 0, 0
+    size, checksum = 0, 0
     with new_file(temporary) as file:
-        try:
-            with reading(source) as content:
-                while read := content.readinto(block):
-                    if ended.is_set():
-                        raise StoreError(f"{source} was being copied when that was ended")
-                    file.write(block[:read])
-                    size, checksum = size + read, crc32c(block[:read], checksum)
-                    done.add(read)
-        except FileNotFoundError as error:
-            raise corrupt(error, source, "build the cache again with its source to encode it anew") from error
+        for block in _blocks(source):
+            if ended.is_set():
+                raise StoreError(f"{source} was being copied when that was ended")
+            file.write(block)
+            size, checksum = size + len(block), crc32c(block, checksum)
+            done.add(len(block))
     return size, checksum
+
+
+def _blocks(source: Place) -> Iterator[memoryview]:
+    """The content of a file of a cache, each block until the next; raises CacheCorruptError, or StoreError."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    try:
+        with reading(source) as content:
+            while read := content.readinto(block):
+                yield block[:read]
+    except StoreError:
+        raise
+    except OSError as error:  # not to be taken for one of the disk that is written to
+        raise corrupt(error, source, "build the cache again with its source to encode it anew") from error

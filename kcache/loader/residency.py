@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kcache.errors import ConfigError
+from kcache.hints import cache_around
 from kcache.loader.copies import copied
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
@@ -85,6 +86,11 @@ def settle(
             raise ConfigError(
                 f"residency is {asked!r}, and stage_dir {str(stage_dir)!r} is where 'auto' copies shards to that fit "
                 "neither the GPU nor memory; expected one of the two; leave one out"
+            )
+        if (outer := cache_around(stage_dir)) is not None:
+            raise ConfigError(
+                f"stage_dir is {str(stage_dir)!r}, which is inside of the cache {outer}: that owns all that is in its "
+                "folder, and looked after, it loses the copies; expected a folder beside it; give another one"
             )
         if _whole(cache, fields, processes, device) is None:
             copy = copied(cache, fields, stage_dir, stage_bytes)

@@ -7,7 +7,7 @@ contains that text. Python's parser reads the expression; nothing of it is ever 
 
 import ast
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,6 +31,20 @@ _COMPARISONS: Mapping[type[ast.cmpop], str] = {
 }
 """Their names in numpy and in Arrow, which orders strings as Python does: bytes of UTF-8 sort as code points do."""
 _TEXTS, _NUMBERS = ("id", "name", "captions"), ("width", "height")
+
+
+def sample_numbers(samples: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """The numbers (n,) int64 that somebody has chosen of `count` samples; raises IndexError for what is none of them.
+
+    Such is a mask, too, which would be taken for the samples 0 and 1.
+    """
+    given = np.asarray(samples)
+    if given.size and given.dtype.kind not in "iu":
+        raise IndexError(f"samples are given as {given.dtype}; expected their numbers: of a mask np.flatnonzero(mask)")
+    numbers = given.astype(np.int64, copy=False)
+    if numbers.size and not (numbers.min() >= 0 and numbers.max() < count):
+        raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {count} samples")
+    return numbers
 
 
 def columns_named(expression: str) -> set[str]:

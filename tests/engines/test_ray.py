@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -26,11 +27,12 @@ from kcache import Cache
 from kcache.build.build import build_cache
 from kcache.build.survey import Survey, survey
 from kcache.build.work.progress import BuildProgress
+from kcache.config import unheard
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Piece
 from kcache.engines import copying_engine, engine_of
 from kcache.engines.ahead import look_ahead
-from kcache.engines.cluster import _ENVIRONMENT
+from kcache.engines.cluster import _ENVIRONMENT, joined
 from kcache.errors import ConfigError, EngineError
 from kcache.sources.offers import offer_part
 from kcache.sources.protocol import Request
@@ -293,6 +295,11 @@ def test_a_cluster_that_is_not_there_is_one_message(source: Path, oracle: Path, 
     config = small_config(oracle, engine="ray", address="somewhere:no port")
     with pytest.raises(EngineError, match=r"there is no Ray cluster at somewhere:no port: .*; expected one that runs"):
         build_cache(str(source), str(tmp_path / "cache"), config, engine=engine_of(str(source), config))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+    said = rf"there is no Ray cluster at {silent}: nothing answers there \(.*refused\); expected one that runs"
+    with pytest.raises(EngineError, match=said), joined(silent, unheard):
+        pass
 
 
 def test_without_ray_one_message_says_what_to_install(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 import fcntl
 import os
+import re
 import secrets
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from errno import ENOSPC
+from contextlib import nullcontext
+from errno import EIO, ENOSPC
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,36 @@ def test_one_process_copies_while_others_wait(
     other.join(20)
     assert found == ["mmap"]
     assert "another process copies into" in caplog.text
+
+
+def test_where_nothing_lacks_nobody_is_waited_for_and_nothing_written(far: BucketPath, tmp_path: Path) -> None:
+    loader(far, stage_dir=tmp_path)
+    with (tmp_path / ".copying").open() as held:  # by one who copies another cache
+        fcntl.flock(held, fcntl.LOCK_EX)
+        found: list[str] = []
+        other = threading.Thread(target=lambda: found.append(loader(far, stage_dir=tmp_path).residency), daemon=True)
+        other.start()
+        other.join(20)
+        assert found == ["mmap"]
+
+
+def test_a_folder_inside_of_a_cache_is_refused(caches: dict[str, Path], far: BucketPath, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(caches["zarr"])
+    before = sorted(caches["zarr"].rglob("*"))
+    for inside in (caches["zarr"], caches["zarr"] / "copies", tmp_path / "link" / "copies"):
+        with pytest.raises(ConfigError, match=r"is inside of the cache .* expected a folder beside it"):
+            loader(far, stage_dir=inside)
+    assert sorted(caches["zarr"].rglob("*")) == before
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_a_disk_that_cannot_be_written(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def readinto(self, target: memoryview) -> int:
+            raise OSError(EIO, "Input/output error")
+
+    monkeypatch.setattr(copies, "reading", lambda path: nullcontext(Broken()))
+    with pytest.raises(CacheCorruptError, match=rf"^{re.escape(str(caches['zarr']))}/.* cannot be read .*Input/output"):
+        loader(caches["zarr"], stage_dir=tmp_path)
+    assert files(tmp_path) == []

@@ -206,6 +206,9 @@ def test_a_selection_of_a_selection(cache: Cache) -> None:
     assert twice.samples_digest == direct.samples_digest
     with pytest.raises(IndexError, match="cache of 3 samples"):
         cache.select([5, 7, 9]).select([3])
+    for wrong in (np.array([False, True, False]), [0.5], ["1"]):
+        with pytest.raises(IndexError, match="expected their numbers"):
+            cache.select(wrong)
 
 
 def test_the_digest_says_which_samples_not_in_which_words(cache: Cache) -> None:

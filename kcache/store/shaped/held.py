@@ -11,6 +11,7 @@ from kcache.config.shapes import NO_SHAPE, Shape
 from kcache.errors import ConfigError
 from kcache.store.formats.chosen import CAPTION_BOUNDS, Chosen, chosen_bounds, chosen_index
 from kcache.store.recipe import LATENTS, TEXT, kind_of, shape_of
+from kcache.store.selection import sample_numbers
 from kcache.store.shaped.choice import Reads
 from kcache.store.shaped.joined import Joined
 from kcache.store.shaped.wants import MIRRORED
@@ -147,10 +148,7 @@ class Held:
 
     def checked(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
         """The numbers of samples, (B,) int64; raises IndexError for one that is not there."""
-        numbers = np.asarray(samples, np.int64)
-        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
-            raise IndexError(f"samples {numbers.min()} to {numbers.max()} asked of a cache of {len(self)} samples")
-        return numbers
+        return sample_numbers(samples, len(self))
 
     def _mirrored(self, table: str, numbers: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         if not self.reads.flip and np.any(mirrored):
