@@ -57,6 +57,7 @@ ELSEWHERE = {
     "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path", "format",
     "revision", "prior_revision", "decoder_revision",
     "image_column", "caption_column", "split", "follow_links", "engine", "address",
+    "aspect_ratio_buckets", "max_upscale", "flip",
 }  # fmt: skip
 """Settings with a test of their own."""
 
