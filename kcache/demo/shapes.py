@@ -1,6 +1,7 @@
 """The demo of shapes: one decoder trained on buckets, one on squares of the same pictures, drawn and judged at each."""
 
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -180,14 +181,13 @@ def _picture(
     columns = range(0, len(asked), result.size.samples)[:COLUMNS]
 
     def draw(figure: "Figure") -> None:
-        axes = figure.subplots(
-            len(rows), len(columns), height_ratios=[SHAPES[number][0] for number, _ in rows], squeeze=False
-        )
-        figure.subplots_adjust(left=0.17, right=0.985, top=0.93, bottom=0.07, wspace=0.12, hspace=0.12)
+        ratios = [SHAPES[number][0] / SHAPES[number][1] for number, _ in rows]
+        axes = figure.subplots(len(rows), len(columns), height_ratios=ratios, squeeze=False)
+        figure.subplots_adjust(left=0.17, right=0.985, top=0.93, bottom=0.09, wspace=0.12, hspace=0.12)
         figure.text(0.02, 0.962, "The same prompts, drawn at three shapes", fontsize=15, fontweight="bold")
         for of_row, (number, way) in zip(axes, rows, strict=True):
             score, best = result.scores[way][number], way == WAYS[0]
-            text = f"{ratio_of(SHAPES[number])}, trained on {way}\n{score.everything:.0f} % right and in place"
+            text = f"{ratio_of(SHAPES[number])}, trained on {way}\n{score.everything:.1f} % right and in place"
             of_row[0].text(
                 -0.12, 0.5, text, transform=of_row[0].transAxes, ha="right", va="center",
                 color=TEXT if best else FAINT, fontweight="bold" if best else "normal", fontsize=9,
@@ -195,13 +195,8 @@ def _picture(
             for ax, column in zip(of_row, columns, strict=True):
                 ax.imshow(np.asarray(drawn[way][number][column]), interpolation="nearest")
                 ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(True)
         for ax, column in zip(axes[-1], columns, strict=True):
-            ax.set_xlabel(_two_lines(asked[column][0]), fontsize=8)
+            ax.set_xlabel("\n".join(textwrap.wrap(asked[column][0], 17)), fontsize=8)
 
-    return png_of(draw, 14.0, 9.0, dpi=110, layout=None)
-
-
-def _two_lines(text: str) -> str:
-    words = text.split()
-    half = (len(words) + 1) // 2
-    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
+    return png_of(draw, 14.0, 8.8, dpi=110, layout=None)
