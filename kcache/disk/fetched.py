@@ -11,9 +11,11 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 from kcache.disk.memo import own_folder
+from kcache.errors import CacheWriteError
 from kcache.foreign import reason
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
@@ -38,6 +40,8 @@ DELETE FROM records WHERE path IN (
 )"""
 _LOCK_SECONDS = 10
 """How long another process may hold what is kept before this one goes on without it."""
+_unused: set[Path | None] = set()
+"""Files of which it was said that they cannot be used."""
 
 
 def read_listed(folder: Place, names: Sequence[str]) -> Iterator[bytes]:
@@ -67,13 +71,14 @@ def _stamps(folder: BucketPath) -> dict[str, str]:
 
 
 class _Kept:
-    """The file that keeps what was fetched; one that cannot be used keeps nothing, and one warning is logged."""
+    """The file that keeps what was fetched; one that cannot be used keeps nothing, which is said once."""
 
     def __init__(self) -> None:
-        self._path = own_folder() / "records.sqlite"
+        self._path: Path | None = None
         self._now = int(time.time())
         self._connection: sqlite3.Connection | None = None
         try:
+            self._path = own_folder() / "records.sqlite"
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS)
             with self._connection:
@@ -81,7 +86,7 @@ class _Kept:
                     "CREATE TABLE IF NOT EXISTS records "
                     "(path TEXT PRIMARY KEY, stamp TEXT, used INTEGER, size INTEGER, sum INTEGER, content BLOB)"
                 )
-        except (OSError, sqlite3.Error) as error:
+        except (CacheWriteError, OSError, sqlite3.Error) as error:
             self._give_up(error)
 
     def known(self, stamps: Mapping[BucketPath, str]) -> dict[BucketPath, bytes]:
@@ -127,12 +132,14 @@ class _Kept:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning(
-            "what was fetched of records cannot be kept in %s (%s); they are fetched again each time, which is slower "
-            "but right; free or delete that file, or set KCACHE_HOME to a folder that can be written",
-            self._path,
-            reason(error),
-        )
+        if self._path not in _unused:  # a long build looks at records again and again
+            _unused.add(self._path)
+            logger.warning(
+                "what was fetched of records cannot be kept in %s (%s); they are fetched again each time, which is "
+                "slower but right; free or delete that file, or set KCACHE_HOME to a folder that can be written",
+                self._path or "a file",
+                reason(error),
+            )
         self._let_go()
 
     def _let_go(self) -> None:
