@@ -98,7 +98,9 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
         most = config.max_train_samples
-        opened = open_source(source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead)
+        opened = open_source(
+            source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead, rehash=config.rehash
+        )
         repositories = find_repositories(config, stage_of(tables))
         say(opened.description)
         recipes = {

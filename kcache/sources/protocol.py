@@ -31,11 +31,13 @@ class Request:
     """What is known of files already; None for the user's own."""
     ahead: Ahead = nobody
     """Who may look through the source before it is asked."""
+    rehash: bool = False
+    """Whether what the memo knows of files is found out again."""
 
     @property
     def alone(self) -> Self:
         """The same, of nothing but what decides what is offered."""
-        return replace(self, memo=None, ahead=nobody)
+        return replace(self, memo=None, ahead=nobody, rehash=False)
 
     def look_ahead(self, pieces: Sequence[Piece]) -> None:
         """Have `ahead` look through some pieces."""
@@ -83,6 +85,14 @@ class Source(Protocol):
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
+
+
+def refuse_blank(config: SourceConfig) -> None:
+    """Raise SourceError for a setting of no letters, as variables of a shell leave it that are not set."""
+    for each in fields(SourceConfig):
+        if getattr(config, each.name) == "":
+            flag = f"--{each.name.replace('_', '-')}"
+            raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
 
 
 def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
