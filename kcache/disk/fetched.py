@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from kcache.disk.filesystems import free_bytes
 from kcache.disk.memo import own_folder
 from kcache.errors import CacheWriteError
 from kcache.foreign import reason
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _TOGETHER = 64
 _MOST_BYTES = 32 << 30
 """What is kept at most, over a few records: three tables of a hundred million rows have 11 GB of them."""
+_LEFT_BYTES = 1 << 30
+"""What stays free where it is kept: that must not take the room that an index, or anyone else, cannot do without."""
 _DAY = 86_400
 _KNOWN = """
 SELECT path, stamp, CAST(used AS INTEGER), sum, CAST(content AS BLOB)
@@ -102,7 +105,10 @@ class _Kept:
         return found
 
     def add(self, contents: Mapping[BucketPath, tuple[str, bytes]]) -> None:
-        """Keep the contents of files that had these stamps."""
+        """Keep the contents of files that had these stamps, where there is room."""
+        free = None if self._connection is None or self._path is None else free_bytes(self._path.parent)
+        if free is not None and free < _LEFT_BYTES:
+            self._give_up(OSError(f"{free:,} bytes are free there, and {_LEFT_BYTES:,} are left to others"))
         rows = [
             (str(path), stamp, self._now, len(content), zlib.crc32(content), content)
             for path, (stamp, content) in contents.items()
