@@ -24,7 +24,7 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import Keys, Positions, caption_key, content_key
+from kcache.store.digests import EMPTY_CAPTION_KEY, Keys, Positions, caption_key, content_key
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
 from kcache.store.manifest import read_manifest
@@ -94,13 +94,12 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
     earlier = _recipes_so_far(folder, config)
     # The tables that were asked for, and those that the cache holds already: they stay complete.
     tables = list(dict.fromkeys((*table_names(config.stage, config.resolution), *earlier)))
-    needed = TEXT.name in tables
     so_far = {**_recipes_begun(folder), **earlier}
     with DigestMemo() as memo:
-        most = config.max_train_samples
         opened = open_source(
-            source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead, rehash=config.rehash
-        )
+            source, config, max_train_samples=config.max_train_samples, need_captions=TEXT.name in tables,
+            memo=memo, ahead=ahead, rehash=config.rehash,
+        )  # fmt: skip
         repositories = find_repositories(config, stage_of(tables))
         say(opened.description)
         recipes = {
@@ -314,13 +313,14 @@ def fetcher(job: Survey, table: str) -> Callable[[bytes], bytes | str | None]:
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
         samples = Samples.of(job.samples)
+        samples.texts((EMPTY_CAPTION_KEY,))  # sorted now, as each of the threads that ask would do it by itself
         return lambda key: samples.texts((key,)).get(key)
 
     def fetch(key: bytes) -> bytes | str | None:
         [number] = job.positions.find((key,)).tolist()
-        content = job.source.image(number) if number >= 0 else None
-        return content if content is not None and content_key(content) == key else None
+        return content if number >= 0 and content_key(content := job.source.image(number)) == key else None
 
+    job.positions.find(())  # likewise
     return fetch
 
 
