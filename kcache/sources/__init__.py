@@ -9,7 +9,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from kcache.config import AS_FOUND, SourceConfig
@@ -23,7 +23,7 @@ from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
-from kcache.sources.protocol import Request, Source, refuse_blank, refuse_unused
+from kcache.sources.protocol import Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     COUNTED_FILES,
@@ -75,17 +75,14 @@ def open_source(
     `need_captions`, images without captions are offered with (). `ahead` is told of pieces that others may look
     through, for `memo`, which is not trusted with `rehash`. Raises SourceError when there is nothing to offer.
     """
+    most, spec = max_train_samples, without_scheme(spec)
     request = Request(
-        config=config, max_train_samples=max_train_samples, need_captions=need_captions, memo=memo, ahead=ahead,
-        rehash=rehash,
-    )  # fmt: skip
-    spec = without_scheme(spec)
+        config=config, max_train_samples=most, need_captions=need_captions, memo=memo, ahead=ahead, rehash=rehash
+    )
     if store_url(spec) is not None:
         return _open_in_bucket(spec, request)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
-    if not spec.strip():  # which as a path would be the working directory
-        raise SourceError(f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it")
-    refuse_blank(config)
+    _refuse_empty(spec, config)
     try:
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
@@ -131,6 +128,15 @@ def _open_in_bucket(spec: str, request: Request) -> Source:
     raise SourceError(
         f"{spec!a} stands for {counted(len(names), 'file')}; expected tars, or parquet files, and no others"
     )
+
+
+def _refuse_empty(spec: str, config: SourceConfig) -> None:
+    """Raise SourceError for a path or a setting of no letters, as variables of a shell leave it that are not set."""
+    if not spec.strip():  # which as a path would be the working directory
+        raise SourceError(f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it")
+    if blank := [each.name for each in fields(SourceConfig) if getattr(config, each.name) == ""]:
+        flag = f"--{blank[0].replace('_', '-')}"
+        raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
 
 
 def _no_source(spec: str, path: Path) -> str:

@@ -87,14 +87,6 @@ class Source(Protocol):
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
 
 
-def refuse_blank(config: SourceConfig) -> None:
-    """Raise SourceError for a setting of no letters, as variables of a shell leave it that are not set."""
-    for each in fields(SourceConfig):
-        if getattr(config, each.name) == "":
-            flag = f"--{each.name.replace('_', '-')}"
-            raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
-
-
 def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
     """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
     for each in fields(SourceConfig):
