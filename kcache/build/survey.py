@@ -103,10 +103,11 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
     # The tables that were asked for, and those that the cache holds already: they stay complete.
     unsided = [*table_names(config.stage, []), *(name for name in earlier if not kind_of(name).sided)]
     stage = stage_of([*table_names(config.stage, [(1, 1)]), *earlier])
-    needed = TEXT.name in unsided
     with DigestMemo() as memo:
-        most = config.max_train_samples
-        opened = open_source(source, config, max_train_samples=most, need_captions=needed, memo=memo, ahead=ahead)
+        opened = open_source(
+            source, config, max_train_samples=config.max_train_samples, need_captions=TEXT.name in unsided,
+            memo=memo, ahead=ahead, rehash=config.rehash,
+        )  # fmt: skip
         repositories = find_repositories(config, stage)
         say(opened.description)
         step = step_of_sides(repositories["decoder"]) if "decoder" in repositories else 1

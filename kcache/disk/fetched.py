@@ -11,9 +11,12 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
+from kcache.disk.filesystems import free_bytes
 from kcache.disk.memo import own_folder
+from kcache.errors import CacheWriteError
 from kcache.foreign import reason
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 _TOGETHER = 64
 _MOST_BYTES = 32 << 30
 """What is kept at most, over a few records: three tables of a hundred million rows have 11 GB of them."""
+_LEFT_BYTES = 1 << 30
+"""What stays free where it is kept: that must not take the room that an index, or anyone else, cannot do without."""
 _DAY = 86_400
 _KNOWN = """
 SELECT path, stamp, CAST(used AS INTEGER), sum, CAST(content AS BLOB)
@@ -38,6 +43,8 @@ DELETE FROM records WHERE path IN (
 )"""
 _LOCK_SECONDS = 10
 """How long another process may hold what is kept before this one goes on without it."""
+_unused: set[Path | None] = set()
+"""Files of which it was said that they cannot be used."""
 
 
 def read_listed(folder: Place, names: Sequence[str]) -> Iterator[bytes]:
@@ -67,13 +74,14 @@ def _stamps(folder: BucketPath) -> dict[str, str]:
 
 
 class _Kept:
-    """The file that keeps what was fetched; one that cannot be used keeps nothing, and one warning is logged."""
+    """The file that keeps what was fetched; one that cannot be used keeps nothing, which is said once."""
 
     def __init__(self) -> None:
-        self._path = own_folder() / "records.sqlite"
+        self._path: Path | None = None
         self._now = int(time.time())
         self._connection: sqlite3.Connection | None = None
         try:
+            self._path = own_folder() / "records.sqlite"
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS)
             with self._connection:
@@ -81,7 +89,7 @@ class _Kept:
                     "CREATE TABLE IF NOT EXISTS records "
                     "(path TEXT PRIMARY KEY, stamp TEXT, used INTEGER, size INTEGER, sum INTEGER, content BLOB)"
                 )
-        except (OSError, sqlite3.Error) as error:
+        except (CacheWriteError, OSError, sqlite3.Error) as error:
             self._give_up(error)
 
     def known(self, stamps: Mapping[BucketPath, str]) -> dict[BucketPath, bytes]:
@@ -97,7 +105,10 @@ class _Kept:
         return found
 
     def add(self, contents: Mapping[BucketPath, tuple[str, bytes]]) -> None:
-        """Keep the contents of files that had these stamps."""
+        """Keep the contents of files that had these stamps, where there is room."""
+        free = None if self._connection is None or self._path is None else free_bytes(self._path.parent)
+        if free is not None and free < _LEFT_BYTES:
+            self._give_up(OSError(f"{free:,} bytes are free there, and {_LEFT_BYTES:,} are left to others"))
         rows = [
             (str(path), stamp, self._now, len(content), zlib.crc32(content), content)
             for path, (stamp, content) in contents.items()
@@ -127,12 +138,14 @@ class _Kept:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning(
-            "what was fetched of records cannot be kept in %s (%s); they are fetched again each time, which is slower "
-            "but right; free or delete that file, or set KCACHE_HOME to a folder that can be written",
-            self._path,
-            reason(error),
-        )
+        if self._path not in _unused:  # a long build looks at records again and again
+            _unused.add(self._path)
+            logger.warning(
+                "what was fetched of records cannot be kept in %s (%s); they are fetched again each time, which is "
+                "slower but right; free or delete that file, or set KCACHE_HOME to a folder that can be written",
+                self._path or "a file",
+                reason(error),
+            )
         self._let_go()
 
     def _let_go(self) -> None:

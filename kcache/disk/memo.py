@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kcache.errors import StoreError
+from kcache.errors import CacheWriteError, StoreError
 from kcache.foreign import reason
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
@@ -224,11 +224,20 @@ class DigestMemo:
 
 
 def own_folder() -> Path:
-    """Where kcache keeps what it can do without: $KCACHE_HOME, else kcache/ in the user's cache folder."""
+    """Where kcache keeps what it can do without: $KCACHE_HOME, else kcache/ in the user's cache folder.
+
+    Raises CacheWriteError for an account that has no home.
+    """
     if home := os.environ.get("KCACHE_HOME"):
         return Path(home)
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "kcache"
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "kcache"
+    except RuntimeError as error:
+        raise CacheWriteError(
+            "this account has no home, and nothing says where kcache is to keep what saves it time; expected a folder "
+            "that can be written; set KCACHE_HOME to one"
+        ) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:

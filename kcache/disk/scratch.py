@@ -1,11 +1,13 @@
-"""Arrays that need not fit into memory: large ones lie in a file of the temporary folder, which is gone with them.
+"""What need not fit into memory: it lies in the temporary folder, in files without a name, so that nothing is left.
 
-Such an array is read-only and mapped: what of it is in memory the system may take back, and `release` gives back.
+Arrays there are read-only and mapped: what of them is in memory the system may take back, and `release` gives back.
 """
 
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,30 @@ from kcache.disk.filesystems import UNSUPPORTED
 
 _IN_MEMORY = 64 << 20
 """Bytes up to which an array is in memory."""
+
+
+def unnamed_file() -> BufferedRandom:
+    """A new file that is gone once nobody has it open or mapped, also after a kill; raises CacheWriteError."""
+    with writing_there():
+        return tempfile.TemporaryFile()
+
+
+def writing_there(size: int | None = None) -> AbstractContextManager[None]:
+    """`writing`, of such a file."""
+    return writing(Path(tempfile.gettempdir()) / "kcache", size)
+
+
+def mapped_file(file: BinaryIO) -> Any:
+    """All of a file, mapped where that can be; raises CacheWriteError where what was written has no room."""
+    with writing_there():
+        file.flush()
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    file.seek(0)
+    return file.read()
 
 
 class Pile:
@@ -36,10 +62,9 @@ class Pile:
             self._write()
 
     def _write(self) -> None:
-        here = Path(tempfile.gettempdir())
-        with writing(here / "kcache", self._size):
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=here)  # noqa: SIM115  # it is gone with its mapping
+        if self._file is None:
+            self._file = unnamed_file()
+        with writing_there(self._size):
             for run in self._few:
                 self._file.write(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data)
         self._few = []
@@ -48,9 +73,8 @@ class Pile:
         """All of them; in a file, read-only, where they are many."""
         if self._file is None:
             return np.concatenate(self._few)
-        with writing(Path(tempfile.gettempdir()) / "kcache", self._size), self._file as file:
-            file.flush()
-            content = _mapped(file)
+        with self._file as file:
+            content = mapped_file(file)
         return np.frombuffer(content, self._empty.dtype).reshape(-1, *self._empty.shape[1:])
 
 
@@ -60,17 +84,6 @@ def kept(runs: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
     for run in runs:
         pile.add(run)
     return pile.array()
-
-
-def _mapped(file: BinaryIO) -> Any:
-    """All of a file, mapped where that can be."""
-    try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    file.seek(0)
-    return file.read()
 
 
 def release(array: np.ndarray) -> None:

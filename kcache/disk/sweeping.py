@@ -15,20 +15,25 @@ _held: dict[Path, int] = {}
 
 def hold(folder: Path) -> None:
     """Make sure that there is a folder, and that no sweep takes it away while this process lives."""
-    if folder in _held and folder.is_dir():
-        os.utime(folder)
-        return
-    while True:
+    while folder not in _held or not _is_in_place(folder, _held[folder]):
+        if folder in _held:
+            os.close(_held.pop(folder))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # swept at this moment
                 descriptor = os.open(folder, os.O_RDONLY)
                 lock(descriptor, fcntl.LOCK_SH, folder)
-                if folder.is_dir() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
-                    os.utime(folder)
-                    _held[folder] = descriptor
-                    return
-                os.close(descriptor)
+                _held[folder] = descriptor
+    with suppress(OSError):  # it may be another user's, or on a disk that only may be read: it is in use all the same
+        os.utime(folder)
+
+
+def _is_in_place(folder: Path, descriptor: int) -> bool:
+    """Whether what is open is the folder that has this path now."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def sweep(parent: Path, most: int) -> None:

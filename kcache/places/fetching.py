@@ -6,7 +6,6 @@ Of a disk the same functions read what they are asked for, as it lies there.
 import hashlib
 import os
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
-from kcache.disk.durable import writing
+from kcache.disk.scratch import unnamed_file, writing_there
 from kcache.places.bucket import BucketPath
 from kcache.places.opened import opened
 from kcache.places.place import Place
@@ -158,15 +157,17 @@ def opened_if(path: Place, check: Callable[[str], None]) -> Iterator[BinaryIO]:
             file.seek(0)
             yield file
         return
-    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
-        copy = Path(folder) / path.name
+    with unnamed_file() as copy:
         for left in reversed(range(FETCHES)):
-            with opened(path) as there, writing(copy), copy.open("wb") as made:
-                shutil.copyfileobj(there, made)
-            with copy.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            copy.seek(0)
+            copy.truncate()
+            with opened(path) as there, writing_there():
+                shutil.copyfileobj(there, copy)
+                copy.flush()
+            copy.seek(0)
+            digest = hashlib.file_digest(copy, "sha256").hexdigest()
             with suppress(*[ValueError] * bool(left)):
                 check(digest)
                 break
-        with copy.open("rb") as file:
-            yield file
+        copy.seek(0)
+        yield copy

@@ -65,6 +65,7 @@ def open_source(
     need_captions: bool = True,
     memo: DigestMemo | None = None,
     ahead: Ahead = nobody,
+    rehash: bool = False,
 ) -> Source:
     """Open images and captions, whatever they are stored as; `description` says what was found.
 
@@ -72,12 +73,12 @@ def open_source(
     name and a reason; hidden files and folders (names starting with a dot) do not belong to a source. Samples are in
     order of their paths, or of the dataset's rows, and `max_train_samples` takes the first ones. Unless
     `need_captions`, images without captions are offered with (). `ahead` is told of pieces that others may look
-    through, for `memo`. Raises SourceError when there is nothing to offer.
+    through, for `memo`, which is not trusted with `rehash`. Raises SourceError when there is nothing to offer.
     """
+    most, spec = max_train_samples, without_scheme(spec)
     request = Request(
-        config=config, max_train_samples=max_train_samples, need_captions=need_captions, memo=memo, ahead=ahead
+        config=config, max_train_samples=most, need_captions=need_captions, memo=memo, ahead=ahead, rehash=rehash
     )
-    spec = without_scheme(spec)
     if store_url(spec) is not None:
         return _open_in_bucket(spec, request)
     path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
@@ -133,10 +134,9 @@ def _refuse_empty(spec: str, config: SourceConfig) -> None:
     """Raise SourceError for a path or a setting of no letters, as variables of a shell leave it that are not set."""
     if not spec.strip():  # which as a path would be the working directory
         raise SourceError(f"the source is {spec!a}, no path; expected {_EXPECTED}; if it is a variable, set it")
-    for each in fields(SourceConfig):
-        if getattr(config, each.name) == "":
-            flag = f"--{each.name.replace('_', '-')}"
-            raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
+    if blank := [each.name for each in fields(SourceConfig) if getattr(config, each.name) == ""]:
+        flag = f"--{blank[0].replace('_', '-')}"
+        raise SourceError(f"{flag} was given without a value; expected one; leave {flag} out for what is usual")
 
 
 def _no_source(spec: str, path: Path) -> str:

@@ -21,6 +21,7 @@ from kcache.sources.archives import Member, TarListing, listing_of, text_of
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
+from kcache.store.checksums import crc32c
 from kcache.store.digests import KEY_BYTES, content_key
 
 OFFERED = pa.schema(
@@ -36,9 +37,10 @@ NO_KEY = bytes(KEY_BYTES)
 """Stands for the key of an image that could not be read, in the memo; no content has this key."""
 SHOWN_COLUMNS = 20
 """Columns of .json members that are told."""
-_FORM = 1
+_FORM = 2
 """Of what is remembered: another number for another one."""
 _NOTES = b"kcache"
+_SUM_BYTES = 4
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _TEXTS = ("txt", "text", "caption")
 """What a member is called that is a caption, the first of them first."""
@@ -75,11 +77,15 @@ class Offer:
         table = self.table.replace_schema_metadata({_NOTES: notes})
         with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
             writer.write_table(table)
-        return bytes(sink.getvalue())
+        content = bytes(sink.getvalue())
+        return crc32c(content).to_bytes(_SUM_BYTES) + content
 
     @classmethod
-    def unpacked(cls, content: bytes) -> Self:
-        """What was `packed`."""
+    def unpacked(cls, packed: bytes) -> Self:
+        """What was `packed`; raises ValueError for what is not as it was."""
+        content = packed[_SUM_BYTES:]
+        if crc32c(content) != int.from_bytes(packed[:_SUM_BYTES]):
+            raise ValueError("its checksum is that of something else")
         with pa.ipc.open_stream(content) as reader:
             table = reader.read_all()
         refused, origins, columns, groups = json.loads(table.schema.metadata[_NOTES])
@@ -93,7 +99,15 @@ NOTHING = Offer(table=OFFERED.empty_table(), refused=(), origins={}, columns=(),
 
 def offer_of(path: Place, request: Request, memo: DigestMemo) -> Offer:
     """What a tar offers, as far as `memo` knows it; raises InputRejected for what is none, OSError, StoreError."""
-    return Offer.unpacked(memo.digest(path, offer_part(request), lambda: _found_in(path, request, memo).packed()))
+
+    def packed(rehash: bool) -> bytes:
+        return memo.digest(path, offer_part(request), lambda: _found_in(path, request, memo).packed(), rehash)
+
+    content = packed(request.rehash)
+    try:
+        return Offer.unpacked(content)
+    except ValueError:  # it was damaged where it is kept
+        return Offer.unpacked(packed(True))
 
 
 def offer_part(request: Request) -> str:

@@ -31,11 +31,13 @@ class Request:
     """What is known of files already; None for the user's own."""
     ahead: Ahead = nobody
     """Who may look through the source before it is asked."""
+    rehash: bool = False
+    """Whether what the memo knows of files is found out again."""
 
     @property
     def alone(self) -> Self:
         """The same, of nothing but what decides what is offered."""
-        return replace(self, memo=None, ahead=nobody)
+        return replace(self, memo=None, ahead=nobody, rehash=False)
 
     def look_ahead(self, pieces: Sequence[Piece]) -> None:
         """Have `ahead` look through some pieces."""

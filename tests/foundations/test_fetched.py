@@ -93,7 +93,31 @@ def test_what_cannot_be_kept_is_fetched_each_time(
     for _ in range(2):
         assert list(read_listed(folder, NAMES)) == [name.encode() for name in NAMES]
     assert asked == Counter(2 * NAMES)
-    assert "cannot be kept in" in caplog.text
+    assert caplog.text.count("cannot be kept in") == 1
+
+
+def test_nothing_is_kept_where_little_room_is_left(
+    folder: Place, asked: Counter[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fetched, "free_bytes", lambda _: 1000)
+    for _ in range(2):
+        assert list(read_listed(folder, NAMES)) == [name.encode() for name in NAMES]
+    assert asked == Counter(2 * NAMES)
+    assert "1,000 bytes are free there" in caplog.text
+
+
+def test_an_account_without_a_home_keeps_nothing(
+    folder: Place, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KCACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(none))
+    for _ in range(2):
+        assert list(read_listed(folder, NAMES)) == [name.encode() for name in NAMES]
+    assert asked == Counter(2 * NAMES)
 
 
 def test_files_of_a_disk_are_read(tmp_path: Path, asked: Counter[str], home: Path) -> None:

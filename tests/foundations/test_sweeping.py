@@ -1,5 +1,6 @@
 """Of what is kept to save time, what nobody uses and was not used for longest goes first."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -56,3 +57,24 @@ def test_what_a_process_uses_stays(kept: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names(kept) == ["1"]
     hold(kept / "4")
     assert names(kept) == ["1", "4"]
+
+
+def test_what_was_put_in_its_place_is_held(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "_held", {})
+    hold(kept / "1")
+    (kept / "1").rename(kept / "4")
+    (kept / "1").mkdir()
+    hold(kept / "1")
+    sweep(kept, -1)
+    assert names(kept) == ["1"]
+
+
+def test_what_only_may_be_read_is_held(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not the owner")
+
+    monkeypatch.setattr(sweeping, "_held", {})
+    monkeypatch.setattr(os, "utime", refuse)
+    hold(kept / "1")
+    sweep(kept, 0)
+    assert names(kept) == ["1"]

@@ -1,5 +1,7 @@
 """What is fetched together, at once, whole or not at all."""
 
+import hashlib
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from in_bucket import put
 
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, Windows, at_once, missing, near, reading
+from kcache.places.fetching import _MOST_BYTES, _NEAR_BYTES, Windows, at_once, missing, near, opened_if, reading
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 26), st.integers(1, 1 << 17)), max_size=60))
@@ -95,3 +97,15 @@ def test_a_file_is_read_from_front_to_back(folder: "Path | BucketPath") -> None:
     buffer = memoryview(bytearray(600))
     with reading(folder / "a") as file:
         assert [file.readinto(buffer) for _ in range(3)] == [600, 400, 0]
+
+
+def test_what_is_copied_to_be_checked_has_no_name_here(
+    folder: "Path | BucketPath", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "here"))
+    told: list[str] = []
+    with opened_if(folder / "a", told.append) as file:
+        assert not list((tmp_path / "here").iterdir())
+        assert file.read() == b"a" * 1000
+    assert told == [hashlib.sha256(b"a" * 1000).hexdigest()]

@@ -177,6 +177,26 @@ def test_keys_are_remembered_by_tar_and_place(
     assert [source.image_key(i, memo, False) for i in range(2)] == [content_key(b"C"), content_key(b"D")]
 
 
+def test_what_is_remembered_wrongly_is_found_out_again(
+    tmp_path: Path, memo: DigestMemo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcache.disk.memo._RACY_NS", -(10**9))
+    path = str(tar_of(tmp_path / "a.tar", ("1.jpg", b"A"), ("1.txt", b"as it was")))
+    open_source(path, memo=memo)
+    tar_of(tmp_path / "b.tar", ("1.jpg", b"A"), ("1.txt", b"as it is."))
+    with (tmp_path / "a.tar").open("r+b") as file:  # by what leaves no trace: a fault of the disk
+        file.write((tmp_path / "b.tar").read_bytes())
+    folder, entries = str(tmp_path), memo._folders[str(tmp_path)]
+    stamp = memo._examined(path)[2]
+    memo._folders[folder] = {entry: (stamp, digest) for entry, (_, digest) in entries.items()}
+    memo.flush()
+    memo._connection.execute("UPDATE digests SET stamp = ?", (stamp,))  # type: ignore[union-attr]
+    assert offered(open_source(path, memo=memo)) == {"a.tar/1": ("as it was",)}
+    assert offered(open_source(path, memo=memo, rehash=True)) == {"a.tar/1": ("as it is.",)}
+    memo._connection.execute("UPDATE digests SET digest = substr(digest, 1, 40) || x'00'")  # type: ignore[union-attr]
+    assert offered(open_source(path, memo=memo)) == {"a.tar/1": ("as it is.",)}
+
+
 def test_the_first_samples_are_told_of_as_if_there_were_no_others(tmp_path: Path, memo: DigestMemo) -> None:
     members = [("a.jpg", b"A"), ("a.txt", b"t"), ("mute.jpg", b"B"), ("b.jpg", b"C"), ("b.json", b'{"text": "u"}')]
     path = str(tar_of(tmp_path / "x.tar", *members))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from in_bucket import damage
 from measuring.synthetic import synthetic_recipe
 
-from kcache.disk import scratch
+from kcache.disk import scratch, sweeping
 from kcache.errors import CacheCorruptError
 from kcache.places import Place, place_of
 from kcache.places.bucket import BucketPath
@@ -296,3 +297,25 @@ def test_a_list_of_parts_that_cannot_be_is_told(tmp_path: Path, name: str, value
     folder.rename(tmp_path / manifest.index_folder)
     with pytest.raises(CacheCorruptError, match=said):
         open_index(tmp_path, manifest)
+
+
+def test_an_index_of_a_bucket_is_not_swept_away_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process sweeps just after it was found whole."""
+    monkeypatch.setattr(sweeping, "_held", {})
+    arrays, cache = some_arrays(), place_of(f"memory://indexes/{secrets.token_hex(6)}")
+    manifest, digest_of = written(cache, arrays, mark=""), index_files._index_digest
+    open_index(cache, manifest)
+    for descriptor in sweeping._held.values():
+        os.close(descriptor)
+    sweeping._held.clear()
+
+    def swept_meanwhile(folder: Path, names: list[str]) -> str:
+        found = digest_of(folder, names)
+        sweeping.sweep(tmp_path / "home/index", -1)
+        return found
+
+    monkeypatch.setattr(index_files, "_index_digest", swept_meanwhile)
+    opened = open_index(cache, manifest)
+    assert all(np.array_equal(opened[name], array) for name, array in arrays.items())

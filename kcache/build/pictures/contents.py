@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from kcache.store.digests import content_key, mirrored_key
+from kcache.store.digests import EMPTY_CAPTION_KEY, content_key, mirrored_key
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import kind_of
 
@@ -30,6 +30,7 @@ def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | None]:
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
         samples = Samples.of(job.samples)
+        samples.texts((EMPTY_CAPTION_KEY,))  # sorted now, as each of the threads that ask would do it by itself
         return lambda key: samples.texts((key,)).get(key)
 
     def fetch(key: bytes) -> bytes | str | None:
@@ -37,6 +38,7 @@ def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | None]:
         content = job.source.image(max(number, mirrored)) if max(number, mirrored) >= 0 else None
         return None if content is None else as_named(content, key)
 
+    job.positions.find(())  # likewise
     return fetch
 
 

@@ -8,14 +8,14 @@ import filecmp
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from kcache.disk.durable import read_npy, replace, write_bytes, writing
-from kcache.disk.durable import temporary_folder as local_folder
+from kcache.disk.durable import read_npy, remove_temporary, write_bytes
 from kcache.disk.filesystems import mapped
 from kcache.disk.memo import own_folder
 from kcache.disk.sweeping import hold, sweep
@@ -130,20 +130,16 @@ def _at_hand(folder: Place, names: Sequence[str], digest: str) -> Path:
     """Where on this machine the index arrays of `folder` lie; those of a bucket are fetched, once."""
     if isinstance(folder, Path):
         return folder
-    final = own_folder() / "index" / folder.name
-    try:
+    # Held before it is looked into, and never put in the place of what another process is opening.
+    final = _in_use(own_folder() / "index" / folder.name)
+    with suppress(OSError, ValueError):
         if _index_digest(final, names) == digest:
-            return _in_use(final)
-    except (OSError, ValueError):
-        pass
-    with writing(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-    with local_folder(final.parent) as made:
-        paths = [folder / f"{name}.npy" for name in names]
-        for path, content in zip(paths, read_all(paths), strict=True):
-            write_bytes(made / path.name, content)
-        replace(made, final)
-    return _in_use(final)
+            return final
+    remove_temporary(final)
+    paths = [folder / f"{name}.npy" for name in names]
+    for path, content in zip(paths, read_all(paths), strict=True):
+        write_bytes(final / path.name, content)
+    return final
 
 
 def _in_use(folder: Path) -> Path:

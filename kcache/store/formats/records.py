@@ -3,17 +3,14 @@
 Many are kept in files that are mapped, so that what takes memory is what is looked at.
 """
 
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kcache.disk.durable import writing
-from kcache.disk.filesystems import mapped
+from kcache.disk.scratch import mapped_file, unnamed_file, writing_there
 
 if TYPE_CHECKING:
     import pyarrow
@@ -80,13 +77,15 @@ def kept(tables: Iterator["pyarrow.Table"], schema: "pyarrow.Schema") -> tuple[l
     few = list(islice(tables, TABLES_IN_MEMORY + 1))
     if len(few) <= TABLES_IN_MEMORY:
         return few, np.empty(0, np.uint8)
-    with tempfile.TemporaryDirectory(prefix="kcache-") as folder:
-        path = Path(folder) / "records.arrow"
-        with writing(path), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for table in chain(few, tables):
+    with unnamed_file() as file:
+        writer = pa.ipc.new_file(pa.PythonFile(file, "w"), schema)
+        for table in chain(few, tables):
+            with writing_there():
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
-        content = mapped(path)
+        with writing_there():
+            writer.close()
+        content = mapped_file(file)
     reader = pa.ipc.open_file(pa.py_buffer(content))
     batches = map(reader.get_batch, range(reader.num_record_batches))
     return [pa.Table.from_batches([batch]) for batch in batches], np.frombuffer(content, np.uint8)

@@ -1,0 +1,25 @@
+"""What a survey hands on: contents by key, to several threads at a time."""
+
+from pathlib import Path
+
+import pytest
+from small_builds import copy_pictures, small_config
+
+from kcache.build.survey import fetcher, survey
+from kcache.store.digests import Keys, content_key
+from kcache.store.formats.columns import Samples
+
+
+def test_what_threads_look_up_is_sorted_before_them(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_pictures(oracle, tmp_path / "pictures")
+    job = survey(str(source), tmp_path / "cache", small_config(oracle), lambda _: None)
+    samples = Samples.of(job.samples)
+    keys = {"image_embeds": samples.image_keys, "text": samples.caption_keys}
+    fetchers = {name: fetcher(job, name) for name in keys}
+    monkeypatch.setattr(Keys, "in_order", lambda _: pytest.fail("it is sorted by each thread"))
+    for name, own in keys.items():
+        for key in own:
+            content = fetchers[name](key)
+            assert content_key(content.encode() if isinstance(content, str) else content or b"") == key
