@@ -118,7 +118,7 @@ def test_every_setting_is_a_flag() -> None:
 def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def build(source: str, cache: str, config: BuildConfig, *, report: Any, say: Any, engine: Any) -> BuildResult:
+    def build(source: str, cache: str, config: BuildConfig, **_: Any) -> BuildResult:
         calls.append((source, cache, config))
         return result_of()
 
