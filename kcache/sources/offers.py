@@ -21,8 +21,8 @@ from kcache.sources.archives import Member, TarListing, listing_of, text_of
 from kcache.sources.listing import IMAGE_SUFFIXES
 from kcache.sources.protocol import Request
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
-from kcache.store.checksums import crc32c
 from kcache.store.digests import KEY_BYTES, content_key
+from kcache.store.formats.checksums import crc32c
 
 OFFERED = pa.schema(
     {
