@@ -31,7 +31,10 @@ from measuring.synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.loader import CacheLoader
 from kcache.loader.course import Course
-from kcache.loader.streamed import StreamShape
+from kcache.loader.parts import Part
+from kcache.loader.schedule import Schedule
+from kcache.loader.state import States
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import write_bytes
 
@@ -146,9 +149,11 @@ def measure_large() -> dict[str, float]:
     rows = cast(Any, Rows())
     tracemalloc.start()
     begun = time.perf_counter()
-    course = Course(rows, 0, "stream")
-    samples = course.samples(np.arange(BATCH))
-    state = course.state(BATCH)
+    course, schedule = Course(len(rows), 0, "stream"), Schedule([len(rows)], [BATCH], 0)
+    first = next(schedule.forever(schedule.begin()))
+    samples = course.samples(course.share(first, 0, 1).places)
+    part = Part(rows, [], BATCH, course, 0, {})
+    state = States(rows, [part], 0, "stream").told(first.after)
     took = time.perf_counter() - begun
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -85,7 +85,7 @@ def check(settings: Any) -> None:
             continue
         choices = [choice for kind in _kinds(hints[name]) if get_origin(kind) is Literal for choice in get_args(kind)]
         expected = "one of " + ", ".join(choices) if choices else marks.range
-        for item in value if isinstance(value, tuple) else (value,):
+        for item in value if isinstance(value, tuple | list) else (value,):
             if expected and not (item in choices if choices else marks.takes(item)):
                 flag = "--" + name.replace("_", "-") if marks.flag else name
                 raise ConfigError(f"{flag} is {item!r}; expected {expected}")
@@ -125,9 +125,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 def settings_from(table: Mapping[str, Any], settings: type, allowed: Collection[str], *, where: str) -> dict[str, Any]:
     """The settings that `table` gives, by their names in the dataclass `settings`.
 
-    Keys may be spelt as flags are, with dashes. Numbers without a fraction pass for a float, lists become tuples, and
-    nothing else is converted. Raises ConfigError, which begins with `where`, for a key that is not `allowed`, for one
-    that is given twice, and for a value of another type.
+    Keys may be spelt as flags are, with dashes. Numbers without a fraction pass for a float, lists become tuples, a
+    whole number passes for a list of one, and nothing else is converted. Raises ConfigError, which begins with `where`,
+    for a key that is not `allowed`, for one that is given twice, and for a value of another type.
     """
     hints = get_type_hints(settings)
     given: dict[str, Any] = {}
@@ -156,7 +156,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if get_origin(kind) is Literal:
             fits = value in get_args(kind)
         elif get_origin(kind) is tuple:
-            fits = isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+            items = value if isinstance(value, list) else [value] if type(value) is int else [None]
+            fits = all(_fits(item, get_args(kind)[0]) for item in items)
         elif isinstance(value, bool):  # which is an int to Python
             fits = kind is bool
         else:
@@ -167,8 +168,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _as_declared(value: Any, hint: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
+    if any(get_origin(kind) is tuple for kind in _kinds(hint)):
+        return tuple(value) if isinstance(value, list) else (value,)
     return float(value) if float in _kinds(hint) else value
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from kcache.encoders.online import OnlineEncoders
-from kcache.loader.batches import Batch, CacheLoader, RowReader
+from kcache.loader.batches import Batch, CacheLoader
 from kcache.loader.chance import draw_noise, draw_timesteps, epoch_order
+from kcache.loader.parts import RowReader
 from kcache.objectives.losses import PriorObjective
 from kcache.sources import open_source
 from kcache.training.run import TrainingRun

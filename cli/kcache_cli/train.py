@@ -131,16 +131,22 @@ def _check_stage(cache: str, config: TrainConfig) -> None:
     if config.stage_bytes is None or not is_sure or hub_cache(cache) is not None:
         return
     from kcache import Cache
-    from kcache.loader.fetches import Layout
-    from kcache.loader.ration import ration
-    from kcache.loader.streamed import stream_shape
+    from kcache.loader.schedule import batches_of
+    from kcache.loader.streaming.fetches import Layout
+    from kcache.loader.streaming.ration import needs, rations
+    from kcache.loader.streaming.streamed import stream_shapes
     from kcache.store.recipe import KINDS
 
-    opened = Cache.open(cache, config.resolution)
+    opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     fields = [name for kind in KINDS if config.stage in kind.readers for name in kind.fields]
-    shape, processes = stream_shape(len(opened)), int(os.environ.get("WORLD_SIZE", "1"))
-    layout = Layout(opened, fields, shape)
-    ration(layout, shape, len(opened), config.train_batch_size, processes, config.stage_bytes)
+    parts, processes = opened.by_shape(*fields), int(os.environ.get("WORLD_SIZE", "1"))
+    batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
+    shapes, sharers = stream_shapes([len(part) for part in parts]), processes if len(parts) == 1 else 1
+    orders = [
+        needs(Layout(part, fields, shape), shape, len(part), batch, sharers)
+        for part, shape, batch in zip(parts, shapes, batches, strict=True)
+    ]
+    rations(orders, processes, config.stage_bytes)
 
 
 def _run(cache: str, config: TrainConfig) -> None:

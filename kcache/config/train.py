@@ -231,11 +231,25 @@ class TrainConfig(SourceConfig):
         kept=True,
         only="prior",
     )
-    resolution: int | None = setting(
-        None,
-        "Which latents to read, by their side in pixels. The only ones there are when left out.",
+    resolution: tuple[int, ...] = setting(
+        (),
+        "Which latents to read, by the side in pixels of squares of their area; repeat it to take each picture once an "
+        "epoch at each. The only ones there are when left out.",
+        least=1,
         swept=False,
         only="decoder",
+    )
+    aspect_ratio_buckets: bool | None = setting(
+        None,
+        "Read the latents of pictures of several shapes, or those of squares, where the cache has both.",
+        swept=False,
+        only="decoder",
+    )
+    flip: bool | None = setting(
+        None,
+        "Take the mirrored picture in half of the turns. When left out the decoder does so where the cache has them, "
+        "and the prior, whose captions may tell left from right, does not.",
+        swept=False,
     )
     image_dropout: float = setting(
         0.0,
@@ -277,6 +291,11 @@ class TrainConfig(SourceConfig):
                 "which fit neither the GPU nor memory; expected one of the two; leave the other out"
             )
         self._check_revisions()
+
+    @property
+    def mirrored(self) -> bool | None:
+        """Whether mirrored pictures are read; None where they are if the cache has them."""
+        return False if self.flip is None and self.stage == "prior" else self.flip
 
     def _check_revisions(self) -> None:
         own, other = f"{self.stage}_revision", "prior_revision" if self.stage == "decoder" else "decoder_revision"

@@ -8,6 +8,7 @@ bit for bit on the CPU.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from kcache.config.shapes import Shape
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.decoding import Decoding
-from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder
+from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder, shares_network
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
@@ -52,8 +54,8 @@ class OnlineEncoders:
         self._keys: list[bytes] = cache.samples["image_key"].to_pylist()
         self._captions: list[list[str]] = cache.samples["captions"].to_pylist()
         self._positions = _positions(source, self._keys)
-        tables = {cache.table_of(name) for name in fields}
-        self._encoders = {table: _load(cache, table, device) for table in tables}
+        parts = cache.by_shape(*fields)
+        self._encoders = _load_all(cache, {part.table_of(name) for part in parts for name in fields}, device)
         self._reserved: dict[str, dict[str, torch.Tensor]] = {}
         self._decoders = ThreadPoolExecutor(threads_for(num_workers), "kcache-decode")
 
@@ -70,6 +72,38 @@ class OnlineEncoders:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
         return self._cache.caption_bounds
 
+    @property
+    def shape(self) -> Shape | None:
+        """Height and width in pixels of the pictures behind all latents; None where they are not of one shape."""
+        return self._cache.shape
+
+    @property
+    def resolution(self) -> int | None:
+        """Pixels of the side of a square of the area of all latents; None where there are none, or several such."""
+        return self._cache.resolution
+
+    @property
+    def flip(self) -> bool:
+        """Whether the cache has rows of the mirrored pictures."""
+        return self._cache.flip
+
+    def by_shape(self, *fields: str) -> "tuple[OnlineEncoders, ...]":
+        """The samples in parts in which all rows of `fields` have one shape, as `Cache.by_shape` gives them.
+
+        The encoders, the source and what decodes its pictures are the same.
+        """
+        parts = self._cache.by_shape(*fields)
+        return (self,) if parts == (self._cache,) else tuple(map(self._part, parts))
+
+    def _part(self, cache: Cache) -> "OnlineEncoders":
+        places = dict(zip(self._keys, self._positions, strict=True))
+        part = copy(self)
+        part._cache = cache
+        part._keys = cache.samples["image_key"].to_pylist()
+        part._captions = cache.samples["captions"].to_pylist()
+        part._positions = [places[key] for key in part._keys]
+        return part
+
     def read(
         self,
         samples: Sequence[int] | np.ndarray,
@@ -78,6 +112,7 @@ class OnlineEncoders:
         *,
         drop_caption: np.ndarray | None = None,
         drop_image: np.ndarray | None = None,
+        mirrored: np.ndarray | None = None,
         empty: Empty = np.empty,
     ) -> dict[str, torch.Tensor]:
         """Rows of `fields` for `samples`, named and shaped as `Cache.read` gives them, just encoded.
@@ -86,12 +121,15 @@ class OnlineEncoders:
         """
         numbers = np.asarray(samples, np.int64)
         captions = np.broadcast_to(caption, len(numbers))
+        turned = [False] * len(numbers) if mirrored is None else mirrored.tolist()
         everything = np.ones(len(numbers), np.bool_)
         tables = dict.fromkeys(self._cache.table_of(name) for name in fields)
         masks = {table: kind_of(table).dropped(drop_caption, drop_image) for table in tables}
         kept = {table: everything if mask is None else ~mask for table, mask in masks.items()}
         prepared = list(self._decoders.map(
-            lambda i: self._prepare(int(numbers[i]), int(captions[i]), [table for table in tables if kept[table][i]]),
+            lambda i: self._prepare(
+                int(numbers[i]), int(captions[i]), [table for table in tables if kept[table][i]], mirrored=turned[i]
+            ),
             range(len(numbers)),
         ))  # fmt: skip
         rows: dict[str, torch.Tensor] = {}
@@ -100,8 +138,8 @@ class OnlineEncoders:
             rows |= {name: value for name, value in encoded.items() if name in fields or name == OFFSETS}
         return rows
 
-    def _prepare(self, sample: int, caption: int, tables: Sequence[str]) -> dict[str, Any]:
-        """What the encoders of `tables` take of a sample; its image is read once, and decoded once."""
+    def _prepare(self, sample: int, caption: int, tables: Sequence[str], *, mirrored: bool) -> dict[str, Any]:
+        """What the encoders of `tables` take of a sample; its image is read, decoded and `mirrored` once."""
         prepared: dict[str, Any] = {}
         pictures: dict[Decoding, Image.Image] = {}
         content: bytes | None = None
@@ -113,7 +151,8 @@ class OnlineEncoders:
             if content is None:
                 content = self._image(sample)
             if encoder.decoding not in pictures:
-                pictures[encoder.decoding] = encoder.picture(content)
+                picture = encoder.picture(content)
+                pictures[encoder.decoding] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
             prepared[table] = encoder.pixels(pictures[encoder.decoding])
         return prepared
 
@@ -174,7 +213,17 @@ def _positions(source: Source, keys: Sequence[bytes]) -> list[int]:
     return [found[key] for key in keys]
 
 
-def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
+def _load_all(cache: Cache, tables: set[str], device: torch.device) -> dict[str, Encoder]:
+    """The encoder of each table; those of pictures of several shapes share a network."""
+    encoders: dict[str, Encoder] = {}
+    for table in sorted(tables):
+        recipe = cache.recipes[table]
+        held = next((each for each in encoders.values() if shares_network(each, recipe)), None)
+        encoders[table] = _load(cache, table, device, held)
+    return encoders
+
+
+def _load(cache: Cache, table: str, device: torch.device, held: Encoder | None) -> Encoder:
     """The encoder that made `table`; raises CacheMismatchError when its weights are not the recipe's any more."""
     recipe, kind = cache.recipes[table], kind_of(table)
     model = cache.models[kind.role]
@@ -186,7 +235,7 @@ def _load(cache: Cache, table: str, device: torch.device) -> Encoder:
             f"{kind.component} in {repository.name} has weights {found[:12]}…; {table} of {cache.path} was made with "
             f"{recipe.weights[:12]}…; build the cache again, then train"
         )
-    return load_encoder(recipe, repository, device)
+    return load_encoder(recipe, repository, device, held=held)
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM = range(8)
+_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS, _FLIP = range(10)
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
@@ -20,15 +20,20 @@ BLOCK_ROWS = 16
 WINDOW_ROWS = 16_384
 """Samples among which "block" shuffling mixes freely: 1.2 GB of latents at 768 pixels."""
 
+PASSES_DRAWN = 1024
+"""Passes whose buckets are drawn together, as a generator takes longer to make than to ask."""
 
-def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray:
+
+def epoch_order(seed: int, epoch: int, samples: int, shuffle: str, bucket: int = 0) -> np.ndarray:
     """The samples in the order in which epoch `epoch` visits them, each once: (samples,) int64, or int32 where it fits.
+
+    Each of several buckets has an order by its number, below 2³²; what is alone has 0.
 
     "full" is one uniform permutation. "block" permutes blocks of 16 neighbours, then the samples of each run of 16,384:
     nearly as random (1.9 times as many neighbours in a batch as chance gives), and it reads each part of the disk once.
-    The third shuffle, "stream", is no array: see `kcache.loader.streamed`.
+    The third shuffle, "stream", is no array: see `kcache.loader.streaming.streamed`.
     """
-    generator = _stream(seed, _ORDER, epoch)
+    generator = _stream(seed, _ORDER, epoch, bucket << 32)
     if shuffle == "full":
         order = np.arange(samples, dtype=np.int32 if samples < 1 << 31 else np.int64)
         generator.shuffle(order)  # what `permutation` gives, in half the memory
@@ -41,16 +46,21 @@ def epoch_order(seed: int, epoch: int, samples: int, shuffle: str) -> np.ndarray
     return order
 
 
-def draw_blocks(seed: int, epoch: int, blocks: int) -> np.ndarray:
+def draw_blocks(seed: int, epoch: int, blocks: int, bucket: int = 0) -> np.ndarray:
     """The order in which "stream" shuffling takes its blocks in epoch `epoch`: (blocks,) int32."""
     order = np.arange(blocks, dtype=np.int32)
-    _stream(seed, _STREAM, epoch).shuffle(order)
+    _stream(seed, _STREAM, epoch, bucket << 32).shuffle(order)
     return order
 
 
-def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int) -> np.ndarray:
+def draw_window(seed: int, epoch: int, window: int, lane: int, rows: int, bucket: int = 0) -> np.ndarray:
     """The order of the `rows` of one window of one lane in "stream" shuffling: (rows,) int64; alone, as any other."""
-    return _stream(seed, _STREAM, epoch, 1 + lane, window).permutation(rows)
+    return _stream(seed, _STREAM, epoch, 1 + lane | bucket << 32, window).permutation(rows)
+
+
+def draw_passes(seed: int, block: int) -> np.ndarray:
+    """What decides the buckets of `PASSES_DRAWN` passes, uniform in [0, 1): (PASSES_DRAWN,) float64."""
+    return _stream(seed, _PASS, block).random(PASSES_DRAWN)
 
 
 def draw_noise(seed: int, turns: np.ndarray, shape: tuple[int, ...], draws: int = 1) -> np.ndarray:
@@ -98,6 +108,11 @@ def draw_dropout(seed: int, turns: np.ndarray, what: str, probability: float) ->
         return np.zeros(len(turns), np.bool_)
     purpose = {"caption": _CAPTION_DROPOUT, "image": _IMAGE_DROPOUT}[what]
     return np.array([_stream(seed, purpose, turn).random() < probability for turn in turns.tolist()], np.bool_)
+
+
+def draw_flip(seed: int, turns: np.ndarray) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 take the rows of their mirrored picture, half of them → (B,) bool."""
+    return np.array([_stream(seed, _FLIP, turn).random() < 0.5 for turn in turns.tolist()], np.bool_)
 
 
 def draw_seed(seed: int, turn: int) -> int:

@@ -31,6 +31,7 @@ from kcache.store.formats import format_of
 from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.chosen import Chosen
 from kcache.store.manifest import DATA_NAME, ShardEntry
+from kcache.store.shaped.joined import Joined
 from kcache.store.shards import Commit, read_commit
 
 logger = logging.getLogger(__name__)
@@ -97,17 +98,17 @@ def wanted_files(cache: Cache, fields: Sequence[str]) -> list[Wanted]:
 
     That is for shards that are not named by their content, or of which there is no record.
     """
-    used = {name: _shards_used(cache, cache.table_of(name)) for name in fields}
+    used = [(part, name, _shards_used(part, name)) for part in cache.by_shape(*fields) for name in fields]
     commits: dict[str, Commit] = {}
 
     def read(shard: ShardEntry) -> None:
         commits[shard.data] = _commit_of(cache.path, shard)
 
-    at_once(read, list({shard.data: shard for shards in used.values() for shard in shards}.values()))
+    at_once(read, list({shard.data: shard for _, _, shards in used for shard in shards}.values()))
     wanted: dict[str, Wanted] = {}
-    for name, shards in used.items():
+    for part, name, shards in used:
         for shard in shards:
-            path = format_of(shard.data).field_file(shard.data, cache.field(name))
+            path = format_of(shard.data).field_file(shard.data, part.field(name))
             inner = path.partition("/")[2]
             found = next((file for file in commits[shard.data].files if file.path == inner), None)
             if found is None:
@@ -116,9 +117,10 @@ def wanted_files(cache: Cache, fields: Sequence[str]) -> list[Wanted]:
     return [wanted[path] for path in sorted(wanted)]
 
 
-def _shards_used(cache: Cache, table: str) -> list[ShardEntry]:
-    entries, shards, used = cache.index[table], cache.manifest.tables[table].shards, set[int]()
-    if not isinstance(entries, Chosen):
+def _shards_used(cache: Cache, field: str) -> list[ShardEntry]:
+    entries, shards, used = cache.entries(field), cache.manifest.tables[cache.table_of(field)].shards, set[int]()
+    parts = entries.parts if isinstance(entries, Joined) else (entries,)
+    if not any(isinstance(part, Chosen) for part in parts):
         return list(shards)
     for first in range(0, len(entries), _TOGETHER):
         used.update(np.unique(entries[first : first + _TOGETHER]["shard"]).tolist())

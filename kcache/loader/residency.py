@@ -74,13 +74,12 @@ def settle(
     shuffle: str,
     stage_dir: Path | None,
     stage_bytes: int | None,
-) -> tuple[str, Any, DeviceTables | None]:
-    """Where rows of `fields` wait, what they are read from, and the tables on the device, if they are there.
+) -> tuple[str, Any]:
+    """Where rows of `fields` wait, all shapes together, and what they are read from.
 
-    It is what `choose_residency` says, and prepared. With a `stage_dir`, "auto" copies the shards of a cache whose
-    tables fit neither the GPU nor memory there, if they have no more than `stage_bytes`, and maps the copies.
+    It is what `choose_residency` says. With a `stage_dir`, "auto" copies the shards of a cache whose tables fit neither
+    the GPU nor memory there, if they have no more than `stage_bytes`, and maps the copies.
     """
-    residency = None
     if stage_dir is not None and isinstance(cache, Cache):
         if asked != "auto":
             raise ConfigError(
@@ -89,20 +88,18 @@ def settle(
             )
         if _whole(cache, fields, processes, device) is None:
             copy = copied(cache, fields, stage_dir, stage_bytes)
-            residency, cache = (None, cache) if copy is None else ("mmap", copy)
-    residency = residency or choose_residency(asked, cache, fields, processes, device, shuffle)
-    if residency == "gpu":
-        return residency, cache, DeviceTables(cache, fields, device)
-    if residency == "ram":
-        cache.make_resident(fields)
-    elif residency == "mmap":
-        cache.make_mapped(fields, stays=cache.resident_bytes(fields) <= free_memory())
-    return residency, cache, None
+            if copy is not None:
+                return "mmap", copy
+    return choose_residency(asked, cache, fields, processes, device, shuffle), cache
+
+
+def _bytes_of(cache: Cache, fields: Sequence[str]) -> int:
+    return sum(part.resident_bytes(fields) for part in cache.by_shape(*fields))
 
 
 def _whole(cache: Cache, fields: Sequence[str], processes: int, device: torch.device) -> str | None:
     """Where whole tables have room, "gpu" or "ram"."""
-    size = cache.resident_bytes(fields)
+    size = _bytes_of(cache, fields)
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
         return "gpu"
     return "ram" if size * processes <= free_memory() // 2 else None
@@ -128,7 +125,7 @@ def choose_residency(
             f"residency is 'mmap', but {cache.path} lies in an object store, whose files cannot be mapped; expected "
             "'auto', 'gpu', 'ram' or 'stream'; give one of these, or copy the cache to a disk"
         )
-    size = cache.resident_bytes(fields)
+    size = _bytes_of(cache, fields)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if asked == "gpu" and device.type == "cuda" and size > free:
         raise ConfigError(

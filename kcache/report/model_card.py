@@ -140,12 +140,18 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
     tables = ", ".join(f"{name} `{fingerprint[:16]}`" for name, fingerprint in sorted(cache["tables"].items()))
     where = Path(cache["path"]).name if published else cache["path"]
     lines = [f"* data: {cache['samples']:,} samples of the cache `{where}`, tables {tables}"]
+    if shapes := told.get("shapes"):
+        sides = ", ".join(f"{height}x{width}" for height, width in (each["shape"] for each in shapes))
+        lines.append(f"* shapes, height by width in pixels: {sides}")
+    if told.get("mirrored"):
+        lines.append("* half of the turns took the mirrored picture")
     for start in read_starts(run_dir):
         if (told_of := new_order_of(start)) is not None:
             lines.append(f"* after step {start['step']:,}: {told_of}")
     if metrics:
         last = [entry["loss"] for entry in metrics[-_LAST_STEPS:]]
-        lines.append(f"* steps: {metrics[-1]['step']:,} of {told['global_batch']:,} samples each")
+        most = "up to " if told.get("shapes") else ""
+        lines.append(f"* steps: {metrics[-1]['step']:,} of {most}{told['global_batch']:,} samples each")
         lines.append(f"* loss: {sum(last) / len(last):.4g}, mean of the last {len(last)} steps")
     if validations:
         values = [f"{name} {value:.4g}" for name, value in validations[-1].items() if name.startswith("val_")]

@@ -241,7 +241,10 @@ def _speed(run: Run) -> list[Block]:
     figure = figures.curve("Images per second", figures.curve_panel(run.metrics, "samples_per_second"), text)
     rows = [
         ["Images per second", f"{np.median(rates):,.1f} (median), {rates.min():,.1f} to {rates.max():,.1f}"],
-        ["Images per optimizer step", str(run.told.get("global_batch", NOT_RECORDED))],
+        [
+            "Images per optimizer step",
+            f"{'up to ' if run.told.get('shapes') else ''}{run.told.get('global_batch', NOT_RECORDED)}",
+        ],
         ["Where rows wait", str(run.told.get("residency", NOT_RECORDED))],
     ]
     waits, memory = finite(run.metrics, "loader_wait"), finite(run.metrics, "peak_memory_bytes")

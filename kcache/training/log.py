@@ -105,7 +105,7 @@ class RunLog:
     def restart_clock(self) -> None:
         """Leave the time since the last fetch out of the speed."""
         self._since, self._waited = time.perf_counter(), self._run.loader.waited
-        self._waits = self._run.loader.waits
+        self._waits, self._consumed = self._run.loader.waits, self._run.loader.consumed
 
     def fetch(self) -> Progress:
         """Write the steps kept to metrics.jsonl, averaged over all processes.
@@ -118,7 +118,7 @@ class RunLog:
         *values, (seconds, _) = accelerator.reduce(torch.stack([*self._values, speed]), "mean").tolist()
         now = time.perf_counter()
         self._slow, self._step_seconds = seconds >= SLOW_SECONDS, (now - self._since) / len(values)
-        rate = self._run.global_batch / self._step_seconds
+        rate = (self._run.loader.consumed - self._consumed) / (now - self._since)
         waits = self._shares_of_waiting(now - self._since)
         use = {"samples_per_second": rate, **self._use(now - self._since)}
         use |= {f"wait_{name}": share for name, share in waits.items()}
@@ -126,7 +126,7 @@ class RunLog:
             {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, **use}
             for (step, lr), (loss, norm) in zip(self._steps, values, strict=True)
         ]
-        self._steps, self._values, self._since = [], [], now
+        self._steps, self._values, self._since, self._consumed = [], [], now, self._run.loader.consumed
         for entry in entries:
             _check_finite(entry, scaled=accelerator.scaler is not None)
         if accelerator.is_main_process:

@@ -108,8 +108,8 @@ def _what_takes_less(config: TrainConfig) -> str:
     return f"take less by {flags}; {kept}"
 
 
-def check_batch(config: TrainConfig, base: Repository, noised: tuple[int, ...]) -> None:
-    """Refuse a batch that takes more than all memory, before anything is loaded.
+def check_batch(config: TrainConfig, base: Repository, noised: tuple[int, ...], samples: int) -> None:
+    """Refuse a batch of `samples` that takes more than all memory, before anything is loaded.
 
     `noised` is the shape of what is noised, (4, h, w) or (D,). What is counted is what must be in memory at once, in
     two bytes a number: of the decoder what its first layers make of the latents, of the prior what goes into each layer
@@ -125,7 +125,7 @@ def check_batch(config: TrainConfig, base: Repository, noised: tuple[int, ...]) 
         values = math.prod(_count(network.get(name)) for name in sizes) * _FEWEST_TOKENS
     check_fits(
         f"--train-batch-size {config.train_batch_size}",
-        config.train_batch_size * values * 2,
+        samples * values * 2,
         "give a smaller one, and more --gradient-accumulation-steps",
         default_device(),
     )

@@ -11,8 +11,9 @@ from kcache.disk.durable import shared, writing
 from kcache.encoders.repositories import COMPONENTS, Repository
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
-from kcache.loader.batches import CacheLoader, RowReader
-from kcache.loader.course import changed_samples
+from kcache.loader.batches import CacheLoader
+from kcache.loader.parts import RowReader
+from kcache.loader.state import changed_samples
 from kcache.settings import marks_of
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, RESULT, logger
@@ -193,15 +194,15 @@ def take_place(loader: CacheLoader, checkpoint: Checkpoint, new_order: NewOrder 
         raise _unknown(checkpoint, error) from error
 
 
-def last_step(loader: CacheLoader, config: TrainConfig, global_batch: int, checkpoint: Checkpoint | None) -> int:
+def last_step(loader: CacheLoader, config: TrainConfig, checkpoint: Checkpoint | None) -> int:
     """The optimizer step that the run ends with, those before `checkpoint` counted as they were.
 
     Where that is another than the run was begun with, a schedule that leads there goes on as that of a run which had
     always been so long; it is said. Raises RunError when the checkpoint does not say.
     """
     step = 0 if checkpoint is None else checkpoint.step
-    left = loader.turns_until(config.num_train_epochs) - loader.consumed
-    last = config.max_train_steps or step + math.ceil(left / global_batch)
+    left = loader.batches_until(config.num_train_epochs)
+    last = config.max_train_steps or step + math.ceil(left / config.gradient_accumulation_steps)
     if checkpoint is None or config.lr_scheduler in ("constant", "constant_with_warmup"):
         return last
     state = checkpoint.state

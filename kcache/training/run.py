@@ -64,7 +64,7 @@ class TrainingRun:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     loader: CacheLoader
     global_batch: int
-    """Samples per optimizer step, of all processes and accumulated batches."""
+    """Samples per optimizer step, of all processes and accumulated batches; fewer of shapes that have more pixels."""
     max_steps: int
     counterpart_name: str
     """The repository of the half that does not learn."""
@@ -128,8 +128,19 @@ class TrainingRun:
             logger.warning("no checkpoint in %s: starting at step 0", self.output_dir)
         if self.config.resume_from_checkpoint != "latest":
             self._leave_later_checkpoints()
+        self._say_shapes()
         told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
         start_run(self.config, self._facts(), self.first_step, told)
+
+    def _say_shapes(self) -> None:
+        """Say what batches of several shapes there are, and that pictures are mirrored."""
+        for each in self.loader.shapes:
+            height, width = each["shape"]
+            passes = each["samples"] / each["batch"]
+            said = "%s high, %s wide: %s samples, %s at a time, %.1f passes an epoch"
+            logger.warning(said, height, width, f"{each['samples']:,}", each["batch"], passes)
+        if self.cache.flip:
+            logger.warning("half of the turns take the mirrored picture; --no-flip leaves these out")
 
     def _leave_later_checkpoints(self) -> None:
         """Rename what this run does not go on with, or "latest" would take it: the checkpoints after its first step."""
@@ -153,6 +164,8 @@ class TrainingRun:
             "counterpart": self.counterpart_name,
             "global_batch": self.global_batch,
             "max_steps": self.max_steps,
+            **({"shapes": shapes} if (shapes := self.loader.shapes) else {}),
+            **({"mirrored": True} if self.cache.flip else {}),
             "residency": self.loader.residency,
             "machine": machine_facts(self.accelerator),
             "versions": {"kcache": kcache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
@@ -184,11 +197,11 @@ class TrainingRun:
         Unless what learns is no longer finite. What goes wrong with that is said, and the failure raised all the same;
         of another process that has ended as a RunError.
         """
-        taken = self.loader.consumed
+        standing = self.loader.standing
         try:
             yield
         except BaseException as error:
-            self.loader.consumed = taken  # the batches of a step that was not made
+            self.loader.standing = standing  # the batches of a step that was not made
             if not isinstance(error, Exception):  # whoever stops says what is kept
                 raise
             self.keep("something failed")

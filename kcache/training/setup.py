@@ -1,8 +1,9 @@
 """A training run set up: its parts found, checked against each other, loaded and put together."""
 
-from functools import partial
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
@@ -10,8 +11,10 @@ from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
-from kcache.loader.batches import CacheLoader, RowReader
+from kcache.loader.batches import CacheLoader
 from kcache.loader.chance import draw_turns
+from kcache.loader.parts import RowReader, ShapedReader
+from kcache.loader.schedule import batches_of
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
@@ -60,10 +63,14 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, base, adapted)
     new_order = check_same_samples(checkpoint, cache, config)
-    check_batch(config, base, cache.field(OBJECTIVES[config.stage].noised_field).shape)
+    parts = cache.by_shape(*_fields(config))
+    batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
+    for part, batch in zip(parts, batches, strict=True):
+        check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
     objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
     check_cache_fits(cache, objective, base)
-    tables = {name: cache.recipes[name].fingerprint for name in map(cache.table_of, objective.row_shapes)}
+    names = {part.table_of(field) for part in parts for field in objective.row_shapes}
+    tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
@@ -78,7 +85,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
-    max_steps = last_step(loader, config, global_batch, checkpoint)
+    max_steps = last_step(loader, config, checkpoint)
     run = TrainingRun(
         config=config,
         cache=cache,
@@ -107,10 +114,27 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
 
 def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cache, Cache | None]:
     """The samples to train on, and those held out, if any."""
-    opened = cache if isinstance(cache, Cache) else Cache.open(cache, config.resolution)
+    if isinstance(cache, Cache):
+        opened = cache
+    else:
+        opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     if config.where is not None:
         opened = opened.where(config.where)
+    having = opened.having(*_fields(config))
+    if len(having) < len(opened):
+        logger.warning(
+            "%s of %s samples have no row at the resolutions that are read, as their pictures are too small, and are "
+            "left out",
+            f"{len(opened) - len(having):,}",
+            f"{len(opened):,}",
+        )
+        opened = having
     return split_by_key(opened, config.val_fraction) if config.val_fraction else (opened, None)
+
+
+def _fields(config: TrainConfig) -> tuple[str, ...]:
+    """The fields that the stage reads."""
+    return tuple(field for kind in KINDS if config.stage in kind.readers for field in kind.fields)
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
@@ -118,7 +142,8 @@ def _find_base(cache: Cache, config: TrainConfig) -> Repository:
     # What the cache has not, or has in several resolutions, is said before anything is fetched.
     for kind in KINDS:
         if config.stage in kind.readers:
-            cache.table_of(kind.fields[0])
+            for part in cache.by_shape(kind.fields[0]):
+                part.table_of(kind.fields[0])
     return _find_half(cache, config, config.stage, config.revision)[1]
 
 
@@ -163,8 +188,9 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
     """
     if len(cache) == 0:
         raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
-    for field, expected in objective.row_shapes.items():
-        found = cache.field(field).shape
+    parts = cache.by_shape(*objective.row_shapes)
+    for part, (field, expected) in product(parts, objective.row_shapes.items()):
+        found = part.field(field).shape
         fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
         if not fits:
             wanted = ", ".join("any" if side is None else str(side) for side in expected)
@@ -180,7 +206,7 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
                 "build the cache with the tokenizer that belongs to this model"
             )
     with DigestMemo() as memo:
-        for table in dict.fromkeys(map(cache.table_of, objective.row_shapes)):
+        for table in dict.fromkeys(part.table_of(field) for part in parts for field in objective.row_shapes):
             component = kind_of(table).component
             if (repository.path / component).is_dir():
                 _check_encoder(cache, table, repository, component, memo)
@@ -200,13 +226,14 @@ def _check_encoder(cache: Cache, table: str, repository: Repository, component: 
 
 def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
     fields = tuple(objective.row_shapes)
-    draws = partial(
-        draw_turns,
-        config.seed,
-        shape=cache.field(objective.noised_field).shape,
-        num_train_timesteps=objective.scheduler.config.num_train_timesteps,
-        draws=config.noise_draws,
-    )
+    shapes = {part.shape: part.field(objective.noised_field).shape for part in cache.by_shape(*fields)}
+    timesteps = objective.scheduler.config.num_train_timesteps
+
+    def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
+        """The noise has the shape of the batch's own rows."""
+        shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
+        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws)
+
     rows: RowReader = cache
     if config.online is not None:
         # Not at the top: a run from a cache needs neither encoders nor what reads a source.

@@ -213,7 +213,7 @@ def run_sweep(
     planned = plan_sweep(sweep, config)
     folder = Path(config.output_dir)
     check_place(folder, ours=(folder / SWEEP_FILE).exists())
-    opened = Cache.open(cache, config.resolution)
+    opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     records = _read_records(folder / SWEEP_FILE, [run.name for run in planned])
     finished = {run.name for run in planned if _is_finished(run, records.get(run.name), opened.fingerprint)}
     # By what launchers set, as processes know nothing of each other before the first run.

@@ -85,7 +85,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
     evaluation = Evaluation(run, log)
     wait_for_all()
     log.restart_clock()
-    progress, begun = None, time.perf_counter()
+    progress, begun, seen = None, time.perf_counter(), run.loader.consumed
 
     with closing(log), closing(run.loader.forever()) as batches, stopped_when_safe() as caught, _waits_ended(run, log):
         while run.step < run.max_steps:
@@ -126,7 +126,7 @@ def _train(run: TrainingRun, report: Callable[[Progress], None] | None) -> Train
         step=run.step,
         loss=None if progress is None else progress.loss,
         seconds=seconds,
-        samples_per_second=(run.step - run.first_step) * run.global_batch / seconds,
+        samples_per_second=(run.loader.consumed - seen) / seconds,
         address=address,
     )
 
@@ -185,6 +185,7 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
             torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
             with accelerator.accumulate(run.objective):
                 loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
+                loss = loss * run.loader.weight  # a sample of a rare shape counts as much as any other
                 accelerator.backward(loss)
             losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)

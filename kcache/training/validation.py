@@ -7,11 +7,11 @@ Which images those are is decided by each image's key alone, so that every run h
 
 import hashlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import wait
 from contextlib import closing
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -91,71 +91,107 @@ class Validation:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        numbers = key_numbers(cache)
-        self._cache = cache
         self._objective = objective
-        self._samples = np.argsort(numbers, kind="stable")[:MAX_SAMPLES][rank::world_size]
-        # Far above the turns of training, so that no noise is met there too; one bit less, to be an int64.
-        self._turns = (numbers[self._samples] >> np.uint64(1)).astype(np.int64)
+        self._parts = [
+            _Share(part, samples[rank::world_size], turns[rank::world_size])
+            for part, samples, turns in _looked_at(cache, tuple(objective.row_shapes))
+        ]
+        self._resolutions = sorted({part.cache.resolution or 0 for part in self._parts})
         self._batch_size = batch_size
         self._seed = seed
         self._device = torch.device(device)
         self._width = objective.scheduler.config.num_train_timesteps // BANDS
 
     def totals(self) -> Tensor:
-        """What this process's samples add up to, (BANDS, 1 + measures) float32 on the device: a count, then the sums.
+        """What this process's samples add up to, (bands, 1 + measures) float32 on the device: a count, then the sums.
+
+        There are BANDS bands for each resolution.
 
         Added up over all processes it is what `summary` wants. The network runs without gradients in evaluation mode,
         and is left as it was; no generator of random numbers is touched. Precision is the caller's, by autocast.
         Where a signal asks to stop they are NaN at once: nobody waits that long.
         """
-        totals, seen = torch.zeros(BANDS, 1 + len(self._objective.measures), device=self._device), 0
+        totals, seen = (
+            torch.zeros(len(self._resolutions) * BANDS, 1 + len(self._objective.measures), device=self._device),
+            0,
+        )
         with torch.no_grad(), evaluating(self._objective), closing(self._batches()) as batches:
-            for batch, noise, places in batches:
+            for resolution, batch, noise, places in batches:
                 seen += len(places)
                 for band in range(BANDS):
-                    totals[band, 0] += len(places)
-                    totals[band, 1:] += self._objective.measure(batch, noise, places + band * self._width).sum(1)
-        return totals if seen == len(self._samples) else totals.fill_(math.nan)
+                    row = self._resolutions.index(resolution) * BANDS + band
+                    totals[row, 0] += len(places)
+                    totals[row, 1:] += self._objective.measure(batch, noise, places + band * self._width).sum(1)
+        return totals if seen == sum(len(part.samples) for part in self._parts) else totals.fill_(math.nan)
 
     def summary(self, totals: Tensor) -> dict[str, float]:
         """Means by name: val_loss, val_loss_t000_249 and so on for each band of timesteps, and val_cosine of the prior.
 
         The loss is the mean squared error that the network trains on, unweighted; val_loss is its mean over all bands.
-        val_cosine is the mean cosine of the angle between the image embedding that the prior predicts and the true one.
+        Of several resolutions there is val_loss_768px, too, for each. val_cosine is the mean cosine of the angle
+        between the image embedding that the prior predicts and the true one.
         """
         names = self._objective.measures
-        counts, sums = totals.double().cpu().split([1, len(names)], dim=1)
+        each = totals.double().cpu().reshape(-1, BANDS, 1 + len(names))
+        sides = self._resolutions if len(self._resolutions) > 1 else []
+        resolutions = {
+            f"val_loss_{side}px": (of[:, 1 + names.index("loss")] / of[:, 0]).mean().item()
+            for side, of in zip(sides, each, strict=False)
+        }
+        counts, sums = each.sum(0).split([1, len(names)], dim=1)
         means = dict(zip(names, (sums / counts).T, strict=True))
         last = BANDS * self._width - 1
         bands = {
             f"val_loss_t{band * self._width:0{len(str(last))}}_{(band + 1) * self._width - 1}": loss
             for band, loss in enumerate(means["loss"].tolist())
         }
-        return {"val_loss": means["loss"].mean().item(), **bands} | {
+        return {"val_loss": means["loss"].mean().item(), **bands, **resolutions} | {
             f"val_{name}": means[name].mean().item() for name in names if name != "loss"
         }
 
-    def _batches(self) -> Generator[tuple[Batch, Tensor, Tensor], None, None]:
-        """Batches of rows, their noise, and their places in a band: timesteps from 0 to the width of one.
+    def _batches(self) -> Generator[tuple[int, Batch, Tensor, Tensor], None, None]:
+        """Batches: their resolution, rows, noise, and places in a band, which are timesteps from 0 to the width of one.
 
         They end where a signal asks to stop, also while a store is silent.
         """
         fields = tuple(self._objective.row_shapes)
-        shape = self._cache.field(self._objective.noised_field).shape
+        parts = [
+            (part, slice(start, start + self._batch_size))
+            for part in self._parts
+            for start in range(0, len(part.samples), self._batch_size)
+        ]
         with closing(Crew(1, "kcache-validation")) as crew:
-            for start in range(0, len(self._samples), self._batch_size):
-                part = slice(start, start + self._batch_size)
-                reading = crew.submit(self._cache.read, self._samples[part], fields)
+            for part, some in parts:
+                shape = part.cache.field(self._objective.noised_field).shape
+                reading = crew.submit(part.cache.read, part.samples[some], fields)
                 while not wait([reading], POLL_SECONDS).done:
                     if signal_asked():
                         return
                 if signal_asked():
                     return
-                drawn = draw_turns(self._seed, self._turns[part], shape, self._width)
+                drawn = draw_turns(self._seed, part.turns[some], shape, self._width)
                 rows = reading.result() | drawn
                 batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
-                yield batch, batch.pop("noise"), batch.pop("timesteps")
+                yield part.cache.resolution or 0, batch, batch.pop("noise"), batch.pop("timesteps")
+
+
+class _Share(NamedTuple):
+    """What one process looks at of the held-out samples of one shape."""
+
+    cache: Cache
+    samples: np.ndarray
+    turns: np.ndarray
+
+
+def _looked_at(cache: Cache, fields: tuple[str, ...]) -> Iterator[tuple[Cache, np.ndarray, np.ndarray]]:
+    """The samples of each shape that are looked at, (n,), and the turns that they have, (n,) int64."""
+    last = np.sort(key_numbers(cache))[:MAX_SAMPLES][-1]
+    for part in cache.by_shape(*fields):
+        numbers = key_numbers(part)
+        samples = np.argsort(numbers, kind="stable")[:MAX_SAMPLES]
+        samples = samples[numbers[samples] <= last]
+        # Far above the turns of training, so that no noise is met there too; one bit less, to be an int64.
+        yield part, samples, (numbers[samples] >> np.uint64(1)).astype(np.int64)
 
 
 HELD_OUT_BATCH_SIZE = 8
@@ -171,7 +207,8 @@ class Evaluation:
         """Makes ready; raises the KcacheError of pictures that cannot be drawn, before the first step."""
         self._run, self._log = run, log
         config, accelerator = run.config, run.accelerator
-        self._every = config.validation_steps or math.ceil(config.validation_epochs * len(run.cache) / run.global_batch)
+        passes = config.validation_epochs * run.loader.passes_of_epoch
+        self._every = config.validation_steps or math.ceil(passes / config.gradient_accumulation_steps)
         self._validation = None
         if run.held_out is not None:
             self._validation = Validation(
@@ -237,7 +274,7 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     from kcache.report.pictures import PromptPictures
 
     # A prior is trained at no resolution: its pictures are as large as the cache's, if it has some.
-    side = run.config.resolution or max(resolutions_of(run.cache.shape_sets), default=RESOLUTION)
+    side = max(run.config.resolution or resolutions_of(run.cache.shape_sets), default=RESOLUTION)
     pictures = PromptPictures(run.config, run.base, run.counterpart, side, run.accelerator.device)
     pictures.prepare()
     return pictures

@@ -147,15 +147,30 @@ def test_a_file_gives_flags_and_the_command_line_wins(
     path = tmp_path / "run.toml"
     path.write_text(
         'cache = "c"\noutput_dir = "r"\nlearning-rate = 1\nseed = 3\nuse_ema = true\nallow_tf32 = true\n'
-        'validation_prompts = ["a fox", "an owl"]\nmixed_precision = "bf16"\n'
+        'validation_prompts = ["a fox", "an owl"]\nmixed_precision = "bf16"\nresolution = 512\n'
     )
     run("train-decoder", "--config", str(path))
-    run("train-decoder", "other", "--seed=4", "--no-use-ema", "--validation-prompts=a cat", f"--config={path}")
+    run(
+        "train-decoder",
+        "other",
+        "--seed=4",
+        "--resolution=512",
+        "--resolution=768",
+        "--no-flip",
+        "--no-use-ema",
+        "--validation-prompts=a cat",
+        f"--config={path}",
+    )
     given: dict[str, Any] = {"stage": "decoder", "output_dir": "r", "learning_rate": 1.0, "mixed_precision": "bf16"}
     given["allow_tf32"] = True
     assert calls == [
-        ("c", TrainConfig(**given, seed=3, use_ema=True, validation_prompts=("a fox", "an owl"))),
-        ("other", TrainConfig(**given, seed=4, use_ema=False, validation_prompts=("a cat",))),
+        ("c", TrainConfig(**given, seed=3, use_ema=True, validation_prompts=("a fox", "an owl"), resolution=(512,))),
+        (
+            "other",
+            TrainConfig(
+                **given, seed=4, use_ema=False, validation_prompts=("a cat",), resolution=(512, 768), flip=False
+            ),
+        ),
     ]
     assert isinstance(calls[0][1].learning_rate, float)
 

@@ -10,7 +10,7 @@ import pytest
 from in_bucket import put
 
 from kcache.errors import StoreError
-from kcache.loader.ranges import Ranges
+from kcache.loader.streaming.ranges import Ranges
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
 
@@ -83,7 +83,7 @@ def test_what_takes_some_milliseconds_is_not_late(store: Store, monkeypatch: pyt
         return await real(tasks, timeout=timeout, **how)
 
     monkeypatch.setattr(asyncio, "wait", wait)
-    monkeypatch.setattr("kcache.loader.ranges._LEAST_PATIENCE", 1000.0)
+    monkeypatch.setattr("kcache.loader.streaming.ranges._LEAST_PATIENCE", 1000.0)
     ranges, path = Ranges(), BucketPath("s3://stub", "file")
     for _ in range(18):
         ranges.fetch(path, 3, 5).result()

@@ -22,10 +22,11 @@ from measuring.synthetic import write_synthetic_cache
 from kcache import Cache
 from kcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
-from kcache.loader.fetches import Layout
-from kcache.loader.ranges import Ranges
-from kcache.loader.stage import Arrival, Stage, make_stages
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.beside import Streamed, make_stages
+from kcache.loader.streaming.fetches import Layout
+from kcache.loader.streaming.ranges import Ranges
+from kcache.loader.streaming.stage import Arrival, Stage
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.places.bucket import BucketPath
 from kcache.upkeep.convert import convert_cache
 
@@ -133,7 +134,7 @@ def test_the_first_batch_asks_for_its_own_part_of_a_large_index(
 ) -> None:
     """Which grows, so that the samples of the first window come in several runs; and each comes once, all the same."""
     monkeypatch.setattr("kcache.store.formats.index_files._SOON", 0)
-    monkeypatch.setattr("kcache.loader.batches._MUCH", 0)
+    monkeypatch.setattr("kcache.loader.parts._MUCH", 0)
     runs: list[int] = []
     plan = Stage._fetches
     monkeypatch.setattr(Stage, "_fetches", lambda *given: runs.append(len(given[1])) or plan(*given))
@@ -206,7 +207,7 @@ def test_memory_stays_within_the_least_that_is_named(path: Path, stages: list[St
 
 def test_half_of_the_free_memory_is_taken_unless_it_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"bytes": 0}
-    monkeypatch.setattr("kcache.loader.ration.free_memory", lambda: free["bytes"])
+    monkeypatch.setattr("kcache.loader.streaming.ration.free_memory", lambda: free["bytes"])
     with pytest.raises(ConfigError, match="half of the free memory, a share per process, is 0 bytes") as refused:
         loader(path, stage_bytes=None)
     free["bytes"] = 2 * least(str(refused.value))
@@ -302,20 +303,22 @@ def test_whoever_stops_early_leaves_no_thread(path: Path, bucket: str) -> None:
 def test_what_lies_apart_is_said_once(
     many_captions: Path, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.WARNING, "kcache.loader.stage")
-    monkeypatch.setattr("kcache.loader.fetches._ALONE", 0.02)  # blocks at the borders of small shards are more than 1 %
+    caplog.set_level(logging.WARNING, "kcache.loader.streaming.stage")
+    monkeypatch.setattr(
+        "kcache.loader.streaming.fetches._ALONE", 0.02
+    )  # blocks at the borders of small shards are more than 1 %
     list(loader(path))
     list(loader(path, caption_dropout=0.3, image_dropout=0.3))
     assert caplog.messages == []
     list(islice(loader(many_captions).forever(), 400))
     assert caplog.messages == []  # a small cache, and for all that a long run
-    monkeypatch.setattr("kcache.loader.stage.ENOUGH_ROWS", 240)
+    monkeypatch.setattr("kcache.loader.streaming.stage.ENOUGH_ROWS", 240)
     list(loader(many_captions))
     assert caplog.messages == []  # and a short one
     list(islice(loader(many_captions).forever(), 40))
     (said,) = caplog.messages
     assert re.match(r"streaming: \d\.\d% of the rows take a request for themselves, and 2\.\d\d bytes are read", said)
-    monkeypatch.setattr("kcache.loader.fetches.GAP_BYTES", 0)
+    monkeypatch.setattr("kcache.loader.streaming.fetches.GAP_BYTES", 0)
     list(islice(loader(many_captions).forever(), 40))
     assert re.match(
         r"streaming: \d\d\.\d% of the rows take a request for themselves, and 1.0\d bytes", caplog.messages[1]
@@ -339,6 +342,7 @@ def test_a_program_that_ends_waits_for_no_rows(path: Path, monkeypatch: pytest.M
     cache = Cache.open(put(path, "memory://ends/cache"))
     monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
     wishes = (np.arange(8), np.zeros(8, np.int64), {})
-    stage = make_stages(cache, FIELDS, SHAPE, 8, 1, 1 << 24)(iter([wishes]))
+    [new_stage] = make_stages([Streamed(cache, FIELDS, SHAPE, 8)], 1, 1 << 24)
+    stage = new_stage(iter([wishes]))
     with closing(stage), pytest.raises(RuntimeError, match="shutdown"):
         stage.take(0, 8, np.empty)

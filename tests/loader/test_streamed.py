@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcache.loader.streamed import StreamOrder, StreamShape, share_of_lanes, stream_shape
+from kcache.loader.streaming.streamed import StreamOrder, StreamShape, share_of_lanes, stream_shape
 
 RECORDED = ["3757aa6543cf46a4", "8fc135703a1d2bca", "07293d6415084555"]
 SHAPES = st.builds(StreamShape, block_rows=st.integers(1, 5), lanes=st.integers(1, 6), window_blocks=st.integers(1, 4))

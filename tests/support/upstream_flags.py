@@ -16,7 +16,7 @@ UPSTREAM: dict[str, tuple[list[str], dict[str, Any] | str]] = {
     "output_dir": (["elsewhere"], {"output_dir": "elsewhere"}),
     "cache_dir": (["hub"], {"cache_dir": "hub"}),
     "seed": (["7"], {"seed": 7}),
-    "resolution": (["512"], {"resolution": 512}),
+    "resolution": (["512"], {"resolution": (512,)}),
     "train_batch_size": (["4"], {"train_batch_size": 4}),
     "num_train_epochs": (["3"], {"num_train_epochs": 3}),
     "max_train_steps": (["9"], {"max_train_steps": 9}),

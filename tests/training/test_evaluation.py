@@ -8,6 +8,7 @@ import pytest
 import torch
 from short_runs import STAGES, config, course
 
+from kcache.config.shapes import square_set
 from kcache.errors import ModelError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import append_metrics, read_validation
@@ -130,9 +131,9 @@ def test_halves_that_do_not_belong_together_are_refused_before_the_first_step(
     assert course(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize(("tables", "asked", "side"), [((), None, 512), ((256, 768), None, 768), ((64,), 96, 96)])
+@pytest.mark.parametrize(("tables", "asked", "side"), [((), (), 512), ((256, 768), (), 768), ((64,), (96,), 96)])
 def test_pictures_are_as_large_as_what_is_trained_on(
-    tables: tuple[int, ...], asked: int | None, side: int, monkeypatch: pytest.MonkeyPatch
+    tables: tuple[int, ...], asked: tuple[int, ...], side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
 
@@ -141,9 +142,8 @@ def test_pictures_are_as_large_as_what_is_trained_on(
         return SimpleNamespace(prepare=lambda: None)
 
     monkeypatch.setattr("kcache.report.pictures.PromptPictures", make)
-    recipes = ["image_embeds", *(f"latents-{table}" for table in tables)]
     run: Any = SimpleNamespace(
-        cache=SimpleNamespace(recipes=recipes),
+        cache=SimpleNamespace(shape_sets=tuple(map(square_set, tables))),
         config=SimpleNamespace(resolution=asked),
         base="base",
         counterpart="other half",

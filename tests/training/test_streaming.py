@@ -100,13 +100,13 @@ def test_whoever_waits_for_rows_that_do_not_come_is_stopped_all_the_same(
     monkeypatch.setattr("kcache.stopping.LAST_WORD_SECONDS", 0.01)
     silence, fill, hand_over = threading.Event(), CacheLoader._fill, CacheLoader._hand_over
 
-    def hang(self: CacheLoader, turns: Any, *others: Any) -> Any:
-        return silence.wait() if turns[0] == 10 else fill(self, turns, *others)
+    def hang(self: CacheLoader, part: Any, share: Any, *others: Any) -> Any:
+        return silence.wait() if share.turns[0] == 10 else fill(self, part, share, *others)
 
-    def end(self: CacheLoader, filling: Any, done: int) -> Any:
-        if done == 12:
+    def end(self: CacheLoader, filling: Any, part: Any, after: Any) -> Any:
+        if after.turn == 12:
             os.kill(os.getpid(), number)
-        return hand_over(self, filling, done)
+        return hand_over(self, filling, part, after)
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheLoader, "_fill", hang)

@@ -143,9 +143,10 @@ def test_at_most_1024_samples_are_looked_at(tmp_path: Path, objectives: dict[str
     write_synthetic_cache(tmp_path / "cache", MAX_SAMPLES + 40, dim=32, latent_side=1, dtype="float32")
     large = Cache.open(tmp_path / "cache")
     asked = validation(large, objectives["prior"], batch_size=256)
-    assert len(asked._samples) == MAX_SAMPLES
+    [part] = asked._parts
+    assert len(part.samples) == MAX_SAMPLES
     numbers = np.array(key_numbers(large))
-    assert sorted(numbers[asked._samples]) == sorted(numbers)[:MAX_SAMPLES]
+    assert sorted(numbers[part.samples]) == sorted(numbers)[:MAX_SAMPLES]
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from kcache.errors import KcacheError
-from kcache.loader.fetches import ENOUGH_ROWS, Fetch, Layout, Tally, plan_fetches
-from kcache.loader.ranges import Ranges
-from kcache.loader.ration import AT_ONCE, Ration, ration
-from kcache.loader.slots import Arena, Run
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.fetches import ENOUGH_ROWS, Fetch, Layout, Tally, plan_fetches
+from kcache.loader.streaming.ranges import Ranges
+from kcache.loader.streaming.ration import AT_ONCE, Ration
+from kcache.loader.streaming.slots import Arena, Run
 from kcache.stopping import LAST_WORD_SECONDS
 from kcache.store.cache import Cache
 from kcache.store.formats.checksums import crc32c
@@ -50,14 +48,6 @@ class Arrival(NamedTuple):
         """What somebody who waited for the batch from `start` to `end` waited for: seconds."""
         came, ready = (min(max(moment, start), end) for moment in self)
         return {"store": came - start, "verification": max(ready - came, 0.0), "copying": end - max(came, ready)}
-
-
-def make_stages(
-    cache: Cache, fields: Sequence[str], shape: StreamShape, batch_size: int, world_size: int, asked: int | None
-) -> "Callable[..., Stage]":
-    """What makes a stage for a pass over wishes, in the memory that `ration` gives it; raises its ConfigError."""
-    layout = Layout(cache, fields, shape)
-    return partial(Stage, cache, layout, ration(layout, shape, len(cache), batch_size, world_size, asked), batch_size)
 
 
 class Stage:

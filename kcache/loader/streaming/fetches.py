@@ -9,7 +9,7 @@ import numpy as np
 
 from kcache.errors import CacheCorruptError, KcacheError, StoreError
 from kcache.foreign import corrupt
-from kcache.loader.streamed import StreamShape
+from kcache.loader.streaming.streamed import StreamShape
 from kcache.places.bucket import BucketPath
 from kcache.places.client import is_silence
 from kcache.places.place import Place

@@ -6,7 +6,8 @@ is the next sample of lane p modulo the lanes. So any window is known alone, wit
 windows of rows are all that has to be in memory, and processes that share out the lanes never want the same block.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +21,8 @@ _LANES = 64
 _MOST_BLOCKS, _FEWEST_BLOCKS, _WINDOWS = 64, 16, 4
 """Blocks of a window, by which a batch has hardly more neighbours than chance gives; fewer in small caches, so that no
 more than a quarter of one has to be in memory, but never fewer than what mixes well."""
+_FEWEST_BESIDE = 4
+"""Where other orders are streamed beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,13 @@ def stream_shape(samples: int) -> StreamShape:
     return StreamShape(block_rows=_BLOCK_ROWS, lanes=_LANES, window_blocks=blocks)
 
 
+def stream_shapes(counts: Sequence[int]) -> list[StreamShape]:
+    """The shapes for samples that are streamed side by side, `counts` in each order: windows of about one cache's."""
+    whole, samples = stream_shape(sum(counts)), sum(counts)
+    blocks = [max(_FEWEST_BESIDE, -(-whole.window_blocks * count // samples)) for count in counts]
+    return [replace(whole, window_blocks=each) for each in blocks] if len(counts) > 1 else [whole]
+
+
 class StreamOrder:
     """The samples of one epoch in their order: `order[positions]` gives those at some positions of it.
 
@@ -63,12 +73,13 @@ class StreamOrder:
     with the block that is shorter, are the last window: shuffled together. Safe in threads.
     """
 
-    def __init__(self, seed: int, epoch: int, samples: int, shape: StreamShape) -> None:
+    def __init__(self, seed: int, epoch: int, samples: int, shape: StreamShape, bucket: int = 0) -> None:
         self._seed = seed
         self._epoch = epoch
         self._samples = samples
         self._shape = shape
-        self._blocks = draw_blocks(seed, epoch, samples // shape.block_rows)
+        self._bucket = bucket
+        self._blocks = draw_blocks(seed, epoch, samples // shape.block_rows, bucket)
         self._last = int(shape.windows(np.array([samples]), samples)[0])
         # Beside a batch at the border of two windows stand those who read ahead.
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -95,12 +106,15 @@ class StreamOrder:
         if window == self._last:
             short = np.arange(len(self._blocks) * shape.block_rows, self._samples)
             rows = np.concatenate([rows, short])
-            return rows[draw_window(self._seed, self._epoch, window, shape.lanes, len(rows))]
+            return rows[self._drawn(window, shape.lanes, len(rows))]
         lane_rows = shape.window_blocks * shape.block_rows
         # (window_blocks, lanes, block_rows): blocks were dealt in turn
         lanes = rows.reshape(shape.window_blocks, shape.lanes, shape.block_rows).swapaxes(0, 1).reshape(-1, lane_rows)
-        orders = [draw_window(self._seed, self._epoch, window, lane, lane_rows) for lane in range(shape.lanes)]
+        orders = [self._drawn(window, lane, lane_rows) for lane in range(shape.lanes)]
         return np.take_along_axis(lanes, np.stack(orders), axis=1).T.reshape(-1)
+
+    def _drawn(self, window: int, lane: int, rows: int) -> np.ndarray:
+        return draw_window(self._seed, self._epoch, window, lane, rows, self._bucket)
 
 
 def share_of_lanes(positions: np.ndarray, lanes: int, rank: int, world_size: int) -> np.ndarray | None:
