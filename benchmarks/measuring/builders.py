@@ -123,7 +123,7 @@ class Bench:
         job = survey(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
         load, device = kcache.encoders.frozen.load_encoder, torch.device("cpu")
         encoders = {r.fingerprint: load(r, job.repository(name), device) for name, r in job.recipes.items()}
-        kcache.encoders.frozen.load_encoder = lambda recipe, *_: encoders[recipe.fingerprint]
+        kcache.encoders.frozen.load_encoder = lambda recipe, *_, **__: encoders[recipe.fingerprint]
 
     def start(
         self, source: Path, cache: Path | str, form: str, *, worker: str | None = None, watch: int = -1

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from small_builds import copy_pictures, small_config
 
-from kcache.build.survey import fetcher, survey
+from kcache.build.pictures.contents import fetcher
+from kcache.build.survey import survey
 from kcache.store.digests import Keys, content_key
 from kcache.store.formats.columns import Samples
 

@@ -111,7 +111,7 @@ def test_every_setting_is_a_flag() -> None:
     given = {"source", "cache", "config", "sweep", "dry_run", "strict", "as_json"}
     assert set(flags["cache-build"]) - given == {field.name for field in dataclasses.fields(BuildConfig)}
     assert set(flags["train-decoder"]) - given == train_fields - {"caption_dropout", "packing", "noise_draws"}
-    assert set(flags["train-prior"]) - given == train_fields - {"resolution", "image_dropout"}
+    assert set(flags["train-prior"]) - given == train_fields - {"aspect_ratio_buckets", "resolution", "image_dropout"}
     assert flags["train-prior"]["seed"].help == "Decides order, captions, noise and timesteps."
 
 
