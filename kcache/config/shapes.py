@@ -59,6 +59,13 @@ class ShapeSet:
         shapes = "1 shape" if len(self.shapes) == 1 else f"{len(self.shapes)} shapes"
         return str(self.resolution) if self.is_square else f"{self.resolution} in {shapes}"
 
+    @property
+    def in_full(self) -> str:
+        """The same with all that it says: "64 as 48,80;64,64, enlarged up to 2 times"."""
+        limit = "" if self.max_upscale is None else f", enlarged up to {self.max_upscale:g} times"
+        listed = ";".join(f"{tall},{wide}" for tall, wide in self.shapes)
+        return self.name if self.is_square else f"{self.resolution} as {listed}{limit}"
+
     def choose(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """(n,) int16: the number of each picture's shape, `NO_SHAPE` for one that would be enlarged too much.
 

@@ -110,6 +110,11 @@ def _check_alike(first: CacheContents, other: CacheContents) -> None:
         differences.append(f"format: {found.format} → {expected.format}")
     if found.tables.keys() != expected.tables.keys():
         differences.append(f"tables: {', '.join(sorted(found.tables))} → {', '.join(sorted(expected.tables))}")
+    if found.shape_sets != expected.shape_sets:
+        shapes = [" and ".join(each.in_full for each in manifest.shape_sets) for manifest in (found, expected)]
+        differences.append(f"shapes: {' → '.join(shapes)}")
+    if found.flip != expected.flip:
+        differences.append(f"flip: {found.flip} → {expected.flip}")
     for name in sorted(found.tables.keys() & expected.tables.keys()):
         if (lines := recipe_differences(other.recipes[name], first.recipes[name])) and (
             undecided := _not_the_same(other.recipes[name], first.recipes[name], (first.manifest, found))
@@ -118,7 +123,7 @@ def _check_alike(first: CacheContents, other: CacheContents) -> None:
     if differences:
         raise CacheMismatchError(
             f"{other.folder} cannot be merged with {first.folder}, which differs in {'; '.join(differences)}; "
-            "expected equal tables, recipes and forms; build or convert one of them like the other first"
+            "expected equal tables, shapes, recipes and forms; build or convert one of them like the other first"
         )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from kcache.store.formats.columns import Samples
 from kcache.store.formats.parts import PARTS
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
+from kcache.store.recipe import kind_of
 from kcache.store.samples import samples_digest, samples_in_columns
+from kcache.store.shaped.standing import Standing, order_dtypes
 from kcache.store.shards import Commit, read_commit, record_json
 
-_TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+)?-[0-9a-f]{8}")
+_TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+(x[0-9]+)?)?-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,25 @@ class Records:
         self.known.add(path)
 
 
+def entries_of(manifest: Manifest, index: Mapping[str, np.ndarray], table: str) -> np.ndarray:
+    """The entries of a table's index, those of the mirrored pictures behind the others."""
+    arrays = [index[name] for name in manifest.wants.arrays(table)]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def sample_of(manifest: Manifest, index: Mapping[str, np.ndarray], table: str, entry: int) -> int | None:
+    """The number of the sample that has the entry with this number among those; None for a reserved row."""
+    if kind_of(table).per == "caption":
+        sample = int(np.searchsorted(index[CAPTION_BOUNDS], entry, side="right")) - 1
+        return sample if sample < manifest.samples else None
+    standing = Standing(manifest.shape_sets, index, manifest.samples)
+    place = entry - len(index[table]) if entry >= len(index[table]) else entry
+    if place >= standing.rows(table):
+        return None
+    holders = standing.holders(table)
+    return place if holders is None else int(holders[place])
+
+
 def read_records(folder: Place) -> Records:
     """Read and check the small files of the cache at `folder`, each as far as those before it allow.
 
@@ -83,7 +105,8 @@ def _read_derived(records: Records) -> None:
     folder, manifest = records.folder, records.manifest
     if manifest is None:
         return
-    names = [*manifest.tables, CAPTION_BOUNDS]
+    arrays = (manifest.wants.arrays(table) for table in manifest.tables)
+    names = [CAPTION_BOUNDS, *order_dtypes(manifest.shape_sets), *chain.from_iterable(arrays)]
     records.known |= {manifest.samples_file, "rejected.jsonl", f"{manifest.index_folder}/{PARTS}"}
     records.known |= {f"{manifest.index_folder}/{name}.npy" for name in names}
     try:

@@ -33,7 +33,7 @@ from kcache.store.samples import Refusal, Sample, samples_digest, with_ids
 from kcache.store.shaped.wants import Wants
 from kcache.store.shards import Commit
 from kcache.upkeep.portions import PictureSizes, of_rows
-from kcache.upkeep.records import Records, read_records
+from kcache.upkeep.records import Records, entries_of, read_records, sample_of
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
 
 
@@ -77,7 +77,7 @@ def repair_cache(
         )
     job = _survey(source, folder, records.manifest, reading, device)
     refused = _recorded_refusals(folder, before)
-    samples = _samples(job, records, before, refused)
+    samples = _samples(job, records.manifest, records, before, refused)
     with alone(folder, say):
         _replace_shards(records, records.manifest, before)
     if refused is None:
@@ -141,14 +141,14 @@ def _rejections(job: Survey) -> list[Refusal]:
 
 
 def _samples(
-    job: Survey, records: Records, before: VerifyResult, refused: Sequence[Refusal] | None
+    job: Survey, manifest: Manifest, records: Records, before: VerifyResult, refused: Sequence[Refusal] | None
 ) -> Sequence[Sample]:
     """The cache's samples, as the source offers them; raises SourceError where it lacks a picture that is needed."""
     if records.samples is None:
         return _offered_samples(job, records, refused or ())
     samples = records.samples
-    needed = range(len(samples)) if records.index is None else _needed_samples(before)
-    pictures = np.array([number for number in needed if number < len(samples)], np.int64)
+    needed = range(len(samples)) if records.index is None else _needed_samples(manifest, records.index, before)
+    pictures = np.array(needed, np.int64)
     missing = pictures[job.positions.find(samples.image_keys[pictures]) < 0]
     if len(missing):
         raise SourceError(
@@ -159,9 +159,10 @@ def _samples(
     return samples
 
 
-def _needed_samples(before: VerifyResult) -> list[int]:
-    """Numbers of the samples whose picture has to be encoded again; the reserved row counts as one behind the last."""
-    return sorted({row.entry for row in before.rows if kind_of(row.table).per == "image"})
+def _needed_samples(manifest: Manifest, index: Mapping[str, np.ndarray], before: VerifyResult) -> list[int]:
+    """Numbers of the samples whose picture has to be encoded again."""
+    of = {sample_of(manifest, index, row.table, row.entry) for row in before.rows if kind_of(row.table).per == "image"}
+    return sorted(sample for sample in of if sample is not None)
 
 
 def _offered_samples(job: Survey, records: Records, refused: Sequence[Refusal]) -> Sequence[Sample]:
@@ -187,10 +188,12 @@ def _replace_shards(records: Records, manifest: Manifest, before: VerifyResult) 
         commit = records.commits.get(shard)
         for table, entry in manifest.tables.items():
             if records.index is not None and records.samples is not None:
-                sound = _sound_entries(records.index[table], entry, shard, before)
+                index = entries_of(manifest, records.index, table)
+                sound = _sound_entries(index, entry, shard, before)
                 if len(sound):
-                    keys = manifest.wants.indexed(table, records.samples)[table][sound]
-                    rows = _rows_by_key(records.index[table][sound], keys, entry)
+                    arrays = manifest.wants.indexed(table, records.samples)
+                    keys = Keys(np.concatenate([arrays[name].packed for name in manifest.wants.arrays(table)])[sound])
+                    rows = _rows_by_key(index[sound], keys, entry)
                     _copy_rows(folder, entry.recipe, rows, keys.unique(), records.samples, commit, manifest.wants)
             if commit and commit.rejected and shard.startswith(f"{entry.recipe.directory}/"):
                 rejected.append((entry.recipe, commit))

@@ -18,10 +18,9 @@ from kcache.places import Place, cache_place
 from kcache.places.fetching import AT_ONCE, FETCHES, listed
 from kcache.store.formats import format_of
 from kcache.store.formats.shard_files import CommittedFile
-from kcache.store.index import CAPTION_BOUNDS
 from kcache.store.recipe import Field
 from kcache.store.rows import unit_bytes
-from kcache.upkeep.records import BrokenFile, Records, read_records
+from kcache.upkeep.records import BrokenFile, Records, entries_of, read_records, sample_of
 from kcache.upkeep.scan import RowSpans, Scan, scan_file
 
 READ_THREADS = 2
@@ -40,11 +39,13 @@ class BrokenRow:
     row: int
     """Number of the row among those of its shard that samples use, by place in the file."""
     entry: int
-    """Its number in the index of the table."""
+    """Its number in the index of the table, those of mirrored pictures being behind the others."""
     sample: str | None
     """Id of the sample that uses it; None for a reserved row, and where the samples cannot be read."""
     name: str
     """The source's name for that sample."""
+    mirrored: bool = False
+    """Whether it is the row of the mirrored picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +186,7 @@ def _indexed_fields(records: Records) -> Iterator[tuple[str, str, _Field]]:
     if records.manifest is None or records.index is None:
         return
     for table, entry in records.manifest.tables.items():
-        standing = _Standing(records.index[table], len(entry.shards))
+        standing = _Standing(entries_of(records.manifest, records.index, table), len(entry.shards))
         for position, shard in enumerate(entry.shards):
             here, form = standing.inside(position), format_of(shard.data)
             for field in entry.recipe.fields:
@@ -246,19 +247,20 @@ def _broken_rows(records: Records, target: _Target, scan: Scan) -> list[BrokenRo
             used = np.flatnonzero(np.isin(place, broken))
             for entry, row in zip(numbers[used].tolist(), place[used].tolist(), strict=True):
                 sample, of = _user(records, rows.table, entry)
-                found.append(
-                    BrokenRow(
-                        table=rows.table, shard=target.shard, field=name, row=row, entry=entry, sample=sample, name=of
-                    )
-                )
+                mirrored = records.index is not None and entry >= len(records.index[rows.table])
+                found.append(BrokenRow(
+                    table=rows.table, shard=target.shard, field=name, row=row, entry=entry, sample=sample, name=of,
+                    mirrored=mirrored,
+                ))  # fmt: skip
     return found
 
 
 def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
     """Id and name of the sample that an entry of a table's index is of."""
-    bounds = records.index[CAPTION_BOUNDS] if records.index else np.zeros(1, np.int64)
-    sample = int(np.searchsorted(bounds, entry, side="right")) - 1 if table == "text" else entry
-    if sample >= len(bounds) - 1:
+    if records.manifest is None or records.index is None:
+        return None, "a sample that is not known"
+    sample = sample_of(records.manifest, records.index, table, entry)
+    if sample is None:
         return None, "the empty caption" if table == "text" else "the all-zero image"
     if records.samples is None:
         return None, f"sample {sample}"

@@ -168,7 +168,7 @@ def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
     arrays = {CAPTION_BOUNDS: parts(CAPTION_BOUNDS, np.dtype(np.int64), check_bounds)}
     for name, entry in manifest.tables.items():
         check = partial(_check_part, name, entry)
-        for array in (name, name + MIRRORED) if manifest.flip and kind_of(name).per == "image" else (name,):
+        for array in manifest.wants.arrays(name):
             arrays[array] = parts(array, index_dtype(entry.recipe.fields), check)
     for name, dtype in order_dtypes(manifest.shape_sets).items():
         arrays[name] = parts(name, dtype, partial(check_order, name, manifest.samples))

@@ -82,6 +82,10 @@ class Wants:
         arrays = {table: keys if kind.reserved is None else keys + Keys.of([kind.reserved])}
         return arrays | ({table + MIRRORED: mirrored_keys(keys)} if self._is_mirrored(table) else {})
 
+    def arrays(self, table: str) -> tuple[str, ...]:
+        """The names of a table's index arrays, that of the mirrored pictures behind the other."""
+        return (table, table + MIRRORED) if self._is_mirrored(table) else (table,)
+
     def by_sample(self, table: str, samples: Sequence[Sample]) -> list[list[bytes]]:
         """The keys of the rows that each sample uses: of a picture its own, then its mirror image's, or none."""
         columns = Samples.of(samples)

@@ -1,0 +1,137 @@
+"""Upkeep of caches of shapes, several resolutions and mirrored pictures: no row is lost, none is called broken."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shaped_caches import ALL, BUCKETS, write_shaped_cache
+
+from kcache.config.shapes import ShapeSet
+from kcache.errors import CacheMismatchError
+from kcache.store.cache import Cache
+from kcache.store.formats import format_of
+from kcache.store.index import CAPTION_BOUNDS, open_index
+from kcache.store.manifest import read_manifest
+from kcache.store.recipe import kind_of
+from kcache.store.rows import field_files, gather
+from kcache.upkeep.compare import compare_online
+from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.merge import merge_caches
+from kcache.upkeep.repair import repair_cache
+from kcache.upkeep.verify import verify_cache
+
+
+def rows_of(cache: Path) -> dict[str, list[bytes]]:
+    """Every row that the index leads to, by index array and field, checked as it is read."""
+    manifest, rows = read_manifest(cache), dict[str, list[bytes]]()
+    index = open_index(cache, manifest)
+    assert CAPTION_BOUNDS in index
+    for table, entry in manifest.tables.items():
+        for name in manifest.wants.arrays(table):
+            entries = np.asarray(index[name][: len(index[name])])
+            for field in entry.recipe.fields:
+                files = field_files(cache, field, np.dtype(entry.recipe.stored_dtype), entry.shards)
+                found = [gather(files, entries[i : i + 1], np.empty)[0] for i in range(len(entries))]
+                rows[f"{name} {field.name}"] = [array.tobytes() for array in found]
+    return rows
+
+
+def is_sound(cache: Path) -> bool:
+    result = verify_cache(cache)
+    return not result.corrupt and not result.orphaned
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 samples in five shapes and squares of another resolution, with mirrored pictures."""
+    folder = tmp_path_factory.mktemp("shaped") / "cache"
+    write_shaped_cache(folder, sets=ALL, flip=True)
+    return folder
+
+
+def test_both_ways_of_conversion_keep_every_row(cache: Path, tmp_path: Path) -> None:
+    expected = rows_of(cache)
+    convert_cache(cache, tmp_path / "tars", "webdataset", rows_per_shard=7)
+    convert_cache(tmp_path / "tars", tmp_path / "zarr", "zarr")
+    for each in (cache, tmp_path / "tars", tmp_path / "zarr"):
+        assert rows_of(each) == expected
+        assert is_sound(each)
+        assert read_manifest(each).fingerprint == read_manifest(cache).fingerprint
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_one_resolution_is_converted_with_all_its_shapes(cache: Path, tmp_path: Path, resolution: int) -> None:
+    convert_cache(cache, tmp_path / "new", "zarr", resolution=(resolution,))
+    manifest = read_manifest(tmp_path / "new")
+    assert manifest.shape_sets == tuple(each for each in ALL if each.resolution == resolution)
+    assert manifest.flip
+    assert is_sound(tmp_path / "new")
+    kept = rows_of(tmp_path / "new")
+    assert kept == {name: rows for name, rows in rows_of(cache).items() if name in kept}
+    assert len([name for name in kept if name.startswith("latents")]) == (2 if resolution == 32 else 10)
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_equal_shapes_are_merged_and_compacted_with_mirrored_rows(cache: Path, tmp_path: Path, form: str) -> None:
+    more = tmp_path / "more"
+    write_shaped_cache(more, 36, sets=ALL, flip=True)  # 30 of them are the cache's
+    parts = [cache, more]
+    if form == "webdataset":
+        parts = [tmp_path / "tars0", tmp_path / "tars1"]
+        for old, new in zip((cache, more), parts, strict=True):
+            convert_cache(old, new, form, rows_per_shard=7)
+    merged = tmp_path / "merged"
+    merge_caches(merged, parts)
+    first, second, found = rows_of(cache), rows_of(more), rows_of(merged)
+    for name, rows in found.items():
+        assert len(rows) == len(second[name])
+        assert set(rows) <= {*first[name], *second[name]}
+    assert collect_garbage(merged, dry_run=True).unused_bytes > 0
+    collect_garbage(merged, compact=True)
+    assert collect_garbage(merged, dry_run=True).unused_bytes == 0
+    assert rows_of(merged) == found
+    assert is_sound(merged)
+
+
+def test_other_shapes_are_not_merged(cache: Path, tmp_path: Path) -> None:
+    other = ShapeSet(BUCKETS.resolution, BUCKETS.shapes, 3.0)
+    write_shaped_cache(tmp_path / "other", sets=(ALL[0], other), flip=False)
+    text = r"shapes: 32 and 64 as 32,96;48,80;.*up to 3 times → 32 and 64 .*up to 2 times; flip: False → True"
+    with pytest.raises(CacheMismatchError, match=text):
+        merge_caches(tmp_path / "new", [cache, tmp_path / "other"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("table", ["image_embeds", "latents-48x80"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_only_the_broken_row_is_encoded_again(bucketed: Path, tmp_path: Path, table: str, mirrored: bool) -> None:
+    cache = Path(shutil.copytree(bucketed / "cache", tmp_path / "cache"))
+    expected, manifest = rows_of(cache), read_manifest(cache)
+    entry = manifest.tables[table]
+    array = manifest.wants.arrays(table)[mirrored]
+    [field] = entry.recipe.fields
+    broken = open_index(cache, manifest)[array][1]
+    data = entry.shards[int(broken["shard"])].data
+    with (cache / format_of(data).field_file(data, field)).open("r+b") as file:
+        file.seek(int(broken[field.name]["offset"]))
+        value = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([value[0] ^ 1]))
+    [row] = verify_cache(cache).rows
+    held = Cache.open(bucketed / "cache").of_table(table).samples
+    assert (row.table, row.field, row.mirrored) == (table, field.name, mirrored)
+    assert (row.sample, row.name) == (held["id"][1].as_py(), held["name"][1].as_py())
+    result = repair_cache(str(bucketed / "source"), cache, device="cpu")
+    assert dict(result.encoded) == {table: 1}
+    assert rows_of(cache) == expected
+    assert read_manifest(cache).fingerprint == manifest.fingerprint
+
+
+def test_rows_of_all_shapes_are_compared_as_they_are_and_mirrored(bucketed: Path) -> None:
+    found = {each.table: each for each in compare_online(str(bucketed / "source"), bucketed / "cache", 3, device="cpu")}
+    assert {each.absolute for each in found.values()} == {0.0}
+    assert found.keys() == read_manifest(bucketed / "cache").tables.keys()  # none of the rare shapes is left out
+    assert (found["image_embeds"].rows, found["latents-32"].rows, found["text"].rows) == (6, 6, 3)
+    assert all(each.rows % 2 == 0 and each.rows for each in found.values() if kind_of(each.table).sided)
