@@ -96,7 +96,7 @@ def test_each_resolution_gives_its_latents(cache: Path, source: Path) -> None:
 
 
 def test_training_from_each_resolution(cache: Path, tmp_path: Path) -> None:
-    def run(name: str, resolution: int | None) -> None:
+    def run(name: str, *resolution: int) -> None:
         train(
             str(cache),
             TrainConfig(stage="decoder", output_dir=str(tmp_path / name), resolution=resolution, max_train_steps=2),
@@ -107,7 +107,7 @@ def test_training_from_each_resolution(cache: Path, tmp_path: Path) -> None:
     small, large = ([entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("small", "large"))
     assert small != large
     with pytest.raises(ConfigError, match="latents at 32, 64 pixels; say which"):
-        run("either", None)
+        run("either")
 
 
 def test_reserved_inputs_are_encoded_once(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
