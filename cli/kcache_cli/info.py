@@ -47,6 +47,7 @@ def _print(about: dict[str, Any]) -> None:
         say(f"  captions of a sample: {_statistics_text(about['captions'])}")
     if about["tokens"]:
         say(f"  tokens of a caption: {_statistics_text(about['tokens'])}")
+    _print_pictures(about)
     for sentence in about["losses"]["sentences"]:
         say(f"  {sentence}")
     if about["orphaned_bytes"]:
@@ -57,6 +58,28 @@ def _print(about: dict[str, Any]) -> None:
     for name, table in about["tables"].items():
         _print_table(name, table)
     _print_rejected(about)
+
+
+def _print_pictures(about: dict[str, Any]) -> None:
+    for shapes in about["shapes"]:
+        _print_shapes(shapes)
+    if about["flip"]:
+        say("  with rows of the mirrored pictures")
+
+
+def _print_shapes(shapes: dict[str, Any]) -> None:
+    """Shapes in use with their counts, and what the crop takes; of squares the latter alone."""
+    cropped, by_squares = shapes["cropped"], shapes["cropped_by_squares"]
+    crop = "" if cropped is None else f": the crop takes {cropped:.1%} of a picture"
+    if len(shapes["samples"]) > 1 and by_squares is not None:
+        crop += f", squares would take {by_squares:.1%}"
+    say(f"  {shapes['resolution']} pixels{shapes['name'].removeprefix(str(shapes['resolution']))}{crop}")
+    if len(shapes["samples"]) > 1:
+        used = [f"{count:,} of {shape}" for shape, count in shapes["samples"].items() if count]
+        unused = len(shapes["samples"]) - len(used)
+        say(f"    {', '.join([*used, *([f'none of {unused} others'] if unused else [])])} (height x width)")
+    if shapes["too_small"]:
+        say(f"    {counted(shapes['too_small'], 'picture')} too small, enlarged up to {shapes['max_upscale']:g} times")
 
 
 def _print_build(build: dict[str, Any]) -> None:

@@ -224,13 +224,18 @@ def read_cut(cache: Place, manifest: Manifest) -> dict[bytes, int]:
 
 def short_sides(cache: Place, manifest: Manifest) -> np.ndarray:
     """(N,) int32: the shorter side of each sample's picture, in pixels; raises CacheCorruptError."""
+    return picture_sizes(cache, manifest).min(axis=1, initial=np.iinfo(np.int32).max)
+
+
+def picture_sizes(cache: Place, manifest: Manifest) -> np.ndarray:
+    """(N, 2) int32: width and height of each sample's picture, in pixels; raises CacheCorruptError."""
     import pyarrow.parquet as pq
 
-    path, short = _samples_path(cache, manifest), [np.empty(0, np.int32)]
+    path, sizes = _samples_path(cache, manifest), [np.empty((0, 2), np.int32)]
     with _reading(path), opened(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
         for batch in parquet.iter_batches(SAMPLES_PER_TABLE, columns=["width", "height"], use_threads=False):
-            short.append(np.minimum(batch["width"].to_numpy(), batch["height"].to_numpy()))
-    return np.concatenate(short)
+            sizes.append(np.stack([batch["width"].to_numpy(), batch["height"].to_numpy()], axis=1))
+    return np.concatenate(sizes)
 
 
 def read_some_samples(

@@ -1,18 +1,19 @@
 """What is in a cache, in plain values: counts, sizes, recipes, statistics, rejections, what a build has yet to do."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from kcache.build.plan import Plan, open_plan
-from kcache.config.shapes import resolutions_of
+from kcache.config.shapes import NO_SHAPE, ShapeSet, resolutions_of, square_set
 from kcache.places import Place, cache_place
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.samples import Refusal, read_refused
+from kcache.store.samples import Refusal, picture_sizes, read_refused
+from kcache.store.shaped.standing import Standing
 from kcache.store.shards import read_commits
 from kcache.tally import Tally
 from kcache.upkeep.copying import CacheContents, read_contents
@@ -23,6 +24,8 @@ NOT_LOOKED_AT = (
     "whether every shard is there", "what the rows were made with", "what no sample uses and what is no part of it",
 )  # fmt: skip
 """What is not said of a cache at a URL: for that all of its folders would have to be listed, and its records read."""
+_TOGETHER = 1 << 20
+"""Pictures whose crops are counted at a time."""
 _NEEDED = ("manifest.json", "samples-*.parquet", "index-*/*", "rejected.jsonl")
 """Files that the rest is said from."""
 
@@ -54,6 +57,8 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
         "provenance": None if contents is None else dict(sorted(contents.provenance.items())),
         "tables": _tables(manifest),
         "resolutions": resolutions_of(manifest.shape_sets),
+        "shapes": shape_counts(manifest, index, picture_sizes(folder, manifest)),
+        "flip": manifest.flip,
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(recipes, index)),
         "losses": _losses(tally_of(folder, manifest, index)),
@@ -65,7 +70,7 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
+    "shapes", "flip", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
 )  # fmt: skip
 
 
@@ -92,6 +97,34 @@ def _tables(manifest: Manifest) -> dict[str, Any]:
         }
         for name, entry in sorted(manifest.tables.items())
     }
+
+
+def shape_counts(manifest: Manifest, index: Mapping[str, np.ndarray], sizes: np.ndarray) -> list[dict[str, Any]]:
+    """Of each set of shapes how many samples have which, and what is cropped away of pictures of these `sizes` (N, 2).
+
+    Shares are means over the pictures that have a shape and a known size, None where there are none.
+    """
+    standing, told = Standing(manifest.shape_sets, index, manifest.samples), []
+    for each in manifest.shape_sets:
+        counts = standing.counts(each)
+        shaped = sizes[(standing.numbers(each) != NO_SHAPE) & (sizes > 0).all(axis=1)]
+        told.append({
+            "resolution": each.resolution,
+            "name": each.name,
+            "max_upscale": each.max_upscale,
+            "samples": {f"{tall}x{wide}": count for (tall, wide), count in counts.items()},
+            "too_small": manifest.samples - sum(counts.values()),
+            "cropped": _cropped(each, shaped),
+            "cropped_by_squares": _cropped(square_set(each.resolution), shaped),
+        })  # fmt: skip
+    return told
+
+
+def _cropped(shapes: ShapeSet, sizes: np.ndarray) -> float | None:
+    """The mean share of their pixels that pictures of these sizes (n, 2) lose by the crop."""
+    runs = (sizes[first : first + _TOGETHER] for first in range(0, len(sizes), _TOGETHER))
+    kept = sum(float(shapes.kept(run[:, 0], run[:, 1]).sum()) for run in runs)
+    return round(1 - kept / len(sizes), 6) if len(sizes) else None
 
 
 def _losses(tally: Tally) -> dict[str, Any]:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("form")
 
 KEYS = {
     "cache", "build", "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables",
-    "resolutions", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
+    "resolutions", "shapes", "flip", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
 }  # fmt: skip
 
 

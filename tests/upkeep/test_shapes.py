@@ -1,11 +1,12 @@
 """Upkeep of caches of shapes, several resolutions and mirrored pictures: no row is lost, none is called broken."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from shaped_caches import ALL, BUCKETS, write_shaped_cache
+from shaped_caches import ALL, BUCKETS, SIZES, write_shaped_cache
 
 from kcache.config.shapes import ShapeSet
 from kcache.errors import CacheMismatchError
@@ -18,6 +19,7 @@ from kcache.store.rows import field_files, gather
 from kcache.upkeep.compare import compare_online
 from kcache.upkeep.convert import convert_cache
 from kcache.upkeep.garbage import collect_garbage
+from kcache.upkeep.info import describe_cache
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.repair import repair_cache
 from kcache.upkeep.verify import verify_cache
@@ -88,7 +90,8 @@ def test_equal_shapes_are_merged_and_compacted_with_mirrored_rows(cache: Path, t
     for name, rows in found.items():
         assert len(rows) == len(second[name])
         assert set(rows) <= {*first[name], *second[name]}
-    assert collect_garbage(merged, dry_run=True).unused_bytes > 0
+    garbage = collect_garbage(merged, dry_run=True)
+    assert garbage.unused_bytes or garbage.paths
     collect_garbage(merged, compact=True)
     assert collect_garbage(merged, dry_run=True).unused_bytes == 0
     assert rows_of(merged) == found
@@ -135,3 +138,32 @@ def test_rows_of_all_shapes_are_compared_as_they_are_and_mirrored(bucketed: Path
     assert found.keys() == read_manifest(bucketed / "cache").tables.keys()  # none of the rare shapes is left out
     assert (found["image_embeds"].rows, found["latents-32"].rows, found["text"].rows) == (6, 6, 3)
     assert all(each.rows % 2 == 0 and each.rows for each in found.values() if kind_of(each.table).sided)
+
+
+def test_info_counts_shapes_and_what_is_cropped_away(
+    tmp_path: Path, kcache_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    write_shaped_cache(cache, sets=ALL, flip=True, tables=("image_embeds", "latents"))
+    about = describe_cache(cache)
+    squares, shapes = about["shapes"]
+    assert (about["flip"], about["resolutions"]) == (True, [32, 64])
+    assert (squares["samples"], squares["too_small"], squares["max_upscale"]) == ({"32x32": 30}, 0, None)
+    assert squares["cropped"] == squares["cropped_by_squares"]
+    # Each of ten sizes three times: 20 by 20 and 33 by 31 pixels are too small.
+    assert (shapes["name"], shapes["too_small"]) == ("64 in 5 shapes", 6)
+    known = [size for size in SIZES if size not in ((20, 20), (33, 31))]
+    shares = [max(min(w * b, h * a) / max(w * b, h * a) for b, a in BUCKETS.shapes) for w, h in known]
+    assert shapes["cropped"] == pytest.approx(1 - sum(shares) / len(shares), abs=1e-6)
+    by_squares = [min(size) / max(size) for size in known]
+    assert shapes["cropped_by_squares"] == pytest.approx(1 - sum(by_squares) / len(by_squares), abs=1e-6)
+    assert sum(shapes["samples"].values()) == 24
+    for shape, count in shapes["samples"].items():
+        tall, wide = map(int, shape.split("x"))
+        table = "latents-64" if tall == wide else f"latents-{shape}"
+        assert len(Cache.open(cache, 64).of_table(table)) == count
+    assert kcache_command("cache-info", str(cache)) == 0
+    said = capsys.readouterr().out
+    assert "6 pictures too small, enlarged up to 2 times" in said
+    assert f"squares would take {shapes['cropped_by_squares']:.1%}" in said
+    assert f"{shapes['samples']['96x32']} of 96x32" in said
