@@ -118,19 +118,23 @@ def captioned_grid(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> I
 
 
 def beside(images: Sequence[Image.Image], side: int) -> Image.Image:
-    """Square pictures (one or more) beside each other, each `side` × `side` pixels."""
-    strip = Image.new("RGB", (len(images) * (side + GAP) - GAP, side), "white")
-    for number, image in enumerate(images):
-        strip.paste(_square(image, side), (number * (side + GAP), 0))
+    """Pictures (one or more) of one shape beside each other, the longer side of each `side` pixels."""
+    fitted = [_fitted(image, side) for image in images]
+    width, height = fitted[0].size
+    strip = Image.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")
+    for number, image in enumerate(fitted):
+        strip.paste(image, (number * (width + GAP), 0))
     return strip
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """A square picture at `side` × `side` pixels: small ones enlarged by whole pixels, as far as they go."""
-    times = side // image.width
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    """A picture whose longer side is `side` pixels: small ones enlarged by whole pixels, as far as they go."""
+    longer = max(image.size)
+    size = tuple(max(1, round(each * side / longer)) for each in image.size)
+    times = side // longer
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: FreeTypeFont, width: int) -> list[str]:
