@@ -4,7 +4,7 @@ Of a cache of any size only the index, the manifest and some thousand rows are r
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image
 
 from kcache.config import AS_FOUND, CountReport, SourceConfig
+from kcache.config.shapes import Shape, ShapeSet
 from kcache.places import Place
-from kcache.report.figures import histogram, picture
+from kcache.report.figures import bars, histogram, picture
 from kcache.report.grid import beside
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
 from kcache.store.index import statistics, tally_of, token_counts
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import LATENTS, kind_of, sides_of
+from kcache.store.recipe import LATENTS, kind_of
 from kcache.store.samples import read_refused, read_some_samples
 
 SHOWN = 24
@@ -65,6 +66,7 @@ def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:
     folder = cache.path
     return [
         Section(title="Overview", blocks=[_overview(folder, cache.manifest), *_losses(cache)]),
+        *_shapes(cache),
         Section(title="Samples", blocks=_samples(cache, config, report)),
         Section(title="Captions", blocks=_captions(cache)),
         Section(title="Values", blocks=_norms(cache, report)),
@@ -103,19 +105,53 @@ def _losses(cache: Cache) -> list[Block]:
     return [Text(text=f"{said}.") for said in tally_of(cache.path, cache.manifest, cache.index).sentences]
 
 
+def _shapes(cache: Cache) -> list[Section]:
+    """Of each set of several shapes how many samples have which; none where all are plain squares."""
+    blocks: list[Block] = []
+    standing = cache.held.reads.standing
+    for shapes in cache.manifest.shape_sets:
+        if not shapes.is_square:
+            counts = standing.counts(shapes)
+            small = len(cache) - sum(counts.values())
+            text = f"At {shapes.name}: samples by height × width in pixels; {small:,} are too small."
+            names = [f"{tall} × {wide}" for tall, wide in counts]
+            blocks.append(bars(f"Samples by shape, {shapes.resolution} pixels", names, list(counts.values()), text))
+            table = [[name, f"{count:,}"] for name, count in zip(names, counts.values(), strict=True)]
+            blocks.append(Table(head=["Height × width", "Samples"], rows=table))
+    return [Section(title="Shapes", blocks=blocks)] if blocks else []
+
+
 def _samples(cache: Cache, config: ReportConfig, report: CountReport) -> list[Block]:
     if not len(cache):
         return [Text(text="The cache has no samples.")]
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(SHOWN, len(cache))).astype(np.int64))
     told = read_some_samples(cache.path, cache.manifest, chosen, ["name", "captions", "width", "height"])
     intro = Text(text=f"{len(chosen)} of {len(cache):,} samples, evenly spread over the cache.")
-    sides = sides_of(cache.recipes)
-    if config.source is None and (config.pretrained_decoder_model_name_or_path is None or not sides):
-        reason = "give --pretrained-decoder-model-name-or-path or --source" if sides else "it has none: give --source"
+    sets = cache.manifest.shape_sets
+    if config.source is None and (config.pretrained_decoder_model_name_or_path is None or not sets):
+        reason = "give --pretrained-decoder-model-name-or-path or --source" if sets else "it has none: give --source"
         none = Text(text=f"No pictures: a cache holds none, and its latents were not decoded ({reason}).")
         rows = [[row["name"], f"{row['width']} × {row['height']}", _caption_text(row)] for row in told]
         return [intro, none, Table(head=["Name", "Pixels", "Captions"], rows=rows)]
     return [intro, *_pictures(cache, chosen, told, config, report)]
+
+
+def _shown_set(cache: Cache) -> ShapeSet:
+    sets = cache.manifest.shape_sets
+    return next((each for each in sets if not each.is_square), sets[0])
+
+
+def _parts_shown(cache: Cache, chosen: np.ndarray) -> Iterator[tuple[Cache, np.ndarray, np.ndarray]]:
+    """Parts of one shape, which of their samples (m,) are among the `chosen` (k,), and where there these are (m,).
+
+    They are of the first set of several shapes, or else of the first set.
+    """
+    shown = _shown_set(cache)
+    opened = Cache.open(cache.path, shown.resolution, buckets=not shown.is_square, flip=False)
+    for part in opened.by_shape(*LATENTS.fields):
+        numbers = np.arange(len(part)) if part.held.selected is None else part.held.selected
+        if len(here := np.flatnonzero(np.isin(chosen, numbers))):
+            yield part, np.searchsorted(numbers, chosen[here]), here
 
 
 def _pictures(
@@ -125,27 +161,36 @@ def _pictures(
     # Not at the top: only pictures need torch.
     from kcache.report.reconstructions import decoded, originals, psnr
 
-    sides = sides_of(cache.recipes)
-    side = sides[0] if sides else SIDE
+    shapes: list[Shape] = [(SIDE, SIDE)] * len(chosen)
+    latents: list[np.ndarray | None] = [None] * len(chosen)
+    decoder = config.pretrained_decoder_model_name_or_path
+    for part, samples, places in _parts_shown(cache, chosen) if cache.manifest.shape_sets else ():
+        rows = part.read(samples, ["latents"])["latents"] if decoder is not None else [None] * len(samples)
+        for place, row in zip(places.tolist(), rows, strict=True):
+            shapes[place], latents[place] = part.shape or shapes[place], row
     given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
     if config.source is not None:
-        given = originals(cache, chosen, config.source, config.reading, (side, side), report)
+        given = originals(cache, chosen, config.source, config.reading, shapes, report)
     made: Sequence[np.ndarray | None] = [None] * len(chosen)
-    decoder = config.pretrained_decoder_model_name_or_path
-    if decoder is not None and sides:
-        made = decoded(cache.of_table(f"{LATENTS.name}-{side}"), chosen, decoder, config.device, report)
+    if decoder is not None:
+        made = decoded(latents, decoder, config.device, report)
     figures: list[Block] = []
     ratios = []
-    for row, first, second in zip(told, given, made, strict=True):
+    for row, first, second, shape in zip(told, given, made, shapes, strict=True):
         lines = [f"{row['name']}, {row['width']} × {row['height']}"]
         if isinstance(first, np.ndarray) and second is not None:
             ratios.append(psnr(first, second))
             lines.append(f"PSNR {ratios[-1]:.1f} dB")
         lines += [first] if isinstance(first, str) else []
-        shown = beside([_as_image(part) for part in (first, second) if part is not None], SIDE)
+        there = [part for part in (first, second) if part is not None]
+        if not there:
+            lines.append("too small: it has no latents")
+        shown = beside([_as_image(part, shape) for part in there or [""]], SIDE)
         figures.append(picture(shown, "\n".join([*lines, _caption_text(row)]), PICTURE_BYTES))
     parts = (["the original"] if config.source is not None else []) + (
-        [f"what MoVQ makes of the latents at {side} pixels, not quantised"] if made[0] is not None else []
+        [f"what MoVQ makes of the latents at {_shown_set(cache).name} pixels, not quantised"]
+        if any(pixels is not None for pixels in made)
+        else []
     )
     return [Text(text=f"Of each {', and '.join(parts)}."), *figures, *_ratios(np.array(ratios))]
 
@@ -157,10 +202,10 @@ def _caption_text(row: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"and {left_out:,} more"] if left_out else lines)
 
 
-def _as_image(part: np.ndarray | str) -> Image.Image:
-    """Pixels (3, R, R) in -1..1 as a picture; grey for one that is not there."""
+def _as_image(part: np.ndarray | str, shape: Shape) -> Image.Image:
+    """Pixels (3, h, w) in -1..1 as a picture; grey of that shape for one that is not there."""
     if isinstance(part, str):
-        return Image.new("RGB", (SIDE, SIDE), "#c5cad0")
+        return Image.new("RGB", shape[::-1], "#c5cad0")
     return Image.fromarray(np.rint((part.transpose(1, 2, 0) + 1) * 127.5).clip(0, 255).astype(np.uint8))
 
 

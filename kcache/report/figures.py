@@ -111,6 +111,17 @@ def histogram(title: str, values: np.ndarray, across: str, caption: str) -> page
     return curve(title, partial(_histogram, values=finite), caption, across=across)
 
 
+def bars(title: str, names: Sequence[str], counts: Sequence[int], caption: str) -> page.Figure:
+    """How many there are of each of `names`, from the first at the top to the last."""
+
+    def panel(ax: "Axes") -> None:
+        ax.barh(range(len(names)), counts, height=0.8)
+        ax.set_yticks(range(len(names)), names, fontsize=min(7.0, 130 / len(names)))
+        ax.invert_yaxis()
+
+    return curve(title, panel, caption, across="samples")
+
+
 def picture(image: Image.Image, caption: str, most_bytes: int) -> page.Figure:
     """A picture as a figure of at most about `most_bytes`: shrunk as far as that takes."""
     image = image.convert("RGB")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,24 @@ logger = logging.getLogger(__name__)
 ABSENT, CHANGED = "not in the source", "another picture in the source now"
 
 
-def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report: CountReport) -> list[np.ndarray]:
-    """What MoVQ makes of the latents of `samples` (k,): pixels (3, R, R) float32 in -1..1 each, not quantised.
+def decoded(
+    latents: Sequence[np.ndarray | None], decoder: str, device: str, report: CountReport
+) -> list[np.ndarray | None]:
+    """What MoVQ makes of some samples' latents: pixels (3, h, w) float32 in -1..1 each, not quantised; None of none.
 
     `decoder` is a folder or Hub id with movq, as for a build; as in the stock pipelines, latents are decoded as they
-    are. Raises ModelError for a repository that cannot be used, CacheIncompleteError where there are no latents.
+    are. Raises ModelError for a repository that cannot be used.
     """
-    latents = cache.read(samples, ["latents"])["latents"]
+    if all(row is None for row in latents):
+        return list(latents)
     repository = find_repository(decoder, None, ("movq",))
     network = load_pretrained(VQModel, repository.path / "movq", torch.float32)
     network.eval().requires_grad_(False).to(device)
-    pictures = []
+    pictures: list[np.ndarray | None] = []
     for number, row in enumerate(latents, 1):
+        if row is None:
+            pictures.append(None)
+            continue
         given = torch.from_numpy(row[None].astype(np.float32)).to(device)
         with torch.inference_mode():
             pixels = network.decode(given, force_not_quantize=True).sample[0]
@@ -47,9 +53,9 @@ def decoded(cache: Cache, samples: np.ndarray, decoder: str, device: str, report
 
 
 def originals(
-    cache: Cache, samples: np.ndarray, source: str, reading: SourceConfig, shape: Shape, report: CountReport
+    cache: Cache, samples: np.ndarray, source: str, reading: SourceConfig, shapes: Sequence[Shape], report: CountReport
 ) -> list[np.ndarray | str]:
-    """What MoVQ saw of the pictures of `samples` (k,), which ascend: pixels (3, *shape) float32 in -1..1 each.
+    """What MoVQ saw of the pictures of `samples` (k,), which ascend: of each pixels (3, *its shape) float32 in -1..1.
 
     For one that `source` has no more, or no longer with that content, there is a sentence that says so, and a warning
     of how many these are. Raises SourceError, also for a source that has none of them.
@@ -60,7 +66,7 @@ def originals(
     places = {name: i for i in range(len(opened)) if (name := opened.name(i)) in wanted}
     how = Decoding.of(cache.recipes[cache.table_of("image_embeds")])
     pictures = []
-    for number, row in enumerate(told, 1):
+    for number, (row, shape) in enumerate(zip(told, shapes, strict=True), 1):
         pictures.append(_original(opened, places.get(row["name"]), row, how, shape))
         report("reading originals", number, len(told))
     _check_found(pictures, source, cache, told[0]["name"])

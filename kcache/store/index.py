@@ -238,7 +238,7 @@ def tally_of(cache: Place, manifest: Manifest, index: Mapping[str, np.ndarray]) 
             full.append(entries[tokens == longest])
     cut, short = read_cut(cache, manifest), short_sides(cache, manifest)
     squares = [each.resolution for each in manifest.shape_sets if each.is_square]
-    of_all = [name for name in recipes if kind_of(name).per == "image" and len(index[name]) >= manifest.samples]
+    of_all = [name for name in recipes if kind_of(name).per == "image" and len(index.get(name, ())) >= manifest.samples]
     images = next(index[name] for name in of_all)
     return Tally(
         captions=captions,

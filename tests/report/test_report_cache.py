@@ -1,5 +1,6 @@
 """The report of a cache: what it says is what the cache holds; and `kcache report`, for both kinds."""
 
+import io
 import json
 import shutil
 import sys
@@ -17,9 +18,9 @@ from kcache.config import AS_FOUND
 from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
-from kcache.report.cache import ReportConfig, cache_sections
+from kcache.report.cache import SIDE, ReportConfig, cache_sections
 from kcache.report.figures import MAX_SIDE, histogram, picture
-from kcache.report.grid import beside
+from kcache.report.grid import GAP, beside
 from kcache.report.page import Figure, Section, Table, Text
 from kcache.report.reconstructions import decoded, originals, psnr
 from kcache.report.write import write_report
@@ -150,10 +151,10 @@ def test_decoded_latents_are_what_the_pipeline_decodes(cache: str, oracle: Path)
     movq = VQModel.from_pretrained(oracle / "decoder" / "movq")
     with torch.inference_mode():
         expected = movq.decode(latents, force_not_quantize=True).sample.clamp(-1, 1).numpy()
-    made = np.stack(decoded(opened, chosen, str(oracle / "decoder"), "cpu", ignore))
+    made = np.stack(decoded(opened.read(chosen, ["latents"])["latents"], str(oracle / "decoder"), "cpu", ignore))
     assert made == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ModelError, match="movq"):
-        decoded(opened, chosen, str(oracle / "prior"), "cpu", ignore)
+        decoded(opened.read(chosen, ["latents"])["latents"], str(oracle / "prior"), "cpu", ignore)
 
 
 def test_originals_are_those_that_were_encoded(cache: str, oracle: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_originals_are_those_that_were_encoded(cache: str, oracle: Path, tmp_pat
     source = shutil.copytree(oracle / "data", tmp_path / "data")
     (source / names[1]).unlink()
     shutil.copyfile(source / names[0], source / names[2])
-    found = originals(opened, np.array([0, 1, 2]), str(source), AS_FOUND, (64, 64), ignore)
+    found = originals(opened, np.array([0, 1, 2]), str(source), AS_FOUND, [(64, 64)] * 3, ignore)
     expected = movq_pixels(Image.open(source / names[0]).convert("RGB"), (64, 64))
     assert isinstance(found[0], np.ndarray)
     assert found[0] == pytest.approx(expected, abs=1e-6)
@@ -180,13 +181,13 @@ def test_a_source_without_the_originals_is_refused(
     names = opened.samples["name"].to_pylist()[:3]
     shutil.copyfile(oracle / "data" / names[0], tmp_path / names[0])
     shutil.copyfile(oracle / "data" / names[0], tmp_path / names[1])
-    originals(opened, np.array([0, 1, 2]), str(tmp_path), AS_FOUND, (64, 64), ignore)
+    originals(opened, np.array([0, 1, 2]), str(tmp_path), AS_FOUND, [(64, 64)] * 3, ignore)
     assert "2 of the 3 samples shown have no original" in caplog.text
     assert "1 are not there, 1 have another picture now" in caplog.text
     with pytest.raises(SourceError, match=rf"none of the 2 samples .* such as {names[1]} \(1 are not there, 1 have"):
-        originals(opened, np.array([1, 2]), str(tmp_path), AS_FOUND, (64, 64), ignore)
+        originals(opened, np.array([1, 2]), str(tmp_path), AS_FOUND, [(64, 64)] * 2, ignore)
     caplog.clear()
-    originals(opened, np.array([0]), str(tmp_path), AS_FOUND, (64, 64), ignore)
+    originals(opened, np.array([0]), str(tmp_path), AS_FOUND, [(64, 64)], ignore)
     assert caplog.text == ""
 
 
@@ -322,3 +323,23 @@ def test_settings_that_do_not_belong_are_refused(cache: str, run_dir: Path, tmp_
     ):
         with pytest.raises(ConfigError, match=message):
             write_report(ReportConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_samples_of_many_shapes_are_shown_at_theirs(bucketed: Path, oracle: Path) -> None:
+    look = {"pretrained_decoder_model_name_or_path": str(oracle / "decoder"), "source": str(bucketed / "source")}
+    found = cache_sections(ReportConfig(path=str(bucketed / "cache"), **look), ignore)
+    assert [section.title for section in found] == [TITLES[0], "Shapes", *TITLES[1:]]
+    shapes, samples = found[1], found[2]
+    opened = Cache.open(bucketed / "cache", 64, buckets=True)
+    parts = {part.shape: part for part in opened.by_shape("latents")}
+    counted = {f"{tall} × {wide}": f"{len(part):,}" for (tall, wide), part in parts.items()}
+    assert dict(tables(shapes)[0].rows) == counted
+    pairs = {figure.caption.split(",")[0]: figure for figure in figures(samples)[:-1]}
+    assert len(pairs) == len(opened)
+    for (tall, wide), part in parts.items():
+        for name in part.samples["name"].to_pylist():
+            with Image.open(io.BytesIO(pairs[name].png)) as shown:
+                longer = max(tall, wide)
+                side = [round(each * SIDE / longer) for each in (wide, tall)]
+                assert shown.size == (2 * side[0] + GAP, side[1])
+            assert "PSNR" in pairs[name].caption
