@@ -44,8 +44,8 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
     trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
-    # Drawn as most of what the decoder was trained on, not at its pipeline's default.
-    counts = trained_shapes(told) if stage == "decoder" else {}
+    # Drawn as most of what the cache has, not at the default of the decoder's pipeline.
+    counts = trained_shapes(told)
     size = ", height={}, width={}".format(*most_used(counts)) if counts else ""
     lines = [
         "---",

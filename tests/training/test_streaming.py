@@ -103,10 +103,10 @@ def test_whoever_waits_for_rows_that_do_not_come_is_stopped_all_the_same(
     def hang(self: CacheLoader, part: Any, share: Any, *others: Any) -> Any:
         return silence.wait() if share.turns[0] == 10 else fill(self, part, share, *others)
 
-    def end(self: CacheLoader, filling: Any, part: Any, after: Any) -> Any:
+    def end(self: CacheLoader, filling: Any, part: Any, weight: float, after: Any) -> Any:
         if after.turn == 12:
             os.kill(os.getpid(), number)
-        return hand_over(self, filling, part, after)
+        return hand_over(self, filling, part, weight, after)
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheLoader, "_fill", hang)
