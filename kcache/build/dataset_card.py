@@ -46,6 +46,7 @@ def card_text(manifest: Manifest, most_captions: int) -> str:
         f"What the frozen encoders of Kandinsky 2.2 say about {manifest.samples:,} samples, an image with its captions "
         f"each, as kcache keeps it ({manifest.format}). Training reads these rows instead of running the encoders.",
         "",
+        *_shapes(manifest),
         "| table | rows | bytes | one row |",
         "|---|---:|---:|---|",
         *(_table_line(name, entry) for name, entry in sorted(manifest.tables.items())),
@@ -60,6 +61,23 @@ def card_text(manifest: Manifest, most_captions: int) -> str:
         *_loading(manifest, tars),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shapes(manifest: Manifest) -> list[str]:
+    """What pictures are cropped to, where that is no plain square, and whether there are mirrored ones."""
+    said = []
+    for each in manifest.shape_sets:
+        if not each.is_square:
+            limit = "" if each.max_upscale is None else f"; none is enlarged more than {each.max_upscale:g} times"
+            listed = ", ".join(f"{tall}×{wide}" for tall, wide in each.shapes)
+            said.append(
+                f"At {each.resolution} pixels each picture is cropped to the shape that keeps most of it, height × "
+                f"width: {listed}{limit}."
+            )
+    if manifest.flip:
+        where = "" if manifest.format == "zarr" else ", in members such as `image_embeds.1.npy`"
+        said.append(f"Tables of images have rows of the mirrored pictures, too{where}.")
+    return [" ".join(said), ""] if said else []
 
 
 def _front_matter(manifest: Manifest, tars: str | None, most_captions: int) -> list[str]:
@@ -94,7 +112,7 @@ def _features(manifest: Manifest, most_captions: int) -> list[str]:
     for name, entry in sorted(manifest.tables.items()):
         for field in entry.recipe.fields:
             member = field.name if shared.count(field.name) == 1 else name
-            for number in range(most_captions if kind_of(name).per == "caption" else 1):
+            for number in range(most_captions if kind_of(name).per == "caption" else 1 + manifest.flip):
                 lines += [f'- name: "{_member(member, number, "npy")}"', *_nested(field, entry.recipe.stored_dtype)]
     return [*lines, "- name: __key__", "  dtype: string", "- name: __url__", "  dtype: string"]
 

@@ -339,7 +339,6 @@ def test_samples_of_many_shapes_are_shown_at_theirs(bucketed: Path, oracle: Path
     for (tall, wide), part in parts.items():
         for name in part.samples["name"].to_pylist():
             with Image.open(io.BytesIO(pairs[name].png)) as shown:
-                longer = max(tall, wide)
-                side = [round(each * SIDE / longer) for each in (wide, tall)]
-                assert shown.size == (2 * side[0] + GAP, side[1])
+                enlarged = wide * (SIDE // tall), tall * (SIDE // tall)
+                assert shown.size == (2 * round(enlarged[0] * SIDE / enlarged[1]) + GAP, SIDE)
             assert "PSNR" in pairs[name].caption

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from shaped_caches import ALL, BUCKETS, SIZES, write_shaped_cache
 
+from kcache.build.dataset_card import CARD
 from kcache.config.shapes import ShapeSet
 from kcache.errors import CacheMismatchError
 from kcache.store.cache import Cache
@@ -57,9 +58,12 @@ def test_both_ways_of_conversion_keep_every_row(cache: Path, tmp_path: Path) -> 
     expected = rows_of(cache)
     convert_cache(cache, tmp_path / "tars", "webdataset", rows_per_shard=7)
     convert_cache(tmp_path / "tars", tmp_path / "zarr", "zarr")
+    assert '- name: "latents-48x80.1.npy"' in (tmp_path / "tars" / CARD).read_text()
     for each in (cache, tmp_path / "tars", tmp_path / "zarr"):
         assert rows_of(each) == expected
         assert is_sound(each)
+        assert "height × width: 32×96, 48×80, 64×64, 80×48, 96×32; none" in (each / CARD).read_text()
+        assert "rows of the mirrored pictures" in (each / CARD).read_text()
         assert read_manifest(each).fingerprint == read_manifest(cache).fingerprint
 
 
