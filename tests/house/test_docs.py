@@ -114,7 +114,7 @@ def test_the_document_on_streaming_runs(place_with_cache: Path, kcache_command: 
 def test_the_readme_runs(place: Path, kcache_command: Callable[..., int]) -> None:
     *_, names = run_document(README, kcache_command, together=True)
     assert set(names["batch"]) >= {"image_embeds", "latents"}
-    assert sorted(path.name[:4] for path in (place / "samples").iterdir()) == ["0000", "0001", "0002", "0003"]
+    assert sorted(path.name[:4] for path in (place / "samples").iterdir()) == ["0000", "0001", "0002", "0003", "0004"]
 
 
 def pairs() -> Iterator[tuple[str, list[str], list[str]]]:
