@@ -39,7 +39,7 @@ from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, op
 from kcache.build import build_cache
 from kcache.build.encode import encode_shards
 from kcache.build.plan import PlannedShard
-from kcache.build.survey import Survey, fetcher, survey
+from kcache.build.survey import Survey, survey
 from kcache.build.work.meter import Meter
 from kcache.encoders.frozen import Encoder, full_batches, load_encoder
 from kcache.encoders.pretrained import load_pretrained
