@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Benchmarks on the CPU with scale models, some fifteen minutes on two idle cores. Left out, as they take long or write
+# Benchmarks on the CPU with scale models, some twenty minutes on two idle cores. Left out, as they take long or write
 # much: demo_seeds, endings, estimate, growth of ten million rows, integrity, kills, packing and scale;
 # docs/how-we-measure.md has their commands.
 bench: $(STAMP)
@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BENCH)/end_to_end.py --stage decoder --images 32 --batch-size 4 --output $(RESULTS)
 	$(BENCH)/growth.py --output $(RESULTS)
 	$(BENCH)/loader.py --output $(RESULTS)/loader-cpu.json
+	$(BENCH)/shapes.py --output $(RESULTS)
 	$(BENCH)/parity.py --output $(RESULTS)/parity-cpu.json
 	$(BENCH)/read_checks.py --rounds 21 --output $(RESULTS)/read_checks-cpu.json
 	$(BENCH)/startup.py --rounds 2 --output $(RESULTS)/startup-cpu.json

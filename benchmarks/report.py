@@ -24,6 +24,7 @@ TITLES = {
     "end_to_end": "A whole training, with the build",
     "build": "Building a cache",
     "loader": "The loader",
+    "shapes": "Buckets of shapes",
     "growth": "Growth",
     "parity": "Cached against online",
     "demo": "The demo",
@@ -159,6 +160,40 @@ def loader_lines(report: Report) -> list[str]:
     return lines
 
 
+def shapes_lines(report: Report) -> list[str]:
+    """Passes alone, epochs beside what foretells them, and what is waited for."""
+    results = report["results"]
+    rows = [
+        [
+            "×".join(map(str, row["shape"])), number(row["samples"], ",d"), number(row["batch"], "d"),
+            number(row["milliseconds"]), " to ".join(map(number, row["milliseconds_range"])),
+            number(row["nanoseconds_per_pixel"]),
+        ]
+        for row in results["shapes"]
+    ]  # fmt: skip
+    lines = table(["height×width", "pictures", "a pass", "alone, ms", "turns, ms", "a pixel, ns"], rows)
+    rows = [
+        [
+            str(epoch + 1), number(row["passes"], "d"), number(row["seconds"], ".2f"),
+            number(row["by_passes_seconds"], ".2f"), number(row["by_area_seconds"], ".2f"),
+            number(row["waiting_share"], ".2%"), number(row["loss"], ".5f"),
+        ]
+        for epoch, row in enumerate(results["epochs"])
+    ]  # fmt: skip
+    lines += table(["epoch", "passes", "seconds", "by passes, s", "by area, s", "waiting", "loss"], rows)
+    by_passes, by_area = (results["of_foretold"][way]["median"] for way in ("by_passes", "by_area"))
+    lines += [f"An epoch takes {by_passes:.3f} of what its passes take alone, {by_area:.3f} of what its area says.", ""]
+    rows = [
+        [
+            f"{kind}, {residency}", number(row.get("waiting_share"), ".2%"), number(row.get("milliseconds")),
+            number(row.get("sizes"), "d"), number(row.get("loss"), ".5f"), row.get("failed", ""),
+        ]
+        for kind, ways in results["waits"].items()
+        for residency, row in ways.items()
+    ]  # fmt: skip
+    return lines + table(["", "waiting", "a pass, ms", "sizes", "loss", "failed"], rows)
+
+
 def growth_lines(report: Report) -> list[str]:
     """Sizes, then verdicts."""
     rows = [
@@ -207,6 +242,7 @@ LINES: dict[str, Callable[[Report], list[str]]] = {
     "end_to_end": end_to_end_lines,
     "build": build_lines,
     "loader": loader_lines,
+    "shapes": shapes_lines,
     "growth": growth_lines,
     "parity": parity_lines,
     "demo": demo_lines,

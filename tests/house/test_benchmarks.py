@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import torch
 from build import cut
 from end_to_end import break_even
@@ -43,6 +44,7 @@ RUNS = {
     "train_step-prior-levers": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --levers --peak-tflops 1",
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
+    "shapes": "--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1",
     "growth-5000": "--sizes 500 5000 --batches 2 --rounds 1",
 }
 UPSTREAM = """
@@ -62,6 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # Kernels take long to make.
         patch.setattr(compilation, "BACKEND", "eager")
+        patch.setattr(shapes, "WARM_UP", 1)
         for name, words in RUNS.items():
             script, *_ = name.split("-")
             keep = ["--folder", str(kept)] if script != "growth" else []
@@ -201,6 +204,33 @@ def test_a_whole_training_is_extrapolated_linearly(results: Path) -> None:
         assert row["epoch_cost"] == pytest.approx(row["epoch_seconds"] / 1000, abs=1e-6)
         assert math.isfinite(row["loss"])
     assert found["break_even_epochs"].keys() == {"online", "online, not packed"}
+
+
+def test_an_epoch_on_buckets_is_foretold_by_its_passes(results: Path) -> None:
+    found = outcome(results, "shapes")["results"]
+    (epoch,), shapes = found["epochs"], found["shapes"]
+    assert [row["shape"] for row in shapes] == [[64, 128], [64, 64], [128, 64]]
+    # Every picture comes once, each in a pass of its own.
+    assert [row["batch"] for row in shapes] == [1, 1, 1]
+    assert epoch["passes"] == sum(row["samples"] for row in shapes) == 4
+    # One epoch between two turns of passes alone: their mean foretells it, and is their median.
+    by_passes = sum(row["samples"] * row["milliseconds"] for row in shapes) / 1e3
+    pixels = sum(row["samples"] * math.prod(row["shape"]) for row in shapes)
+    assert epoch["by_passes_seconds"] == pytest.approx(by_passes, abs=2e-3)
+    assert epoch["by_area_seconds"] == pytest.approx(pixels * shapes[1]["nanoseconds_per_pixel"] / 1e9, rel=5e-3)
+    for way in ("by_passes", "by_area"):
+        quotient = pytest.approx(epoch["seconds"] / epoch[f"{way}_seconds"], rel=0.01)
+        assert found["of_foretold"][way]["rounds"] == [quotient]
+
+
+def test_every_residency_of_buckets_is_asked_what_it_waits_for(results: Path) -> None:
+    waits = outcome(results, "shapes")["results"]["waits"]
+    assert len(waits) == 3
+    for rows in waits.values():
+        assert {"ram", "mmap", "stream"} <= rows.keys()
+        assert all(0 <= row["waiting_share"] <= 1 for row in rows.values())
+        # The same samples, in the same order.
+        assert rows["ram"]["loss"] == rows["mmap"]["loss"]
 
 
 def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
