@@ -29,6 +29,7 @@ from measuring.builders import Bench, Builder, Steps
 from measuring.kills import CacheThere, Tally, conclude, parser_of, run
 
 import kcache.places.bucket
+import kcache.places.client
 
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -104,7 +105,7 @@ class Requests(Steps):
 
     def watch(self) -> None:
         """Count every request of this process that changes the bucket, before and after."""
-        plain, steps = kcache.places.bucket.store_of, self
+        plain, steps = kcache.places.client.store_of, self
 
         class Counted:
             def __init__(self, store: Any) -> None:
@@ -114,7 +115,7 @@ class Requests(Steps):
                 call = getattr(self._store, name)
                 return steps.around(name, call) if name in ("put", "delete") else call
 
-        kcache.places.bucket.store_of = lambda bucket: Counted(plain(bucket))
+        kcache.places.bucket.store_of = lambda bucket: Counted(plain(bucket))  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -24,9 +24,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, op
 
 from kcache.build import build_cache
 from kcache.build.encode import encode_shards
+from kcache.build.pictures.contents import fetcher
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey, survey
 from kcache.build.work.meter import Meter
@@ -61,7 +63,7 @@ class Table:
     meter: Meter
 
     @property
-    def keys(self) -> list[bytes]:
+    def keys(self) -> Sequence[bytes]:
         """Its inputs, in order."""
         return self.job.wanted(self.name)
 
@@ -83,7 +85,7 @@ class Table:
     def build(self) -> None:
         """Decode, encode and write all inputs, as a build does."""
         fetch = fetcher(self.job, self.name)
-        with tempfile.TemporaryDirectory(dir=self.job.folder.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=str(self.job.folder.parent)) as folder:
             encode_shards(
                 self.encoder, Path(folder), cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
                 workers=self.workers, meter=self.meter, done=lambda _: None,
@@ -127,7 +129,7 @@ def measure_text_padding(full: Survey, trimmed: Survey, rounds: int) -> dict[str
     ways: dict[str, Callable[[], Any]] = {}
     for padding, table in tables.items():
         encode_all(table.encoder, prepared)
-        ways[f"encoder alone, {padding}"] = lambda encoder=table.encoder: encode_all(encoder, prepared)
+        ways[f"encoder alone, {padding}"] = partial(encode_all, table.encoder, prepared)
         ways[f"build, {padding}"] = table.build
     return {
         "mean_tokens": round(statistics.mean(length for _, length in prepared), 1),
@@ -150,7 +152,7 @@ def measure_channels_last(job: Survey, name: str, rounds: int) -> dict[str, Any]
         return latents
 
     rows = {way: encode(network).float() for way, network in networks.items()}
-    ways = {way: lambda network=network: encode(network) for way, network in networks.items()}
+    ways = {way: partial(encode, network) for way, network in networks.items()}
     moved = (rows["channels last"] - rows["as loaded"]).abs().max() / rows["as loaded"].abs().max()
     return {"rows_per_second": rates(take_turns(ways, 3 * rounds), len(pixels)), "largest_difference": float(moved)}
 
@@ -180,7 +182,7 @@ def cut(keys: Sequence[bytes], rows: int) -> Iterator[PlannedShard]:
         yield PlannedShard(name=f"{number:05d}", keys=tuple(keys[start : start + rows]))
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):

@@ -100,7 +100,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # and so of every actor: a slot is a core
     os.environ[WAIT] = str(arguments.wait)
-    kcache.engines.ray_builder.EncodingActor = SleepingActor  # type: ignore[misc]
+    kcache.engines.ray_builder.EncodingActor = SleepingActor  # type: ignore[attr-defined]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -56,7 +56,7 @@ class Calls(Steps):
             steps.at("after open")
             return opened
 
-        io.open = counted_open  # type: ignore[assignment]
+        io.open = counted_open
 
 
 @dataclass

@@ -57,12 +57,14 @@ def copied_batches(cache: Cache, batch_size: int) -> Iterator[np.ndarray]:
     """Random batches copied out of the mapped files into one reused buffer and not verified: what mapping can give."""
     rng, files = np.random.default_rng(0), cache.field_files("latents")
     entries = open_index(cache.path, cache.manifest)[cache.table_of("latents")]
-    places = list(zip(entries["shard"].tolist(), entries["latents"]["offset"].tolist(), strict=True))
+    shards, offsets = entries["shard"].tolist(), entries["latents"]["offset"].tolist()
+    places = list(zip(shards, offsets, strict=True))
     buffer = np.empty(batch_size * ROW_BYTES, np.uint8)
     while True:
         order = rng.permutation(len(cache)).tolist()
         for start in range(0, len(order) - batch_size + 1, batch_size):
-            pieces = [piece for i in order[start : start + batch_size] for piece in files.pieces(*places[i], ROW_BYTES)]
+            chosen = [places[i] for i in order[start : start + batch_size]]
+            pieces = [piece for shard, offset in chosen for piece in files.pieces(shard, offset, ROW_BYTES)]
             yield np.concatenate(pieces, out=buffer)
 
 
@@ -89,7 +91,9 @@ def zarr_batches(cache: Cache, batch_size: int) -> Iterator[list[Any]]:
     """zarr-python's own random reads."""
     import zarr
 
-    arrays = [(zarr.open_group(cache.path / data, mode="r")["latents"], first) for data, first in shard_rows(cache)]
+    arrays: list[tuple[Any, int]] = [
+        (zarr.open_group(cache.path / data, mode="r")["latents"], first) for data, first in shard_rows(cache)
+    ]
     return selected_batches([(a.oindex.__getitem__, first) for a, first in arrays], len(cache), batch_size)
 
 
@@ -127,7 +131,7 @@ def sequential_batches(cache: Cache, batch_size: int) -> Iterator[int]:
     buffer = bytearray(batch_size * ROW_BYTES)
     while True:
         for file in files:
-            with file.path.open("rb", buffering=0) as opened:
+            with Path(str(file.path)).open("rb", buffering=0) as opened:
                 while opened.readinto(buffer) == len(buffer):
                     yield len(buffer)
 

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,8 @@ from diffusers import PriorTransformer
 from measuring.record import machine
 from torch import Tensor
 
-from kcache.objectives.packing import PackedWay, allow_packing, predict_packed, predict_padded
+from kcache.objectives.packed_attention import PackedWay
+from kcache.objectives.packing import allow_packing, predict_packed, predict_padded
 
 TINY = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "embedding_dim": 128}
 
@@ -44,7 +46,7 @@ def make_prior(config: Path | None, layers: int | None, device: str) -> PriorTra
     return PriorTransformer(**settings | ({"num_layers": layers} if layers else {})).to(device)
 
 
-def make_batch(prior: PriorTransformer, lengths: np.ndarray, device: str) -> dict[str, Tensor]:
+def make_batch(prior: PriorTransformer, lengths: np.ndarray, device: str) -> dict[str, Any]:
     """The arguments of `predict_packed`."""
     generator = torch.Generator().manual_seed(1)
     size, width = len(lengths), prior.config.embedding_dim
@@ -110,9 +112,9 @@ def main() -> None:
     for kind in ("caption", "web"):
         lengths = draw_lengths(kind, arguments.batch_size)
         batch = make_batch(prior, lengths, arguments.device)
-        ways: dict[str, Callable[[], Tensor]] = {"stock": lambda batch=batch: predict_padded(prior, **batch)}
+        ways: dict[str, Callable[[], Tensor]] = {"stock": partial(predict_padded, prior, **batch)}
         for way in arguments.attention:
-            ways[f"packed, {way}"] = lambda batch=batch, way=way: predict_packed(prior, **batch, attention=way)
+            ways[f"packed, {way}"] = partial(predict_packed, prior, **batch, attention=way)
         tokens = {
             "stock": (prior.config.num_embeddings + 4) * len(lengths),
             "packed": int(lengths.sum()) + 4 * len(lengths),

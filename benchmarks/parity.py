@@ -13,25 +13,32 @@ import json
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from measuring.record import machine
 from safetensors.torch import load_file
 
 from kcache.build.build import build_cache
-from kcache.config import BuildConfig, TrainConfig
+from kcache.config import BuildConfig, MixedPrecision, TrainConfig
 from kcache.demo.digits import SIDE, write_digits
 from kcache.demo.tiny import demo_models
 from kcache.store.run_directory import read_metrics
 from kcache.training.trainer import train
 
-CASES = (("no", "float32"), ("no", "float16"), ("fp16", "float16"), ("bf16", "float16"), ("bf16", "float32"))
+CASES: tuple[tuple[MixedPrecision, Literal["float16", "float32"]], ...] = (
+    ("no", "float32"),
+    ("no", "float16"),
+    ("fp16", "float16"),
+    ("bf16", "float16"),
+    ("bf16", "float32"),
+)
 """(--mixed-precision, --dtype) of cache-build."""
-NETWORKS = {"prior": "prior", "decoder": "unet"}
+Network = Literal["prior", "decoder"]
+NETWORKS: dict[Network, str] = {"prior": "prior", "decoder": "unet"}
 
 
-def run(stage: str, cache: Path, output: Path, steps: int, online: str | None) -> Path:
+def run(stage: Network, cache: Path, output: Path, steps: int, online: str | None) -> Path:
     """Train one stage; returns its run directory."""
     config = TrainConfig(
         stage=stage, output_dir=str(output), online=online, train_batch_size=8, max_train_steps=steps,
@@ -41,7 +48,7 @@ def run(stage: str, cache: Path, output: Path, steps: int, online: str | None) -
     return output
 
 
-def difference(stage: str, first: Path, second: Path) -> dict[str, float]:
+def difference(stage: Network, first: Path, second: Path) -> dict[str, float]:
     """Largest relative difference of a loss, and largest difference of a final weight."""
     losses = [[entry["loss"] for entry in read_metrics(path)] for path in (first, second)]
     file = Path(NETWORKS[stage]) / "diffusion_pytorch_model.safetensors"

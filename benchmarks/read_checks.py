@@ -17,10 +17,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -34,6 +34,7 @@ from kcache.demo.digits import SIDE, write_digits
 from kcache.demo.tiny import demo_models
 from kcache.training.trainer import train
 
+Network = Literal["prior", "decoder"]
 AIM = 0.05
 """What the check may cost, as a share of the run without it."""
 DEMO_ROWS = {"prior": (128, 128, 8 * 128), "decoder": (128, 4 * 8 * 8 * 2)}
@@ -62,7 +63,7 @@ def without_checks() -> Iterator[None]:
         yield
 
 
-def step_seconds(stage: str, cache: Path, output: Path, steps: int, batch_size: int) -> tuple[float, float]:
+def step_seconds(stage: Network, cache: Path, output: Path, steps: int, batch_size: int) -> tuple[float, float]:
     """CPU and wall seconds per step of one run, its first steps, its start and its end left out."""
     seen: list[tuple[int, float, float]] = []
     config = TrainConfig(
@@ -74,9 +75,9 @@ def step_seconds(stage: str, cache: Path, output: Path, steps: int, batch_size: 
     return (cpu_end - cpu) / (last - first), (wall_end - wall) / (last - first)
 
 
-def compare(stage: str, cache: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(stage: Network, cache: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians over rounds of two runs each, one with the checks and one without; who goes first alternates."""
-    ways = {"checked": nullcontext, "unchecked": without_checks}
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {"checked": nullcontext, "unchecked": without_checks}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(arguments.rounds):
         for name in list(ways)[:: 1 if number % 2 else -1]:
@@ -132,7 +133,8 @@ def main() -> None:
             pretrained_prior_model_name_or_path=str(prior), pretrained_decoder_model_name_or_path=str(decoder),
         )  # fmt: skip
         build_cache(str(folder / "pictures"), str(folder / "cache"), config)
-        results = {stage: compare(stage, folder / "cache", folder, arguments) for stage in ("prior", "decoder")}
+        stages: tuple[Network, ...] = ("prior", "decoder")
+        results: dict[str, Any] = {stage: compare(stage, folder / "cache", folder, arguments) for stage in stages}
     show(results)
     if arguments.output:
         settings = {name: getattr(arguments, name) for name in ("images", "steps", "batch_size", "rounds")}

@@ -23,7 +23,7 @@ from unittest import mock
 from measuring.record import write_outcome
 
 from kcache.build.build import checked_survey
-from kcache.build.finish import PictureSizes
+from kcache.build.pictures.sizes import PictureSizes
 from kcache.build.survey import missing_rows
 from kcache.config import BuildConfig
 from kcache.demo.tiny import demo_models

@@ -143,7 +143,7 @@ def measure_rebuild(scratch: Path, samples: int) -> dict[str, Any]:
     fill(source, cache, config)
     time.sleep(2.5)  # younger files are not remembered
     build_cache(str(source), str(cache), config)
-    command = [
+    command: list[str | Path] = [
         Path(sys.executable).parent / "kcache", "cache-build", source, cache, "--resolution", "32", "--json",
         "--pretrained-prior-model-name-or-path", prior, "--pretrained-decoder-model-name-or-path", decoder,
     ]  # fmt: skip

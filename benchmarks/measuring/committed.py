@@ -16,7 +16,8 @@ import numpy as np
 
 from kcache.build.build import _counts
 from kcache.build.departures import beside_earlier
-from kcache.build.finish import PictureSizes, finish_build
+from kcache.build.finish import finish_build
+from kcache.build.pictures.sizes import PictureSizes
 from kcache.build.plan import freeze_plan
 from kcache.build.survey import Survey, missing_rows
 from kcache.config import BuildConfig
@@ -29,6 +30,7 @@ from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.index import open_index, tally_of
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT, Recipe, kind_of
+from kcache.store.shaped.wants import Wants, squares_of
 from kcache.store.shards import record_commit
 
 HAS = 0.99
@@ -103,7 +105,7 @@ def a_job(cache: Path, recipes: dict[str, Recipe], samples: Samples, before: Sam
     return Survey(
         folder=cache, config=BuildConfig(device="cpu"), source=cast("Source", None), samples=samples,
         positions=Positions(samples.image_keys, numbers), refused=[], repositories={}, recipes=recipes,
-        earlier=recipes, notes=(), before=before,
+        wants=Wants(squares_of(recipes)), earlier=recipes, notes=(), before=before,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Where the time of a step goes, by kind of kernel, and which share of the device's arithmetic it comes to."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,7 +59,7 @@ def time_by_kind(work: Callable[[], Any]) -> dict[str, float]:
         )
     else:
         kernels = ((event.key, event.self_cpu_time_total) for event in tracing.key_averages())
-    spent: Counter[str] = Counter(dict.fromkeys([*KINDS, "other"], 0.0))
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, microseconds in kernels:
         spent[kind_of(name)] += microseconds
     return {kind: round(microseconds / 1e3, 2) for kind, microseconds in spent.items()}

@@ -86,7 +86,7 @@ def _sample(i: int, captions: int, width: int, height: int) -> Sample:
     )  # fmt: skip
 
 
-def random_rows(recipe: Recipe, keys: tuple[bytes, ...], rng: np.random.Generator) -> RowBlock:
+def random_rows(recipe: Recipe, keys: Sequence[bytes], rng: np.random.Generator) -> RowBlock:
     """Rows of random normal numbers for `keys`; ragged ones have 4 to 30 tokens."""
     lengths = rng.integers(4, 31, len(keys))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
