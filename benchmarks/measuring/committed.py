@@ -7,7 +7,6 @@ are, and come from the parts of a source; those of captions are those of the pic
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -38,9 +37,8 @@ HAS = 0.99
 
 
 def recipes_of(seed: Path) -> dict[str, Recipe]:
-    """Those of a small cache, with a text encoder's input of 77 tokens."""
-    recipes = {name: entry.recipe for name, entry in read_manifest(seed).tables.items()}
-    return {name: replace(r, batch_shape=(1, 77)) if name == TEXT.name else r for name, r in recipes.items()}
+    """Those of a small cache."""
+    return {name: entry.recipe for name, entry in read_manifest(seed).tables.items()}
 
 
 def write_committed(cache: Path, recipes: dict[str, Recipe], parts: list[Path], rows: int, per_shard: int) -> None:

@@ -18,10 +18,10 @@ from kcache.store.shards import RowBlock, commit_shard
 
 
 def synthetic_recipe(table: str, fields: tuple[Field, ...], dtype: str) -> Recipe:
-    """A recipe for rows that no encoder made."""
+    """A recipe for rows that no encoder made; captions would have 77 tokens at most."""
     return Recipe(
         table=table, encoder="Random", weights="0" * 64, config="0" * 64, preprocess={},
-        compute_dtype="float32", batch_shape=(1,), stored_dtype=dtype, fields=fields,
+        compute_dtype="float32", batch_shape=(1, 77) if table == TEXT.name else (1,), stored_dtype=dtype, fields=fields,
     )  # fmt: skip
 
 
