@@ -1,6 +1,7 @@
 """Damage of every kind to every kind of file: never a wrong value, and nothing that verifying overlooks."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from kcache.build.dataset_card import CARD
 from kcache.store.samples import Refusal
 from kcache.upkeep.convert import convert_cache
 
-FLIPS = 600
-"""Per form of a cache."""
+FLIPS = 240
+"""Per form of a cache; benchmarks/integrity.py puts many more."""
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])
@@ -44,12 +45,12 @@ def test_no_flip_is_silent(cache: Path) -> None:
     put = sweep(cache, flips(cache, FLIPS, seed=0), loader_every=8)
     assert sum(put.values()) == FLIPS
     assert set(put) == kinds(cache)
-    assert min(put.values()) >= 60
+    assert min(put.values()) >= 20
 
 
 def test_no_cut_is_silent(cache: Path) -> None:
-    put = sweep(cache, cuts(cache), loader_every=8)
-    assert sum(put.values()) > 300
+    put = sweep(cache, islice(cuts(cache), 0, None, 3), loader_every=8)
+    assert sum(put.values()) > 100
 
 
 def test_no_loss_is_silent(cache: Path) -> None:

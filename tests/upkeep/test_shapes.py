@@ -1,11 +1,13 @@
 """Upkeep of caches of shapes, several resolutions and mirrored pictures: no row is lost, none is called broken."""
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bucketed_builds import bucketed_source, build_bucketed
 from shaped_caches import ALL, BUCKETS, SIZES, write_shaped_cache
 
 from kcache.build.dataset_card import CARD
@@ -134,6 +136,50 @@ def test_only_the_broken_row_is_encoded_again(bucketed: Path, tmp_path: Path, ta
     assert dict(result.encoded) == {table: 1}
     assert rows_of(cache) == expected
     assert read_manifest(cache).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize("member", ["latents-48x80.1.npy", "image_embeds.npy", ""])
+def test_a_tar_of_shapes_is_mended_in_all_its_rows(bucketed: Path, tmp_path: Path, member: str) -> None:
+    """A bit of a mirrored or of a plain row is flipped, or the whole tar gone."""
+    cache = tmp_path / "cache"
+    convert_cache(bucketed / "cache", cache, "webdataset", rows_per_shard=4)
+    expected, fingerprint = rows_of(cache), read_manifest(cache).fingerprint
+    tar = next(path for path in sorted(cache.glob("samples-*/*.tar")) if member.encode() in path.read_bytes())
+    if member:
+        with tarfile.open(tar) as opened:
+            place = next(each for each in opened if each.name.endswith(f".{member}"))
+        with tar.open("r+b") as file:
+            file.seek(place.offset_data + place.size - 1)
+            value = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([value[0] ^ 1]))
+    else:
+        tar.unlink()
+    assert not is_sound(cache)
+    repair_cache(str(bucketed / "source"), cache, device="cpu")
+    assert rows_of(cache) == expected
+    assert is_sound(cache)
+    assert read_manifest(cache).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_what_a_replaced_list_of_shapes_left_is_garbage_and_nothing_else(
+    oracle: Path, tmp_path: Path, form: str
+) -> None:
+    source, cache = bucketed_source(tmp_path / "source"), tmp_path / "cache"
+    build_bucketed(source, cache, oracle, format=form)
+    build_bucketed(source, cache, oracle, format=form, aspect_ratio_buckets="32,96;64,64;96,32")
+    expected = rows_of(cache)
+    assert not [name for name in read_manifest(cache).tables if "48x80" in name]
+    garbage = collect_garbage(cache)
+    assert garbage.bytes > 0
+    if form == "zarr":
+        assert {path for path in garbage.paths if "latents-48x80" in path or "latents-80x48" in path}
+    assert not list(cache.glob("latents-48x80*"))
+    assert not list(cache.glob("latents-80x48*"))
+    assert rows_of(cache) == expected
+    assert is_sound(cache)
+    assert collect_garbage(cache, dry_run=True).paths == ()
 
 
 def test_rows_of_all_shapes_are_compared_as_they_are_and_mirrored(bucketed: Path) -> None:
