@@ -1,5 +1,6 @@
 """Builds of shapes, several resolutions and mirrored pictures: what is encoded, into which tables, and how it moves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import small_builds
 import torch
-from bucketed_builds import BUCKETED, SIZES, bucketed_source
+from bucketed_builds import BUCKETED, SHAPES, SIZES, bucketed_source
 from diffusers import VQModel
+from photos import picture, saved
 from PIL import Image
-from small_builds import build, digests, encoded
+from small_builds import build, digests, encoded, foretold, small_config
 
 from kcache import Cache
+from kcache.build.pictures.asked import wanted
+from kcache.config.shapes import ShapeSet, parse_shapes, square_set
 from kcache.encoders import frozen
 from kcache.errors import ConfigError
 from kcache.store.digests import content_key, mirrored_key
@@ -20,6 +24,7 @@ from kcache.store.index import table_state
 from kcache.store.manifest import read_manifest
 from kcache.store.rows import field_files, gather
 from kcache.store.samples import read_refused
+from kcache.store.shaped.wants import Wants
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +159,45 @@ def test_the_network_of_latents_is_loaded_once_for_all_shapes(
     monkeypatch.setattr(frozen, "load_pretrained", noted)
     build(bucketed_source(tmp_path / "source", SIZES[:4]), tmp_path / "cache", oracle, **BUCKETED)
     assert loaded == ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection", "VQModel"]
+
+
+def test_what_is_asked_for_in_another_way_than_before_is_said_as_what_it_is(oracle: Path, tmp_path: Path) -> None:
+    """Mirror images of all pictures, then a shorter list of shapes, with a new picture each time."""
+    source, cache = bucketed_source(tmp_path / "source", SIZES[:4]), tmp_path / "cache"
+    buckets = BUCKETED | {"flip": None}
+    build(source, cache, oracle, **buckets)
+
+    def new(number: int, size: tuple[int, int]) -> None:
+        (source / f"{number:02d}.png").write_bytes(saved(picture(number, size), "PNG"))
+        (source / f"{number:02d}.txt").write_text(f"picture {number}")
+
+    def reasons(**changes: Any) -> dict[str, str]:
+        return {
+            name: table.why for name, table in foretold(source, cache, oracle, **changes).tables.items() if table.why
+        }
+
+    new(4, (96, 64))
+    one_more = "1 image and its mirror image new or edited since the last build"
+    assert reasons(**buckets | {"flip": True}) == {
+        "image_embeds": f"{one_more}, 4 mirror images not asked for before",
+        "text": "1 caption new or edited since the last build",
+        "latents-48x80": f"{one_more}, 1 mirror image not asked for before",
+        **dict.fromkeys(("latents-64", "latents-32x96", "latents-80x48"), "1 mirror image not asked for before"),
+    }
+    build(source, cache, oracle, **buckets | {"flip": True})
+    assert reasons() == {}
+    assert reasons(resolution=(32,))["latents-32"] == "the table is new: 5 images and their mirror images"
+    new(5, (96, 64))
+    assert reasons(aspect_ratio_buckets="48,80;64,64;80,48")["latents-48x80"] == (
+        f"{one_more}, 1 image and its mirror image of this shape now"
+    )
+    shutil.rmtree(next(cache.glob("latents-80x48-*")))
+    assert reasons()["latents-80x48"] == "1 image and its mirror image whose rows are lost"
+
+
+def test_a_resolution_that_is_named_without_a_list_has_squares_where_it_is_new(oracle: Path) -> None:
+    had = Wants((ShapeSet(64, parse_shapes(SHAPES), 2.0),), flip=True)
+    assert wanted(small_config(oracle, resolution=(32, 64)), had, 16) == Wants((square_set(32), *had.sets), flip=True)
 
 
 @pytest.mark.parametrize(
