@@ -15,11 +15,14 @@ from PIL import Image
 from small_builds import build, digests, encoded, foretold, small_config
 
 from kcache import Cache
+from kcache.build.build import build_cache
 from kcache.build.pictures.asked import wanted
+from kcache.build.pictures.remembered import remember, remembered
 from kcache.config.shapes import ShapeSet, parse_shapes, square_set
-from kcache.encoders import frozen
+from kcache.encoders import decoding, frozen
 from kcache.errors import ConfigError
-from kcache.store.digests import content_key, mirrored_key
+from kcache.store.digests import Keys, content_key, mirrored_key
+from kcache.store.formats.side_files import SIZES as SIZES_OF
 from kcache.store.index import table_state
 from kcache.store.manifest import read_manifest
 from kcache.store.rows import field_files, gather
@@ -109,9 +112,11 @@ def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_
 def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
     tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "right home"))
     source = bucketed_source(tmp_path / "source", SIZES[:3])
     build(source, tmp_path / "right", oracle, **BUCKETED)
     monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "wrong home"))
     build(source, tmp_path / "wrong", oracle, **BUCKETED)
     found, expected = (read_manifest(tmp_path / name) for name in ("wrong", "right"))
     assert (found.samples_file_digest, found.rejected) == (expected.samples_file_digest, 0)
@@ -119,6 +124,56 @@ def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
         rows, right = rows_of(tmp_path / "wrong", table), rows_of(tmp_path / "right", table)
         assert rows.keys() == right.keys()
         assert all(np.array_equal(rows[key], right[key]) for key in right)
+
+
+def test_a_picture_is_read_once_for_its_size_whatever_is_built_and_whatever_becomes_of_it(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four are too small for the first cache, which so knows nothing of them."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    read, sizes_in = list[bytes](), decoding.picture_size
+
+    def noted(content: bytes) -> tuple[int, int]:
+        if len(read) == stop_at:
+            raise KeyboardInterrupt
+        read.append(content)
+        return sizes_in(content)
+
+    monkeypatch.setattr(decoding, "picture_size", noted)
+    source, stop_at = bucketed_source(tmp_path / "source", ((96, 64), (20, 20), (64, 96), (20, 31))), 3
+    config = small_config(oracle, **(BUCKETED | {"num_workers": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(str(source), str(tmp_path / "cache"), config)
+    stop_at = -1
+    for cache, samples in (("cache", 2), ("cache", 2), ("other", 4)):
+        found = build(source, tmp_path / cache, oracle, **(BUCKETED | {"max_upscale": 2.0 if samples == 2 else 4.0}))
+        assert (found.samples, len(read), len(set(read))) == (samples, 4, 4)
+    kept = tmp_path / "home" / "sizes.npy"
+    for damage in (b"", kept.read_bytes()[:-5], b"no array"):
+        kept.write_bytes(damage)
+        read.clear()
+        assert build(source, tmp_path / "cache", oracle).samples == 2
+        assert len(read) == 2  # those that the cache knows nothing of
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").write_text("no folder")
+    assert build(source, tmp_path / "cache", oracle).samples == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_of_more_sizes_than_are_kept_the_last_ones_are(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.build.pictures.remembered._MOST", 4)
+    monkeypatch.setattr("kcache.build.pictures.remembered._TOGETHER", 2)
+    sizes = np.zeros(7, SIZES_OF)
+    sizes["key"], sizes["width"], sizes["height"] = np.arange(7)[:, None], np.arange(1, 8), 9
+    sizes["height"][2] = 0  # of which nothing is known
+    for first in range(0, 7, rows):
+        remember(sizes[first : first + rows])
+    found = np.concatenate(list(remembered(Keys(sizes["key"]))))
+    assert found.tobytes() == sizes[3:].tobytes()
+    assert not len(np.concatenate(list(remembered(Keys(sizes["key"][:2])))))
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])

@@ -15,6 +15,7 @@ import numpy as np
 
 from kcache.build.committed import recorded_sizes
 from kcache.build.pictures.contents import fetcher
+from kcache.build.pictures.remembered import remember, remembered
 from kcache.config import Say
 from kcache.config.shapes import NO_SHAPE
 from kcache.errors import InputRejected, KcacheError
@@ -44,13 +45,16 @@ _CHANGED = InputRejected("source", "its content changed while the cache was bein
 def sized(job: "Survey", say: Say) -> "Survey":
     """The job, its samples with the sizes of their pictures where shapes depend on these; who is too small is refused.
 
-    Sizes that nothing has recorded are read from the files' headers; they are 0 where these cannot be read.
+    Sizes that nothing has recorded are read from the files' headers, once on this machine; they are 0 where these
+    cannot be read.
     """
     if all(each.is_square for each in job.wants.sets):
         return job
     sizes = Sizes(_earlier(job))
     sizes.add(recorded_sizes(job.folder, {**job.earlier, **job.recipes}))
     keys = Samples.of(job.samples).image_keys
+    if lacking := keys[sizes.find(keys) < 0].unique():
+        sizes.add(remembered(lacking))
     if lacking := keys[sizes.find(keys) < 0].unique():
         sizes.add([_by_headers(job, lacking, say)])
     columns = Samples.of(job.samples)
@@ -117,8 +121,11 @@ def _by_headers(job: "Survey", keys: Keys, say: Say) -> np.ndarray:
 
     sizes = np.zeros(len(keys), SIZES)
     sizes["key"] = keys.packed
-    for number, found in enumerate(_each(job, keys, size, say)):
-        sizes["width"][number], sizes["height"][number] = found
+    try:
+        for number, found in enumerate(_each(job, keys, size, say)):
+            sizes["width"][number], sizes["height"][number] = found
+    finally:  # a signal may have ended it, and whoever builds again goes on from here
+        remember(sizes)
     return sizes
 
 
