@@ -59,8 +59,8 @@ class Survey:
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
     """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
-    had: Wants = field(default_factory=lambda: Wants(()))
-    """Which rows the tables of the cache as it is have of its samples."""
+    manifest: Manifest | None = None
+    """That of the cache as it is; None where there is none yet."""
     before: Samples = field(default_factory=lambda: Samples(()))
     """The samples that the cache has, as far as they are to be compared with what it will have."""
     leaving: Leaving = NOBODY
@@ -127,7 +127,7 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
             check_color_management()
         numbers, unreadable = array("q"), list[Refusal]()
         samples = Samples.of(_offered(opened, memo, config.rehash, say, numbers, unreadable))
-    before = Wants(()) if manifest is None else manifest.wants
+    before = () if manifest is None else manifest.shape_sets
     return Survey(
         folder=folder,
         config=config,
@@ -139,8 +139,8 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
         recipes=recipes,
         wants=wants,
         earlier=earlier,
-        notes=(*_recipe_notes(earlier, recipes), *replaced(before.sets, wants.sets)),
-        had=before,
+        notes=(*_recipe_notes(earlier, recipes), *replaced(before, wants.sets)),
+        manifest=manifest,
     )
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from small_builds import build, digests, encoded, foretold, small_config
 
 from kcache import Cache
-from kcache.build.build import build_cache
+from kcache.build.build import build_cache, checked_survey, complete
 from kcache.build.pictures.asked import wanted
 from kcache.build.pictures.remembered import remember, remembered
+from kcache.config import unheard
 from kcache.config.shapes import ShapeSet, parse_shapes, square_set
 from kcache.encoders import decoding, frozen
 from kcache.errors import ConfigError
@@ -107,6 +108,22 @@ def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_
     four = build(source, tmp_path / "cache", oracle, resolution=(), max_upscale=4.0)
     assert (four.samples, four.rejected) == (3, 0)
     assert encoded(four) == {"image_embeds": 2, "text": 2, "latents-64": 1, "latents-80x48": 1}
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_another_builder_takes_the_sizes_over_that_one_has_found_meanwhile(
+    tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told other sizes by the headers, before the first builder began."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    source, cache = bucketed_source(tmp_path / "source", SIZES[:3]), tmp_path / "cache"
+    settings = BUCKETED | {"format": form}
+    late = checked_survey(str(source), str(cache), small_config(oracle, **settings), unheard)
+    build(source, cache, oracle, **settings)
+    files = digests(cache)
+    complete(late)
+    assert digests(cache) == files
 
 
 def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(

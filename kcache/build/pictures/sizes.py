@@ -25,7 +25,7 @@ from kcache.store.digests import Keys, mirrored_key
 from kcache.store.formats.columns import Samples
 from kcache.store.formats.picture_sizes import Sizes, with_sizes
 from kcache.store.formats.side_files import SIZES
-from kcache.store.manifest import read_manifest
+from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import kind_of
 from kcache.store.samples import Refusal, Sample, samples_in_columns
 from kcache.store.shards import Rejection
@@ -66,7 +66,8 @@ def resized(job: "Survey") -> "Survey":
     """The job, its samples with the sizes with which their pictures were decoded meanwhile."""
     if all(each.is_square for each in job.wants.sets):
         return job
-    columns, sizes = Samples.of(job.samples), Sizes(Samples(()))
+    # One that finishes a cache of tars removes what it had recorded beside them.
+    columns, sizes = Samples.of(job.samples), Sizes(_earlier(job, but=job.manifest))
     sizes.add(recorded_sizes(job.folder, job.recipes))
     at = sizes.find(columns.image_keys)
 
@@ -97,10 +98,11 @@ def _of_some_shape(job: "Survey", samples: Samples) -> "Survey":
     return replace(job, samples=samples.where(fits), refused=[*job.refused, *refused])
 
 
-def _earlier(job: "Survey") -> Samples:
-    """The samples of the finished cache, whose sizes are known; none where they cannot be read."""
+def _earlier(job: "Survey", but: Manifest | None = None) -> Samples:
+    """The samples of the finished cache, whose sizes are known; none where it is that of `but`, or cannot be read."""
     try:
-        return samples_in_columns(job.folder, read_manifest(job.folder))
+        manifest = read_manifest(job.folder)
+        return Samples(()) if manifest == but else samples_in_columns(job.folder, manifest)
     except KcacheError:
         return Samples(())
 

@@ -8,6 +8,7 @@ import numpy as np
 from kcache.store.digests import mirrored_keys
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import kind_of, recipe_differences
+from kcache.store.shaped.wants import Wants
 from kcache.tally import counted
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ def _why(job: "Survey", state: "TableState", table: "TablePlan") -> str:
     if name not in job.earlier:
         left = "what an interrupted build left to do" if len(state.stored.keys) else "the table is new"
         return f"{left}: {_inputs(kind.per, mirrored)}"
-    rejected = keys.among(state.rejected)
-    lost = keys.among(job.had.keys(name, job.before)) & ~rejected
+    rejected, had = keys.among(state.rejected), job.manifest.wants if job.manifest else Wants(())
+    lost = keys.among(had.keys(name, job.before)) & ~rejected
     # What is left of pictures that the cache has was not to be in this table before.
     known = (keys.among(job.before.image_keys) | keys.among(mirrored_keys(job.before.image_keys))) & ~lost & ~rejected
-    first = known & mirrored & (not job.had.flip)
+    first = known & mirrored & (not had.flip)
     reasons = {
         "new or edited since the last build": ~(known | lost | rejected),
         "not asked for before": first,
