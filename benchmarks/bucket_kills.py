@@ -205,7 +205,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["KCACHE_HOME"] = folder
-            bench, ground = Bench(Path(folder), Requests), Bucket(Path(folder))
+            bench, ground = Bench(Path(folder), Requests, arguments.shapes), Bucket(Path(folder))
             bench.preload()
             start = time.monotonic()
 

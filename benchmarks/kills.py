@@ -113,7 +113,7 @@ def main() -> int:
     memory = Path("/dev/shm")  # noqa: S108  # fsync costs nothing there, and a kill loses nothing that was written
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         os.environ["KCACHE_HOME"] = folder
-        bench = Bench(Path(folder), Calls)
+        bench = Bench(Path(folder), Calls, arguments.shapes)
         bench.preload()
         start = time.monotonic()
         results = run(bench, Disk(bench.folder), arguments)

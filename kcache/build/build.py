@@ -106,6 +106,7 @@ def complete(
         while True:
             with turn(folder, patience):
                 remove_leftovers(folder)
+                job = builder.job = resized(job)  # whoever decoded its pictures meanwhile
                 plan = _plan_to_join(job, patience)
                 found = job.committed()  # after that: while a plan is open, others commit
                 if before is None:
@@ -121,7 +122,6 @@ def complete(
                         break
             if plan is not None:
                 builder.work_off(plan, found)
-                job = builder.job = resized(job)
         stop_here()
     _tidy(folder, manifest)
     who = job.leaving

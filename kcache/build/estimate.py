@@ -21,8 +21,9 @@ from kcache.build.encode import encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
 from kcache.build.pictures.contents import fetcher
 from kcache.build.plan import PlannedShard, TablePlan
-from kcache.build.survey import Survey, acceptable, missing_rows, other_verdicts, why_missing
+from kcache.build.survey import Survey, acceptable, missing_rows, other_verdicts
 from kcache.build.work.meter import Meter
+from kcache.build.work.reasons import why_missing
 from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.fit import enough_memory, workers_for

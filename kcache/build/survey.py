@@ -59,6 +59,8 @@ class Survey:
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
     """Which tables of the cache are of another recipe than the wanted one, and who leaves it, in words."""
+    manifest: Manifest | None = None
+    """That of the cache as it is; None where there is none yet."""
     before: Samples = field(default_factory=lambda: Samples(()))
     """The samples that the cache has, as far as they are to be compared with what it will have."""
     leaving: Leaving = NOBODY
@@ -137,10 +139,8 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
         recipes=recipes,
         wants=wants,
         earlier=earlier,
-        notes=(
-            *_recipe_notes(earlier, recipes),
-            *replaced(before, wants.sets),
-        ),
+        notes=(*_recipe_notes(earlier, recipes), *replaced(before, wants.sets)),
+        manifest=manifest,
     )
 
 
@@ -286,34 +286,3 @@ def missing_rows(
             rows, device = min(table.rows_per_shard, len(table.keys)), job.config.device or default_device()
             check_request(table.recipe, job.repository(table.recipe.table), rows, device)
     return Plan(tables=tuple(plans), shapes=shapes_to_note(job.wants.sets), flip=job.wants.flip)
-
-
-def why_missing(job: Survey, states: Mapping[str, TableState], plan: Plan) -> dict[str, str]:
-    """For each table of `plan`, in words, why the rows that it lacks are missing; "" where none is."""
-    known = job.before.image_keys + job.before.caption_keys
-    reasons = {}
-    for table in plan.tables:
-        name = table.recipe.table
-        kind = kind_of(name)
-        keys = table.keys[~table.keys.among(() if kind.reserved is None else (kind.reserved,))]
-        rejected = keys.among(states[name].rejected)
-        retried = int(rejected.sum())
-        lost = int((keys.among(known) & ~rejected).sum()) if name in job.earlier else 0
-        found = job.earlier.get(name, table.recipe)
-        if not table.keys:
-            reasons[name] = ""
-        elif found != table.recipe:
-            differences = "; ".join(recipe_differences(found, table.recipe))
-            reasons[name] = f"the table in the cache is of another recipe ({differences})"
-        elif name not in job.earlier:
-            left = "what an interrupted build left to do" if len(states[name].stored.keys) else "the table is new"
-            reasons[name] = f"{left}: {counted(len(keys), kind.per)}"
-        else:
-            counts = {
-                "new or edited since the last build": len(keys) - lost - retried,
-                "whose rows are lost": lost,
-                "rejected before, to be tried again": retried,
-            }
-            parts = [f"{counted(count, kind.per)} {what}" for what, count in counts.items() if count]
-            reasons[name] = ", ".join(parts) or "the reserved row is lost"
-    return reasons

@@ -1,14 +1,18 @@
 """Builds in a bucket of a real object store: the same names and bytes as on a disk, whatever happens meanwhile."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import small_builds
+import torch
+from bucketed_builds import build_bucketed
 from faulty_s3 import Faults
 from filer import copy_in, copy_out, listed
 from in_bucket import put
@@ -22,6 +26,7 @@ from kcache.build.committed import check_outside, check_target
 from kcache.build.plan import CLAIMS, claims_folder, freeze_plan
 from kcache.build.survey import missing_rows, survey
 from kcache.errors import CacheMismatchError, StoreError
+from kcache.loader import CacheLoader
 from kcache.places import place_of
 from kcache.places.bucket import BucketPath
 from kcache.places.effects import remove, write_bytes, write_json
@@ -88,6 +93,30 @@ def test_a_build_is_the_same_as_on_a_disk_and_opens_wherever_it_is_copied(
         assert encoded(build_at(place, source, oracle)) == {}
     verify_cache(str(tmp_path / "copied"))
     assert_same(f"{bucket}-again", local, tmp_path / "again")
+
+
+def test_shapes_resolutions_and_mirror_images_are_the_same_as_on_a_disk(
+    bucket: str, bucketed: Path, oracle: Path, tmp_path: Path
+) -> None:
+    """Built one after the other, then with another list of shapes; opened, verified and streamed where they are."""
+    local = shutil.copytree(bucketed / "cache", tmp_path / "local")
+    build_bucketed(bucketed / "source", bucket, oracle)  # type: ignore[arg-type]
+    fewer: dict[str, Any] = {"aspect_ratio_buckets": "48,80;64,64;80,48"}
+    found, expected = (build_at(str(cache), bucketed / "source", oracle, **fewer) for cache in (bucket, local))
+    assert encoded(found) == encoded(expected) == {"latents-48x80": 2, "latents-80x48": 2}
+    there, here = digests(copy_out(key_of(bucket), tmp_path / "copied")), digests(local)
+    superseded = there.keys() - here.keys()
+    assert here == {name: digest for name, digest in there.items() if name not in superseded}
+    assert {name.split("-")[0] for name in superseded} == {"index"}  # of the two manifests before
+    assert not verify_cache(bucket).corrupt
+    batches = []
+    for path, residency in ((bucket, "stream"), (local, "ram")):
+        cache = Cache.open(path, resolution=(32, 64))
+        loader = CacheLoader(cache, ["image_embeds", "latents"], 4, shuffle="stream", residency=residency)
+        batches.append(list(islice(loader.forever(), 20)))
+    for streamed, right in zip(*batches, strict=True):
+        assert all(torch.equal(streamed[name], right[name]) for name in right)
+    assert {tuple(batch["latents"].shape[1:]) for batch in batches[0]} == {(4, 4, 4), (4, 6, 10), (4, 8, 8), (4, 10, 6)}
 
 
 def test_where_nothing_is_to_do_a_build_asks_little_and_writes_its_turn_only(

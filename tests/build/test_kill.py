@@ -32,6 +32,12 @@ def in_bucket() -> dict[str, Any]:
     return results("bucket_kills.py", "--random", "0", "--stops", "0", "--every", "97", *together)
 
 
+@pytest.fixture(scope="module")
+def of_shapes() -> dict[str, Any]:
+    """The same of a cache of shapes and mirror images on a disk, killed at every 1013th step, and built together."""
+    return results("kills.py", "--shapes", "--random", "0", "--stops", "0", "--every", "1013", "--together", "4")
+
+
 def results(script: str, *arguments: str) -> dict[str, Any]:
     run = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments],
@@ -82,3 +88,15 @@ def test_a_build_in_a_bucket_ends_with_the_names_and_bytes_of_one_on_a_disk(
     assert in_bucket[form]["together"]["kills"] >= 1
     assert max(in_bucket[form]["together"]["builders_that_encoded"]) > 1
     assert in_bucket[form]["lost_answer"]["happened"] > 5
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_build_of_shapes_whose_sizes_turn_out_wrong_ends_with_the_bytes_of_an_undisturbed_one(
+    of_shapes: dict[str, Any], form: str
+) -> None:
+    for result in of_shapes[form].values():
+        assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
+    assert of_shapes[form]["steps_of_a_first_build"]["kills"] >= 2
+    assert of_shapes[form]["steps_of_an_incremental_build"]["kills"] >= 2
+    assert of_shapes[form]["together"]["kills"] == 1
+    assert max(of_shapes[form]["together"]["builders_that_encoded"]) > 1

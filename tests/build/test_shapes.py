@@ -1,5 +1,6 @@
 """Builds of shapes, several resolutions and mirrored pictures: what is encoded, into which tables, and how it moves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,27 @@ import numpy as np
 import pytest
 import small_builds
 import torch
-from bucketed_builds import BUCKETED, SIZES, bucketed_source
+from bucketed_builds import BUCKETED, SHAPES, SIZES, bucketed_source
 from diffusers import VQModel
+from photos import picture, saved
 from PIL import Image
-from small_builds import build, digests, encoded
+from small_builds import build, digests, encoded, foretold, small_config
 
 from kcache import Cache
-from kcache.encoders import frozen
+from kcache.build.build import build_cache, checked_survey, complete
+from kcache.build.pictures.asked import wanted
+from kcache.build.pictures.remembered import remember, remembered
+from kcache.config import unheard
+from kcache.config.shapes import ShapeSet, parse_shapes, square_set
+from kcache.encoders import decoding, frozen
 from kcache.errors import ConfigError
-from kcache.store.digests import content_key, mirrored_key
+from kcache.store.digests import Keys, content_key, mirrored_key
+from kcache.store.formats.side_files import SIZES as SIZES_OF
 from kcache.store.index import table_state
 from kcache.store.manifest import read_manifest
 from kcache.store.rows import field_files, gather
 from kcache.store.samples import read_refused
+from kcache.store.shaped.wants import Wants
 
 
 @pytest.fixture(autouse=True)
@@ -101,12 +110,30 @@ def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_
     assert encoded(four) == {"image_embeds": 2, "text": 2, "latents-64": 1, "latents-80x48": 1}
 
 
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_another_builder_takes_the_sizes_over_that_one_has_found_meanwhile(
+    tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told other sizes by the headers, before the first builder began."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    source, cache = bucketed_source(tmp_path / "source", SIZES[:3]), tmp_path / "cache"
+    settings = BUCKETED | {"format": form}
+    late = checked_survey(str(source), str(cache), small_config(oracle, **settings), unheard)
+    build(source, cache, oracle, **settings)
+    files = digests(cache)
+    complete(late)
+    assert digests(cache) == files
+
+
 def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
     tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "right home"))
     source = bucketed_source(tmp_path / "source", SIZES[:3])
     build(source, tmp_path / "right", oracle, **BUCKETED)
     monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "wrong home"))
     build(source, tmp_path / "wrong", oracle, **BUCKETED)
     found, expected = (read_manifest(tmp_path / name) for name in ("wrong", "right"))
     assert (found.samples_file_digest, found.rejected) == (expected.samples_file_digest, 0)
@@ -114,6 +141,56 @@ def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
         rows, right = rows_of(tmp_path / "wrong", table), rows_of(tmp_path / "right", table)
         assert rows.keys() == right.keys()
         assert all(np.array_equal(rows[key], right[key]) for key in right)
+
+
+def test_a_picture_is_read_once_for_its_size_whatever_is_built_and_whatever_becomes_of_it(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four are too small for the first cache, which so knows nothing of them."""
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    read, sizes_in = list[bytes](), decoding.picture_size
+
+    def noted(content: bytes) -> tuple[int, int]:
+        if len(read) == stop_at:
+            raise KeyboardInterrupt
+        read.append(content)
+        return sizes_in(content)
+
+    monkeypatch.setattr(decoding, "picture_size", noted)
+    source, stop_at = bucketed_source(tmp_path / "source", ((96, 64), (20, 20), (64, 96), (20, 31))), 3
+    config = small_config(oracle, **(BUCKETED | {"num_workers": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(str(source), str(tmp_path / "cache"), config)
+    stop_at = -1
+    for cache, samples in (("cache", 2), ("cache", 2), ("other", 4)):
+        found = build(source, tmp_path / cache, oracle, **(BUCKETED | {"max_upscale": 2.0 if samples == 2 else 4.0}))
+        assert (found.samples, len(read), len(set(read))) == (samples, 4, 4)
+    kept = tmp_path / "home" / "sizes.npy"
+    for damage in (b"", kept.read_bytes()[:-5], b"no array"):
+        kept.write_bytes(damage)
+        read.clear()
+        assert build(source, tmp_path / "cache", oracle).samples == 2
+        assert len(read) == 2  # those that the cache knows nothing of
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").write_text("no folder")
+    assert build(source, tmp_path / "cache", oracle).samples == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_of_more_sizes_than_are_kept_the_last_ones_are(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.build.pictures.remembered._MOST", 4)
+    monkeypatch.setattr("kcache.build.pictures.remembered._TOGETHER", 2)
+    sizes = np.zeros(7, SIZES_OF)
+    sizes["key"], sizes["width"], sizes["height"] = np.arange(7)[:, None], np.arange(1, 8), 9
+    sizes["height"][2] = 0  # of which nothing is known
+    for first in range(0, 7, rows):
+        remember(sizes[first : first + rows])
+    found = np.concatenate(list(remembered(Keys(sizes["key"]))))
+    assert found.tobytes() == sizes[3:].tobytes()
+    assert not len(np.concatenate(list(remembered(Keys(sizes["key"][:2])))))
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
@@ -154,6 +231,45 @@ def test_the_network_of_latents_is_loaded_once_for_all_shapes(
     monkeypatch.setattr(frozen, "load_pretrained", noted)
     build(bucketed_source(tmp_path / "source", SIZES[:4]), tmp_path / "cache", oracle, **BUCKETED)
     assert loaded == ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection", "VQModel"]
+
+
+def test_what_is_asked_for_in_another_way_than_before_is_said_as_what_it_is(oracle: Path, tmp_path: Path) -> None:
+    """Mirror images of all pictures, then a shorter list of shapes, with a new picture each time."""
+    source, cache = bucketed_source(tmp_path / "source", SIZES[:4]), tmp_path / "cache"
+    buckets = BUCKETED | {"flip": None}
+    build(source, cache, oracle, **buckets)
+
+    def new(number: int, size: tuple[int, int]) -> None:
+        (source / f"{number:02d}.png").write_bytes(saved(picture(number, size), "PNG"))
+        (source / f"{number:02d}.txt").write_text(f"picture {number}")
+
+    def reasons(**changes: Any) -> dict[str, str]:
+        return {
+            name: table.why for name, table in foretold(source, cache, oracle, **changes).tables.items() if table.why
+        }
+
+    new(4, (96, 64))
+    one_more = "1 image and its mirror image new or edited since the last build"
+    assert reasons(**buckets | {"flip": True}) == {
+        "image_embeds": f"{one_more}, 4 mirror images not asked for before",
+        "text": "1 caption new or edited since the last build",
+        "latents-48x80": f"{one_more}, 1 mirror image not asked for before",
+        **dict.fromkeys(("latents-64", "latents-32x96", "latents-80x48"), "1 mirror image not asked for before"),
+    }
+    build(source, cache, oracle, **buckets | {"flip": True})
+    assert reasons() == {}
+    assert reasons(resolution=(32,))["latents-32"] == "the table is new: 5 images and their mirror images"
+    new(5, (96, 64))
+    assert reasons(aspect_ratio_buckets="48,80;64,64;80,48")["latents-48x80"] == (
+        f"{one_more}, 1 image and its mirror image of this shape now"
+    )
+    shutil.rmtree(next(cache.glob("latents-80x48-*")))
+    assert reasons()["latents-80x48"] == "1 image and its mirror image whose rows are lost"
+
+
+def test_a_resolution_that_is_named_without_a_list_has_squares_where_it_is_new(oracle: Path) -> None:
+    had = Wants((ShapeSet(64, parse_shapes(SHAPES), 2.0),), flip=True)
+    assert wanted(small_config(oracle, resolution=(32, 64)), had, 16) == Wants((square_set(32), *had.sets), flip=True)
 
 
 @pytest.mark.parametrize(

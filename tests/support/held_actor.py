@@ -4,10 +4,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kcache.engines.actor import EncodingActor
 from kcache.engines.copier import CopyingActor, CopyTask
 from kcache.engines.tasks import Look
+
+SHAPED: dict[str, Any] = {
+    "resolution": (32, 64), "aspect_ratio_buckets": "auto", "flip": True, "rows_per_shard": 2,
+}  # fmt: skip
+"""Settings of their builds, beside those of `small_config`: mirror images, two resolutions, several shapes."""
 
 
 def wait_at(cache: Path, stopped: Callable[[], bool]) -> None:
@@ -46,5 +52,5 @@ def build_held(source: str, cache: str, oracle: str, address: str) -> None:
     from kcache.engines import engine_of
 
     kcache.engines.ray_builder.EncodingActor = HeldActor  # type: ignore[misc]
-    config = small_config(Path(oracle), rows_per_shard=2, engine="ray", address=address)
+    config = small_config(Path(oracle), **SHAPED, engine="ray", address=address)
     build_cache(source, cache, config, engine=engine_of(source, config))

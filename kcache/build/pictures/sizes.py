@@ -15,6 +15,7 @@ import numpy as np
 
 from kcache.build.committed import recorded_sizes
 from kcache.build.pictures.contents import fetcher
+from kcache.build.pictures.remembered import remember, remembered
 from kcache.config import Say
 from kcache.config.shapes import NO_SHAPE
 from kcache.errors import InputRejected, KcacheError
@@ -24,7 +25,7 @@ from kcache.store.digests import Keys, mirrored_key
 from kcache.store.formats.columns import Samples
 from kcache.store.formats.picture_sizes import Sizes, with_sizes
 from kcache.store.formats.side_files import SIZES
-from kcache.store.manifest import read_manifest
+from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import kind_of
 from kcache.store.samples import Refusal, Sample, samples_in_columns
 from kcache.store.shards import Rejection
@@ -44,13 +45,16 @@ _CHANGED = InputRejected("source", "its content changed while the cache was bein
 def sized(job: "Survey", say: Say) -> "Survey":
     """The job, its samples with the sizes of their pictures where shapes depend on these; who is too small is refused.
 
-    Sizes that nothing has recorded are read from the files' headers; they are 0 where these cannot be read.
+    Sizes that nothing has recorded are read from the files' headers, once on this machine; they are 0 where these
+    cannot be read.
     """
     if all(each.is_square for each in job.wants.sets):
         return job
     sizes = Sizes(_earlier(job))
     sizes.add(recorded_sizes(job.folder, {**job.earlier, **job.recipes}))
     keys = Samples.of(job.samples).image_keys
+    if lacking := keys[sizes.find(keys) < 0].unique():
+        sizes.add(remembered(lacking))
     if lacking := keys[sizes.find(keys) < 0].unique():
         sizes.add([_by_headers(job, lacking, say)])
     columns = Samples.of(job.samples)
@@ -62,7 +66,8 @@ def resized(job: "Survey") -> "Survey":
     """The job, its samples with the sizes with which their pictures were decoded meanwhile."""
     if all(each.is_square for each in job.wants.sets):
         return job
-    columns, sizes = Samples.of(job.samples), Sizes(Samples(()))
+    # One that finishes a cache of tars removes what it had recorded beside them.
+    columns, sizes = Samples.of(job.samples), Sizes(_earlier(job, but=job.manifest))
     sizes.add(recorded_sizes(job.folder, job.recipes))
     at = sizes.find(columns.image_keys)
 
@@ -93,10 +98,11 @@ def _of_some_shape(job: "Survey", samples: Samples) -> "Survey":
     return replace(job, samples=samples.where(fits), refused=[*job.refused, *refused])
 
 
-def _earlier(job: "Survey") -> Samples:
-    """The samples of the finished cache, whose sizes are known; none where they cannot be read."""
+def _earlier(job: "Survey", but: Manifest | None = None) -> Samples:
+    """The samples of the finished cache, whose sizes are known; none where it is that of `but`, or cannot be read."""
     try:
-        return samples_in_columns(job.folder, read_manifest(job.folder))
+        manifest = read_manifest(job.folder)
+        return Samples(()) if manifest == but else samples_in_columns(job.folder, manifest)
     except KcacheError:
         return Samples(())
 
@@ -117,8 +123,11 @@ def _by_headers(job: "Survey", keys: Keys, say: Say) -> np.ndarray:
 
     sizes = np.zeros(len(keys), SIZES)
     sizes["key"] = keys.packed
-    for number, found in enumerate(_each(job, keys, size, say)):
-        sizes["width"][number], sizes["height"][number] = found
+    try:
+        for number, found in enumerate(_each(job, keys, size, say)):
+            sizes["width"][number], sizes["height"][number] = found
+    finally:  # a signal may have ended it, and whoever builds again goes on from here
+        remember(sizes)
     return sizes
 
 

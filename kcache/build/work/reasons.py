@@ -1,0 +1,60 @@
+"""Why rows are missing, in words: new, edited, lost, rejected before, or asked for in another way than before."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kcache.store.digests import mirrored_keys
+from kcache.store.formats.columns import Samples
+from kcache.store.recipe import kind_of, recipe_differences
+from kcache.store.shaped.wants import Wants
+from kcache.tally import counted
+
+if TYPE_CHECKING:
+    from kcache.build.plan import Plan, TablePlan
+    from kcache.build.survey import Survey
+    from kcache.store.index import TableState
+
+
+def why_missing(job: "Survey", states: Mapping[str, "TableState"], plan: "Plan") -> dict[str, str]:
+    """For each table of `plan`, in words, why the rows that it lacks are missing; "" where none is."""
+    return {
+        table.recipe.table: _why(job, states[table.recipe.table], table) if table.keys else "" for table in plan.tables
+    }
+
+
+def _why(job: "Survey", state: "TableState", table: "TablePlan") -> str:
+    name, found = table.recipe.table, job.earlier.get(table.recipe.table, table.recipe)
+    if found != table.recipe:
+        return f"the table in the cache is of another recipe ({'; '.join(recipe_differences(found, table.recipe))})"
+    kind = kind_of(name)
+    keys = table.keys[~table.keys.among(() if kind.reserved is None else (kind.reserved,))]
+    mirrored = keys.among(mirrored_keys(Samples.of(job.samples).image_keys))
+    if name not in job.earlier:
+        left = "what an interrupted build left to do" if len(state.stored.keys) else "the table is new"
+        return f"{left}: {_inputs(kind.per, mirrored)}"
+    rejected, had = keys.among(state.rejected), job.manifest.wants if job.manifest else Wants(())
+    lost = keys.among(had.keys(name, job.before)) & ~rejected
+    # What is left of pictures that the cache has was not to be in this table before.
+    known = (keys.among(job.before.image_keys) | keys.among(mirrored_keys(job.before.image_keys))) & ~lost & ~rejected
+    first = known & mirrored & (not had.flip)
+    reasons = {
+        "new or edited since the last build": ~(known | lost | rejected),
+        "not asked for before": first,
+        "of this shape now": known & ~first,
+        "whose rows are lost": lost,
+        "rejected before, to be tried again": rejected,
+    }
+    parts = [f"{_inputs(kind.per, mirrored[which])} {what}" for what, which in reasons.items() if which.any()]
+    return ", ".join(parts) or "the reserved row is lost"
+
+
+def _inputs(noun: str, mirrored: np.ndarray) -> str:
+    """How many inputs there are, `mirrored` (n,) of bool those that are mirror images."""
+    flipped = int(mirrored.sum())
+    own = len(mirrored) - flipped
+    if own == flipped and own:
+        return f"{counted(own, noun)} and {'its mirror image' if own == 1 else 'their mirror images'}"
+    counts = {noun: own, f"mirror {noun}": flipped}
+    return " and ".join(counted(count, what) for what, count in counts.items() if count) or counted(0, noun)
