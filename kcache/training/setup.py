@@ -12,9 +12,9 @@ from kcache.encoders.repositories import PIPELINES, Repository, check_revision, 
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
 from kcache.loader.batches import CacheLoader
-from kcache.loader.chance import draw_turns
 from kcache.loader.parts import RowReader, ShapedReader
 from kcache.loader.schedule import batches_of
+from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle

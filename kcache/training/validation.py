@@ -20,7 +20,7 @@ from torch import Tensor
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.batches import POLL_SECONDS
-from kcache.loader.chance import draw_turns
+from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
 from kcache.report.drawn.sizes import shown_shapes
