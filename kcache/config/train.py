@@ -258,6 +258,27 @@ class TrainConfig(SourceConfig):
         kept=True,
         only="decoder",
     )
+    inpaint: bool = setting(
+        False,
+        "Train the decoder that fills holes in pictures, with a new mask at every turn.",
+        kept=True,
+        swept=False,
+        only="decoder",
+    )
+    mask_growth: bool = setting(
+        True,
+        "Let holes grow by a latent pixel, as diffusers' pipeline does with each that it is given.",
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
+    hole_loss: bool = setting(
+        False,
+        "Learn from the hole alone, rather than from the whole picture, as Kandinsky was trained.",
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -59,6 +59,13 @@ def _check_revisions(config: "TrainConfig") -> None:
 def _check_stage(config: "TrainConfig") -> None:
     if config.stage == "decoder" and config.caption_dropout:
         raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
+    if config.stage == "prior" and config.inpaint:
+        raise ConfigError("--inpaint is for the decoder, which draws pictures: the prior is the same for all decoders")
+    if config.inpaint and config.validation_prompts:
+        raise ConfigError(
+            "--validation-prompts with --inpaint: the decoder that fills holes draws no picture from a prompt alone; "
+            "expected held-out samples to look at, whose val_hole says how well holes are filled; give --val-fraction"
+        )
     if config.stage == "prior" and config.image_dropout:
         raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")
     if config.stage == "decoder" and config.noise_draws > 1:
