@@ -8,13 +8,16 @@ RESULTS := benchmarks/results
 # torch's threads spin while they wait, and would take the cores that the loader's threads need.
 BENCH := CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks
 
-.PHONY: demo demo-shapes test lint format bench bench-gpu
+.PHONY: demo demo-shapes demo-inpaint test lint format bench bench-gpu
 
 demo: $(STAMP)
 	$(BIN)/kcache demo
 
 demo-shapes: $(STAMP)
 	$(BIN)/kcache demo --shapes --output demo-shapes-out
+
+demo-inpaint: $(STAMP)
+	$(BIN)/kcache demo --inpaint --output demo-inpaint-out
 
 # Two processes: each test file runs whole in one of them, in alphabetical order.
 test: $(STAMP)

@@ -91,17 +91,22 @@ def check(settings: Any) -> None:
                 raise ConfigError(f"{flag} is {item!r}; expected {expected}")
     for name, reason in idle(settings).items():
         if not marks_of(settings)[name].lenient:
-            raise ConfigError(f"{reason}; add that, or leave --{name.replace('_', '-')} out")
+            raise ConfigError(f"{reason}; add that, or leave {reason.split()[0]} out")
 
 
 def idle(settings: Any) -> dict[str, str]:
-    """The settings that are set and change nothing, as their `beside` are all off or at their defaults; and why."""
+    """The settings that are set and change nothing, as their `beside` are all off or at their defaults; and why.
+
+    A switch that is on by default is set when it is off.
+    """
     values = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
     off = {name for name, (value, default) in values.items() if not value or value == default}
+    switched_off = {name for name, (value, default) in values.items() if value is False and default is True}
     found = {}
     for name, marks in marks_of(settings).items():
-        if marks.beside and name not in off and off.issuperset(marks.beside):
-            flag, others = "--" + name.replace("_", "-"), ["--" + other.replace("_", "-") for other in marks.beside]
+        if marks.beside and (name not in off or name in switched_off) and off.issuperset(marks.beside):
+            flag = ("--no-" if name in switched_off else "--") + name.replace("_", "-")
+            others = ["--" + other.replace("_", "-") for other in marks.beside]
             found[name] = f"{flag} changes nothing without {' or '.join(others)}; expected that beside it"
     return found
 

@@ -160,7 +160,10 @@ def forgetful() -> Iterator[None]:
 @pytest.fixture
 def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, where the documents' Hub names and folders are local folders of tiny things."""
-    from kcache.config import DECODER_REPO, PRIOR_REPO
+    from filling import decoder_like, fills_holes
+    from PIL import Image
+
+    from kcache.config import DECODER_REPO, INPAINT_REPO, PRIOR_REPO
 
     monkeypatch.chdir(tmp_path)
     for name, real in {
@@ -176,6 +179,11 @@ def place(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(oracle / "decoder", DECODER_REPO)
     # As on the Hub: it is how diffusers finds the prior of a decoder.
     Path(DECODER_REPO, "README.md").write_text(f"---\nprior:\n- {PRIOR_REPO}\n---\n")
+    decoder_like(Path(INPAINT_REPO), oracle, fills_holes)
+    Path(INPAINT_REPO, "README.md").write_text(f"---\nprior:\n- {PRIOR_REPO}\n---\n")
+    with Image.open(oracle / "data" / "img_03.png") as picture:
+        picture.convert("RGB").save("photo.jpg")
+        Image.linear_gradient("L").resize(picture.size).save("hole.png")
     Path("rates.toml").write_text('[[run]]\nname = "low"\n[[run]]\nname = "high"\nlearning_rate = 1e-3\n')
     return tmp_path
 

@@ -13,8 +13,9 @@ import torch
 
 from kcache.encoders.online import OnlineEncoders
 from kcache.loader.batches import Batch, CacheLoader
-from kcache.loader.chance import draw_noise, draw_timesteps, epoch_order
+from kcache.loader.chance import epoch_order
 from kcache.loader.parts import RowReader
+from kcache.loader.turns import draw_turns
 from kcache.objectives.losses import PriorObjective
 from kcache.sources import open_source
 from kcache.training.run import TrainingRun
@@ -52,13 +53,12 @@ class Way:
 
 
 def draws(run: TrainingRun) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Noise and timesteps of the samples at given turns, as the trainer draws them."""
+    """What goes with the samples at given turns, as the trainer draws them."""
     shape = run.cache.field(run.raw_objective.noised_field).shape
     timesteps = run.raw_objective.scheduler.config.num_train_timesteps
     seed, each = run.config.seed, run.config.noise_draws
-    return lambda turns: {
-        "noise": draw_noise(seed, turns, shape, each), "timesteps": draw_timesteps(seed, turns, timesteps, each)
-    }  # fmt: skip
+    drawn, growth = run.raw_objective.drawn, run.config.mask_growth
+    return lambda turns: draw_turns(seed, turns, shape, timesteps, each, drawn=drawn, growth=growth)
 
 
 def loader(run: TrainingRun, rows: RowReader) -> CacheLoader:

@@ -1,6 +1,7 @@
 """`kcache demo`: all of it on handwritten digits."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ from kcache_cli.flags import check_folder
 from kcache_cli.progress import bytes_text, duration_text, note, say
 
 if TYPE_CHECKING:
+    from kcache.demo.holes.run import HolesResult
     from kcache.demo.result import DemoResult, ExamResult
     from kcache.demo.shapes import ShapesResult
 
@@ -35,6 +37,10 @@ def demo(
         bool,
         typer.Option("--shapes", help="Train on buckets and on squares of lying and standing paper; draw at 3 shapes."),
     ] = False,
+    inpaint: Annotated[
+        bool,
+        typer.Option("--inpaint", help="Train a decoder to fill holes from the cache of a plain one; repaint digits."),
+    ] = False,
 ) -> None:
     """Do all of it on handwritten digits: some three minutes.
 
@@ -47,10 +53,14 @@ def demo(
       kcache demo
       kcache demo --quick --output /tmp/demo
       kcache demo --shapes
+      kcache demo --inpaint
     """
     check_folder("--output", output)
-    if shapes and (online or format != "zarr"):
-        raise ConfigError("--shapes was given with --online or --format; expected it alone; leave these out")
+    if shapes and inpaint:
+        raise ConfigError("--shapes and --inpaint are two demos; expected one of them; leave the other out")
+    if (shapes or inpaint) and (online or format != "zarr"):
+        flag = "--shapes" if shapes else "--inpaint"
+        raise ConfigError(f"{flag} was given with --online or --format; expected it alone; leave these out")
     # In networks this small, threads mostly wait for each other: spinning, which beside anything else on the machine
     # makes a step several times slower, or asleep, which does so always. One thread takes the same time either way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,6 +72,11 @@ def demo(
         from kcache.demo import shapes as papers
 
         _print_shapes(papers.run_shapes(output, papers.QUICK if quick else papers.WHOLE, say=note, seed=seed), output)
+        return
+    if inpaint:
+        from kcache.demo.holes import run as holes
+
+        _print_holes(holes.run_holes(output, holes.QUICK if quick else holes.WHOLE, say=note, seed=seed), output)
         return
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
@@ -82,10 +97,32 @@ def _print_shapes(result: "ShapesResult", output: Path) -> None:
         for way, score in zip(result.scores, scores, strict=True):
             table.add_row(ratio_of(score.shape), way, *score.cells)
     Console(width=100).print(table)
-    for name, seconds in result.seconds.items():
-        say(f"{name:20} {duration_text(seconds)}")
-    say(f"{'all':20} {duration_text(sum(result.seconds.values()))}")
-    say(f"{'picture':20} {output / 'shapes.png'}")
+    _print_times(result.seconds, output / "shapes.png")
+
+
+def _print_holes(result: "HolesResult", output: Path) -> None:
+    title = (
+        "Holes filled with digits in inks they were never seen in, right in %; paper's edge and kept pixels in levels"
+    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("asked for", "filled by"):
+        table.add_column(heading)
+    for heading in ("digit", "ink", "paper", "all three", "seamless", "edge", "kept"):
+        table.add_column(heading, justify="right")
+    for task, of_task in result.scores.items():
+        for way, score in of_task.items():
+            table.add_row(task, way, *score.cells)
+    Console(width=120).print(table)
+    say(f"the MoVQ alone changes what is kept by {result.round_trip:.1f} levels of 255")
+    say(f"the cache is {'the same, byte for byte' if result.same_cache else 'CHANGED'}: nothing was encoded for holes")
+    _print_times(result.seconds, output / "inpaint.png")
+
+
+def _print_times(seconds: Mapping[str, float], picture: Path) -> None:
+    for name, spent in seconds.items():
+        say(f"{name:20} {duration_text(spent)}")
+    say(f"{'all':20} {duration_text(sum(seconds.values()))}")
+    say(f"{'picture':20} {picture}")
 
 
 def _print(result: "DemoResult", output: Path) -> None:

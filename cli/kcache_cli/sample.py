@@ -53,6 +53,18 @@ def sample(
         str | None,
         typer.Option(help="Width to height, such as 3:2: the nearest shape that was trained on.", metavar="<w:h>"),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Picture to draw onto: in its hole by --mask, or all over by --strength.", metavar="<path>"),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="White where --image is drawn anew; for a decoder that fills holes.", metavar="<path>"),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that --image is drawn over with, up to 1; 0.3 when left out."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise; picture i starts from seed + i.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:0; chosen by what there is.")] = None,
 ) -> None:
@@ -67,6 +79,8 @@ def sample(
       kcache sample "a fox" --decoder runs/decoder/checkpoint-500
       kcache sample "a fox" --decoder runs/decoder --aspect-ratio 3:2
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
+      kcache sample "a fox" --decoder runs/inpaint --image photo.jpg --mask hole.png
+      kcache sample "a fox in the snow" --decoder runs/decoder --image photo.jpg --strength 0.6
     """
     check_folder("--output-dir", output_dir)
     from kcache.report.sampling import sample as draw
@@ -85,6 +99,9 @@ def sample(
         height=height,
         width=width,
         aspect_ratio=aspect_ratio,
+        image=image,
+        mask=mask,
+        strength=strength,
         seed=seed,
         device=device,
     )

@@ -7,6 +7,7 @@ are made of this, in this order.
 - `shapes`: what pictures are cropped to, and which shape a picture has
 - `source`: how a source is read
 - `build`, `train`: what a build and a run are told
+- `train_checks`: which settings of a run do not go together
 """
 
 from kcache.config.build import BuildConfig
@@ -15,6 +16,7 @@ from kcache.config.train import TrainConfig
 from kcache.config.words import (
     COMPUTE_DTYPES,
     DECODER_REPO,
+    INPAINT_REPO,
     PRIOR_REPO,
     CountReport,
     LrScheduler,
@@ -29,6 +31,7 @@ __all__ = [
     "AS_FOUND",
     "COMPUTE_DTYPES",
     "DECODER_REPO",
+    "INPAINT_REPO",
     "PRIOR_REPO",
     "BuildConfig",
     "CountReport",

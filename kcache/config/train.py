@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kcache.config.source import SourceConfig
+from kcache.config.train_checks import check_run
 from kcache.config.words import LrScheduler, MixedPrecision
-from kcache.errors import ConfigError
 from kcache.settings import check, marked, setting
 from kcache.urls import check_local
 
@@ -258,67 +258,35 @@ class TrainConfig(SourceConfig):
         kept=True,
         only="decoder",
     )
+    inpaint: bool = setting(
+        False,
+        "Train the decoder that fills holes in pictures, with a new mask at every turn.",
+        kept=True,
+        swept=False,
+        only="decoder",
+    )
+    mask_growth: bool = setting(
+        True,
+        "Let holes grow by a latent pixel, as diffusers' pipeline does with each that it is given.",
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
+    hole_loss: bool = setting(
+        False,
+        "Learn from the hole alone, rather than from the whole picture, as Kandinsky was trained.",
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
 
     def __post_init__(self) -> None:
         check(self)
         for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir, self.stage_dir)):
             check_local(path)
-        self._check_stage()
-        if self.compile and self.deterministic:
-            raise ConfigError(
-                "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
-                "need not be repeated bit for bit; expected one of the two; give --no-compile or --no-deterministic"
-            )
-        if self.online is None and self.flags:
-            raise ConfigError(
-                f"{' and '.join(self.flags)} say how to read the source of --online; without it the cache decides what "
-                "is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
-            )
-        if self.online is not None and self.residency != "auto":
-            raise ConfigError(
-                f"--residency {self.residency} says where the rows of a cache wait; with --online there are none, as "
-                "the encoders make them; expected one of the two; leave --residency out"
-            )
-        if self.residency == "stream" and self.shuffle != "stream":
-            raise ConfigError(
-                f"--residency stream with --shuffle {self.shuffle}, which wants rows from everywhere at any time; "
-                "expected an order that is read in blocks; give --shuffle stream"
-            )
-        if self.stage_dir is not None and (self.online is not None or self.residency != "auto"):
-            other = f"--residency {self.residency}" if self.online is None else "--online"
-            raise ConfigError(
-                f"--stage-dir {self.stage_dir} with {other}: it is where --residency auto copies rows of a cache to, "
-                "which fit neither the GPU nor memory; expected one of the two; leave the other out"
-            )
-        self._check_revisions()
+        check_run(self)
 
     @property
     def mirrored(self) -> bool | None:
         """Whether mirrored pictures are read; None where they are if the cache has them."""
         return False if self.flip is None and self.stage == "prior" else self.flip
-
-    def _check_revisions(self) -> None:
-        own, other = f"{self.stage}_revision", "prior_revision" if self.stage == "decoder" else "decoder_revision"
-        told = getattr(self, own)
-        if None not in (self.revision, told) and self.revision != told:
-            raise ConfigError(
-                f"--revision is {self.revision} and --{self.stage}-revision {told}: both are of the {self.stage} that "
-                "is trained; expected one of the two; leave the other out"
-            )
-        if getattr(self, other) is not None and not self.validation_prompts:
-            raise ConfigError(
-                f"--{other.replace('_', '-')} is {getattr(self, other)}, but this run reads no "
-                f"{other.removesuffix('_revision')}, which only draws --validation-prompts; expected some beside it; "
-                "add a prompt, or leave it out"
-            )
-
-    def _check_stage(self) -> None:
-        if self.stage == "decoder" and self.caption_dropout:
-            raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
-        if self.stage == "prior" and self.image_dropout:
-            raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")
-        if self.stage == "decoder" and self.noise_draws > 1:
-            raise ConfigError(
-                "--noise-draws is for the prior, whose draws share the caption's tokens; the decoder has nothing to "
-                "share: give a larger --train-batch-size"
-            )

@@ -4,5 +4,6 @@
 - `run`, `folder`, `stages`: the whole demo, where it lies, and its training runs
 - `exam`, `scoring`: what it learnt, drawn and judged
 - `shapes`, `placing`: the demo of lying and standing paper, and where on it a digit stands
+- `holes`: the demo of pictures with holes, and of filling them
 - `result`, `picture`, `report`: what was measured, in pictures and as a page
 """

@@ -39,11 +39,11 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 """Marks of CLIP's tokenizer."""
 
 
-def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tuple[Path, Path]:
+def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0, paper: int = SIDE) -> tuple[Path, Path]:
     """Write the prior's and the decoder's pipeline under `folder` and return where they are, the same every time.
 
     Both are folders in diffusers' layout, which the stock pipelines load. `encoders` has the trained weights; `seed`
-    decides those that the prior and the UNet begin with.
+    decides those that the prior and the UNet begin with. On `paper` of more pixels CLIP sees the middle, as it stands.
     """
     prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,7 @@ def demo_models(folder: Path, encoders: Path = WEIGHTS, *, seed: int = 0) -> tup
             text_encoder=_trained(text_encoder(words), encoders / "text_encoder.safetensors"),
             tokenizer=words,
             scheduler=_prior_scheduler(),
-            image_processor=image_processor(),
+            image_processor=image_processor(paper),
         ).save_pretrained(prior)
         # diffusers writes the class by the name that transformers falls back to without torchvision; the published
         # pipelines say CLIPImageProcessor, which loads everywhere.
@@ -146,9 +146,9 @@ def image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config)
 
 
-def image_processor() -> CLIPImageProcessorPil:
+def image_processor(paper: int = SIDE) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
+        size={"shortest_edge": paper},
         crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.48145466, 0.4578275, 0.40821073],
         image_std=[0.26862954, 0.26130258, 0.27577711],

@@ -76,6 +76,20 @@ PIPELINES = {
 }
 """The two halves, by the stage that trains them."""
 
+INPAINTING, FOLLOWING = "KandinskyV22InpaintPipeline", "KandinskyV22ControlnetPipeline"
+"""The classes of pipelines whose decoders fill holes, and follow hints."""
+
+
+def pipeline_class(half: str, network: Mapping[str, Any]) -> str:
+    """Name of the diffusers class that draws with a half, by the configuration of the network in it."""
+    if half == "decoder" and network.get("addition_embed_type") == "image_hint":
+        return FOLLOWING
+    # Noisy latents, kept latents and the mask; what comes out is noise and its variance.
+    if half == "decoder" and network.get("in_channels", 4) == network.get("out_channels", 4) + 1:
+        return INPAINTING
+    return PIPELINES[half].class_name
+
+
 FINISH = "its download is unfinished, or it has no such files: fetch it again, online; what was fetched is kept"
 _VOLATILE = {
     "architectures",

@@ -1,6 +1,8 @@
 """Store → batches on the device, in an order that is determined.
 
 - `chance`: the order, the noise and all else that is drawn: functions of the seed and the sample's turn
+- `masks`: which latent pixels are kept and which are to be filled, drawn likewise
+- `turns`: all that is drawn for samples, together
 - `schedule`: which bucket of samples each pass is of, and which of its samples it takes
 - `course`: which sample of a bucket has which place in its order, and who takes it
 - `residency`: where rows wait until a batch takes them
@@ -15,11 +17,12 @@
 from typing import TYPE_CHECKING, Any
 
 from kcache.loader.chance import draw_noise, draw_seed, draw_timesteps
+from kcache.loader.masks import draw_masks
 
 if TYPE_CHECKING:
     from kcache.loader.batches import Batch, CacheLoader
 
-__all__ = ["Batch", "CacheLoader", "draw_noise", "draw_seed", "draw_timesteps"]
+__all__ = ["Batch", "CacheLoader", "draw_masks", "draw_noise", "draw_seed", "draw_timesteps"]
 
 
 def __getattr__(name: str) -> Any:

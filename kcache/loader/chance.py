@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS, _FLIP = range(10)
+_ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS, _FLIP, _MASK = range(11)
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
@@ -84,16 +84,6 @@ def draw_timesteps(seed: int, turns: np.ndarray, num_train_timesteps: int, draws
     return np.array(drawn, np.int64)
 
 
-def draw_turns(
-    seed: int, turns: np.ndarray, shape: tuple[int, ...], num_train_timesteps: int, draws: int = 1
-) -> dict[str, np.ndarray]:
-    """All that the samples at `turns` (B,) int64 train with beside their rows: {"noise", "timesteps"}."""
-    return {
-        "noise": draw_noise(seed, turns, shape, draws),
-        "timesteps": draw_timesteps(seed, turns, num_train_timesteps, draws),
-    }
-
-
 def draw_choice(seed: int, turns: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Which of its `counts[i]` captions the sample at `turns[i]` takes, each alike: (B,) int64 → (B,) int64."""
     choice = np.zeros(len(turns), np.int64)
@@ -113,6 +103,11 @@ def draw_dropout(seed: int, turns: np.ndarray, what: str, probability: float) ->
 def draw_flip(seed: int, turns: np.ndarray) -> np.ndarray:
     """Which samples at `turns` (B,) int64 take the rows of their mirrored picture, half of them → (B,) bool."""
     return np.array([_stream(seed, _FLIP, turn).random() < 0.5 for turn in turns.tolist()], np.bool_)
+
+
+def mask_stream(seed: int, turn: int) -> np.random.Generator:
+    """What the mask of the sample at `turn` is drawn from, see `kcache.loader.masks`."""
+    return _stream(seed, _MASK, turn)
 
 
 def draw_seed(seed: int, turn: int) -> int:

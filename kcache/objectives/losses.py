@@ -33,6 +33,8 @@ class Objective(torch.nn.Module):
     """What some samples train without, for classifier-free guidance."""
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     """What `measure` gives of each sample."""
+    drawn: ClassVar[tuple[str, ...]] = ("noise", "timesteps")
+    """What a batch has beside its rows, drawn for each sample's turn."""
 
     network: Any
     """The one that learns."""
@@ -55,13 +57,17 @@ class Objective(torch.nn.Module):
         """What the network predicts of each draw of noise, and what it should."""
         raise NotImplementedError
 
+    def errors(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The mean squared error of each draw of noise, (B,) float32."""
+        return mean_errors(*self.predict(batch, noise, timesteps))
+
     def losses(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean squared error of each draw of noise, (B,) float32; the arguments are those of `predict`.
+        """The `errors` as they are learnt from, (B,) float32; the arguments are those of `predict`.
 
         With `snr_gamma` each is weighted by min(SNR, gamma), over SNR if noise is predicted. Hang et al. 2023,
         Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
         """
-        errors = _errors(*self.predict(batch, noise, timesteps))
+        errors = self.errors(batch, noise, timesteps)
         if snr_gamma is None:
             return errors
         snr = compute_snr(self.scheduler, timesteps)
@@ -141,7 +147,7 @@ class PriorObjective(Objective):
         """Each draw's loss, and the cosine of the angle between the predicted embedding and the true one: (2, B)."""
         prediction, target = self.predict(batch, noise, timesteps)
         predicted, true = map(self.network.post_process_latents, (prediction.float(), target))
-        return torch.stack([_errors(prediction, target), functional.cosine_similarity(predicted, true)])
+        return torch.stack([mean_errors(prediction, target), functional.cosine_similarity(predicted, true)])
 
 
 class DecoderObjective(Objective):
@@ -177,18 +183,26 @@ class DecoderObjective(Objective):
         """
         latents = batch["latents"].float()
         prediction = self.network(
-            self.scheduler.add_noise(latents, noise, timesteps),
+            self.network_input(self.scheduler.add_noise(latents, noise, timesteps), batch),
             timesteps,
             encoder_hidden_states=None,
-            added_cond_kwargs={"image_embeds": batch["image_embeds"].float()},
+            added_cond_kwargs=self.conditions(batch),
         ).sample[:, : latents.shape[1]]
         return prediction, noise
+
+    def network_input(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """All channels that the network sees, (B, C, h, w)."""
+        return noisy
+
+    def conditions(self, batch: Batch) -> dict[str, Tensor]:
+        """What it sees beside them, by the names that diffusers has."""
+        return {"image_embeds": batch["image_embeds"].float()}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObjective, DecoderObjective)}
 """By stage."""
 
 
-def _errors(prediction: Tensor, target: Tensor) -> Tensor:
+def mean_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of each row, (B,) float32."""
     return functional.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)

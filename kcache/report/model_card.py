@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS, PIPELINES
+from kcache.encoders.repositories import COMPONENTS, INPAINTING, PIPELINES
 from kcache.report.drawn.sizes import most_used, trained_shapes
 from kcache.report.grid import grids_of
 from kcache.settings import marks_of
@@ -47,22 +47,24 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     # Drawn as most of what the cache has, not at the default of the decoder's pipeline.
     counts = trained_shapes(told)
     size = ", height={}, width={}".format(*most_used(counts)) if counts else ""
+    fills = told["config"].get("inpaint", False)
     lines = [
         "---",
-        _front_matter(stage, base, other, lora),
+        _front_matter(stage, base, other, lora, fills=fills),
         "---",
         "",
-        f"# {'LoRA adapters for the' if lora else 'Fine-tuned'} Kandinsky 2.2 {stage}",
+        f"# {'LoRA adapters for the' if lora else 'Fine-tuned'} Kandinsky 2.2 {'inpainting ' * fills}{stage}",
         "",
         f"{trained} were trained with kcache, from cached outputs of the frozen encoders, on top of {origin}.",
         *(merged if lora else []),
+        *(["It fills holes in pictures: where a mask is white, they are drawn anew."] if fills else []),
         *_pictures(run_dir, told),
         "",
         "## Use",
         "",
         "```python",
-        *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole),
-        f'image = decoder(**prior("a red fox in the snow"){size}).images[0]',
+        *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole, fills=fills),
+        *_drawing(size, fills),
         "```",
         "",
         "## Training",
@@ -89,11 +91,12 @@ class _Place:
         """Whether whoever reads the card can load it by this name."""
 
 
-def _front_matter(stage: str, base: _Place, other: _Place, lora: bool) -> str:
+def _front_matter(stage: str, base: _Place, other: _Place, lora: bool, *, fills: bool) -> str:
+    tags = [name for name, is_one in (("lora", lora), ("inpainting", fills)) if is_one]
     front: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["kandinsky", "kandinsky-2-2", "kcache", *(["lora"] if lora else [])],
+        "pipeline_tag": "image-to-image" if fills else "text-to-image",
+        "tags": ["kandinsky", "kandinsky-2-2", "kcache", *tags],
     }
     if base.on_hub:
         front |= {"base_model": base.shown, "base_model_relation": "adapter" if lora else "finetune"}
@@ -111,11 +114,24 @@ def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
     return ["", f"![pictures from the prompts below]({grids[-1].relative_to(run_dir).as_posix()})", "", *prompts]
 
 
-def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool) -> list[str]:
+def _drawing(size: str, fills: bool) -> list[str]:
+    """Python that draws a picture, or fills the hole of one."""
+    if not fills:
+        return [f'image = decoder(**prior("a red fox in the snow"){size}).images[0]']
+    return [
+        "# A mask is white where the picture is drawn anew; both are scaled to height and width, multiples of 64.",
+        'picture, mask = load_image("photo.jpg"), load_image("hole.png")',
+        f'image = decoder(**prior("a red fox in the snow"), image=picture, mask_image=mask{size}).images[0]',
+    ]
+
+
+def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool, fills: bool) -> list[str]:
     """Python that loads the stock pipelines of both halves, with what was trained in its own."""
     network = PIPELINES[stage].network
     network_class = str(COMPONENTS[network].class_name)
     classes = {half: pipeline.class_name for half, pipeline in PIPELINES.items()}
+    if fills:
+        classes["decoder"] = INPAINTING
     sources = {"prior": repr(other.shown), "decoder": repr(other.shown)}
     imports, extra = sorted(classes.values()), []
     if lora:
@@ -130,6 +146,7 @@ def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, w
     pipelines = [f"{half} = {name}.from_pretrained({sources[half]})" for half, name in classes.items()]
     return [
         f"from diffusers import {', '.join(imports)}",
+        *(["from diffusers.utils import load_image"] if fills else []),
         "",
         *(pipelines + extra if lora else extra + pipelines),
     ]

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.config import COMPUTE_DTYPES, DECODER_REPO, TrainConfig
 from kcache.config.shapes import Shape
 from kcache.encoders.pretrained import cast_pipeline, without_advice
-from kcache.encoders.repositories import Repository
+from kcache.encoders.repositories import PIPELINES, Repository, pipeline_class
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.drawn.halves import load_pipeline
@@ -73,6 +73,7 @@ class PromptPictures:
         not belong together or one of them cannot be loaded.
         """
         if self._config.stage == "prior":
+            _check_draws(self._counterpart)
             _check_widths(self._base, self._counterpart)
             self._prior = _remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
@@ -126,7 +127,7 @@ class PromptPictures:
         generators = [generator.clone_state() for generator in generators]
         factor, (height, width) = self._decoder.movq_scale_factor, shape
         sides = [math.ceil(side / factor**2) * factor for side in shape]  # as the pipeline rounds
-        latents = (1, self._decoder.unet.config.in_channels, *sides)
+        latents = (1, self._decoder.movq.config.latent_channels, *sides)
         return draw_pictures(
             self._decoder,
             embeds,
@@ -202,6 +203,16 @@ def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: 
     loaded = load_pipeline(kind, repository.path, purpose=", which is to draw the --validation-prompts", **given)
     cast_pipeline(loaded, dtype)
     return loaded
+
+
+def _check_draws(decoder: Repository) -> None:
+    """Check that a decoder draws whole pictures, from prompts alone."""
+    kind = pipeline_class("decoder", decoder.read("unet").values)
+    if kind != PIPELINES["decoder"].class_name:
+        raise ModelError(
+            f"the decoder of {decoder.name} is one for {kind}; expected one that draws the --validation-prompts alone; "
+            f"give --pretrained-decoder-model-name-or-path {DECODER_REPO}, or leave them out"
+        )
 
 
 def _check_widths(prior: Repository, decoder: Repository) -> None:

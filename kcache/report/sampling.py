@@ -1,10 +1,13 @@
 """Pictures from prompts, drawn by diffusers' own pipelines."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from kcache.config import DECODER_REPO, PRIOR_REPO
@@ -13,11 +16,16 @@ from kcache.encoders.repositories import Repository
 from kcache.errors import ConfigError
 from kcache.foreign import within_memory
 from kcache.machine import check_device, check_fits, default_device, kept_to_groups
-from kcache.report.drawn.halves import by_network, find_half, load_half
+from kcache.report.drawn.halves import by_network, class_of, find_half, load_half
+from kcache.report.drawn.originals import STRENGTH, check_drawn_by, check_steps, read_original
 from kcache.report.drawn.sizes import picture_size, shapes_in
 
 with without_advice():
-    from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+    from diffusers import (
+        DiffusionPipeline,
+        KandinskyV22Img2ImgPipeline,
+        KandinskyV22PriorPipeline,
+    )
 
 
 def sample(
@@ -35,6 +43,9 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     aspect_ratio: str | None = None,
+    image: str | os.PathLike[str] | None = None,
+    mask: str | os.PathLike[str] | None = None,
+    strength: float | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> list[Image.Image]:
@@ -44,6 +55,10 @@ def sample(
     the pictures have that the decoder, or the last LoRA of it, was trained on, rounded up to such multiples; 768 where
     no run directory says. `aspect_ratio`, a width to a height such as "3:2", takes the nearest of the shapes that it
     was trained on, or the same area where it knows squares alone.
+
+    With the file of an `image`, each prompt is drawn onto that one: with a decoder that fills holes where the file of a
+    `mask` is white, with a plain one all over, by the last `strength` of its steps, from 0 to 1. Where nothing says how
+    large, its own proportions take the place of `aspect_ratio`; to other proportions its middle is cropped.
 
     `decoder` and `prior` are run directories, their checkpoints, folders or Hub ids of pipelines; the revisions are
     branches, tags or commits of the latter. `lora` are run directories, checkpoints or files of LoRA trainings of
@@ -57,15 +72,26 @@ def sample(
     place = torch.device(device or default_device())
     _check_guidance("--guidance-scale", guidance_scale)
     _check_guidance("--prior-guidance-scale", prior_guidance_scale)
+    original = read_original(image, mask, strength)
     adapters = by_network(lora)
     halves = {
         "prior": find_half("prior", prior, prior_revision),
         "unet": find_half("decoder", decoder, decoder_revision),
     }
+    kind = class_of("decoder", halves["unet"])
+    check_drawn_by(kind, decoder, original, strength)
+    onto: dict[str, Image.Image] = {}
+    settings: dict[str, Any] = {}
+    if original is not None and original.mask is None:
+        kind, settings = KandinskyV22Img2ImgPipeline.__name__, {"strength": STRENGTH if strength is None else strength}
+        check_steps(settings["strength"], num_inference_steps)
     trained = [path if path.is_dir() else path.parent for path in reversed(adapters["unet"])]
     counts = shapes_in([*trained, halves["unet"].learned])
-    height, width = picture_size(height, width, aspect_ratio, counts, halves["unet"].repository)
+    like = None if original is None else original.shape
+    height, width = picture_size(height, width, aspect_ratio, counts, halves["unet"].repository, like=like)
     _check_fits(height, width, halves["unet"].repository, place)
+    if original is not None:
+        onto = original.fitted((height, width), halves["unet"].repository.read("movq").downsampling)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
     # One half after the other, each let go once it has drawn, so that the device never holds both.
@@ -79,13 +105,15 @@ def sample(
             guidance_scale=prior_guidance_scale,
         )
         return draw_pictures(
-            load_half(KandinskyV22Pipeline, halves["unet"], place, "unet", adapters["unet"]),
+            load_half(getattr(diffusers, kind), halves["unet"], place, "unet", adapters["unet"]),
             embeds,
             generators,
+            onto=onto,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            **settings,
         )
 
 
@@ -115,25 +143,41 @@ def draw_embeds(
 
 
 def draw_pictures(
-    decoder: KandinskyV22Pipeline,
+    decoder: DiffusionPipeline,
     embeds: Sequence[Embeds],
     generators: Sequence[torch.Generator],
     *,
     batch_size: int = 1,
     latents: Sequence[torch.Tensor] | None = None,
+    onto: Mapping[str, Image.Image] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
     """The picture that the decoder's pipeline draws from each of `embeds`, `batch_size` pictures at a time.
 
-    It begins with `latents`, (1, 4, height / 8, width / 8) each, or with noise of the picture's generator.
+    It begins with `latents`, (1, 4, height / 8, width / 8) each, or with noise of the picture's generator. All of them
+    are drawn onto the same picture, "image", and in the same hole of it, "mask_image": the pipeline, which has them of
+    the size that is drawn, takes what it keeps from the first of a batch.
     """
+    if isinstance(decoder, KandinskyV22Img2ImgPipeline):
+        # Its own would resize the picture to a width of `height` and a height of `width`.
+        decoder.image_processor = VaeImageProcessor(
+            do_resize=False, vae_latent_channels=decoder.movq.config.latent_channels
+        )
     drawn: list[Image.Image] = []
     for start in range(0, len(embeds), batch_size):
         part = slice(start, start + batch_size)
-        both = (torch.cat(column).to(decoder.device) for column in zip(*embeds[part], strict=True))
-        begun = None if latents is None else torch.cat(list(latents[part]))
+        positive, negative = (torch.cat(column).to(decoder.device) for column in zip(*embeds[part], strict=True))
+        given = {name: [picture] * len(positive) for name, picture in (onto or {}).items()}
+        begun = {} if latents is None else {"latents": torch.cat(list(latents[part]))}
         with kept_to_groups(decoder.device.type):
-            drawn += decoder(*both, latents=begun, generator=list(generators[part]), **settings).images
+            drawn += decoder(
+                image_embeds=positive,
+                negative_image_embeds=negative,
+                generator=list(generators[part]),
+                **given,
+                **begun,
+                **settings,
+            ).images
     return drawn
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.config import COMPUTE_DTYPES, DECODER_REPO, INPAINT_REPO, TrainConfig
 from kcache.disk.memo import DigestMemo
 from kcache.disk.room import Reserve, write_file
 from kcache.encoders.pretrained import load_pretrained
@@ -22,9 +22,12 @@ from kcache.errors import ModelError
 from kcache.foreign import told, within_memory
 from kcache.machine import check_fits, default_device
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
+from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
+from kcache.objectives.widening import widen_for_masks
 from kcache.store.checkpoint import checkpoint_steps
+from kcache.store.run_directory import logger
 
 _FEWEST_TOKENS = 6
 """Of a caption without words: its begin and its end; and the four that the prior puts behind them."""
@@ -42,6 +45,8 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     precision computes in, as the upstream scripts keep them. Raises the KcacheError of what does not fit the network.
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
+    if config.inpaint:
+        _begin_inpainting(network, base, fresh=saved is None)
     if config.lora_rank is not None:
         dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
         for name, parameter in network.named_parameters():
@@ -67,10 +72,68 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
     else:
         with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
             scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
-        objective = DecoderObjective(network, scheduler)
+        if config.inpaint:
+            objective = InpaintObjective(network, scheduler, hole_loss=config.hole_loss)
+        else:
+            objective = DecoderObjective(network, scheduler)
     if config.compile:
         compile_blocks(network, packed=objective.packed)
     return objective
+
+
+def _begin_inpainting(network: ModelMixin, base: Repository, *, fresh: bool) -> None:
+    """Widen a plain decoder, and say of a `fresh` run's what it begins with."""
+    plain, before = network.config.out_channels == 2 * network.config.in_channels, network.config.in_channels
+    if plain:
+        widen_for_masks(network)
+    if fresh and plain:
+        logger.warning(
+            "--inpaint begins with %s, which fills no holes yet: its %d input channels are now %d; to begin with the "
+            "published decoder that does, give --pretrained-decoder-model-name-or-path %s",
+            base.name,
+            before,
+            network.config.in_channels,
+            INPAINT_REPO,
+        )
+    elif fresh:
+        logger.warning("--inpaint begins with %s, which fills holes already", base.name)
+
+
+def check_decoder(config: TrainConfig, base: Repository) -> None:
+    """Check, before it is loaded, that the decoder of `base` is one that the run of `config` can begin with.
+
+    Raises ModelError.
+    """
+    if config.stage != "decoder":
+        return
+    told = base.read(PIPELINES[config.stage].network).values
+    inputs, outputs, embeds = (told.get(name) for name in ("in_channels", "out_channels", "addition_embed_type"))
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
+        return  # whoever loads it says so
+    fills, flag = embeds == "image" and inputs == outputs + 1, "--pretrained-decoder-model-name-or-path"
+    found = f"the decoder of {base.name} has {inputs} input channels"
+    if fills and not config.inpaint:
+        raise ModelError(
+            f"{found}: it fills holes; expected one that draws whole pictures; train it on as what it is with "
+            f"--inpaint, or give another such as {flag} {DECODER_REPO}"
+        )
+    if embeds == "image_hint":
+        raise ModelError(
+            f"{found} and follows hints; expected one that reads none; give another such as {flag} "
+            f"{INPAINT_REPO if config.inpaint else DECODER_REPO}"
+        )
+    if not config.inpaint or fills:
+        return
+    if config.lora_rank is not None:
+        raise ModelError(
+            f"{found}: it fills no holes, and adapters alone would never let it see the mask; expected for --inpaint "
+            f"with --lora-rank a decoder that does; give {flag} {INPAINT_REPO}, or train without --lora-rank"
+        )
+    if outputs != 2 * inputs:
+        raise ModelError(
+            f"{found} and {outputs} output channels; expected for --inpaint 4 or 9, and 8; give a decoder of Kandinsky "
+            f"2.2 such as {flag} {INPAINT_REPO}"
+        )
 
 
 def load_network(stage: str, folder: Path) -> ModelMixin:

@@ -16,7 +16,14 @@ from diffusers import ModelMixin
 from kcache.disk.durable import remove, replace, temporary_folder, temporary_path, write_bytes, write_json, writing
 from kcache.disk.filesystems import free_bytes
 from kcache.disk.room import Reserve, can_link, check_room
-from kcache.encoders.repositories import COMPONENTS, PIPELINES, Configuration, Pipeline, Repository
+from kcache.encoders.repositories import (
+    COMPONENTS,
+    PIPELINES,
+    Configuration,
+    Pipeline,
+    Repository,
+    pipeline_class,
+)
 from kcache.errors import ModelError, RunError
 from kcache.foreign import reason, told
 from kcache.objectives.lora import fuse_lora, load_lora
@@ -147,7 +154,7 @@ def _write_weights(run: TrainingRun) -> None:
     with run.decoration(f"{folder / CARD_FILE} could not be written"):
         write_bytes(folder / CARD_FILE, model_card(folder).encode())
     if whole:
-        make_pipeline(folder, pipeline, run.base_facts)
+        make_pipeline(folder, config.stage, run.base_facts)
 
 
 def _save(run: TrainingRun, folder: Path) -> None:
@@ -211,11 +218,17 @@ def _files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def make_pipeline(run_dir: Path, pipeline: Pipeline, facts: Mapping[str, Configuration]) -> None:
-    """Make a pipeline of the components in `run_dir`, whose configurations `facts` are, by its model_index.json."""
+def make_pipeline(run_dir: Path, stage: str, facts: Mapping[str, Configuration]) -> None:
+    """Make a pipeline of the components in `run_dir` by its model_index.json.
+
+    `facts` are the configurations of the base, which the trained network's may differ from.
+    """
+    pipeline = PIPELINES[stage]
+    network = Repository(name=str(run_dir), path=run_dir, revision=None).read(pipeline.network)
     components = {
         name: [COMPONENTS[name].library, COMPONENTS[name].class_name or facts[name].values["_class_name"]]
         for name in pipeline.components
     }
-    index = {"_class_name": pipeline.class_name, "_diffusers_version": diffusers.__version__, **components}
+    name = pipeline_class(stage, network.values)
+    index = {"_class_name": name, "_diffusers_version": diffusers.__version__, **components}
     write_json(run_dir / PIPELINE_FILE, index)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from kcache.config import TrainConfig
@@ -120,11 +121,14 @@ def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
 def _check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
     """Check that `config` gives the run that was begun, and asks for no step before the checkpoint."""
     kept = [name for name, marks in marks_of(config).items() if marks.kept]
+    # Settings that came after the checkpoint have what they did then as their default.
+    defaults = {each.name: each.default for each in fields(config) if each.default is not MISSING}
     try:
-        begun = {name: checkpoint.state["config"][name] for name in kept}
-    except (KeyError, TypeError) as error:
+        told = defaults | dict(checkpoint.state["config"])
+        begun = {name: told[name] for name in kept}
+    except (KeyError, TypeError, ValueError) as error:
         raise _unknown(checkpoint, error) from error
-    asked = json.loads(json.dumps({name: getattr(config, name) for name in kept}))
+    begun, asked = (json.loads(json.dumps(each)) for each in (begun, {name: getattr(config, name) for name in kept}))
     changed = [f"{name}: {begun[name]} → {asked[name]}" for name in kept if begun[name] != asked[name]]
     if changed:
         raise RunError(

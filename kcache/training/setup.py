@@ -12,9 +12,9 @@ from kcache.encoders.repositories import PIPELINES, Repository, check_revision, 
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
 from kcache.loader.batches import CacheLoader
-from kcache.loader.chance import draw_turns
 from kcache.loader.parts import RowReader, ShapedReader
 from kcache.loader.schedule import batches_of
+from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
@@ -24,7 +24,7 @@ from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
-from kcache.training.network import check_batch, find_adapted, load_objective
+from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.resume import (
     adapted_weights,
@@ -58,6 +58,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         check_compiler(accelerator.device)
     cache, held_out = _choose_samples(cache, config)
     base = _find_base(cache, config)
+    check_decoder(config, base)
     counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint = checkpoint_to_resume(config)
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
@@ -232,7 +233,8 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
     def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
         """The noise has the shape of the batch's own rows."""
         shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
-        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws)
+        drawn, growth = objective.drawn, config.mask_growth
+        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws, drawn=drawn, growth=growth)
 
     rows: RowReader = cache
     if config.online is not None:

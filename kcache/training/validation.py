@@ -20,7 +20,7 @@ from torch import Tensor
 from kcache.decoration import drawing
 from kcache.errors import ConfigError
 from kcache.loader.batches import POLL_SECONDS
-from kcache.loader.chance import draw_turns
+from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.losses import Batch, Objective
 from kcache.report.drawn.sizes import shown_shapes
@@ -127,9 +127,9 @@ class Validation:
     def summary(self, totals: Tensor) -> dict[str, float]:
         """Means by name: val_loss, val_loss_t000_249 and so on for each band of timesteps, and val_cosine of the prior.
 
-        The loss is the mean squared error that the network trains on, unweighted; val_loss is its mean over all bands.
-        Of several resolutions there is val_loss_768px, too, for each. val_cosine is the mean cosine of the angle
-        between the image embedding that the prior predicts and the true one.
+        The loss is the mean squared error over whole rows, unweighted; val_loss is its mean over all bands. Of several
+        resolutions there is val_loss_768px, too, for each. val_cosine is the mean cosine of the angle between
+        the image embedding that the prior predicts and the true one, and val_hole the loss where a mask has its hole.
         """
         names = self._objective.measures
         each = totals.double().cpu().reshape(-1, BANDS, 1 + len(names))
@@ -169,7 +169,8 @@ class Validation:
                         return
                 if signal_asked():
                     return
-                drawn = draw_turns(self._seed, part.turns[some], shape, self._width)
+                # Holes as they are met in use, however they are trained: grown.
+                drawn = draw_turns(self._seed, part.turns[some], shape, self._width, drawn=self._objective.drawn)
                 rows = reading.result() | drawn
                 batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
                 yield part.cache.resolution or 0, batch, batch.pop("noise"), batch.pop("timesteps")

@@ -12,6 +12,7 @@ from kcache.config import BuildConfig, TrainConfig
 from kcache.errors import ConfigError
 from kcache.settings import marks_of, read_toml, settings_from
 
+DECODER: dict[str, Any] = {"stage": "decoder"}
 NAN, INF = math.nan, math.inf
 
 
@@ -128,6 +129,13 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
         ({"revision": "a", "prior_revision": "b"}, "--revision is a and --prior-revision b: both are of the prior"),
         ({"decoder_revision": "b"}, "this run reads no decoder, which only draws --validation-prompts"),
         ({"image_dropout": 0.1}, "--image-dropout is for the decoder"),
+        ({"inpaint": True}, "--inpaint is for the decoder"),
+        (DECODER | {"hole_loss": True}, "--hole-loss changes nothing without --inpaint; .* or leave --hole-loss out"),
+        (
+            DECODER | {"mask_growth": False},
+            "--no-mask-growth changes nothing without --inpaint; .* or leave --no-mask-growth out",
+        ),
+        (DECODER | {"inpaint": True, "validation_prompts": ("x",)}, "--validation-prompts with --inpaint: .* val_hole"),
         ({"stage": "decoder", "noise_draws": 2}, "--noise-draws is for the prior"),
         ({"noise_draws": 0}, "--noise-draws is 0; expected 1 or more"),
         ({"caption_column": "words"}, "say how to read the source of --online"),

@@ -200,6 +200,20 @@ def test_pictures_of_any_shape_as_it_says(place: Path, kcache_command: Callable[
         assert picture.size == (128, 64)
 
 
+# diffusers' combined pipeline passes itself an argument that it has deprecated.
+@pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning")
+def test_holes_are_filled_as_it_says(place: Path, kcache_command: Callable[..., int]) -> None:
+    masks, pipeline, _ = run_document(ROOT / "docs" / "inpainting.md", kcache_command)
+    assert masks["masks"].shape == (8, 1, 96, 96)
+    assert type(pipeline["pipeline"]).__name__ == "KandinskyV22InpaintCombinedPipeline"
+    assert_same_weights(pipeline["pipeline"].unet, "runs/inpaint/unet")
+    assert pipeline["pipeline"].unet.config.in_channels == 9
+    assert pipeline["image"].size == (64, 64)
+    assert len(list((place / "samples").iterdir())) == 2
+    with Image.open(place / "pasted.png") as pasted:
+        assert pasted.size == (64, 64)
+
+
 def test_each_of_the_scripts_has_its_command() -> None:
     scripts = {word for _, words, _ in PAIRS for word in words if word.endswith(".py")}
     assert scripts == {f"train_text_to_image_{name}.py" for name in ("prior", "decoder", "lora_prior", "lora_decoder")}

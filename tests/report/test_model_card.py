@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel
+from filling import decoder_like, fills_holes
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from PIL import Image
 from short_runs import write_run
 
 from kcache.config import DECODER_REPO
@@ -51,6 +53,36 @@ def test_the_python_of_a_card_draws_with_what_was_trained(oracle: Path, tmp_path
     exec(code.replace('snow")', f'snow", {drawing})').replace(").images", f", {drawing}).images"), names)  # noqa: S102
     trained = names["prior"].prior if stage == "prior" else names["decoder"].unet
     weights = [value for key, value in trained.named_parameters() if kind != "lora" or "lora_B" in key]
+    assert torch.equal(weights[0], weight)
+    assert names["image"].size == (64, 64)
+
+
+@pytest.mark.parametrize("kind", ["whole", "part", "lora"])
+def test_the_python_of_a_card_fills_holes(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    base = decoder_like(tmp_path / "base", oracle, fills_holes)
+    shutil.copy(oracle / "decoder" / "model_index.json", base)
+    run_dir = write_run(tmp_path / "run", base, oracle / "prior", "decoder", inpaint=True)
+    if kind == "whole":
+        shutil.copytree(base, run_dir, dirs_exist_ok=True)
+    (tmp_path / "of").mkdir()
+    (tmp_path / "of" / "decoder").symlink_to(base)
+    weight = train_nothing(run_dir, tmp_path / "of", "decoder", lora=kind == "lora")
+    card = model_card(run_dir, whole=kind == "whole")
+    data = ModelCard(card).data
+    assert data.pipeline_tag == "image-to-image"
+    assert "inpainting" in data.tags
+    assert "Kandinsky 2.2 inpainting decoder" in card
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (70, 80)).save("photo.jpg")
+    Image.linear_gradient("L").resize((70, 80)).save("hole.png")
+    drawing = "num_inference_steps=2"
+    names: dict[str, Any] = {}
+    code = code_of(card).replace('snow")', f'snow", {drawing})').replace(").images", f", {drawing}).images")
+    exec(code, names)  # noqa: S102
+    assert type(names["decoder"]).__name__ == "KandinskyV22InpaintPipeline"
+    weights = [value for key, value in names["decoder"].unet.named_parameters() if kind != "lora" or "lora_B" in key]
     assert torch.equal(weights[0], weight)
     assert names["image"].size == (64, 64)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filling import MODEL, decoder_like, fills_holes
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course, tensor_names
 
 from kcache.objectives.losses import PriorObjective
@@ -27,8 +28,10 @@ AS_ONE = [
     ("decoder", {}),
     ("prior", {"compile": True, "noise_draws": 2}),
     ("decoder", {"compile": True, "gradient_checkpointing": True}),
+    ("decoder", {"inpaint": True, "hole_loss": True}),
+    ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
 ]
-"""Stage, and what saves time or memory."""
+"""Stage, and what saves time or memory, or draws masks."""
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip
@@ -107,6 +110,11 @@ sys.exit(code)
 """
 
 
+def given(fast: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run, with the decoder that they name found in `folder`."""
+    return {name: str(folder / value) if name == MODEL else value for name, value in fast.items()}
+
+
 def settings(output_dir: Path, stage: str, **changes: Any) -> dict[str, Any]:
     return vars(config(output_dir, stage, gradient_accumulation_steps=1, **changes))
 
@@ -124,13 +132,15 @@ def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(oracle: Path, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that two processes train here, one run after another: to start them takes longer than the runs.
 
     Each run leaves the samples that its processes saw in seen-RANK.json.
     """
     folder = tmp_path_factory.mktemp("two")
-    runs = [settings(folder / f"as-one-{n}", stage, **WATCHED, **fast) for n, (stage, fast) in enumerate(AS_ONE)]
+    decoder_like(folder / "filling", oracle, fills_holes)
+    as_one = [(stage, WATCHED | given(fast, folder)) for stage, fast in AS_ONE]
+    runs = [settings(folder / f"as-one-{number}", stage, **asked) for number, (stage, asked) in enumerate(as_one)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
     for name, order in BEGUN.items():
         runs.append(settings(folder / name, "prior", max_train_steps=2, checkpointing_steps=2, **order))
@@ -148,7 +158,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to
     cache: str, trained: Path, tmp_path: Path, number: int
 ) -> None:
     stage, fast = AS_ONE[number]
-    plain = WATCHED | fast | {"compile": False, "gradient_checkpointing": False}
+    plain = WATCHED | given(fast, trained) | {"compile": False, "gradient_checkpointing": False}
     two, one = trained / f"as-one-{number}", tmp_path / "one"
     train(cache, config(one, stage, **plain))
     for of_two, of_one in zip(course(two), course(one), strict=True):

@@ -1,5 +1,6 @@
 """What a finished run leaves is what stock diffusers loads, bit for bit: whole, averaged, adapted and fused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DiffusionPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     ModelMixin,
     PriorTransformer,
     UNet2DConditionModel,
 )
+from filling import MODEL, decoder_like, fills_holes
 from PIL import Image
 from recorded import load_objective, recorded_steps
 from safetensors.torch import load_file
 from short_runs import LORA_WEIGHTS, STAGES, WEIGHTS, config
 from torch import Tensor
 
+from kcache.report.drawn.halves import class_of, find_half
 from kcache.training.trainer import train
 
 NAMES = {"prior": "prior", "decoder": "unet"}
@@ -124,3 +128,24 @@ def test_a_result_takes_the_place_of_an_earlier_one(cache: str, tmp_path: Path) 
     train(cache, config(tmp_path, lora_rank=4, resume_from_checkpoint="latest"))
     assert not (tmp_path / "raw").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_decoder_that_fills_holes_is_a_pipeline_that_does(
+    oracle: Path, cache: str, tmp_path: Path, *, lora: bool
+) -> None:
+    base = decoder_like(tmp_path / "base", oracle, fills_holes) if lora else str(oracle / "decoder")
+    settings: dict[str, Any] = {"inpaint": True, MODEL: base, "use_ema": True}
+    if lora:
+        settings |= {"lora_rank": 2, "export_pipeline": True}
+    run = tmp_path / "run"
+    train(cache, config(run, "decoder", **settings, checkpointing_steps=4))
+    assert json.loads((run / "model_index.json").read_text())["_class_name"] == "KandinskyV22InpaintPipeline"
+    (run / "README.md").unlink()  # names the prior, which would be loaded, too
+    loaded = DiffusionPipeline.from_pretrained(run)
+    assert type(loaded).__name__ == "KandinskyV22InpaintPipeline"
+    assert loaded.unet.config.in_channels == 9
+    assert class_of("decoder", find_half("decoder", str(run), None)) == type(loaded).__name__
+    if not lora:
+        for learned in (run / LAST, run / "raw"):
+            assert class_of("decoder", find_half("decoder", str(learned), None)) == type(loaded).__name__

@@ -286,6 +286,25 @@ def test_a_state_that_lacks_something_is_refused_in_one_message(cache: str, tmp_
         train(cache, config(tmp_path / "again", **settings, resume_from_checkpoint=str(checkpoint)))
 
 
+def test_a_checkpoint_from_before_a_setting_has_its_default(cache: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"checkpointing_steps": 2}
+    train(cache, config(tmp_path / "whole", "decoder", **settings))
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    state = dict(open_checkpoint(checkpoint).state)
+    later = {"inpaint", "mask_growth", "hole_loss"}
+    state["config"] = {name: value for name, value in state["config"].items() if name not in later}
+    reseal(checkpoint, state)
+    settings["resume_from_checkpoint"] = str(checkpoint)
+    train(cache, config(tmp_path / "on", "decoder", **settings))
+    assert course(tmp_path / "on") == course(tmp_path / "whole")[2:]
+    with pytest.raises(RunError, match="inpaint: False → True"):
+        train(cache, config(tmp_path / "other", "decoder", **settings, inpaint=True))
+    state["config"] = {name: value for name, value in state["config"].items() if name != "stage"}
+    reseal(checkpoint, state)
+    with pytest.raises(RunError, match=r"does not say how its run was set up .*stage"):
+        train(cache, config(tmp_path / "other", "decoder", **settings))
+
+
 def test_an_average_cannot_be_taken_up_halfway(cache: str, tmp_path: Path) -> None:
     train(cache, config(tmp_path, checkpointing_steps=2))
     with pytest.raises(RunError, match="use_ema: False → True"):

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from kcache.encoders.pretrained import cast_pipeline, load_pretrained, without_bars
-from kcache.encoders.repositories import COMPONENTS, PIPELINES, Repository, check_revision, find_repository
+from kcache.encoders.repositories import (
+    COMPONENTS,
+    PIPELINES,
+    Repository,
+    check_revision,
+    find_repository,
+    pipeline_class,
+)
 from kcache.errors import ModelError
 from kcache.foreign import told
 from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
@@ -46,6 +53,11 @@ def find_half(half: str, name: str, revision: str | None) -> Half:
     _check_begun(folder)
     repository = find_repository(name, revision, pipeline.components)
     return Half(repository=repository, learned=repository.path)
+
+
+def class_of(half: str, found: Half) -> str:
+    """Name of the diffusers class that draws with it, by the network that learned: its base's may be another."""
+    return pipeline_class(half, replace(found.repository, path=found.learned).read(PIPELINES[half].network).values)
 
 
 def _pipeline_of(folder: Path, half: str) -> Repository:

@@ -53,12 +53,19 @@ def unit_of(decoder: Repository) -> int:
 
 
 def picture_size(
-    height: int | None, width: int | None, ratio: str | None, counts: Mapping[Shape, int], decoder: Repository
+    height: int | None,
+    width: int | None,
+    ratio: str | None,
+    counts: Mapping[Shape, int],
+    decoder: Repository,
+    *,
+    like: Shape | None = None,
 ) -> Shape:
     """Height and width in pixels: those asked for, or by what was trained on, `counts` of `trained_shapes`.
 
     `ratio` is a width to a height, such as "3:2". Where buckets were trained on it is the one nearest to it, else the
-    size that has the area trained at. Raises ConfigError for what cannot be drawn.
+    size that has the area trained at. Where nothing is asked for the ratio is that of a picture with the shape `like`,
+    if there is one. Raises ConfigError for what cannot be drawn.
     """
     unit, counts = unit_of(decoder), counts or {(SIDE, SIDE): 0}
     for flag, side in (("--height", height), ("--width", width)):
@@ -68,11 +75,17 @@ def picture_size(
                 f"{flag} is {side}; expected a multiple of {unit}, which the decoder {decoder.name} draws in; type "
                 f"{flag} {near}" + (f" or {flag} {near + unit}" if near < side else "")
             )
-    tall, wide = most_used(counts) if ratio is None else _at_ratio(ratio, height, width, counts, unit)
+    if ratio is not None:
+        tall, wide = _nearest(_parsed(ratio, height, width), counts, unit)
+    elif like is not None and height is None and width is None:
+        tall, wide = _nearest(Fraction(*like), counts, unit)
+    else:
+        tall, wide = most_used(counts)
     return height or math.ceil(tall / unit) * unit, width or math.ceil(wide / unit) * unit
 
 
-def _at_ratio(ratio: str, height: int | None, width: int | None, counts: Mapping[Shape, int], unit: int) -> Shape:
+def _parsed(ratio: str, height: int | None, width: int | None) -> Fraction:
+    """A height to a width, of a width to a height as text."""
     given = _RATIO.fullmatch(ratio.strip())
     if given is None:
         raise ConfigError(
@@ -86,7 +99,11 @@ def _at_ratio(ratio: str, height: int | None, width: int | None, counts: Mapping
         raise ConfigError(
             f"--aspect-ratio {ratio} and {sides} were given; expected the one or the others; leave {sides} out"
         )
-    wanted = Fraction(int(given[2]), int(given[1]))
+    return Fraction(int(given[2]), int(given[1]))
+
+
+def _nearest(wanted: Fraction, counts: Mapping[Shape, int], unit: int) -> Shape:
+    """The shape for a ratio of height to width."""
     if any(tall != wide for tall, wide in counts):
         used = [shape for shape, count in counts.items() if count] or [*counts]
         return max(used, key=lambda shape: (_likeness(Fraction(*shape), wanted), math.prod(shape)))

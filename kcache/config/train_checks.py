@@ -1,0 +1,75 @@
+"""What a training run cannot be told to do: settings that each make sense, and not together."""
+
+from typing import TYPE_CHECKING
+
+from kcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kcache.config.train import TrainConfig
+
+
+def check_run(config: "TrainConfig") -> None:
+    """Raise ConfigError for the first two settings that do not go together."""
+    _check_stage(config)
+    if config.compile and config.deterministic:
+        raise ConfigError(
+            "--compile with --deterministic: torch.compile chooses its kernels on each machine anew, so that a run "
+            "need not be repeated bit for bit; expected one of the two; give --no-compile or --no-deterministic"
+        )
+    if config.online is None and config.flags:
+        raise ConfigError(
+            f"{' and '.join(config.flags)} say how to read the source of --online; without it the cache decides what "
+            "is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
+        )
+    if config.online is not None and config.residency != "auto":
+        raise ConfigError(
+            f"--residency {config.residency} says where the rows of a cache wait; with --online there are none, as "
+            "the encoders make them; expected one of the two; leave --residency out"
+        )
+    if config.residency == "stream" and config.shuffle != "stream":
+        raise ConfigError(
+            f"--residency stream with --shuffle {config.shuffle}, which wants rows from everywhere at any time; "
+            "expected an order that is read in blocks; give --shuffle stream"
+        )
+    if config.stage_dir is not None and (config.online is not None or config.residency != "auto"):
+        other = f"--residency {config.residency}" if config.online is None else "--online"
+        raise ConfigError(
+            f"--stage-dir {config.stage_dir} with {other}: it is where --residency auto copies rows of a cache to, "
+            "which fit neither the GPU nor memory; expected one of the two; leave the other out"
+        )
+    _check_revisions(config)
+
+
+def _check_revisions(config: "TrainConfig") -> None:
+    own, other = f"{config.stage}_revision", "prior_revision" if config.stage == "decoder" else "decoder_revision"
+    told = getattr(config, own)
+    if None not in (config.revision, told) and config.revision != told:
+        raise ConfigError(
+            f"--revision is {config.revision} and --{config.stage}-revision {told}: both are of the {config.stage} "
+            "that is trained; expected one of the two; leave the other out"
+        )
+    if getattr(config, other) is not None and not config.validation_prompts:
+        raise ConfigError(
+            f"--{other.replace('_', '-')} is {getattr(config, other)}, but this run reads no "
+            f"{other.removesuffix('_revision')}, which only draws --validation-prompts; expected some beside it; "
+            "add a prompt, or leave it out"
+        )
+
+
+def _check_stage(config: "TrainConfig") -> None:
+    if config.stage == "decoder" and config.caption_dropout:
+        raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
+    if config.stage == "prior" and config.inpaint:
+        raise ConfigError("--inpaint is for the decoder, which draws pictures: the prior is the same for all decoders")
+    if config.inpaint and config.validation_prompts:
+        raise ConfigError(
+            "--validation-prompts with --inpaint: the decoder that fills holes draws no picture from a prompt alone; "
+            "expected held-out samples to look at, whose val_hole says how well holes are filled; give --val-fraction"
+        )
+    if config.stage == "prior" and config.image_dropout:
+        raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")
+    if config.stage == "decoder" and config.noise_draws > 1:
+        raise ConfigError(
+            "--noise-draws is for the prior, whose draws share the caption's tokens; the decoder has nothing to "
+            "share: give a larger --train-batch-size"
+        )

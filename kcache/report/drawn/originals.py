@@ -1,0 +1,166 @@
+"""The picture that drawing begins with, and the mask of what of it is drawn anew, as diffusers' pipelines take them.
+
+In files of masks and in those pipelines white is drawn anew; `kcache.loader.masks` has 1 for what is kept.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from kcache.config import INPAINT_REPO
+from kcache.config.shapes import Shape, crop_box
+from kcache.encoders.decoding import Decoding, decode_image
+from kcache.encoders.repositories import FOLLOWING, INPAINTING
+from kcache.errors import ConfigError, InputRejected
+from kcache.store.run_directory import logger
+from kcache.urls import remote
+
+STRENGTH = 0.3
+"""Share of the steps that a picture is drawn over with, where no mask says what: the pipeline's own default."""
+_WHITE = 128
+"""From this grey on a pixel of a mask is white."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Original:
+    """A picture, and a mask of the same proportions if there is one, each as its file has it, upright."""
+
+    picture: Image.Image
+    """RGB."""
+    mask: Image.Image | None
+    """Greys."""
+
+    @property
+    def shape(self) -> Shape:
+        """Height and width in pixels."""
+        return self.picture.height, self.picture.width
+
+    def fitted(self, shape: Shape, downsampling: int) -> dict[str, Image.Image]:
+        """The middle of both in the proportions of `shape` and of that size, by the names that the pipelines have.
+
+        `downsampling` is MoVQ's. Where a pixel of a latent is white all of it is, or the pipeline, which looks at the
+        first pixel of each alone, would lose thin lines. Raises ConfigError for a mask without white.
+        """
+        height, width = shape
+        middle = self.picture.crop(crop_box(*self.picture.size, shape))
+        # As MoVQ's pixels are made when a cache is built.
+        fitted = {"image": middle.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)}
+        if self.mask is None:
+            return fitted
+        white = np.asarray(self.mask.crop(crop_box(*self.mask.size, shape))) >= _WHITE
+        latents = _any_of(white, (height // downsampling, width // downsampling))
+        if not latents.any():
+            where = "has no white" if not (np.asarray(self.mask) >= _WHITE).any() else "has no white in what is drawn"
+            raise ConfigError(
+                f"the --mask {where}: its middle, cropped to {height}×{width} pixels; expected white where the picture "
+                "is drawn anew, black where it is kept; give another mask"
+            )
+        if latents.all():
+            logger.warning("the --mask is white all over: nothing of the --image is kept")
+        blocks = latents.repeat(downsampling, 0).repeat(downsampling, 1)
+        return fitted | {"mask_image": Image.fromarray(np.where(blocks, np.uint8(255), np.uint8(0)))}
+
+
+def read_original(
+    image: str | os.PathLike[str] | None, mask: str | os.PathLike[str] | None, strength: float | None
+) -> Original | None:
+    """What the files say; None where there is no `image`. Raises ConfigError for what does not go together."""
+    if image is None:
+        for flag, given in (("--mask", mask), ("--strength", strength)):
+            if given is not None:
+                raise ConfigError(f"{flag} {given} says what to do with a picture; expected one; give --image PATH")
+        return None
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(
+            f"--strength is {strength:g}; expected a share of the steps above 0 and up to 1, which draws the picture "
+            f"anew; {STRENGTH} is usual"
+        )
+    picture = _decoded("--image", Path(image), "white")
+    return Original(picture=picture, mask=None if mask is None else _read_mask(Path(mask), picture))
+
+
+def check_drawn_by(class_name: str, decoder: str, original: Original | None, strength: float | None) -> None:
+    """Check that a decoder, whose pipeline has a class of that name, draws what is asked for; raises ConfigError."""
+    mask = None if original is None else original.mask
+    if class_name == FOLLOWING:
+        raise ConfigError(
+            f"the decoder {decoder} draws after hints, such as depths, which this command has none of; expected one "
+            "that draws whole pictures, or one that fills holes; give another --decoder"
+        )
+    if class_name == INPAINTING:
+        if mask is None:
+            missing = "--image and --mask" if original is None else "--mask"
+            raise ConfigError(
+                f"the decoder {decoder} fills holes in pictures; expected a picture and a mask, white where it is "
+                f"drawn anew; give {missing}, or a --decoder that draws whole pictures"
+            )
+        if strength is not None:
+            raise ConfigError(
+                f"--strength {strength:g} is for pictures drawn over as a whole; a hole is filled from nothing; leave "
+                "it out"
+            )
+    elif mask is not None:
+        raise ConfigError(
+            f"the decoder {decoder} fills no holes; expected for --mask one that does; give --decoder {INPAINT_REPO}, "
+            "or one that kcache train-decoder --inpaint made, or leave --mask out"
+        )
+
+
+def check_steps(strength: float, steps: int) -> None:
+    """Raise ConfigError where drawing over with `strength` takes less than one of `steps`, as the pipeline counts."""
+    if int(steps * strength) < 1:
+        least = math.ceil(1 / strength)
+        raise ConfigError(
+            f"--strength {strength:g} of --num-inference-steps {steps} is less than one step; expected one or more; "
+            f"give --num-inference-steps {least if int(least * strength) else least + 1} or more"
+        )
+
+
+def _read_mask(path: Path, picture: Image.Image) -> Image.Image:
+    mask = _decoded("--mask", path, "white")
+    if mask.tobytes() != _decoded("--mask", path, "black").tobytes():
+        raise ConfigError(
+            f"--mask {path} is transparent in parts; expected white where the picture is drawn anew and black where it "
+            "is kept, and nothing else; flatten it"
+        )
+    # As far as whole pixels allow.
+    if abs(mask.width - picture.width * mask.height / picture.height) > 1 and (
+        abs(mask.height - picture.height * mask.width / picture.width) > 1
+    ):
+        raise ConfigError(
+            f"--mask {path} is {mask.width} wide and {mask.height} high, the picture {picture.width} and "
+            f"{picture.height}; expected the same proportions; give a mask drawn over this picture"
+        )
+    return mask.convert("L")
+
+
+def _decoded(flag: str, path: Path, alpha: Literal["white", "black"]) -> Image.Image:
+    if (problem := remote(path)) is not None:
+        raise ConfigError(f"{flag}: {problem}")
+    try:
+        return decode_image(path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is"))
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path} cannot be read ({error.strerror or error}); expected the file of a picture"
+        ) from error
+    except InputRejected as error:
+        raise ConfigError(f"{flag} {path}: {error.reason}; expected a picture") from error
+
+
+def _any_of(white: np.ndarray, cells: Shape) -> np.ndarray:
+    """Which of the cells of a grid over `white` (H, W) bool have some: (h, w) bool."""
+    sums = np.pad(white.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
+    (top, bottom), (left, right) = (_edges(size, count) for size, count in zip(white.shape, cells, strict=True))
+    across = sums[:, right] - sums[:, left]
+    return np.asarray(across[bottom] - across[top] > 0)
+
+
+def _edges(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and behind the last pixel of each of `count` parts of `size` pixels, which share those between them."""
+    numbers = np.arange(count)
+    return numbers * size // count, -(-(numbers + 1) * size // count)
