@@ -5,6 +5,8 @@ In several processes they are trained on in `test_distributed`.
 
 import math
 from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from kcache.store.run_directory import read_config, read_starts
 from kcache.training import network
 from kcache.training.setup import _choose_samples, prepare_run
 from kcache.training.sweep import run_sweep
-from kcache.training.trainer import Progress, train
+from kcache.training.trainer import Progress, take_step, train
 from kcache.upkeep.convert import convert_cache
 
 BOTH: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
@@ -97,6 +99,20 @@ def test_the_prior_takes_mirrored_pictures_only_when_it_is_asked_to(
     resolution = (64,) if stage == "decoder" else ()
     samples, _ = _choose_samples(path, config(tmp_path, stage, flip=flip, resolution=resolution))
     assert (samples.flip, len(samples)) == (mirrored, 12)
+
+
+def test_the_few_samples_of_a_rare_shape_count_as_much_as_any_others(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a loss of 1 for each pass that of a single one, where two make a batch, is half."""
+    run = prepare_run(path, config(tmp_path, "decoder", gradient_accumulation_steps=1, **BOTH))
+    monkeypatch.setattr(run.objective, "forward", lambda *_: 1 + 0 * run.learning[0].sum())
+    found = set()
+    with closing(run.loader.forever()) as batches:
+        for batch in islice(batches, 12):
+            loss, _ = take_step(run, iter([batch]))
+            found.add((batch["latents"].shape[-1], len(batch["latents"]), loss.item()))
+    assert found == {(4, 7, 1.0), (8, 2, 1.0), (6, 2, 1.0), (10, 2, 1.0), (12, 1, 0.5), (4, 1, 0.5)}
 
 
 def test_other_shapes_or_mirror_images_begin_a_new_order_where_it_is_asked_for(
