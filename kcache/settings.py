@@ -85,9 +85,11 @@ def check(settings: Any) -> None:
             continue
         choices = [choice for kind in _kinds(hints[name]) if get_origin(kind) is Literal for choice in get_args(kind)]
         expected = "one of " + ", ".join(choices) if choices else marks.range
+        flag = "--" + name.replace("_", "-") if marks.flag else name
+        if value is None:
+            raise ConfigError(f"{flag} is None; expected {expected if choices else _expected(hints[name])}")
         for item in value if isinstance(value, tuple | list) else (value,):
             if expected and not (item in choices if choices else marks.takes(item)):
-                flag = "--" + name.replace("_", "-") if marks.flag else name
                 raise ConfigError(f"{flag} is {item!r}; expected {expected}")
     for name, reason in idle(settings).items():
         if not marks_of(settings)[name].lenient:

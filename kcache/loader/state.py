@@ -32,6 +32,34 @@ def changed_samples(state: Mapping[str, Any], rows: RowReader) -> str | None:
     return ", ".join(told) or f"{len(rows):,} samples as before, but other pictures or captions"
 
 
+def changed_shapes(state: Mapping[str, Any], parts: Sequence[ShapedReader]) -> str | None:
+    """How the shapes of `parts`, or whether pictures are mirrored, differ from what a loader's `state` was taken with.
+
+    None where they do not, as far as it says. Raises KeyError, TypeError or ValueError for what is no such state.
+    """
+    buckets = _buckets_of(state) if state["version"] == SEVERAL else []
+    then = [(_sides(bucket["shape"]), int(bucket["samples"])) for bucket in buckets]
+    now = [(_sides(part.shape), len(part)) for part in parts] if len(parts) > 1 else []
+    told = []
+    if bool(then) != bool(now):
+        told.append("pictures of several shapes before, of one now" if then else "pictures of several shapes now")
+    elif then != now:
+        before, after = dict(then), dict(now)
+        changed = [shape for shape in dict.fromkeys([*before, *after]) if before.get(shape) != after.get(shape)]
+        counts = [
+            f"{before.get(shape, 0):,} pictures of {shape} before, {after.get(shape, 0):,} now" for shape in changed
+        ]
+        told.append(", ".join(counts) or "the same shapes in another order")
+    if (flip := any(part.flip for part in parts)) != bool(state.get("flip", False)):
+        told.append("mirrored pictures now, none before" if flip else "mirrored pictures before, none now")
+    return ", ".join(told) or None
+
+
+def _sides(shape: Sequence[int] | None) -> str:
+    height, width = shape or (0, 0)
+    return f"{height}x{width}"
+
+
 class States:
     """The states of a loader that takes the `parts` of `rows` in the order that seed and shuffle decide."""
 

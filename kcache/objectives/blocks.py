@@ -8,7 +8,9 @@ switch leaves out the attentions of Kandinsky's decoder and knows nothing for th
 **Compilation**: torch makes kernels for each kind of block, where otherwise every operation has its own. Blocks are
 compiled in place and one by one, so that parameters keep their names, and checkpoints, adapters, moving averages and
 data-parallel training do not notice; blocks that are alike share a graph. A graph is for one shape: the packed prior
-rounds its number of tokens up (see `kcache.objectives.packing`), after which few shapes are met. What is drawn and
+rounds its number of tokens up (see `kcache.objectives.packing`), after which few shapes are met. Pictures of several
+shapes have graphs for any: one for each shape would be more than torch makes (the published decoder has some 30 kinds
+of blocks), and nobody would want to wait for them. What is drawn and
 measured beside training runs the blocks uncompiled, at shapes of its own. Results are those of the plain network up to
 the order of sums, but dropout in adapters draws other numbers from the same seed.
 
@@ -82,17 +84,18 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def compile_blocks(network: ModelMixin, *, packed: bool) -> None:
-    """Compile the blocks of `network`; a `packed` prior's last one stays as it is.
+def compile_blocks(network: ModelMixin, *, packed: bool, shaped: bool = False) -> None:
+    """Compile the blocks of `network`, for pictures of several shapes where it is `shaped`.
 
-    That one meets what was not rounded up: the tokens that a prediction is read from.
+    A `packed` prior's last one stays as it is: it meets what was not rounded up, the tokens that a prediction is read
+    from.
     """
     # A block is a checkpoint or nothing: its graph need not be cut where gradients of earlier ones could be sent off.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     blocks = list(outermost_blocks(network))
     for block in blocks[:-1] if packed else blocks:
-        block.compile(backend=BACKEND, dynamic=False)
+        block.compile(backend=BACKEND, dynamic=shaped)
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[object]:

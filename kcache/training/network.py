@@ -38,11 +38,12 @@ _DTYPES = {
 """What safetensors calls them."""
 
 
-def load_objective(config: TrainConfig, base: Repository, saved: Path | None) -> Objective:
+def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False) -> Objective:
     """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
 
     The parameters that learn are float32. With adapters the others never change, and are kept in the dtype that mixed
-    precision computes in, as the upstream scripts keep them. Raises the KcacheError of what does not fit the network.
+    precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are of pictures
+    of several shapes. Raises the KcacheError of what does not fit the network.
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     if config.inpaint:
@@ -77,7 +78,7 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None) ->
         else:
             objective = DecoderObjective(network, scheduler)
     if config.compile:
-        compile_blocks(network, packed=objective.packed)
+        compile_blocks(network, packed=objective.packed, shaped=shaped)
     return objective
 
 

@@ -13,9 +13,9 @@ from kcache.encoders.repositories import COMPONENTS, Repository
 from kcache.errors import CacheMismatchError, RunError
 from kcache.hints import already_in
 from kcache.loader.batches import CacheLoader
-from kcache.loader.parts import RowReader
-from kcache.loader.state import changed_samples
+from kcache.loader.state import changed_samples, changed_shapes
 from kcache.settings import marks_of
+from kcache.store.cache import Cache
 from kcache.store.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import CONFIG_FILE, METRICS_FILE, RESULT, logger
 
@@ -149,20 +149,29 @@ def _unknown(checkpoint: Checkpoint, error: Exception) -> RunError:
     )
 
 
+_SELECTION = {
+    "prior": "the cache, --where, --flip",
+    "decoder": "the cache, --where, --resolution, --aspect-ratio-buckets, --flip",
+}
+"""What decides, of each stage, which samples there are."""
+
 NewOrder = Mapping[str, int | None]
 """{"samples", "before"}: how many samples a new order has, and the one before had; None where that is not recorded."""
 
 
-def check_same_samples(checkpoint: Checkpoint | None, rows: RowReader, config: TrainConfig) -> NewOrder | None:
+def check_same_samples(
+    checkpoint: Checkpoint | None, cache: Cache, parts: Sequence[Cache], config: TrainConfig
+) -> NewOrder | None:
     """Check that going on from `checkpoint` trains on the same samples, or with --new-order what is new of them.
 
-    Raises CacheMismatchError for others without --new-order, RunError when the checkpoint does not say.
+    The same are those of the same shapes, which `parts` have, and mirrored or not as before. Raises
+    CacheMismatchError for others without --new-order, RunError when the checkpoint does not say.
     """
     if checkpoint is None:
         return None
     try:
         state = checkpoint.state["loader"]
-        changed, before = changed_samples(state, rows), state.get("samples")
+        changed, before = changed_samples(state, cache) or changed_shapes(state, parts), state.get("samples")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unknown(checkpoint, error) from error
     if changed is None:
@@ -173,12 +182,12 @@ def check_same_samples(checkpoint: Checkpoint | None, rows: RowReader, config: T
         raise CacheMismatchError(
             f"{checkpoint.path} was trained on other samples than there are now ({changed}): their order would be "
             "another; expected the same cache and selection; go on from its weights, optimizer and schedule in a new "
-            "order with --new-order, or give what it was begun with (the cache, --where)"
+            f"order with --new-order, or give what it was begun with ({_SELECTION[config.stage]})"
         )
     logger.warning(
         "%s: %s; the run goes on from its weights, in a new order of these samples", checkpoint.path, changed
     )
-    return {"samples": len(rows), "before": before}
+    return {"samples": len(cache), "before": before}
 
 
 def take_place(loader: CacheLoader, checkpoint: Checkpoint, new_order: NewOrder | None) -> None:

@@ -63,12 +63,13 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config)
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, base, adapted)
-    new_order = check_same_samples(checkpoint, cache, config)
     parts = cache.by_shape(*_fields(config))
+    new_order = check_same_samples(checkpoint, cache, parts, config)
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
     for part, batch in zip(parts, batches, strict=True):
         check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
-    objective = load_objective(config, base, None if checkpoint is None else checkpoint.path)
+    saved = None if checkpoint is None else checkpoint.path
+    objective = load_objective(config, base, saved, shaped=len(parts) > 1)
     check_cache_fits(cache, objective, base)
     names = {part.table_of(field) for part in parts for field in objective.row_shapes}
     tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}

@@ -77,7 +77,8 @@ class Validation:
     Of `cache`, which holds the held-out samples only, the first 1,024 in order of their `key_numbers` are taken, each
     with its first caption and nothing dropped. A sample meets one noise and one timestep of each band, the same place
     in every band; both follow from `seed` and the image's key, so they are the same in every run and beside any other
-    samples. Process `rank` of `world_size` measures its share.
+    samples. Of several resolutions a picture has the same place at each, so that they are compared at equal timesteps,
+    and noise from one stream of numbers, laid out as its rows are. Process `rank` of `world_size` measures its share.
     """
 
     def __init__(

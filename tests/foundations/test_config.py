@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -154,3 +154,13 @@ def test_a_file_of_settings_may_come_from_any_editor(encoding: str, tmp_path: Pa
     (tmp_path / "run.toml").write_text("a = " + "[" * 9999)
     with pytest.raises(ConfigError, match=r"run\.toml is not TOML: "):
         read_toml(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"), [(TrainConfig, {"stage": "prior", "output_dir": "run"}), (BuildConfig, {})]
+)
+def test_none_is_taken_only_where_it_means_something(kind: type, needed: dict[str, Any]) -> None:
+    for name, hint in get_type_hints(kind).items():
+        if name in marks_of(kind) and type(None) not in get_args(hint):
+            with pytest.raises(ConfigError, match=f"{name.replace('_', '.')} is None; expected "):
+                kind(**needed | {name: None})

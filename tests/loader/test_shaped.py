@@ -1,6 +1,7 @@
 """Batches of a cache of several shapes: one shape each, from wherever the rows wait."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shaped_caches import ALL, write_shaped_cache
+from shaped_caches import ALL, BUCKETS, OTHERS, write_shaped_cache
 
 from kcache.errors import CacheMismatchError, ConfigError
 from kcache.loader import CacheLoader
 from kcache.loader.chance import draw_flip
+from kcache.loader.state import changed_shapes
 from kcache.loader.streaming.streamed import StreamShape
 from kcache.store.cache import Cache
 
@@ -102,6 +104,25 @@ def test_a_state_is_of_the_shapes_and_of_mirrored_pictures_or_not(path: Path) ->
     single = CacheLoader(Cache.open(path, 32), FIELDS, 4, seed=3)
     with pytest.raises(CacheMismatchError, match="samples of several shapes"):
         single.load_state_dict(state)
+
+
+def test_what_became_of_the_shapes_is_told(path: Path, tmp_path: Path) -> None:
+    """Of the same samples: other shapes, fewer pictures enlarged to them, one shape, no mirror images."""
+    state = begun(path).state_dict()
+
+    def told(path: Path, *resolutions: int, **wishes: Any) -> str | None:
+        return changed_shapes(state, Cache.open(path, resolutions, **wishes).by_shape("latents"))
+
+    assert told(path, 32, 64) is None
+    assert told(path, 32, 64, flip=False) == "mirrored pictures before, none now"
+    assert told(path, 32) == "pictures of several shapes before, of one now"
+    assert told(path, 64) == "30 pictures of 32x32 before, 0 now"
+    write_shaped_cache(tmp_path / "fewer", 30, (ALL[0], replace(BUCKETS, max_upscale=1.1)), flip=True)
+    assert told(tmp_path / "fewer", 32, 64) == "9 pictures of 64x64 before, 6 now"
+    write_shaped_cache(tmp_path / "others", 30, (ALL[0], OTHERS))
+    assert str(told(tmp_path / "others", 32)).endswith("now, mirrored pictures before, none now")
+    state = CacheLoader(Cache.open(path, 32), FIELDS, 4).state_dict()
+    assert told(path, 32, 64) == "pictures of several shapes now"
 
 
 def test_all_shapes_share_the_bytes_of_the_stage(path: Path) -> None:

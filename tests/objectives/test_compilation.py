@@ -1,11 +1,15 @@
 """Compiled blocks learn what plain ones do, under the same names, and are compiled a few times only."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from padded import LENGTHS, assert_equal_gradients, gradients, make_batch, make_prior, predict_padded
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -71,6 +75,20 @@ def test_blocks_that_are_alike_and_batches_of_one_bucket_share_a_graph(graphs: l
     with uncompiled(False):
         predict_packed(prior, **make_batch((3, 4, 5)), bucketed=True)
     assert len(graphs) == 2
+
+
+def test_pictures_of_many_shapes_share_graphs(graphs: list[Any]) -> None:
+    """Twelve shapes, and graphs for two kinds of blocks: of one picture and of more, of squares and of others."""
+    plain = torch.nn.Sequential(ResnetBlock2D(in_channels=32, temb_channels=None), Attention(32, heads=2, dim_head=16))
+    made = deepcopy(plain)
+    compile_blocks(made, packed=False, shaped=True)
+    for number, (height, width) in enumerate(product((4, 6, 8, 10), (4, 6, 8))):
+        rows = torch.randn(1 + number % 3, 32, height, width, generator=torch.Generator().manual_seed(number))
+        for network in (plain, made):
+            network[1](network[0](rows, None)).square().sum().backward()
+    assert len(graphs) <= 2 * 4
+    for found, expected in zip(made.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 @pytest.mark.parametrize(("stage", "rank"), [("prior", None), ("decoder", 2)])

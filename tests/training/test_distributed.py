@@ -14,7 +14,7 @@ import torch
 from filling import MODEL, decoder_like, fills_holes
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course, tensor_names
 
-from kcache.objectives.losses import PriorObjective
+from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.store.cache import Cache
 from kcache.store.checkpoint import latest_checkpoint
 from kcache.training.trainer import train
@@ -23,20 +23,27 @@ STEPS = 7
 """Of 4 of the 10 samples each: the first epoch ends within a step, the second with one."""
 NETWORKS = {("prior", False): range(1, STEPS), ("decoder", False): [3], ("prior", True): [3]}
 """By stage, and whether adapters are trained, the steps to go on from: where samples stand is the same for all."""
-AS_ONE = [
+SHAPED: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
+"""Squares at 32 pixels seven at a time, five shapes at 64 two at a time at most, half of the turns mirrored."""
+AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
     ("prior", {"compile": True, "noise_draws": 2}),
     ("decoder", {"compile": True, "gradient_checkpointing": True}),
     ("decoder", {"inpaint": True, "hole_loss": True}),
     ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
+    ("decoder", SHAPED),
 ]
-"""Stage, and what saves time or memory, or draws masks."""
+"""Stage, and what saves time or memory, draws masks, or reads pictures of several shapes."""
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip
-BEGUN: dict[str, dict[str, Any]] = {"begun": {}, "streamed": {"shuffle": "stream", "residency": "stream"}}
-"""Runs of two steps, and the order of their samples."""
+BEGUN: dict[str, tuple[str, dict[str, Any]]] = {
+    "begun": ("prior", {}),
+    "streamed": ("prior", {"shuffle": "stream", "residency": "stream"}),
+    "shaped": ("decoder", {"resolution": (64,), "flip": False}),
+}
+"""Runs of two steps: their stage, and which samples they take in which order."""
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 SCRIPT = """
@@ -59,9 +66,9 @@ def watch(objective):
     objective.predict = watched
 
 watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
-cache, *runs = sys.argv[1:]
+cache, bucketed, *runs = sys.argv[1:]
 for run in map(json.loads, runs):
-    train(cache, TrainConfig(**run))
+    train(bucketed if run["resolution"] else cache, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
 """
@@ -132,7 +139,7 @@ def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(oracle: Path, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that two processes train here, one run after another: to start them takes longer than the runs.
 
     Each run leaves the samples that its processes saw in seen-RANK.json.
@@ -142,11 +149,11 @@ def trained(oracle: Path, cache: str, tmp_path_factory: pytest.TempPathFactory) 
     as_one = [(stage, WATCHED | given(fast, folder)) for stage, fast in AS_ONE]
     runs = [settings(folder / f"as-one-{number}", stage, **asked) for number, (stage, asked) in enumerate(as_one)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
-    for name, order in BEGUN.items():
-        runs.append(settings(folder / name, "prior", max_train_steps=2, checkpointing_steps=2, **order))
+    for name, (stage, order) in BEGUN.items():
+        runs.append(settings(folder / name, stage, max_train_steps=2, checkpointing_steps=2, **order))
     (folder / "script.py").write_text(SCRIPT)
     subprocess.run(
-        [*LAUNCHER, str(folder / "script.py"), cache, *map(json.dumps, runs)],
+        [*LAUNCHER, str(folder / "script.py"), cache, str(bucketed / "cache"), *map(json.dumps, runs)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
@@ -155,20 +162,26 @@ def trained(oracle: Path, cache: str, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("number", range(len(AS_ONE)))
 def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to_it(
-    cache: str, trained: Path, tmp_path: Path, number: int
+    cache: str, bucketed: Path, trained: Path, tmp_path: Path, number: int
 ) -> None:
     stage, fast = AS_ONE[number]
+    path = str(bucketed / "cache") if fast == SHAPED else cache
     plain = WATCHED | given(fast, trained) | {"compile": False, "gradient_checkpointing": False}
     two, one = trained / f"as-one-{number}", tmp_path / "one"
-    train(cache, config(one, stage, **plain))
+    train(path, config(one, stage, **plain))
     for of_two, of_one in zip(course(two), course(one), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-4)
     lines_of_two, lines_of_one = ((run / "validation.jsonl").read_text().splitlines() for run in (two, one))
     assert lines_of_two
     for line_of_two, line_of_one in zip(lines_of_two, lines_of_one, strict=True):
         assert json.loads(line_of_two) == pytest.approx(json.loads(line_of_one), rel=1e-4)
+    if fast == SHAPED:
+        entry = json.loads(lines_of_two[-1])
+        assert entry["val_loss_32px"] < entry["val_loss"] < entry["val_loss_64px"] or (
+            entry["val_loss_64px"] < entry["val_loss"] < entry["val_loss_32px"]
+        )
     assert tensor_names(two) == tensor_names(one)
-    train(cache, config(tmp_path / "on", stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
+    train(path, config(tmp_path / "on", stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
     for of_two, of_one in zip(course(tmp_path / "on"), course(one)[2:], strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-4)
 
@@ -203,9 +216,10 @@ def test_a_signal_to_one_process_ends_all_and_saving_takes_what_time_it_takes(ca
         assert checkpoint.step == len(course(tmp_path / f"stopped-{rank}")) == 20
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("begun", 2), ("streamed", 1)])
+@pytest.mark.parametrize(("name", "batch_size"), [("begun", 2), ("streamed", 1), ("shaped", 1)])
 def test_one_process_goes_on_where_two_were_and_misses_no_sample(
     cache: str,
+    bucketed: Path,
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,21 +227,23 @@ def test_one_process_goes_on_where_two_were_and_misses_no_sample(
     name: str,
     batch_size: int,
 ) -> None:
+    """Of samples of several shapes batches of one: none waits for others at the end."""
+    stage, order = BEGUN[name]
+    path = str(bucketed / "cache") if "resolution" in order else cache
     seen = [image for path in trained.glob(f"{name}/seen-*.json") for image in json.loads(path.read_text())]
-    samples, predict = len(Cache.open(cache)), PriorObjective.predict
-    assert len(seen) == 2 * 4
+    samples, objective = len(Cache.open(path, order.get("resolution", ()))), OBJECTIVES[stage]
+    predict = objective.predict
+    assert 2 * 2 <= len(seen) <= 2 * 4
 
-    def watched(self: PriorObjective, batch: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
+    def watched(self: Objective, batch: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
         seen.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch["image_embeds"])
         return predict(self, batch, *inputs)
 
-    monkeypatch.setattr(PriorObjective, "predict", watched)
-    left = samples * 2 - 2 * 4
-    assert left % 2 == 0
-    wishes = {"max_train_steps": 2 + left // batch_size, "train_batch_size": batch_size, **BEGUN[name]}
+    monkeypatch.setattr(objective, "predict", watched)
+    wishes = {"max_train_steps": None, "num_train_epochs": 2, "train_batch_size": batch_size, **order}
     wishes["resume_from_checkpoint"] = str(trained / name / "checkpoint-2")
     with caplog.at_level("WARNING"):
-        train(cache, config(tmp_path, gradient_accumulation_steps=1, **wishes))
+        train(path, config(tmp_path, stage, gradient_accumulation_steps=1, **wishes))
     assert f"4 samples per step, this run takes {batch_size}" in caplog.text
     times = Counter(seen)
     assert len(times) == samples
