@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel
+from filling import decoder_like, fills_holes
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -190,3 +191,14 @@ def test_a_half_that_cannot_be_loaded_is_refused_at_the_start(
         match=r"cannot be loaded as KandinskyV22.*to draw the --validation-prompts.*give a repository that works",
     ):
         prompt_pictures(tmp_path, stage).prepare()
+
+
+def test_a_decoder_that_fills_holes_draws_no_prompts(oracle: Path, tmp_path: Path) -> None:
+    folder = decoder_like(tmp_path / "decoder", oracle, fills_holes)
+    decoder = find_repository(folder, None, PIPELINES["decoder"].components)
+    config = TrainConfig(stage="prior", output_dir="run", validation_prompts=PROMPTS)
+    drawing = PromptPictures(config, repositories(oracle)["prior"], decoder, [(64, 64)], "cpu")
+    with pytest.raises(
+        ModelError, match="one for KandinskyV22InpaintPipeline; expected one that draws the --validation"
+    ):
+        drawing.prepare()

@@ -36,11 +36,11 @@ def picture_of(
         for task, ax in zip(TASKS, axes[0][:: len(columns) // len(TASKS)], strict=True):
             ax.text(0, 1.12, task, transform=ax.transAxes, fontsize=11, fontweight="bold")
         for number, (of_row, (name, shown)) in enumerate(zip(axes, rows.items(), strict=True)):
-            best = number == 2
+            is_filled = number in (2, 3)
             of_row[0].text(
                 -0.15, 0.5, "\n".join([*textwrap.wrap(name, 26), *_told(name, scores)]),
                 transform=of_row[0].transAxes, ha="right", va="center",
-                color=TEXT if best else FAINT, fontweight="bold" if best else "normal", fontsize=9,
+                color=TEXT if is_filled else FAINT, fontsize=9,
             )  # fmt: skip
             for ax, column in zip(of_row, columns, strict=True):
                 ax.imshow(np.asarray(shown[column]), interpolation="nearest")
