@@ -16,7 +16,7 @@ import torch
 
 from kcache import Cache
 from kcache.loader import CacheLoader
-from kcache.loader.chance import draw_turns
+from kcache.loader.turns import draw_turns
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "schema-1.tar.xz"
 FIELDS = ["image_embeds", "latents", "text_embeds", "text_encoder_hidden_states"]

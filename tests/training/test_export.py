@@ -23,7 +23,7 @@ def export(run_dir: Path, half: str, oracle: Path, base: Path | None = None, cop
     export_network(run_dir, PIPELINES[half], network)
     export_components(run_dir, PIPELINES[half], repository, copy=copy)
     components = PIPELINES[half].components
-    make_pipeline(run_dir, PIPELINES[half], {name: repository.read(name) for name in components})
+    make_pipeline(run_dir, half, {name: repository.read(name) for name in components})
     return 0.625
 
 
