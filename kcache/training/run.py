@@ -33,6 +33,7 @@ from kcache.store.cache import Cache
 from kcache.store.checkpoint import STATE_FILE, Checkpoint, checkpoint_steps, save_checkpoint
 from kcache.store.recipe import LATENTS, table_name
 from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
+from kcache.tally import counted
 from kcache.training.accelerator import check_others, machine_facts
 from kcache.training.network import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import (
@@ -138,8 +139,8 @@ class TrainingRun:
         for each in self.loader.shapes:
             height, width = each["shape"]
             passes = each["samples"] / each["batch"]
-            said = "%s high, %s wide: %s samples, %s at a time, %.1f passes an epoch"
-            logger.warning(said, height, width, f"{each['samples']:,}", each["batch"], passes)
+            said = "%s high, %s wide: %s, %s at a time, %.1f passes an epoch"
+            logger.warning(said, height, width, counted(each["samples"], "sample"), each["batch"], passes)
         if self.cache.flip:
             logger.warning("half of the turns take the mirrored picture; --no-flip leaves these out")
 

@@ -158,7 +158,7 @@ def _by_shard(keys: Keys, shards: np.ndarray) -> dict[int, Keys]:
     """The `keys` of each shard, `shards` (n,) saying which one each is in."""
     order = np.argsort(shards, kind="stable")
     numbers, starts = np.unique(shards[order], return_index=True)
-    return dict(zip(numbers.tolist(), map(Keys, np.split(keys.packed[order], starts[1:])), strict=True))
+    return dict(zip(numbers.tolist(), map(Keys, np.split(keys.packed[order], starts)[1:]), strict=True))
 
 
 def _forget(contents: CacheContents, live: Mapping[str, list[LiveShard]]) -> None:

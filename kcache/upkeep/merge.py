@@ -105,7 +105,7 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
 
 def _check_alike(first: CacheContents, other: CacheContents) -> None:
     found, expected = other.manifest, first.manifest
-    differences = []
+    differences, how = [], "build or convert one of them like the other first"
     if found.format != expected.format:
         differences.append(f"format: {found.format} → {expected.format}")
     if found.tables.keys() != expected.tables.keys():
@@ -113,6 +113,7 @@ def _check_alike(first: CacheContents, other: CacheContents) -> None:
     if found.shape_sets != expected.shape_sets:
         shapes = [" and ".join(each.in_full for each in manifest.shape_sets) for manifest in (found, expected)]
         differences.append(f"shapes: {' → '.join(shapes)}")
+        how += ", or both, where each has squares or resolutions of its own: these stay when others are asked for"
     if found.flip != expected.flip:
         differences.append(f"flip: {found.flip} → {expected.flip}")
     for name in sorted(found.tables.keys() & expected.tables.keys()):
@@ -123,7 +124,7 @@ def _check_alike(first: CacheContents, other: CacheContents) -> None:
     if differences:
         raise CacheMismatchError(
             f"{other.folder} cannot be merged with {first.folder}, which differs in {'; '.join(differences)}; "
-            "expected equal tables, shapes, recipes and forms; build or convert one of them like the other first"
+            f"expected equal tables, shapes, recipes and forms; {how}"
         )
 
 

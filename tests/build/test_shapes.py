@@ -1,6 +1,7 @@
 """Builds of shapes, several resolutions and mirrored pictures: what is encoded, into which tables, and how it moves."""
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_what_squares_have_is_taken_over_and_another_list_encodes_only_what_move
     # The pictures of the shape that goes move into the next best, and nothing else does.
     fewer = build(source, tmp_path / "cache", oracle, aspect_ratio_buckets="48,80;64,64;80,48;96,32", **changes)
     assert encoded(fewer) == {"latents-48x80": 1}
-    assert any("5 shapes → 4" in note for note in fewer.notes)
+    assert any("5 shapes → 4, 1 of them not any more (32,96); their rows stay" in note for note in fewer.notes)
     again = build(source, tmp_path / "cache", oracle, resolution=(), **changes)
     assert (encoded(again), again.samples) == ({}, 8)
     cache = Cache.open(tmp_path / "cache", resolution=64, buckets=True)
@@ -193,6 +194,25 @@ def test_of_more_sizes_than_are_kept_the_last_ones_are(
     assert not len(np.concatenate(list(remembered(Keys(sizes["key"][:2])))))
 
 
+def test_few_pictures_wait_for_the_threads_that_find_their_sizes(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.build.pictures.sizes._TOGETHER", 3)
+    given, waiting = ThreadPoolExecutor.submit, list[Future[Any]]()
+
+    def noted(self: ThreadPoolExecutor, *call: Any) -> Future[Any]:
+        waiting[:] = [each for each in waiting if not each.done()]
+        assert len(waiting) < 3
+        waiting.append(given(self, *call))
+        return waiting[-1]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
+    source = bucketed_source(tmp_path / "source", SIZES[:7])
+    job = checked_survey(str(source), str(tmp_path / "cache"), small_config(oracle, **BUCKETED), unheard)
+    assert [(each.width, each.height) for each in job.samples] == list(SIZES[:7])
+
+
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
 def test_a_first_build_that_was_stopped_goes_on_with_its_shapes_unasked_to_the_same_bytes(
     tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +283,17 @@ def test_what_is_asked_for_in_another_way_than_before_is_said_as_what_it_is(orac
     assert reasons(aspect_ratio_buckets="48,80;64,64;80,48")["latents-48x80"] == (
         f"{one_more}, 1 image and its mirror image of this shape now"
     )
+    build(source, cache, oracle, aspect_ratio_buckets="48,80;64,64;80,48")
+    new(6, (150, 60))
+    new(7, (20, 20))
+    # What is missing of a list that the cache had before its own is not what was left undone.
+    assert reasons(aspect_ratio_buckets=SHAPES, max_upscale=2.0)["latents-32x96"] == one_more
+    later = reasons(max_upscale=4.0)
+    assert later["latents-48x80"] == one_more
+    assert later["latents-64"] == "1 image and its mirror image too small for --max-upscale before"
+    assert later["text"] == "2 captions new or edited since the last build"
+    for path in source.glob("0[67].*"):
+        path.unlink()
     shutil.rmtree(next(cache.glob("latents-80x48-*")))
     assert reasons()["latents-80x48"] == "1 image and its mirror image whose rows are lost"
 

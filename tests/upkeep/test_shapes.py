@@ -104,10 +104,27 @@ def test_equal_shapes_are_merged_and_compacted_with_mirrored_rows(cache: Path, t
     assert is_sound(merged)
 
 
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_shapes_that_no_picture_has_are_merged_and_cleared(tmp_path: Path, form: str) -> None:
+    sets, parts = (ShapeSet(64, ((16, 256), *BUCKETS.shapes), 2.0),), [tmp_path / "one", tmp_path / "two"]
+    for samples, part in zip((6, 9), parts, strict=True):
+        write_shaped_cache(tmp_path / f"zarr{samples}", samples, sets=sets)
+        convert_cache(tmp_path / f"zarr{samples}", part, form)
+    assert read_manifest(parts[0]).tables["latents-16x256"].rows == 0
+    merge_caches(tmp_path / "new", parts)
+    found, (first, second) = rows_of(tmp_path / "new"), map(rows_of, parts)
+    for name, rows in found.items():  # those of the first are among those of the second
+        assert len(rows) == len(second[name])
+        assert set(rows) <= {*first[name], *second[name]}
+    collect_garbage(tmp_path / "new", compact=True)
+    assert rows_of(tmp_path / "new") == found
+    assert is_sound(tmp_path / "new")
+
+
 def test_other_shapes_are_not_merged(cache: Path, tmp_path: Path) -> None:
     other = ShapeSet(BUCKETS.resolution, BUCKETS.shapes, 3.0)
     write_shaped_cache(tmp_path / "other", sets=(ALL[0], other), flip=False)
-    text = r"shapes: 32 and 64 as 32,96;48,80;.*up to 3 times → 32 and 64 .*up to 2 times; flip: False → True"
+    text = r"shapes: 32 and 64 as .*up to 3 times → 32 and 64 .*up to 2 times; flip: False → True; .* or both"
     with pytest.raises(CacheMismatchError, match=text):
         merge_caches(tmp_path / "new", [cache, tmp_path / "other"])
     assert not (tmp_path / "new").exists()

@@ -63,9 +63,7 @@ def replaced(had: Sequence[ShapeSet], now: Sequence[ShapeSet]) -> list[str]:
         if before.is_square or before.shapes == after.shapes:
             continue
         gone = [f"{height},{width}" for height, width in before.shapes if (height, width) not in after.shapes]
-        notes.append(
-            f"{before.resolution}: {len(before.shapes)} shapes → {len(after.shapes)}, {len(gone)} of them not any more"
-            + (f" ({'; '.join(gone[:3])}{'; …' if len(gone) > 3 else ''})" if gone else "")
-            + "; their rows stay until `kcache cache-gc`"
-        )
+        names = f"{'; '.join(gone[:3])}{'; …' if len(gone) > 3 else ''}"
+        left = f", {len(gone)} of them not any more ({names}); their rows stay until `kcache cache-gc`" if gone else ""
+        notes.append(f"{before.resolution}: {len(before.shapes)} shapes → {len(after.shapes)}{left}")
     return notes

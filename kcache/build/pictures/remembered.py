@@ -37,7 +37,8 @@ def remembered(keys: Keys) -> Iterator[np.ndarray]:
 
 def remember(sizes: np.ndarray) -> None:
     """Keep what is known of `sizes`, of `SIZES`, which were not remembered."""
-    new = sizes[_is_known(sizes)]
+    runs = (sizes[span] for span in spans(len(sizes), _TOGETHER))
+    new = kept((run[_is_known(run)] for run in runs), sizes[:0])
     if not len(new):
         return
     try:

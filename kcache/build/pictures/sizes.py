@@ -18,6 +18,7 @@ from kcache.build.pictures.contents import fetcher
 from kcache.build.pictures.remembered import remember, remembered
 from kcache.config import Say
 from kcache.config.shapes import NO_SHAPE
+from kcache.disk.scratch import spans
 from kcache.errors import InputRejected, KcacheError
 from kcache.machine import threads_for
 from kcache.stopping import stop_here
@@ -39,6 +40,8 @@ Found = TypeVar("Found")
 
 _REPORT_SECONDS = 10.0
 """How often it is said of how many pictures the sizes were found."""
+_TOGETHER = 1 << 12
+"""Pictures that wait for the threads at a time."""
 _CHANGED = InputRejected("source", "its content changed while the cache was being built; build again")
 
 
@@ -136,7 +139,9 @@ def _each(job: "Survey", keys: Keys, find: Callable[[bytes], Found], say: Say) -
     begun = reported = time.monotonic()
     with ThreadPoolExecutor(threads_for(job.config.num_workers), "kcache-decode") as pool:
         try:
-            for number, found in enumerate(pool.map(find, keys)):
+            # A pool takes all it is given at once, and some 2 kB for each.
+            found_of = (found for span in spans(len(keys), _TOGETHER) for found in pool.map(find, keys[span]))
+            for number, found in enumerate(found_of):
                 stop_here()
                 if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
                     reported, rate = now, max(number, 1) / (now - begun)
