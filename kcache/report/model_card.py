@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS, INPAINTING, PIPELINES
-from kcache.report.drawn.sizes import most_used, trained_shapes
+from kcache.encoders.repositories import COMPONENTS, INPAINTING, PIPELINES, Repository
+from kcache.report.drawn.sizes import UNIT, most_used, trained_shapes, unit_of
 from kcache.report.grid import grids_of
 from kcache.settings import marks_of
 from kcache.store.run_directory import (
@@ -46,8 +46,9 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
     # Drawn as most of what the cache has, not at the default of the decoder's pipeline.
     counts = trained_shapes(told)
-    size = ", height={}, width={}".format(*most_used(counts)) if counts else ""
     fills = told["config"].get("inpaint", False)
+    sides = [_drawn(side, run_dir) if fills else side for side in most_used(counts)] if counts else []
+    size = "".join(f", {name}={side}" for name, side in zip(("height", "width"), sides, strict=False))
     lines = [
         "---",
         _front_matter(stage, base, other, lora, fills=fills),
@@ -112,6 +113,13 @@ def _pictures(run_dir: Path, told: Mapping[str, Any]) -> list[str]:
         return []
     prompts = [f"* {prompt}" for prompt in told["config"]["validation_prompts"]]
     return ["", f"![pictures from the prompts below]({grids[-1].relative_to(run_dir).as_posix()})", "", *prompts]
+
+
+def _drawn(side: int, run_dir: Path) -> int:
+    """A side as the pipeline that fills holes must be given it: others round it up themselves."""
+    own = Repository(name=str(run_dir), path=run_dir, revision=None)
+    unit = unit_of(own) if (run_dir / "movq" / "config.json").is_file() else UNIT
+    return -(-side // unit) * unit
 
 
 def _drawing(size: str, fills: bool) -> list[str]:

@@ -78,13 +78,16 @@ def sample(
         "prior": find_half("prior", prior, prior_revision),
         "unet": find_half("decoder", decoder, decoder_revision),
     }
+    most = halves["unet"].repository.read("scheduler").values.get("num_train_timesteps", 1000)
+    _check_steps("--num-inference-steps", num_inference_steps, 1, most)
+    _check_steps("--prior-num-inference-steps", prior_num_inference_steps, 2, None)
     kind = class_of("decoder", halves["unet"])
     check_drawn_by(kind, decoder, original, strength)
     onto: dict[str, Image.Image] = {}
     settings: dict[str, Any] = {}
     if original is not None and original.mask is None:
         kind, settings = KandinskyV22Img2ImgPipeline.__name__, {"strength": STRENGTH if strength is None else strength}
-        check_steps(settings["strength"], num_inference_steps)
+        check_steps(settings["strength"], num_inference_steps, most)
     trained = [path if path.is_dir() else path.parent for path in reversed(adapters["unet"])]
     counts = shapes_in([*trained, halves["unet"].learned])
     like = None if original is None else original.shape
@@ -186,6 +189,15 @@ def _check_guidance(flag: str, scale: float) -> None:
         raise ConfigError(
             f"{flag} is {scale:g}; expected a number from 0 up: 4 is usual, and 1 or less draws without guidance; "
             f"type {flag} 4, or leave it out"
+        )
+
+
+def _check_steps(flag: str, steps: int, least: int, most: int | None) -> None:
+    """Refuse steps that the pipelines' schedulers cannot take."""
+    if steps < least or (most is not None and steps > most):
+        expected = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ConfigError(
+            f"{flag} is {steps}; expected {expected}; type {flag} {least if steps < least else most}, or leave it out"
         )
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kcache.encoders.repositories import pipeline_class
-from kcache.errors import ConfigError
+from kcache.errors import ConfigError, MemoryShortError
 from kcache.report.drawn.halves import load_pipeline
 from kcache.report.drawn.originals import read_original
 from kcache.report.sampling import draw_embeds, draw_pictures, sample
@@ -242,6 +242,9 @@ def test_what_does_not_go_together_is_refused(oracle: Path, filling: Path, photo
         (plain, {"image": photo, "strength": 1.5}, "--strength is 1.5; expected a share"),
         (plain, {"image": photo, "strength": float("nan")}, "--strength is nan; expected a share"),
         (plain, {"image": photo, "strength": 0.2, "num_inference_steps": 4}, "less than one step; .*-steps 5 or more"),
+        (plain, {"image": photo, "strength": 1e-320}, "less than one step; .* give a larger --strength"),
+        (plain, {"num_inference_steps": 1001}, "--num-inference-steps is 1001; expected 1 to 1000; type .* 1000"),
+        (plain, {"prior_num_inference_steps": 1}, "--prior-num-inference-steps is 1; expected 2 or more; type .* 2"),
         (plain, {"image": folder / "none.png"}, r"--image .*none\.png cannot be read \(No such file"),
         (plain, {"image": folder}, "--image .* cannot be read .*; expected the file of a picture"),
         (plain, {"image": "https://example.org/a.png"}, "--image: .*https"),
@@ -249,7 +252,7 @@ def test_what_does_not_go_together_is_refused(oracle: Path, filling: Path, photo
         (filling, {}, "fills holes in pictures; .* give --image and --mask, or a --decoder"),
         (filling, {"image": photo}, "fills holes in pictures; .* give --mask, or a --decoder"),
         (filling, {"image": photo, "mask": mask, "strength": 0.5}, "--strength 0.5 is for pictures drawn over"),
-        (filling, {"image": photo, "mask": black}, "the --mask has no white: .* give another mask"),
+        (filling, {"image": photo, "mask": black}, "the --mask has no white: its lightest pixel is 0 of 255; .* give another"),
         (filling, {"image": photo, "mask": aside, "height": 64, "width": 64}, "no white in what is drawn"),
         (filling, {"image": photo, "mask": square}, "is 99 wide and 99 high, the picture 200 and 100; expected"),
         (filling, {"image": photo, "mask": folder / "stencil.png"}, "is transparent in parts; .* flatten it"),
@@ -257,6 +260,15 @@ def test_what_does_not_go_together_is_refused(oracle: Path, filling: Path, photo
     for decoder, settings, said in cases:
         with pytest.raises(ConfigError, match=said):
             draw(oracle, decoder, **settings)
+
+
+def test_a_picture_larger_than_memory_is_refused_by_name(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("kcache.report.drawn.originals.decode_image", none_left)
+    with pytest.raises(MemoryShortError, match=r"decoding --image .*photo\.png .*; give a smaller one"):
+        read_original(photo, None, None)
 
 
 def test_a_decoder_that_follows_hints_is_refused(oracle: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 In files of masks and in those pipelines white is drawn anew; `kcache.loader.masks` has 1 for what is kept.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from kcache.config.shapes import Shape, crop_box
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.repositories import FOLLOWING, INPAINTING
 from kcache.errors import ConfigError, InputRejected
+from kcache.foreign import within_memory
 from kcache.store.run_directory import logger
 from kcache.urls import remote
 
@@ -55,10 +55,13 @@ class Original:
         white = np.asarray(self.mask.crop(crop_box(*self.mask.size, shape))) >= _WHITE
         latents = _any_of(white, (height // downsampling, width // downsampling))
         if not latents.any():
-            where = "has no white" if not (np.asarray(self.mask) >= _WHITE).any() else "has no white in what is drawn"
+            lightest = np.asarray(self.mask).max()
+            where = f"has no white: its lightest pixel is {lightest} of 255"
+            if lightest >= _WHITE:
+                where = f"has no white in what is drawn: its middle, cropped to {height}×{width} pixels"
             raise ConfigError(
-                f"the --mask {where}: its middle, cropped to {height}×{width} pixels; expected white where the picture "
-                "is drawn anew, black where it is kept; give another mask"
+                f"the --mask {where}; expected white, {_WHITE} or more, where the picture is drawn anew, black where "
+                "it is kept; give another mask"
             )
         if latents.all():
             logger.warning("the --mask is white all over: nothing of the --image is kept")
@@ -111,13 +114,17 @@ def check_drawn_by(class_name: str, decoder: str, original: Original | None, str
         )
 
 
-def check_steps(strength: float, steps: int) -> None:
-    """Raise ConfigError where drawing over with `strength` takes less than one of `steps`, as the pipeline counts."""
+def check_steps(strength: float, steps: int, most: int) -> None:
+    """Raise ConfigError where drawing over with `strength` takes less than one of `steps`, as the pipeline counts.
+
+    There can be `most` steps.
+    """
     if int(steps * strength) < 1:
-        least = math.ceil(1 / strength)
+        least = next((each for each in range(steps, most + 1) if int(each * strength)), None)
+        do = "a larger --strength" if least is None else f"--num-inference-steps {least} or more"
         raise ConfigError(
             f"--strength {strength:g} of --num-inference-steps {steps} is less than one step; expected one or more; "
-            f"give --num-inference-steps {least if int(least * strength) else least + 1} or more"
+            f"give {do}"
         )
 
 
@@ -143,7 +150,8 @@ def _decoded(flag: str, path: Path, alpha: Literal["white", "black"]) -> Image.I
     if (problem := remote(path)) is not None:
         raise ConfigError(f"{flag}: {problem}")
     try:
-        return decode_image(path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is"))
+        with within_memory(f"decoding {flag} {path}", "give a smaller one"):
+            return decode_image(path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is"))
     except OSError as error:
         raise ConfigError(
             f"{flag} {path} cannot be read ({error.strerror or error}); expected the file of a picture"
@@ -154,13 +162,11 @@ def _decoded(flag: str, path: Path, alpha: Literal["white", "black"]) -> Image.I
 
 def _any_of(white: np.ndarray, cells: Shape) -> np.ndarray:
     """Which of the cells of a grid over `white` (H, W) bool have some: (h, w) bool."""
-    sums = np.pad(white.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
-    (top, bottom), (left, right) = (_edges(size, count) for size, count in zip(white.shape, cells, strict=True))
-    across = sums[:, right] - sums[:, left]
-    return np.asarray(across[bottom] - across[top] > 0)
+    rows, columns = (_parts(size, count) for size, count in zip(white.shape, cells, strict=True))
+    across = np.stack([white[part].any(0) for part in rows])
+    return np.stack([across[:, part].any(1) for part in columns], axis=1)
 
 
-def _edges(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and behind the last pixel of each of `count` parts of `size` pixels, which share those between them."""
-    numbers = np.arange(count)
-    return numbers * size // count, -(-(numbers + 1) * size // count)
+def _parts(size: int, count: int) -> list[slice]:
+    """The pixels of each of `count` parts of `size` pixels, which share those between them."""
+    return [slice(number * size // count, -(-(number + 1) * size // count)) for number in range(count)]

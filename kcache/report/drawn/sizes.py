@@ -15,6 +15,8 @@ from kcache.store.run_directory import logger, read_config, run_of
 
 SIDE = 768
 """Height and width in pixels where nothing says what the decoder was trained at: what the published one is for."""
+UNIT = 64
+"""What both are multiples of with the published decoder."""
 _RATIO = re.compile(r"([1-9][0-9]{0,4}):([1-9][0-9]{0,4})")
 
 
