@@ -252,7 +252,7 @@ def test_what_does_not_go_together_is_refused(oracle: Path, filling: Path, photo
         (filling, {}, "fills holes in pictures; .* give --image and --mask, or a --decoder"),
         (filling, {"image": photo}, "fills holes in pictures; .* give --mask, or a --decoder"),
         (filling, {"image": photo, "mask": mask, "strength": 0.5}, "--strength 0.5 is for pictures drawn over"),
-        (filling, {"image": photo, "mask": black}, "the --mask has no white: its lightest pixel is 0 of 255; .* give another"),
+        (filling, {"image": photo, "mask": black}, "no white: its lightest pixel is 0 of 255; .* give another"),
         (filling, {"image": photo, "mask": aside, "height": 64, "width": 64}, "no white in what is drawn"),
         (filling, {"image": photo, "mask": square}, "is 99 wide and 99 high, the picture 200 and 100; expected"),
         (filling, {"image": photo, "mask": folder / "stencil.png"}, "is transparent in parts; .* flatten it"),

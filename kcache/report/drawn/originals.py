@@ -151,7 +151,9 @@ def _decoded(flag: str, path: Path, alpha: Literal["white", "black"]) -> Image.I
         raise ConfigError(f"{flag}: {problem}")
     try:
         with within_memory(f"decoding {flag} {path}", "give a smaller one"):
-            return decode_image(path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is"))
+            return decode_image(
+                path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is")
+            )
     except OSError as error:
         raise ConfigError(
             f"{flag} {path} cannot be read ({error.strerror or error}); expected the file of a picture"
