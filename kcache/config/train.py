@@ -274,7 +274,7 @@ class TrainConfig(SourceConfig):
     )
     hole_loss: bool = setting(
         False,
-        "Learn from the hole alone, rather than from the whole picture, as Kandinsky was trained.",
+        "Learn from the hole alone; Kandinsky learned from the whole picture.",
         kept=True,
         only="decoder",
         beside=("inpaint",),

@@ -149,11 +149,10 @@ def _read_mask(path: Path, picture: Image.Image) -> Image.Image:
 def _decoded(flag: str, path: Path, alpha: Literal["white", "black"]) -> Image.Image:
     if (problem := remote(path)) is not None:
         raise ConfigError(f"{flag}: {problem}")
+    how = Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is")
     try:
         with within_memory(f"decoding {flag} {path}", "give a smaller one"):
-            return decode_image(
-                path.read_bytes(), Decoding(alpha=alpha, color="srgb" if flag == "--image" else "as-is")
-            )
+            return decode_image(path.read_bytes(), how)
     except OSError as error:
         raise ConfigError(
             f"{flag} {path} cannot be read ({error.strerror or error}); expected the file of a picture"
