@@ -218,7 +218,7 @@ def _is_of(job: Survey, plan: Plan) -> bool:
         if name in job.recipes:
             wanted: Iterable[bytes] = job.wants.possible(name, job.samples)
         elif name == SAMPLES:
-            wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables, job.wants)[0]))
+            wanted = tar_keys(with_ids(whole_samples(job.samples, job.committed().tables, job.wants)[0]), job.wants)
         else:
             continue  # the tar of the reserved rows is everybody's
         if not table.keys.among(wanted).all():

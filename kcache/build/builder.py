@@ -151,12 +151,12 @@ class Builder:
     ) -> None:
         job = self.job
         named = with_ids(whole_samples(job.samples, found.tables, job.wants)[0])
-        standing = Positions(tar_keys(named))
+        standing = Positions(tar_keys(named, job.wants))
 
         def planned(keys: Sequence[bytes]) -> dict[bytes, Sample]:
             """Those that are samples still and whose image can be read."""
             readable, _ = self.sizes.measured([named[i] for i in standing.find(keys).tolist() if i >= 0])
-            return dict(zip(tar_keys(readable), readable, strict=True))
+            return dict(zip(tar_keys(readable, job.wants), readable, strict=True))
 
         writer = TarWriter(job.folder, found.tables, found.provenance, wants=job.wants)
         writer.write(table.recipe.table, progress.counted(shards), planned, partial(claims.kept, table))

@@ -164,7 +164,7 @@ def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> in
     named = with_ids(samples)
     rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
     plan = plan_tars(job.folder, job.recipes, named, rows, job.wants)
-    new = named.where(Keys.of(tar_keys(named)).among(plan.keys))
+    new = named.where(Keys.of(tar_keys(named, job.wants)).among(plan.keys))
     return tar_bytes(job.recipes, job.wants, new, sum(len(table.shards) for table in plan.tables), tokens)
 
 

@@ -7,7 +7,8 @@ are taken over from their tars: only what is new was encoded. The reserved rows 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, repeat
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,23 @@ def shard_recipes(form: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
     return [tar_recipe(name, recipes) for name in (RESERVED, SAMPLES)]
 
 
-def tar_keys(samples: Sequence[Sample]) -> Keys:
-    """A key per sample, which has its id, that changes when its id, name, image or captions do."""
-    return Keys.joined(pack_keys(map(content_key, identities)) for identities in identities_of(samples))
+def tar_keys(samples: Sequence[Sample], wants: Wants) -> Keys:
+    """A key per sample, which has its id, that changes with that, its name, image, captions, and which rows it has."""
+    columns = Samples.of(samples)
+    rows = _rows_told(columns, wants)
+    told = (map(add, identities, rows) for identities in identities_of(columns))
+    return Keys.joined(pack_keys(map(content_key, each)) for each in told)
+
+
+def _rows_told(samples: Samples, wants: Wants) -> Iterator[bytes]:
+    """What decides which rows each sample has: shapes, and whether of its mirror image; nothing for plain squares."""
+    if not shapes_to_note(wants.sets) and not wants.flip:
+        return repeat(b"")
+    told: list[Iterator[bytes]] = [repeat(b"mirrored" if wants.flip else b"")]
+    for each in wants.sets:
+        names = [*(f"{tall}x{wide}".encode() for tall, wide in each.shapes), b"none"]  # the last, as NO_SHAPE is -1
+        told.append(map(names.__getitem__, samples.in_shapes(each).tolist()))
+    return map(b" ".join, zip(*told, strict=False))
 
 
 def committed_tar_keys(folder: Place, commit: Commit) -> Keys:
@@ -82,7 +97,7 @@ def plan_tars(
 ) -> Plan:
     """The plan for the tars of all `samples`, which have their ids, that are in none yet."""
     tables = []
-    for name, wanted in ((RESERVED, [RESERVED_KEY]), (SAMPLES, tar_keys(samples))):
+    for name, wanted in ((RESERVED, [RESERVED_KEY]), (SAMPLES, tar_keys(samples, wants))):
         recipe = tar_recipe(name, recipes)
         commits = read_commits(cache / recipe.directory, recipe)
         there = Keys.joined(_committed_tar_keys(cache / recipe.directory, commits))

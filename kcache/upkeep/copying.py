@@ -70,7 +70,7 @@ class CacheContents:
     @cached_property
     def tar_keys(self) -> Keys:
         """The key of each sample in tars."""
-        return Keys.of(tar_keys(self.samples))
+        return Keys.of(tar_keys(self.samples, self.wants))
 
     @cached_property
     def _by_tar_key(self) -> Positions:

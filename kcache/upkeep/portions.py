@@ -57,7 +57,7 @@ class Portion:
             self._commit_rows()
 
     def _by_key(self) -> dict[bytes, Sample]:
-        return dict(zip(tar_keys(self.samples), self.samples, strict=True))
+        return dict(zip(tar_keys(self.samples, self.wants), self.samples, strict=True))
 
     def _commit_rows(self) -> None:
         recipe, folder = self.recipe, self.target / self.recipe.directory

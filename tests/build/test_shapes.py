@@ -99,7 +99,11 @@ def test_what_squares_have_is_taken_over_and_another_list_encodes_only_what_move
     }  # fmt: skip
 
 
-def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_path: Path, oracle: Path) -> None:
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(
+    tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_builds, "FORM", form)
     source = bucketed_source(tmp_path / "source", ((96, 64), (20, 20), (20, 31)))
     two = build(source, tmp_path / "cache", oracle, **(BUCKETED | {"flip": None}))
     assert (two.samples, two.rejected) == (1, 2)
@@ -109,6 +113,11 @@ def test_pictures_that_are_too_small_are_named_until_the_limit_lets_them_in(tmp_
     four = build(source, tmp_path / "cache", oracle, resolution=(), max_upscale=4.0)
     assert (four.samples, four.rejected) == (3, 0)
     assert encoded(four) == {"image_embeds": 2, "text": 2, "latents-64": 1, "latents-80x48": 1}
+    # The tables stay the same, and so do the names of the tars' samples: rows are added to these, and left out again.
+    for flip, images in ((True, 3), (False, 0)):
+        again = build(source, tmp_path / "cache", oracle, resolution=(), flip=flip)
+        assert (again.samples, again.rejected, encoded(again).get("image_embeds", 0)) == (3, 0, images)
+        assert read_manifest(tmp_path / "cache").flip == flip
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
