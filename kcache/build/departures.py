@@ -13,10 +13,10 @@ import numpy as np
 from kcache.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, ConfigError
 from kcache.places import Place
 from kcache.store.digests import Keys, content_key
-from kcache.store.formats.columns import Samples
+from kcache.store.formats.columns import Samples, counts_so_far
 from kcache.store.manifest import read_manifest
 from kcache.store.recipe import TEXT
-from kcache.store.samples import Refusal, Sample, counts_so_far, read_refused, samples_in_columns
+from kcache.store.samples import Refusal, Sample, read_refused, samples_in_columns
 
 if TYPE_CHECKING:
     from kcache.build.survey import Survey

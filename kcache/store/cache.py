@@ -104,7 +104,7 @@ class Cache:
 
     @cached_property
     def samples(self) -> "pyarrow.Table":
-        """The samples: id, name, image_key, captions, caption_keys, width, height."""
+        """The samples: id, name, image_key, captions, caption_keys, width, height, weight, repeats, control_keys."""
         table = read_samples(self.path, self.manifest)
         return table if self.held.selected is None else table.take(self.held.selected)
 

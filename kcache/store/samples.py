@@ -24,17 +24,22 @@ from kcache.places.effects import publish, remove, temporary_folder
 from kcache.places.fetching import opened_if
 from kcache.places.opened import opened
 from kcache.store.digests import KEY_BYTES, Keys
-from kcache.store.formats.columns import SAMPLES_PER_TABLE, Samples, caption_keys_of, packed, sample_schema
+from kcache.store.formats.columns import (
+    SAMPLES_PER_TABLE,
+    Samples,
+    caption_keys_of,
+    sample_schema,
+)
 from kcache.store.formats.columns import Sample as Sample
 from kcache.store.formats.columns import sample_list as sample_list
+from kcache.store.formats.columns import with_ids as with_ids
+from kcache.store.formats.sample_extras import extras_of, file_schema, is_file_schema, with_extras
 from kcache.store.manifest import Manifest
 from kcache.store.recipe import canonical_json
 
 if TYPE_CHECKING:
     import pyarrow
 
-_DIGITS = np.frombuffer(bytes(range(256)).hex().encode(), np.uint8).reshape(256, 2)
-"""The hex digits of each byte."""
 _CUT = "kcache_tokens_cut"
 """Key in the metadata of the parquet file: {key of a caption: its tokens that were cut off}, where one was too long."""
 _ROW_GROUP = 1 << 20
@@ -55,54 +60,6 @@ class Refusal:
     """One line for a person."""
 
 
-def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
-    """One id per sample, unique: the image's key in hex, then "-2", "-3", … where the same image comes again."""
-    return [_id(key, count) for key, count in zip(image_keys, counts_so_far(Keys.of(image_keys)).tolist(), strict=True)]
-
-
-def _id(key: bytes, count: int) -> str:
-    return key.hex() if count == 1 else f"{key.hex()}-{count}"
-
-
-def counts_so_far(keys: Keys) -> np.ndarray:
-    """(n,) how many of the keys up to each one are equal to it."""
-    order, new = keys.in_order()
-    counts = np.ones(len(keys), np.int64)
-    again = np.flatnonzero(~new)
-    numbers = np.arange(len(again))
-    firsts = np.maximum.accumulate(np.where(np.diff(again, prepend=-1) != 1, numbers, 0))
-    counts[order[again]] = numbers - firsts + 2
-    return counts
-
-
-def with_ids(samples: Sequence[Sample]) -> Samples:
-    """The samples of a cache with their ids."""
-    import pyarrow as pa
-
-    columns = Samples.of(samples)
-    counts = counts_so_far(columns.image_keys)
-
-    def named(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
-        ids = _in_hex(packed(table["image_key"]))
-        if (again := np.flatnonzero(counts[span] > 1)).size:
-            known, numbers = ids.to_pylist(), counts[span][again].tolist()
-            for at, number in zip(again.tolist(), numbers, strict=True):
-                known[at] = f"{known[at]}-{number}"
-            ids = pa.array(known, pa.string())
-        return table.set_column(0, "id", ids)
-
-    return columns.changed(named)
-
-
-def _in_hex(keys: np.ndarray) -> "pyarrow.StringArray":
-    """Keys (n, 16) as strings of hex digits."""
-    import pyarrow as pa
-
-    content = pa.py_buffer(_DIGITS[keys].tobytes())
-    bounds = np.arange(len(keys) + 1, dtype=np.int32) * (2 * KEY_BYTES)
-    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(bounds), content)
-
-
 def samples_digest(samples: Sequence[Sample]) -> str:
     """sha256 (hex) of what the samples are, in order: ids, names and caption keys."""
     digest = hashlib.sha256()
@@ -114,15 +71,17 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 def identities_of(samples: Sequence[Sample]) -> Iterator[Iterator[bytes]]:
     """What each sample is, table by table: the canonical JSON of its id, its name, and the keys (hex) of its captions.
 
-    It is put together by hand, in a fifth of the time, as there may be a hundred million.
+    Behind them stands what few say: weight, repeats, keys of control images. It is put together by hand, in a fifth of
+    the time, as there may be a hundred million.
     """
     for table in Samples.of(samples).each():
         keys, bounds = caption_keys_of(table)
         digits, ends = keys.tobytes().hex(), (2 * KEY_BYTES * bounds).tolist()
         columns = (map(encode_basestring_ascii, table[name].to_pylist()) for name in ("id", "name"))
         spans_of_keys = (_quoted(digits[first:last]) for first, last in pairwise(ends))
-        told = zip(*columns, spans_of_keys, strict=True)
-        yield (f"[{identity},{name},[{own}]]".encode() for identity, name, own in told)
+        extras = (f",{canonical_json(said)}" if said else "" for said in extras_of(table))
+        told = zip(*columns, spans_of_keys, extras, strict=True)
+        yield (f"[{identity},{name},[{own}]{more}]".encode() for identity, name, own, more in told)
 
 
 def _quoted(digits: str) -> str:
@@ -139,12 +98,12 @@ def write_samples(cache: Place, samples: Sequence[Sample], cut: Mapping[bytes, i
 
     columns = Samples.of(samples)
     counted = _counted(columns, cut or {})
-    schema = sample_schema().with_metadata({_CUT: canonical_json(counted)} if counted else None)
+    schema = file_schema(columns).with_metadata({_CUT: canonical_json(counted)} if counted else None)
     with temporary_folder(cache) as temporary:
         made = temporary / "samples.parquet"
         with writing(made), new_file(made) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for group in columns.groups(_ROW_GROUP):
-                writer.write_table(group.cast(schema))
+                writer.write_table(group.select(schema.names).cast(schema))
         with made.open("rb") as written:
             file_digest = hashlib.file_digest(written, "sha256").hexdigest()
         path = cache / f"samples-{file_digest[:16]}.parquet"
@@ -190,7 +149,7 @@ def stored_samples(cache: Place, manifest: Manifest) -> "pyarrow.Table":
             table = parquet.read(use_threads=False)
         _check_schema(table.schema)
         _check_values(table)
-    return table
+    return with_extras(table, sample_schema().names)
 
 
 def samples_in_columns(cache: Place, manifest: Manifest) -> Samples:
@@ -275,10 +234,12 @@ def _parts(cache: Place, manifest: Manifest, rows: int, columns: list[str] | Non
         pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet,
     ):
         _check_schema(parquet.schema_arrow)
-        for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
+        wanted = sample_schema().names if columns is None else columns
+        there = [name for name in wanted if name in parquet.schema_arrow.names] or ["width"]
+        for batch in parquet.iter_batches(rows, columns=there, use_threads=False):
             part = pa.Table.from_batches([batch])
             _check_values(part)
-            yield part.replace_schema_metadata(None)
+            yield with_extras(part.replace_schema_metadata(None), wanted)
 
 
 @contextmanager
@@ -298,7 +259,7 @@ def _check_digest(found: str, manifest: Manifest) -> None:
 
 
 def _check_schema(schema: "pyarrow.Schema") -> None:
-    if not schema.equals(sample_schema()):
+    if not is_file_schema(schema):
         raise ValueError(f"its columns are {schema.to_string(show_schema_metadata=False)}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from kcache.errors import CacheCorruptError
 from kcache.store import samples
 from kcache.store.formats import columns, records
-from kcache.store.formats.columns import Samples, sample_list, sample_schema, table_of
+from kcache.store.formats.columns import Samples, sample_ids, sample_list, sample_schema, table_of
 from kcache.store.formats.picture_sizes import Sizes
 from kcache.store.formats.side_files import SIZES
 from kcache.store.manifest import Manifest
@@ -25,7 +26,6 @@ from kcache.store.samples import (
     Sample,
     read_samples,
     read_some_samples,
-    sample_ids,
     samples_digest,
     samples_in_columns,
     with_ids,
@@ -184,11 +184,44 @@ def test_of_samples_in_columns_some_are_taken(count: int, monkeypatch: pytest.Mo
     assert sizes.find([b"y" * 16]).tolist() == [-1]
 
 
+def test_what_few_samples_say_is_kept_and_costs_the_others_no_column(tmp_path: Path) -> None:
+    plain = list(with_ids(some(5)))
+    said = [*plain]
+    said[1] = replace(plain[1], weight=0.25, repeats=3)
+    said[3] = replace(plain[3], control_keys=(b"c" * 16, bytes(16)))
+    listed = {0: plain, 1: [replace(plain[0], weight=0.5), *plain[1:]], 3: said}
+    digests = set()
+    for columns_more, each in listed.items():
+        digest, file_digest = write_samples(tmp_path, each)
+        digests |= {digest, samples_digest(each)}
+        manifest = Manifest(
+            format="zarr", tables={}, samples=5, samples_digest=digest, samples_file_digest=file_digest,
+            index_digest="", rejected=0, rejected_digest="", models={},
+        )  # fmt: skip
+        table = read_samples(tmp_path, manifest)
+        assert table.schema.equals(sample_schema())
+        assert sample_list(table) == each
+        assert list(samples_in_columns(tmp_path, manifest)) == each
+        assert len(pq.read_schema(tmp_path / manifest.samples_file).names) == 7 + columns_more
+        some_columns = read_some_samples(tmp_path, manifest, np.array([1, 3]), ["weight", "name"])
+        assert [row["weight"] for row in some_columns] == [each[1].weight, each[3].weight]
+    assert len(digests) == 3
+    # That of samples that say nothing more is what it was before there was more to say.
+    lines = [json.dumps([s.id, s.name, [key.hex() for key in s.caption_keys]], separators=(",", ":")) for s in plain]
+    assert samples_digest(plain) == hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
 def test_samples_lie_in_the_same_bytes_however_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed, cut = list(with_ids(some(50))), {bytes(16): 3, b"x" * 16: 1}
-    schema = sample_schema().with_metadata({"kcache_tokens_cut": json.dumps({"00" * 16: 3}, separators=(",", ":"))})
+    notes = {"kcache_tokens_cut": json.dumps({"00" * 16: 3}, separators=(",", ":"))}
+    schema = pa.schema(list(sample_schema())[:7]).with_metadata(notes)  # none says anything by the other columns
     monkeypatch.setattr(samples, "_ROW_GROUP", 20)
-    pq.write_table(table_of(listed).cast(schema), expected := io.BytesIO(), compression="zstd", row_group_size=20)
+    pq.write_table(
+        table_of(listed).select(schema.names).cast(schema),
+        expected := io.BytesIO(),
+        compression="zstd",
+        row_group_size=20,
+    )
     for per_table in (1, 7, 20, 1000):
         monkeypatch.setattr(columns, "SAMPLES_PER_TABLE", per_table)
         _, digest = write_samples(tmp_path, listed, cut)

@@ -6,6 +6,7 @@
 - `shard_files`: the files of a shard, published under names that say what is in them
 - `side_files`: what stands beside the data of both
 - `columns`: samples, many of them without a Python object each
+- `sample_extras`: columns of them that few say anything by
 - `records`: what is kept in columns, in memory or in a mapped file
 - `parts`: the arrays of an index, each part verified when it is first touched
 - `index_files`: those arrays, written, opened and checked

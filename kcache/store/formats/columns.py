@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 SAMPLES_PER_TABLE = RECORDS_PER_TABLE
+_DIGITS = np.frombuffer(bytes(range(256)).hex().encode(), np.uint8).reshape(256, 2)
+"""The hex digits of each byte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,16 @@ class Sample:
     width: int = 0
     """Pixels, as seen: after EXIF orientation; 0 until they are asked for."""
     height: int = 0
+    weight: float = 1.0
+    """What its loss counts, beside 1 of others."""
+    repeats: int = 1
+    """How often it comes in an epoch."""
+    control_keys: tuple[bytes, ...] = ()
+    """One for each kind of control image that the cache has, by name; `NO_CONTROL` where it has none of that kind."""
+
+
+NO_CONTROL = bytes(KEY_BYTES)
+"""Stands for the key of a control image that a sample does not have; no content has this key."""
 
 
 def sample_schema() -> "pyarrow.Schema":
@@ -49,6 +61,9 @@ def sample_schema() -> "pyarrow.Schema":
             "caption_keys": pa.list_(pa.binary(16)),
             "width": pa.int32(),
             "height": pa.int32(),
+            "weight": pa.float32(),
+            "repeats": pa.int32(),
+            "control_keys": pa.list_(pa.binary(16)),
         }
     )
 
@@ -68,9 +83,9 @@ def sample_list(table: "pyarrow.Table") -> list[Sample]:
     return [
         Sample(
             id=identity, name=name, image_key=key, captions=tuple(captions), caption_keys=tuple(keys),
-            width=width, height=height,
+            width=width, height=height, weight=weight, repeats=repeats, control_keys=tuple(controls),
         )
-        for identity, name, key, captions, keys, width, height in rows
+        for identity, name, key, captions, keys, width, height, weight, repeats, controls in rows
     ]  # fmt: skip
 
 
@@ -230,6 +245,54 @@ class Samples(Sequence[Sample]):
                 tables, table = [], table.slice(head)
             tables.append(table)
         yield pa.concat_tables([sample_schema().empty_table(), *tables]).combine_chunks()
+
+
+def sample_ids(image_keys: Sequence[bytes]) -> list[str]:
+    """One id per sample, unique: the image's key in hex, then "-2", "-3", … where the same image comes again."""
+    return [_id(key, count) for key, count in zip(image_keys, counts_so_far(Keys.of(image_keys)).tolist(), strict=True)]
+
+
+def _id(key: bytes, count: int) -> str:
+    return key.hex() if count == 1 else f"{key.hex()}-{count}"
+
+
+def counts_so_far(keys: Keys) -> np.ndarray:
+    """(n,) how many of the keys up to each one are equal to it."""
+    order, new = keys.in_order()
+    counts = np.ones(len(keys), np.int64)
+    again = np.flatnonzero(~new)
+    numbers = np.arange(len(again))
+    firsts = np.maximum.accumulate(np.where(np.diff(again, prepend=-1) != 1, numbers, 0))
+    counts[order[again]] = numbers - firsts + 2
+    return counts
+
+
+def with_ids(samples: Sequence[Sample]) -> Samples:
+    """The samples of a cache with their ids."""
+    import pyarrow as pa
+
+    columns = Samples.of(samples)
+    counts = counts_so_far(columns.image_keys)
+
+    def named(table: "pyarrow.Table", span: slice) -> "pyarrow.Table":
+        ids = _in_hex(packed(table["image_key"]))
+        if (again := np.flatnonzero(counts[span] > 1)).size:
+            known, numbers = ids.to_pylist(), counts[span][again].tolist()
+            for at, number in zip(again.tolist(), numbers, strict=True):
+                known[at] = f"{known[at]}-{number}"
+            ids = pa.array(known, pa.string())
+        return table.set_column(0, "id", ids)
+
+    return columns.changed(named)
+
+
+def _in_hex(keys: np.ndarray) -> "pyarrow.StringArray":
+    """Keys (n, 16) as strings of hex digits."""
+    import pyarrow as pa
+
+    content = pa.py_buffer(_DIGITS[keys].tobytes())
+    bounds = np.arange(len(keys) + 1, dtype=np.int32) * (2 * KEY_BYTES)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(bounds), content)
 
 
 def _runs(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

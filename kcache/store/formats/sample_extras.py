@@ -1,0 +1,60 @@
+"""Columns of samples that few say anything by: a file lacks them where no sample does, as all did at first."""
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kcache.store.formats.columns import Samples, sample_schema
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_EXTRAS: Mapping[str, Any] = {"weight": 1.0, "repeats": 1, "control_keys": []}
+"""What a sample that has nothing there means."""
+
+
+def file_schema(samples: "Samples") -> "pyarrow.Schema":
+    """The columns that a file of these samples has: those that any of them says something by."""
+    import pyarrow as pa
+
+    said = {name for table in samples.each() for name in _EXTRAS if extra_rows(table, name).any()}
+    return pa.schema([field for field in sample_schema() if field.name not in _EXTRAS or field.name in said])
+
+
+def is_file_schema(schema: "pyarrow.Schema") -> bool:
+    """Whether a file with these columns is one of samples."""
+    import pyarrow as pa
+
+    names = set(schema.names)
+    expected = [field for field in sample_schema() if field.name not in _EXTRAS or field.name in names]
+    return schema.equals(pa.schema(expected))
+
+
+def with_extras(table: "pyarrow.Table", columns: Collection[str]) -> "pyarrow.Table":
+    """The table of a file with those of `columns` that the file lacks, as nothing is said by them."""
+    import pyarrow as pa
+
+    for number, field in enumerate(sample_schema()):
+        if field.name in columns and field.name not in table.column_names:
+            value = pa.scalar(_EXTRAS[field.name], field.type)
+            table = table.add_column(min(number, table.num_columns), field, pa.repeat(value, len(table)))
+    return table
+
+
+def extra_rows(table: "pyarrow.Table", name: str) -> np.ndarray:
+    """(n,) bool: which samples of a table say something by such a column."""
+    column = table[name].combine_chunks()
+    if name == "control_keys":
+        return np.diff(np.asarray(column.offsets)) > 0
+    return column.to_numpy(zero_copy_only=False) != _EXTRAS[name]
+
+
+def extras_of(table: "pyarrow.Table") -> list[dict[str, Any]]:
+    """What each sample of a table says by such columns, as plain JSON values: {} for most."""
+    told: list[dict[str, Any]] = [{} for _ in range(len(table))]
+    for name in _EXTRAS:
+        for number in np.flatnonzero(extra_rows(table, name)).tolist():
+            value = table[name][number].as_py()
+            told[number][name] = [key.hex() for key in value] if name == "control_keys" else value
+    return told
