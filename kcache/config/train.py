@@ -9,6 +9,9 @@ from kcache.config.words import LrScheduler, MixedPrecision
 from kcache.settings import check, marked, setting
 from kcache.urls import check_local
 
+OWN_SHARE = 0.5
+"""In which share of its turns a sample takes a mask of its own, where nothing else is asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(SourceConfig):
@@ -279,12 +282,35 @@ class TrainConfig(SourceConfig):
         only="decoder",
         beside=("inpaint",),
     )
+    mask_share: float | None = setting(
+        None,
+        "Share of the turns of a sample that has a mask of its own in which it takes that; 0.5 when left out.",
+        share=True,
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
+    hint: str | None = setting(
+        None,
+        "Train the decoder that draws by a hint: which of those that the cache has, such as depth.",
+        kept=True,
+        swept=False,
+        only="decoder",
+    )
+    loss_mask: bool = setting(
+        False, "Let each part of a picture count as much as its loss mask says.", kept=True, only="decoder"
+    )
 
     def __post_init__(self) -> None:
         check(self)
         for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir, self.stage_dir)):
             check_local(path)
         check_run(self)
+
+    @property
+    def own_share(self) -> float:
+        """In which share of its turns a sample takes a mask of its own."""
+        return OWN_SHARE if self.mask_share is None else self.mask_share
 
     @property
     def mirrored(self) -> bool | None:

@@ -61,6 +61,16 @@ def _check_stage(config: "TrainConfig") -> None:
         raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
     if config.stage == "prior" and config.inpaint:
         raise ConfigError("--inpaint is for the decoder, which draws pictures: the prior is the same for all decoders")
+    if config.inpaint and config.hint is not None:
+        raise ConfigError(
+            f"--hint {config.hint} with --inpaint: no decoder of Kandinsky 2.2 reads both; expected one of the "
+            "two; leave the other out"
+        )
+    if config.hint is not None and config.validation_prompts:
+        raise ConfigError(
+            f"--validation-prompts with --hint {config.hint}: the decoder that draws by a hint draws no picture from a "
+            "prompt alone; expected held-out samples to look at; give --val-fraction"
+        )
     if config.inpaint and config.validation_prompts:
         raise ConfigError(
             "--validation-prompts with --inpaint: the decoder that fills holes draws no picture from a prompt alone; "

@@ -20,6 +20,11 @@ from kcache.objectives.packing import allow_packing, predict_packed, predict_pad
 
 Batch = Mapping[str, Tensor]
 
+LOSS_MASKS = "loss_masks"
+"""The field of loss masks."""
+_LEAST_COUNTED = 0.02
+"""Share of the picture that less of it counts as, where not all counts: its few latents would outweigh all others."""
+
 
 class Objective(torch.nn.Module):
     """What the objectives have in common. A new one says what stands first here, and how its network predicts."""
@@ -33,8 +38,10 @@ class Objective(torch.nn.Module):
     """What some samples train without, for classifier-free guidance."""
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     """What `measure` gives of each sample."""
-    drawn: ClassVar[tuple[str, ...]] = ("noise", "timesteps")
+    drawn: tuple[str, ...] = ("noise", "timesteps")
     """What a batch has beside its rows, drawn for each sample's turn."""
+    own_share = 0.0
+    """In which share of its turns a sample takes a mask of its own."""
 
     network: Any
     """The one that learns."""
@@ -158,7 +165,8 @@ class DecoderObjective(Objective):
     noised_field = "latents"
     dropped = "image"
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> None:
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, *, loss_mask: bool = False) -> None:
+        """With `loss_mask` latents count as much as a batch's loss_masks, (B, 1, h, w) uint8 of 255, say."""
         super().__init__()
         if scheduler.config.prediction_type != "epsilon":
             raise ModelError(
@@ -167,12 +175,17 @@ class DecoderObjective(Objective):
             )
         self.network = unet
         self.scheduler = scheduler
+        self.loss_mask = loss_mask
 
     @property
     def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The embedding (D,) of the picture, and its latents (4, any side, any side)."""
+        """The embedding (D,) of the picture, its latents (4, any side, any side), and its loss mask if that is read."""
         config = self.network.config
-        return {"image_embeds": (config.encoder_hid_dim,), "latents": (config.in_channels, None, None)}
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "image_embeds": (config.encoder_hid_dim,),
+            "latents": (config.out_channels // 2, None, None),
+        }
+        return shapes | ({LOSS_MASKS: (1, None, None)} if self.loss_mask else {})
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, and what it should: the noise, both (B, 4, h, w).
@@ -190,6 +203,22 @@ class DecoderObjective(Objective):
         ).sample[:, : latents.shape[1]]
         return prediction, noise
 
+    def errors(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The mean squared error of each sample, (B,) float32, over its latents as much as they count."""
+        return mean_errors(*self.predict(batch, noise, timesteps), self.counted(batch), _LEAST_COUNTED)
+
+    def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """The mean of `losses`, a float32 scalar."""
+        if self.counted(batch) is not None:
+            return self.losses(batch, noise, timesteps, snr_gamma).mean()
+        return super().loss(batch, noise, timesteps, snr_gamma)
+
+    forward = loss
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """How much of each latent counts, (B, h, w) float32 from 0 to 1; None where all count alike."""
+        return batch[LOSS_MASKS][:, 0].float() / 255 if self.loss_mask else None
+
     def network_input(self, noisy: Tensor, batch: Batch) -> Tensor:
         """All channels that the network sees, (B, C, h, w)."""
         return noisy
@@ -203,6 +232,13 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObj
 """By stage."""
 
 
-def mean_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each row, (B,) float32."""
-    return functional.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+def mean_errors(prediction: Tensor, target: Tensor, counted: Tensor | None = None, least: float = 0.0) -> Tensor:
+    """The mean squared error of each row, (B,) float32.
+
+    Of rows (C, h, w) it may be the mean over what is `counted` (B, h, w), as if that were a share `least` or more.
+    """
+    errors = functional.mse_loss(prediction.float(), target, reduction="none")
+    if counted is None:
+        return errors.flatten(1).mean(1)
+    share = counted.mean((1, 2)).clamp(min=max(least, 1 / counted[0].numel()))
+    return (errors.mean(1) * counted).mean((1, 2)) / share

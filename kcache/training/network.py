@@ -22,6 +22,7 @@ from kcache.errors import ModelError
 from kcache.foreign import told, within_memory
 from kcache.machine import check_fits, default_device
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
+from kcache.objectives.hinting import HintObjective, hint_field
 from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
@@ -38,12 +39,14 @@ _DTYPES = {
 """What safetensors calls them."""
 
 
-def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False) -> Objective:
+def load_objective(
+    config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False, own_masks: bool = False
+) -> Objective:
     """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
 
     The parameters that learn are float32. With adapters the others never change, and are kept in the dtype that mixed
     precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are of pictures
-    of several shapes. Raises the KcacheError of what does not fit the network.
+    of several shapes; with `own_masks` samples have such. Raises the KcacheError of what does not fit the network.
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     if config.inpaint:
@@ -71,15 +74,28 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *,
     if config.stage == "prior":
         objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
     else:
-        with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
-            scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
-        if config.inpaint:
-            objective = InpaintObjective(network, scheduler, hole_loss=config.hole_loss)
-        else:
-            objective = DecoderObjective(network, scheduler)
+        objective = _decoder_objective(config, network, base, own_masks)
     if config.compile:
         compile_blocks(network, packed=objective.packed, shaped=shaped)
     return objective
+
+
+def _decoder_objective(config: TrainConfig, network: ModelMixin, base: Repository, own_masks: bool) -> DecoderObjective:
+    with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
+        scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+    loss_mask = config.loss_mask
+    if config.hint is not None:
+        return HintObjective(network, scheduler, hint=hint_field(config.hint), loss_mask=loss_mask)
+    if not config.inpaint:
+        return DecoderObjective(network, scheduler, loss_mask=loss_mask)
+    return InpaintObjective(
+        network,
+        scheduler,
+        hole_loss=config.hole_loss,
+        loss_mask=loss_mask,
+        own_share=config.own_share if own_masks else 0.0,
+        growth=config.mask_growth,
+    )
 
 
 def _begin_inpainting(network: ModelMixin, base: Repository, *, fresh: bool) -> None:

@@ -16,7 +16,9 @@ from kcache.loader.parts import RowReader, ShapedReader
 from kcache.loader.schedule import batches_of
 from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
-from kcache.objectives.losses import OBJECTIVES, Objective
+from kcache.objectives.hinting import hint_field
+from kcache.objectives.inpainting import OWN_MASKS
+from kcache.objectives.losses import LOSS_MASKS, OBJECTIVES, Objective
 from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
@@ -37,6 +39,14 @@ from kcache.training.resume import (
 )
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
+
+_HINT = hint_field("")
+_FROM = {
+    "hint": "--hint-column NAME=COLUMN",
+    "mask_share": "--mask-column COLUMN",
+    "loss_mask": "--loss-mask-column COLUMN or --loss-mask-alpha",
+}
+"""What a build gets the rows by that a setting wants."""
 
 
 def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
@@ -63,13 +73,14 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config)
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, base, adapted)
-    parts = cache.by_shape(*_fields(config))
+    controls = control_fields(cache, config)
+    parts = cache.by_shape(*_fields(config), *controls)
     new_order = check_same_samples(checkpoint, cache, parts, config)
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
     for part, batch in zip(parts, batches, strict=True):
         check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
     saved = None if checkpoint is None else checkpoint.path
-    objective = load_objective(config, base, saved, shaped=len(parts) > 1)
+    objective = load_objective(config, base, saved, shaped=len(parts) > 1, own_masks=OWN_MASKS in controls)
     check_cache_fits(cache, objective, base)
     names = {part.table_of(field) for part in parts for field in objective.row_shapes}
     tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}
@@ -122,7 +133,7 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
         opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     if config.where is not None:
         opened = opened.where(config.where)
-    having = opened.having(*_fields(config))
+    having = opened.having(*_fields(config), *control_fields(opened, config))
     if len(having) < len(opened):
         logger.warning(
             "%s of %s samples have no row at the resolutions that are read, as their pictures are too small, and are "
@@ -137,6 +148,30 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
 def _fields(config: TrainConfig) -> tuple[str, ...]:
     """The fields that the stage reads."""
     return tuple(field for kind in KINDS if config.stage in kind.readers for field in kind.fields)
+
+
+def control_fields(cache: Cache, config: TrainConfig) -> tuple[str, ...]:
+    """The fields of control images that a run reads: its hint, its loss masks, and masks of the samples' own.
+
+    Raises CacheIncompleteError for one that the cache has not got.
+    """
+    asked = {
+        "hint": None if config.hint is None else hint_field(config.hint),
+        "mask_share": OWN_MASKS if config.inpaint and config.mask_share != 0 else None,
+        "loss_mask": LOSS_MASKS if config.loss_mask else None,
+    }
+    there = {field.name for recipe in cache.recipes.values() for field in recipe.fields}
+    if config.mask_share is None and OWN_MASKS not in there:
+        del asked["mask_share"]
+    for setting, field in asked.items():
+        if field is not None and field not in there:
+            hints = sorted(name.removeprefix(_HINT) for name in there if name.startswith(_HINT))
+            has = f"its hints are {', '.join(hints)}" if hints and setting == "hint" else "it has none"
+            raise CacheIncompleteError(
+                f"--{setting.replace('_', '-')} {getattr(config, setting)} wants {field}, of which {cache.path} has no "
+                f"rows: {has}; build it again with {_FROM[setting]}, or leave the flag out"
+            )
+    return tuple(field for field in asked.values() if field is not None)
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
@@ -234,8 +269,10 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
     def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
         """The noise has the shape of the batch's own rows."""
         shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
-        drawn, growth = objective.drawn, config.mask_growth
-        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws, drawn=drawn, growth=growth)
+        return draw_turns(
+            config.seed, turns, shape, timesteps, config.noise_draws, drawn=objective.drawn, growth=config.mask_growth,
+            own_share=objective.own_share,
+        )  # fmt: skip
 
     rows: RowReader = cache
     if config.online is not None:

@@ -171,7 +171,8 @@ class Validation:
                 if signal_asked():
                     return
                 # Holes as they are met in use, however they are trained: grown.
-                drawn = draw_turns(self._seed, part.turns[some], shape, self._width, drawn=self._objective.drawn)
+                turns, of = part.turns[some], self._objective
+                drawn = draw_turns(self._seed, turns, shape, self._width, drawn=of.drawn, own_share=of.own_share)
                 rows = reading.result() | drawn
                 batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
                 yield part.cache.resolution or 0, batch, batch.pop("noise"), batch.pop("timesteps")
