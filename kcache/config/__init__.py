@@ -16,6 +16,7 @@ from kcache.config.train import TrainConfig
 from kcache.config.words import (
     COMPUTE_DTYPES,
     DECODER_REPO,
+    DEPTH_REPO,
     INPAINT_REPO,
     PRIOR_REPO,
     CountReport,
@@ -31,6 +32,7 @@ __all__ = [
     "AS_FOUND",
     "COMPUTE_DTYPES",
     "DECODER_REPO",
+    "DEPTH_REPO",
     "INPAINT_REPO",
     "PRIOR_REPO",
     "BuildConfig",

@@ -184,7 +184,7 @@ def test_a_hint_is_seen_as_the_stock_pipeline_shows_it_however_it_is_stored(orac
 
 
 def test_samples_may_take_masks_of_their_own(oracle: Path) -> None:
-    batch, noise, timesteps = masked(oracle)
+    batch, noise, _ = masked(oracle)
     own = torch.ones(2, 1, *noise.shape[2:], dtype=torch.uint8)
     own[1, 0, 2:4, 5] = 0
     takes = torch.tensor([True, True])

@@ -13,6 +13,7 @@ from diffusers import (
     KandinskyV22PriorPipeline,
     UNet2DConditionModel,
 )
+from filling import decoder_like, sees_hints
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -271,12 +272,32 @@ def test_a_picture_larger_than_memory_is_refused_by_name(photo: Path, monkeypatc
         read_original(photo, None, None)
 
 
-def test_a_decoder_that_follows_hints_is_refused(oracle: Path, tmp_path: Path) -> None:
-    shutil.copytree(oracle / "decoder", tmp_path / "decoder")
-    config = tmp_path / "decoder" / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "image_hint"}))
-    with pytest.raises(ConfigError, match="draws after hints"):
-        draw(oracle, tmp_path / "decoder")
+def test_prompts_are_drawn_by_a_hint_of_its_own_proportions(
+    oracle: Path, filling: Path, photo: Path, tmp_path: Path
+) -> None:
+    by = decoder_like(tmp_path / "hinted", oracle, sees_hints)
+    settings = {"hint": photo, "prompts": ("a red circle", "a blue square")}
+    given = read_original(None, None, None, photo)
+    assert given is not None
+    assert given.shape == (100, 200)
+    small = {"height": 64, "width": 64}
+    first, again = (draw(oracle, Path(by), **settings, **small) for _ in range(2))
+    assert np.array_equal(first, again)
+    dark = tmp_path / "dark.png"
+    Image.new("L", (200, 100)).save(dark)
+    assert not np.array_equal(first, draw(oracle, Path(by), hint=dark, prompts=settings["prompts"], **small))
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (Path(by), {}, "draws by a hint, .* give --hint PATH"),
+        (Path(by), {"image": photo}, "draws by a hint, .* give --hint PATH"),
+        (Path(by), {"hint": tmp_path / "none.png"}, r"--hint .*none\.png cannot be read"),
+        (oracle / "decoder", {"hint": photo}, "reads no hints; .* give --decoder kandinsky-community/.*-depth, or"),
+        (filling, {"hint": photo}, "reads no hints"),
+        (Path(by), {"hint": photo, "image": photo}, "--hint .* with --image .*; expected one of the two"),
+        (Path(by), {"hint": photo, "strength": 0.5}, "--hint .* with --strength 0.5: .*; expected one"),
+    ]  # fmt: skip
+    for decoder, given, said in cases:
+        with pytest.raises(ConfigError, match=said):
+            draw(oracle, decoder, **given)
 
 
 def test_a_mask_of_white_keeps_nothing_and_says_so(

@@ -1,6 +1,6 @@
 """What pictures are drawn with, and how large.
 
 - `halves`: the networks of a run or a repository
-- `originals`: the picture that is drawn onto, and the mask of its hole
+- `originals`: the picture that is drawn onto, with the mask of its hole, or that is drawn by
 - `sizes`: the height and width, by what was trained on
 """
