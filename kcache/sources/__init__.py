@@ -54,6 +54,7 @@ _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LIKE_AN_ID = re.compile(r"(?:datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:@/]?[\w./-]*")
 _COLUMNS = ("image_column", "caption_column")
+_CONTROLS = ("hint_column", "mask_column", "loss_mask_column")
 Listed = FolderSource | TableSource | TarSource
 
 
@@ -88,7 +89,8 @@ def open_source(
             raise SourceError(instead)
         if path.is_dir():
             if is_saved_dataset(path):
-                refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
+                used = (*_COLUMNS, *_CONTROLS, "split", "follow_links")
+                refuse_unused(config, f"{path}, which save_to_disk wrote", *used)
                 return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
         if path.is_file():
@@ -99,7 +101,7 @@ def open_source(
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
     if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
-        refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
+        refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, *_CONTROLS, "split")
         return _noted(*open_hub_dataset(spec, request))
     raise SourceError(_no_source(spec, path))
 
@@ -166,7 +168,7 @@ def _open_file(path: Path, request: Request) -> Source:
     if is_tar_name(path.name):
         refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
         return open_tars([(path.name, path)], {}, request)
-    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS, "follow_links")
+    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS, *_CONTROLS, "follow_links")
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
@@ -181,6 +183,8 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
         used.remove("follow_links")  # there are none in a bucket
     if kind == "pictures" and not listing.metadata:
         what, used = f"{what} with a text file each", used[2:]
+    if kind != "tars":
+        used += _CONTROLS
     refuse_unused(request.config, what, *used)
     return _noted(_open_as(kind, kinds, listing, request), _own_note(listing))
 

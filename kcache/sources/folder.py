@@ -4,26 +4,28 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
-from kcache.sources.protocol import Request, refusals
+from kcache.sources.protocol import Request, may_lack, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
-from kcache.store.digests import content_key
+from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _TEXT_SUFFIXES = (".txt", ".caption")
 """Suffixes of files with the captions of one image, in small letters; the first that is there counts."""
-_SAMPLES = pa.schema({"path": pa.binary(), "captions": pa.list_(pa.string())})
+_SAMPLES = pa.schema({"path": pa.binary(), "captions": pa.list_(pa.string()), "controls": pa.list_(pa.binary())})
 _PART = "content_key"
 """What the memo calls the key of an image file."""
 _RUN = 2000
@@ -43,7 +45,9 @@ class FolderSource:
     root: Path
     """The folder's real, absolute path."""
     samples: Records
-    """Path relative to the root, and captions."""
+    """Path relative to the root, captions, and paths of control images of each kind; "" where there is none."""
+    controls: Mapping[str, str | None] = field(default_factory=dict)
+    """The kinds of control images that are asked for, and what stands in the names of their files."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,6 +66,32 @@ class FolderSource:
             return _key_of(self._path(i), memo, rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+
+    def control(self, i: int, name: str) -> bytes:
+        return read_file(self._control_path(i, name), MAX_IMAGE_BYTES)
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        return tuple(self._control_key(i, name, memo, rehash) for name in self.controls)
+
+    def _control_key(self, i: int, name: str, memo: DigestMemo, rehash: bool) -> bytes:
+        path = self._control_path(i, name)
+        if path == f"{self.root}/" and may_lack(name):
+            return NO_CONTROL
+        if path == f"{self.root}/":
+            beside = f"{_stem(self.name(i)).rpartition('/')[2]}.{self.controls[name]}.png"
+            raise InputRejected(
+                "source", f"there is no {beside!a} beside it, for {flag_of(name)}; expected one; add it"
+            )
+        try:
+            return _key_of(path, memo, rehash)
+        except OSError as error:
+            raise InputRejected("source", f"its {name} cannot be read: {error.strerror}") from error
+
+    def _control_path(self, i: int, name: str) -> str:
+        if self.controls[name] is None:
+            return self._path(i)
+        number = [*self.controls].index(name)
+        return f"{self.root}/{os.fsdecode(self.samples.value(i, 'controls')[number])}"
 
     def _path(self, i: int) -> str:
         # Not a Path: those of 100,000 images take a second.
@@ -127,11 +157,13 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     reasons = dict(said.refused)
     taken: set[str] = set()
     spare: set[str] = set()
-    for path in sorted({*listing.images, *said.captions} - listing.left_out):
+    controls = _Controls.of(listing, request.config.controls)
+    for path in sorted({*listing.images, *said.captions} - listing.left_out - controls.files):
         found = texts.of(path) if texts.files else []
         spare.update(found)
         wrong = said.wrong.get(path, {})
         try:
+            controls.check(path)
             if captions := said.captions.get(path):
                 samples[path] = tuple(captions)
                 reasons |= wrong
@@ -149,8 +181,8 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     _check_columns(listing, request, said, captioned=any(samples.values()))
     reasons |= listing.refused
     spare -= taken
-    companions, unread = _others(listing, samples, spare | taken | reasons.keys())
-    reasons |= unread
+    companions, unread = _others(listing, samples, spare | taken | reasons.keys() | controls.files)
+    reasons |= unread | controls.alone(samples)
     if samples:
         reasons = dict(sorted(reasons.items()))
     refused = refusals(str(listing.root), samples, reasons, expected=_EXPECTED)
@@ -160,8 +192,61 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     paths = [os.fsencode(path) for path, _ in chosen]
     runs = [b"\0".join(paths[first : first + _RUN]) for first in range(0, len(paths), _RUN)]
     request.look_ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
-    records = Records.of(_SAMPLES, ((os.fsencode(path), captions) for path, captions in chosen))
-    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=records)
+    told = ((os.fsencode(path), captions, controls.of_picture(path)) for path, captions in chosen)
+    return FolderSource(
+        description=f"{kind}: {described}",
+        refused=refused,
+        root=listing.folder,
+        samples=Records.of(_SAMPLES, told),
+        controls=request.config.controls,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Controls:
+    """The control images beside the pictures of a folder: fox.depth.png beside fox.jpg."""
+
+    columns: Mapping[str, str | None]
+    found: Mapping[tuple[str, str], Sequence[str]]
+    """By what stands in a name before that, and that."""
+
+    @classmethod
+    def of(cls, listing: FolderListing, columns: Mapping[str, str | None]) -> Self:
+        found: dict[tuple[str, str], list[str]] = {}
+        words = {column for column in columns.values() if column is not None}
+        for path in listing.images if words else ():
+            stem, _, word = _stem(path).rpartition(".")
+            if word in words and stem:
+                found.setdefault((stem, word), []).append(path)
+        return cls(columns=columns, found=found)
+
+    @property
+    def files(self) -> set[str]:
+        return {path for paths in self.found.values() for path in paths}
+
+    def check(self, picture: str) -> None:
+        """Raise InputRejected where there are several for one."""
+        for column in filter(None, self.columns.values()):
+            if len(several := self.found.get((_stem(picture), column), ())) > 1:
+                names = " and ".join(ascii(path) for path in several)
+                raise InputRejected("source", f"{names} are both its {column}; expected one; remove the others")
+
+    def of_picture(self, picture: str) -> list[bytes]:
+        """The path of each kind, b"" where there is none."""
+        if not any(self.columns.values()):
+            return []
+        found = [self.found.get((_stem(picture), column or ""), [""]) for column in self.columns.values()]
+        return [os.fsencode(paths[0]) for paths in found]
+
+    def alone(self, samples: Collection[str]) -> dict[str, str]:
+        """Those that go with no sample, and why they are not read."""
+        stems = set(map(_stem, samples)) if self.found else set()
+        return {
+            path: f"an image called .{word} without a picture {stem.rpartition('/')[2]!a} that it goes with"
+            for (stem, word), paths in self.found.items()
+            for path in paths
+            if stem not in stems
+        }
 
 
 def _find_texts(listing: FolderListing) -> _Texts:

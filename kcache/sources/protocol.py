@@ -86,12 +86,30 @@ class Source(Protocol):
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
 
+    def control(self, i: int, name: str) -> bytes:
+        """The bytes of the file of the control image of a kind called `name`, likewise."""
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        """The `content_key` of each kind of control image that was asked for, by name; raises InputRejected.
+
+        `NO_CONTROL` where the sample has none and may lack it, as it may lack masks.
+        """
+
+
+def may_lack(control: str) -> bool:
+    """Whether a sample may be without a control image of a kind called so: without a mask, but not without its hint."""
+    return not control.startswith("hint-")
+
+
+_ANYWHERE = ("loss_mask_alpha",)
+"""Settings that are of the pictures, wherever these are."""
+
 
 def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
     """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
     for each in fields(SourceConfig):
         value = getattr(config, each.name)
-        if value is not None and each.name not in used:
+        if value not in (None, (), False) and each.name not in (*used, *_ANYWHERE):
             flag = f"--{each.name.replace('_', '-')}"
             has = " and ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
             raise SourceError(

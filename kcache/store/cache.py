@@ -12,9 +12,10 @@ from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
+from kcache.store.controls.packed import unpacked_rows
 from kcache.store.index import bytes_of, open_index
 from kcache.store.manifest import Manifest, read_manifest
-from kcache.store.recipe import TEXT, Field, Recipe
+from kcache.store.recipe import TEXT, Field, Recipe, kind_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
 from kcache.store.samples import read_columns, read_samples, read_some_samples
 from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
@@ -213,6 +214,10 @@ class Cache:
         recipe = self.recipes[self.table_of(name)]
         return next(field for field in recipe.fields if field.name == name)
 
+    def is_packed(self, name: str) -> bool:
+        """Whether the rows of `name` are control images, which are packed: as read they are (B, C, H, W) uint8."""
+        return kind_of(self.table_of(name)).per == "control"
+
     def dtype(self, name: str) -> np.dtype[np.generic]:
         """Dtype of the rows of `name`, as stored."""
         return np.dtype(self.recipes[self.table_of(name)].stored_dtype)
@@ -230,7 +235,8 @@ class Cache:
     ) -> dict[str, np.ndarray]:
         """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
 
-        Fixed fields are (B, …). `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
+        Fixed fields are (B, …), control images (B, C, H, W) uint8.
+        `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
         and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
@@ -244,6 +250,10 @@ class Cache:
             samples, fields, caption, drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored
         )
         for name in fields:
+            if self.is_packed(name):
+                packed, bounds = self._read_field(name, positions[name], np.empty)
+                rows[name] = unpacked_rows(name, packed, bounds, empty)
+                continue
             rows[name], offsets = self._read_field(name, positions[name], empty)
             if offsets is not None:
                 rows[OFFSETS] = offsets

@@ -41,11 +41,7 @@ class Sample:
     repeats: int = 1
     """How often it comes in an epoch."""
     control_keys: tuple[bytes, ...] = ()
-    """One for each kind of control image that the cache has, by name; `NO_CONTROL` where it has none of that kind."""
-
-
-NO_CONTROL = bytes(KEY_BYTES)
-"""Stands for the key of a control image that a sample does not have; no content has this key."""
+    """One for each kind of control image that the cache has, by name; `NO_CONTROL` where it has none of that."""
 
 
 def sample_schema() -> "pyarrow.Schema":
@@ -166,6 +162,12 @@ class Samples(Sequence[Sample]):
     def caption_keys(self) -> Keys:
         """The keys of all captions, sample by sample."""
         return Keys.joined(caption_keys_of(table)[0] for table in self.each())
+
+    def control_keys(self, number: int) -> Keys:
+        """The key of the control image of each sample that has this number in all of their lists."""
+        return Keys.joined(
+            packed(_whole(table["control_keys"]).flatten().take(_places(table, number))) for table in self.each()
+        )
 
     @cached_property
     def caption_bounds(self) -> np.ndarray:
@@ -306,6 +308,15 @@ def packed(column: "pyarrow.ChunkedArray | pyarrow.Array") -> np.ndarray:
     array = _whole(column)
     content = np.frombuffer(array.buffers()[1] or b"", np.uint8)
     return content[array.offset * KEY_BYTES : (array.offset + len(array)) * KEY_BYTES].reshape(-1, KEY_BYTES)
+
+
+def _places(table: "pyarrow.Table", number: int) -> np.ndarray:
+    """(n,) where in all lists of control keys the one with this number stands of each sample."""
+    offsets = np.asarray(_whole(table["control_keys"]).offsets)
+    places = offsets[:-1] - offsets[0] + number
+    if len(places) and (places >= offsets[1:] - offsets[0]).any():
+        raise ValueError(f"samples lack a control image of number {number}")
+    return places
 
 
 def caption_keys_of(table: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray]:
