@@ -104,7 +104,7 @@ def control_kind(name: str) -> TableKind:
 @lru_cache(maxsize=1024)
 def kind_of(table: str) -> TableKind:
     """The kind of the table called `table`, e.g. "latents-768"; raises ValueError for what is no table, as tars are."""
-    if control := _CONTROL_TABLE.fullmatch(table):
+    if control := _CONTROL_TABLE.match(table):  # behind which an index array may have more
         return control_kind(control[1])
     for kind in KINDS:
         if kind.name == table.partition("-")[0]:

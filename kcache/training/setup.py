@@ -7,6 +7,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
 from kcache.encoders.weights import weights_digest
@@ -227,6 +228,8 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
         raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
     parts = cache.by_shape(*objective.row_shapes)
     for part, (field, expected) in product(parts, objective.row_shapes.items()):
+        if part.is_packed(field):
+            continue  # as large as the latents' pictures, or as the latents themselves
         found = part.field(field).shape
         fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
         if not fits:
@@ -245,7 +248,7 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
     with DigestMemo() as memo:
         for table in dict.fromkeys(part.table_of(field) for part in parts for field in objective.row_shapes):
             component = kind_of(table).component
-            if (repository.path / component).is_dir():
+            if component and (repository.path / component).is_dir():
                 _check_encoder(cache, table, repository, component, memo)
 
 
@@ -279,6 +282,12 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
         # Not at the top: a run from a cache needs neither encoders nor what reads a source.
         from kcache.encoders.online import OnlineEncoders
 
+        names = {kind_of(part.table_of(name)).name for part in cache.by_shape(*fields) for name in fields}
+        if lacking := sorted((names & {*cache.manifest.wants.controls}) - {*config.controls}):
+            raise ConfigError(
+                f"--online {config.online} was not told where its {' and '.join(lacking)} are; expected the flags that "
+                f"{cache.path} was built with; give {' and '.join(map(flag_of, lacking))}"
+            )
         source = open_source(config.online, config, need_captions=False)
         rows = OnlineEncoders(cache, source, fields, accelerator.device)
     return CacheLoader(
