@@ -369,7 +369,6 @@ def shown(network: UNet2DConditionModel) -> Tensor:
         return network.eval()(noisy, torch.tensor([3, 700]), None, added_cond_kwargs=conditions).sample  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:Some weights of UNet2DConditionModel")
 @pytest.mark.parametrize("kind", WIDENED)
 def test_what_a_widened_decoder_learns_whole_is_in_the_file_for_us_and_for_diffusers(
     oracle: Path, tmp_path: Path, kind: str
