@@ -83,8 +83,8 @@ def sample(
     most = halves["unet"].repository.read("scheduler").values.get("num_train_timesteps", 1000)
     _check_steps("--num-inference-steps", num_inference_steps, 1, most)
     _check_steps("--prior-num-inference-steps", prior_num_inference_steps, 2, None)
-    kind = class_of("decoder", halves["unet"])
-    check_drawn_by(kind, decoder, original, strength)
+    kind = class_of("decoder", halves["unet"], adapters["unet"])
+    check_drawn_by(kind, " with ".join([decoder, *map(str, adapters["unet"])]), original, strength)
     onto: dict[str, Image.Image | torch.Tensor] = {}
     settings: dict[str, Any] = {}
     if original is not None and original.mask is None and not original.is_hint:

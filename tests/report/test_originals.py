@@ -18,7 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kcache.encoders.repositories import pipeline_class
-from kcache.errors import ConfigError, MemoryShortError
+from kcache.errors import ConfigError, MemoryShortError, ModelError
+from kcache.objectives.lora import add_lora, fuse_lora, save_lora
+from kcache.objectives.widening import learnt_whole, widen_for_hints, widen_for_masks
 from kcache.report.drawn.halves import load_pipeline
 from kcache.report.drawn.originals import read_original
 from kcache.report.sampling import draw_embeds, draw_pictures, sample
@@ -132,6 +134,33 @@ def test_a_checkpoint_of_a_widened_decoder_fills_holes(
     mask = a_mask(tmp_path / "mask.png", (200, 100), (0, 0, 64, 64))
     settings = {"image": photo, "mask": mask, "height": 64, "width": 64}
     assert np.array_equal(draw(oracle, raw, **settings), draw(oracle, filling, **settings))
+
+
+@pytest.mark.parametrize("kind", ["masks", "hints"])
+def test_a_lora_widens_the_plain_decoder_that_it_is_given_beside(
+    oracle: Path, photo: Path, tmp_path: Path, kind: str
+) -> None:
+    """The same picture as from a wide decoder that has the LoRA in its weights; and no other decoder will do."""
+    unet = UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet")
+    (widen_for_masks if kind == "masks" else widen_for_hints)(unet)
+    add_lora(unet, rank=2, alpha=None, dropout=0.0, target_modules=(), seed=0, whole=learnt_whole(unet))
+    with torch.no_grad():
+        unet.conv_in.weight[:, 4:] = 0.1
+    for name in ("one", "two"):
+        save_lora(unet, tmp_path / name)
+    fuse_lora(unet)
+    merged = Path(decoder_like(tmp_path / "merged", oracle, lambda _: None))
+    unet.save_pretrained(merged / "unet")
+    mask = a_mask(tmp_path / "mask.png", (200, 100), (0, 0, 64, 64))
+    settings: dict[str, Any] = {"image": photo, "mask": mask} if kind == "masks" else {"hint": photo}
+    settings |= {"height": 64, "width": 64}
+    plain, lora = oracle / "decoder", [str(tmp_path / "one")]
+    assert np.array_equal(draw(oracle, plain, lora=lora, **settings), draw(oracle, merged, **settings))
+    with pytest.raises(ConfigError, match=f"the decoder {plain} with {lora[0]} .*give --(image and --mask|hint)"):
+        draw(oracle, plain, lora=lora)
+    for decoder, given in ((merged, lora), (plain, [*lora, str(tmp_path / "two")])):
+        with pytest.raises(ModelError, match=r"makes a plain decoder a wider one, .* found a network of [89] input"):
+            draw(oracle, decoder, lora=given, **settings)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (128, 64), (64, 64)])
