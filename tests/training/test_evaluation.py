@@ -11,7 +11,6 @@ from short_runs import STAGES, config, course
 
 from kcache.config.shapes import Shape
 from kcache.errors import ModelError
-from kcache.report.grid import HELD_OUT
 from kcache.store.cache import Cache
 from kcache.store.run_directory import append_metrics, read_validation
 from kcache.training.log import RunLog
@@ -87,7 +86,7 @@ def test_looking_changes_nothing(oracle: Path, cache: str, tmp_path: Path, stage
         filling = decoder_like(tmp_path / "decoder", oracle, fills_holes)
         settings |= {"inpaint": True, MODEL: filling}
         looking, seldom = {"num_validation_images": 1, "validation_steps": 1}, {"num_validation_images": 0}
-        stage, files = "decoder", HELD_OUT
+        stage, files = "decoder", "held-out"
     train(cache, config(tmp_path / "seldom", stage, **settings, **seldom))
     train(cache, config(tmp_path / "often", stage, **settings, **looking))
     assert course(tmp_path / "often") == course(tmp_path / "seldom")
@@ -126,8 +125,11 @@ def test_what_is_held_out_is_not_trained_on(cache: str, tmp_path: Path) -> None:
     assert len(keys[0] | keys[1]) == len(set(Cache.open(cache).samples["image_key"].to_pylist()))
 
 
-def test_held_out_pictures_are_the_first_that_are_looked_at_at_their_largest(bucketed: Path) -> None:
-    opened = Cache.open(bucketed / "cache", (32, 64))
+@pytest.mark.parametrize("resolutions", [(64,), (32, 64)])
+def test_held_out_pictures_are_the_first_that_are_looked_at_at_their_largest(
+    bucketed: Path, resolutions: tuple[int, ...]
+) -> None:
+    opened = Cache.open(bucketed / "cache", resolutions)
     chosen = first_looked_at(opened, ("image_embeds", "latents"), 5)
     numbers = [int(key_numbers(part)[sample]) for part, sample, _ in chosen]
     assert numbers == sorted(key_numbers(opened).tolist())[:5]
