@@ -8,6 +8,7 @@ are made of this, in this order.
 - `source`: how a source is read
 - `build`, `train`: what a build and a run are told
 - `train_checks`: which settings of a run do not go together
+- `sweep`: the runs of a sweep, by their file
 """
 
 from kcache.config.build import BuildConfig

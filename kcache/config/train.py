@@ -154,8 +154,13 @@ class TrainConfig(SourceConfig):
     validation_prompts: tuple[str, ...] = setting(
         (), "A prompt that is drawn at each validation, always from the same noise; repeat it.", shown="never"
     )
-    num_validation_images: int = setting(
-        1, "Pictures per validation prompt.", least=1, beside=("validation_prompts",), lenient=True
+    num_validation_images: int | None = setting(
+        None,
+        "Pictures per validation prompt, one when left out; with --inpaint held-out pictures that are filled at each "
+        "validation, four when left out, none with 0.",
+        least=0,
+        beside=("validation_prompts", "inpaint"),
+        lenient=True,
     )
     report_to: str = setting(
         "tensorboard",

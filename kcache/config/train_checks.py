@@ -37,6 +37,11 @@ def check_run(config: "TrainConfig") -> None:
             f"--stage-dir {config.stage_dir} with {other}: it is where --residency auto copies rows of a cache to, "
             "which fit neither the GPU nor memory; expected one of the two; leave the other out"
         )
+    if config.validation_prompts and config.num_validation_images == 0:
+        raise ConfigError(
+            "--num-validation-images 0 with --validation-prompts, of which nothing would be drawn; expected 1 or more "
+            "beside them; leave one of the two out"
+        )
     _check_revisions(config)
 
 
@@ -74,7 +79,8 @@ def _check_stage(config: "TrainConfig") -> None:
     if config.inpaint and config.validation_prompts:
         raise ConfigError(
             "--validation-prompts with --inpaint: the decoder that fills holes draws no picture from a prompt alone; "
-            "expected held-out samples to look at, whose val_hole says how well holes are filled; give --val-fraction"
+            "expected held-out samples to look at, whose holes are filled at each validation, and whose val_hole says "
+            "how well; give --val-fraction"
         )
     if config.stage == "prior" and config.image_dropout:
         raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")

@@ -20,6 +20,7 @@ from kcache.encoders.repositories import PIPELINES, Repository, pipeline_class
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.drawn.halves import load_pipeline
+from kcache.report.grid import PROMPTED
 from kcache.report.sampling import Embeds, draw_embeds, draw_pictures
 from kcache.stopping import signal_asked
 
@@ -31,16 +32,20 @@ DECODER_STEPS = 20
 """Half of what a finished picture takes: enough to see what was learned."""
 GUIDANCE_SCALE = 4.0
 """Of both halves, as in the pipelines' own examples."""
+PICTURES_PER_PROMPT = 1
 
 
 class PromptPictures:
     """Draws `config.num_validation_images` pictures of each of `config.validation_prompts`, whenever it is asked.
 
-    Each is drawn in every one of `shapes`, heights and widths in pixels, rounded up to multiples of 64. `base` is the
-    repository of the half that learns, `counterpart` that of the other one. Picture i of a shape starts from noise of
-    `config.seed` + i drawn on the CPU, the same at each call: it is what `kcache sample` draws with equal settings. One
-    process of a run is enough for it.
+    Where no number is given it is one. Each is drawn in every one of `shapes`, heights and widths in pixels, rounded up
+    to multiples of 64. `base` is the repository of the half that learns, `counterpart` that of the other one. Picture i
+    of a shape starts from noise of `config.seed` + i drawn on the CPU, the same at each call: it is what `kcache
+    sample` draws with equal settings. One process of a run is enough for it.
     """
+
+    files = PROMPTED
+    """What the files of its pictures are called."""
 
     def __init__(
         self,
@@ -50,7 +55,8 @@ class PromptPictures:
         shapes: Sequence[Shape],
         device: str | torch.device,
     ) -> None:
-        self._asked = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
+        each = PICTURES_PER_PROMPT if config.num_validation_images is None else config.num_validation_images
+        self._asked = [text for text in config.validation_prompts for _ in range(each)]
         self._shapes = tuple(shapes)
         self._config = config
         self._base = base
@@ -95,12 +101,12 @@ class PromptPictures:
                 with self._computing_in(self._learning_dtype):
                     begun = self._begin(self._prior)
                 with (
-                    _on_device(self._decoder.unet, self._decoder.movq, device=self._device),
+                    on_device(self._decoder.unet, self._decoder.movq, device=self._device),
                     self._computing_in(self._frozen_dtype),
                 ):
                     return self._finish(*begun)
             self._decoder.unet = network
-            with _on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
+            with on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
                 return self._finish(*self._begun)
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
@@ -112,7 +118,7 @@ class PromptPictures:
             generators,
             num_inference_steps=PRIOR_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            callback_on_step_end=_unless_stopped,
+            callback_on_step_end=unless_stopped,
         )
         return embeds, generators
 
@@ -138,14 +144,14 @@ class PromptPictures:
             width=width,
             num_inference_steps=DECODER_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            callback_on_step_end=_unless_stopped,
+            callback_on_step_end=unless_stopped,
         )
 
     def _computing_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
 
-def _unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Break off where a signal asks the run to stop: what ends it may not wait for pictures."""
     if signal_asked():
         raise InterruptedError("a signal asks to stop")
@@ -187,7 +193,7 @@ def _remember_prompts(
 
 
 @contextmanager
-def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Move networks to the device, and back to the CPU afterwards: between pictures, training has it to itself."""
     try:
         for network in networks:

@@ -136,6 +136,7 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
             "--no-mask-growth changes nothing without --inpaint; .* or leave --no-mask-growth out",
         ),
         (DECODER | {"inpaint": True, "validation_prompts": ("x",)}, "--validation-prompts with --inpaint: .* val_hole"),
+        ({"validation_prompts": ("x",), "num_validation_images": 0}, "of which nothing would be drawn"),
         ({"stage": "decoder", "noise_draws": 2}, "--noise-draws is for the prior"),
         ({"noise_draws": 0}, "--noise-draws is 0; expected 1 or more"),
         ({"caption_column": "words"}, "say how to read the source of --online"),

@@ -90,6 +90,7 @@ def test_shapes_resolutions_and_mirrored_pictures_are_masked_at_their_size(
         "gradient_accumulation_steps": 1,
         "inpaint": True,
         "val_fraction": 0.2,
+        "num_validation_images": 0,
     }
     for name, residency in (("mapped", "mmap"), ("read", "ram")):
         train(bucketed / "cache", config(tmp_path / name, "decoder", residency=residency, **settings))
@@ -113,7 +114,7 @@ def test_masks_are_of_the_turns_grown_unless_told_and_always_so_in_validation(
 
     monkeypatch.setattr(InpaintObjective, "forward", loss)
     monkeypatch.setattr(InpaintObjective, "measure", look)
-    settings = {"inpaint": True, "seed": 3, "val_fraction": 0.3}
+    settings = {"inpaint": True, "seed": 3, "val_fraction": 0.3, "num_validation_images": 0}
     for growth in (True, False):
         train(cache, config(tmp_path / str(growth), "decoder", mask_growth=growth, **settings))
     turns = torch.from_numpy(draw_masks(3, np.arange(16), 8, 8))
