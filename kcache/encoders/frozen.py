@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from kcache.encoders.controls import ControlEncoder
 from kcache.encoders.decoding import Decoding, decode_image, one_if_large
-from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
+from kcache.encoders.pixels import ControlEncoder, clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from kcache.config.shapes import Shape
 from kcache.disk.memo import DigestMemo
-from kcache.encoders.controls import ControlEncoder
 from kcache.encoders.decoding import Decoding
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder, shares_network
+from kcache.encoders.pixels import ControlEncoder
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import pyarrow as pa
 
@@ -17,7 +16,7 @@ from kcache.plainly import plainly_at, shown
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
 from kcache.sources.protocol import Request, may_lack, refusals
-from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
+from kcache.sources.reading import MAX_IMAGE_BYTES, ControlFiles, caption_file, read_file, readable, stem_of
 from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
@@ -78,7 +77,7 @@ class FolderSource:
         if path == f"{self.root}/" and may_lack(name):
             return NO_CONTROL
         if path == f"{self.root}/":
-            beside = f"{_stem(self.name(i)).rpartition('/')[2]}.{self.controls[name]}.png"
+            beside = f"{stem_of(self.name(i)).rpartition('/')[2]}.{self.controls[name]}.png"
             raise InputRejected(
                 "source", f"there is no {beside!a} beside it, for {flag_of(name)}; expected one; add it"
             )
@@ -140,7 +139,7 @@ class _Texts:
     def of(self, image: str) -> list[str]:
         """The text files of an image, the one that counts first."""
         found = []
-        for base in (_stem(image), image):
+        for base in (stem_of(image), image):
             texts = self.files.get(one_form(base), ())
             found += [text for text in texts if self.forms.get(one_form(base), 0) < 2 or text.startswith(base)]
         return found
@@ -157,7 +156,7 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     reasons = dict(said.refused)
     taken: set[str] = set()
     spare: set[str] = set()
-    controls = _Controls.of(listing, request.config.controls)
+    controls = ControlFiles.of(listing.images, request.config.controls)
     for path in sorted({*listing.images, *said.captions} - listing.left_out - controls.files):
         found = texts.of(path) if texts.files else []
         spare.update(found)
@@ -202,60 +201,13 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Controls:
-    """The control images beside the pictures of a folder: fox.depth.png beside fox.jpg."""
-
-    columns: Mapping[str, str | None]
-    found: Mapping[tuple[str, str], Sequence[str]]
-    """By what stands in a name before that, and that."""
-
-    @classmethod
-    def of(cls, listing: FolderListing, columns: Mapping[str, str | None]) -> Self:
-        found: dict[tuple[str, str], list[str]] = {}
-        words = {column for column in columns.values() if column is not None}
-        for path in listing.images if words else ():
-            stem, _, word = _stem(path).rpartition(".")
-            if word in words and stem:
-                found.setdefault((stem, word), []).append(path)
-        return cls(columns=columns, found=found)
-
-    @property
-    def files(self) -> set[str]:
-        return {path for paths in self.found.values() for path in paths}
-
-    def check(self, picture: str) -> None:
-        """Raise InputRejected where there are several for one."""
-        for column in filter(None, self.columns.values()):
-            if len(several := self.found.get((_stem(picture), column), ())) > 1:
-                names = " and ".join(ascii(path) for path in several)
-                raise InputRejected("source", f"{names} are both its {column}; expected one; remove the others")
-
-    def of_picture(self, picture: str) -> list[bytes]:
-        """The path of each kind, b"" where there is none."""
-        if not any(self.columns.values()):
-            return []
-        found = [self.found.get((_stem(picture), column or ""), [""]) for column in self.columns.values()]
-        return [os.fsencode(paths[0]) for paths in found]
-
-    def alone(self, samples: Collection[str]) -> dict[str, str]:
-        """Those that go with no sample, and why they are not read."""
-        stems = set(map(_stem, samples)) if self.found else set()
-        return {
-            path: f"an image called .{word} without a picture {stem.rpartition('/')[2]!a} that it goes with"
-            for (stem, word), paths in self.found.items()
-            for path in paths
-            if stem not in stems
-        }
-
-
 def _find_texts(listing: FolderListing) -> _Texts:
     texts: dict[str, list[str]] = {}
     found = sorted(filter(_is_text, listing.files - listing.left_out))
     for text in sorted(found, key=lambda text: not text.lower().endswith(_TEXT_SUFFIXES[0])):
-        texts.setdefault(one_form(_stem(text)), []).append(text)
+        texts.setdefault(one_form(stem_of(text)), []).append(text)
     several = texts and not all(map(str.isascii, listing.images))
-    forms = Counter(map(one_form, {_stem(image) for image in listing.images})) if several else {}
+    forms = Counter(map(one_form, {stem_of(image) for image in listing.images})) if several else {}
     return _Texts(files=texts, forms=forms)
 
 
@@ -263,14 +215,8 @@ def _is_text(path: str) -> bool:
     return path.lower().endswith(_TEXT_SUFFIXES)
 
 
-def _stem(path: str) -> str:
-    """A path without the suffix of its file."""
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
-
-
 def _no_captions(path: str, said: Said) -> str:
-    text = f"there is no {_stem(path).rpartition('/')[2] + '.txt'!a} beside it"
+    text = f"there is no {stem_of(path).rpartition('/')[2] + '.txt'!a} beside it"
     if path in said.captions:
         return f"no caption in its row of the metadata, and {text}"
     return f"no row of the metadata names it, and {text}" if said.files else f"no captions: {text}"
@@ -300,18 +246,18 @@ def _others(
     rest = listing.files - samples.keys() - set(known) - listing.left_out - set(listing.metadata)
     if not rest:
         return set(), {}
-    stems = set(map(_stem, samples))
+    stems = set(map(stem_of, samples))
     orphans = sorted(filter(_is_text, rest))
-    companions = {path for path in rest if _stem(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
-    odd = {_stem(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
-    bare = {_stem(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
+    companions = {path for path in rest if stem_of(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
+    odd = {stem_of(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
+    bare = {stem_of(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
     reasons = {}
     for text in orphans:
         reasons[text] = "a caption file without an image of its name"
-        if (near := odd.get(_stem(text))) is not None:
+        if (near := odd.get(stem_of(text))) is not None:
             found = plainly_at(listing.root / near)
             reasons[text] += f"; beside it is {near!a}, which is {found or 'not called like a picture'}"
-        elif (image := bare.get(_stem(text).casefold())) is not None:
+        elif (image := bare.get(stem_of(text).casefold())) is not None:
             reasons[text] += f"; it differs in capitals from that of {image!a}: rename one of them"
     return companions, reasons | leftovers(listing, rest - companions - set(orphans), unlike_pictures)
 

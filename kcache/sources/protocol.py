@@ -101,6 +101,10 @@ def may_lack(control: str) -> bool:
     return not control.startswith("hint-")
 
 
+COLUMNS = ("image_column", "caption_column")
+"""Settings that name columns, or members of tars."""
+IN_ROWS = (*COLUMNS, "hint_column", "mask_column", "loss_mask_column")
+"""Those of datasets of rows, with where control images are."""
 _ANYWHERE = ("loss_mask_alpha",)
 """Settings that are of the pictures, wherever these are."""
 

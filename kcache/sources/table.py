@@ -39,6 +39,7 @@ from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _File = TypeVar("_File", bound=Place)
+_IMAGES = "image bytes, or datasets' struct of them"
 _SAMPLES = pa.schema({"part": pa.int32(), "row": pa.int64(), "captions": pa.list_(pa.string())})
 
 
@@ -63,10 +64,7 @@ class TableSource:
     """Index of the part, row in its file, captions."""
     images: HeldImages
     roots: tuple[Path, ...]
-    """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base.
-
-    There are none where the table is in a bucket.
-    """
+    """Real, absolute folders for images that rows only give the path of; the first is its base. None in a bucket."""
     links: tuple[Path, ...] = ()
     """Such folders into which links in the roots may lead."""
     zip_roots: tuple[Path, ...] = ()
@@ -96,21 +94,14 @@ class TableSource:
         return self._content(self.controls[name], i)
 
     def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
-        return tuple(self._control_key(name, i, memo, rehash) for name in self.controls)
-
-    def _control_key(self, name: str, i: int, memo: DigestMemo, rehash: bool) -> bytes:
-        part, chunk, row = self._place(i)
-        images, at = self._images(self.controls[name], part, chunk, row)
-        if may_lack(name) and images.content(at) is None and images.path(at) is None:
-            return NO_CONTROL
-        return self._key(self.controls[name], i, memo, rehash)
+        return tuple(self._key(held, i, memo, rehash, lacking=may_lack(name)) for name, held in self.controls.items())
 
     def _content(self, held: HeldImages, i: int) -> bytes:
         images, at = self._images(held, *self._place(i))
         content = images.content(at)
         return self._named(held, images.path(at)) if content is None else content
 
-    def _key(self, held: HeldImages, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+    def _key(self, held: HeldImages, i: int, memo: DigestMemo, rehash: bool, *, lacking: bool = False) -> bytes:
         part, chunk, row = self._place(i)
         try:
             key = self._chunk_keys(held, part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
@@ -118,6 +109,8 @@ class TableSource:
                 return key
             images, at = self._images(held, part, chunk, row)
             path, name = images.path(at), "content_key"
+            if path is None and lacking:
+                return NO_CONTROL
             if path is not None and is_chained(path):
                 file, member = self._zipped(path)
                 name = f"content_key of member {member!a}"
@@ -273,11 +266,9 @@ def _offered(
 
 def _misfit(file: RowFile, request: Request) -> str | None:
     """Why no sample can come from a file, and what to do: words to follow its name; None where it may give some."""
-    expected = "image bytes, or datasets' struct of them"
-    wanted = [(request.image_column, is_image_type, "--image-column", expected)]
-    for name, column in request.config.controls.items():
-        if column is not None:
-            wanted.append((column, is_image_type, flag_of(name), expected))
+    images = {name: column for name, column in request.config.controls.items() if column is not None}
+    flags = {"--image-column": request.image_column} | {flag_of(name): column for name, column in images.items()}
+    wanted = [(column, is_image_type, flag, _IMAGES) for flag, column in flags.items()]
     if request.need_captions or request.config.caption_column is not None:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
     for column, fits, flag, needed in wanted:
