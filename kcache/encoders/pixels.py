@@ -84,7 +84,10 @@ class ControlEncoder:
 
     def prepare(self, content: ControlImage) -> np.ndarray:
         """The row of a control image, (n, bytes of a token) uint8; raises InputRejected."""
-        image = decode_image(content.content, self._how)
+        try:
+            image = decode_image(content.content, self._how)
+        except InputRejected as rejection:
+            raise InputRejected(rejection.stage, f"its {self._kind}: {rejection.reason}") from rejection
         width, height = picture_size(content.picture)
         if min(width, height) and not _alike(image.size, (width, height)):
             raise InputRejected(

@@ -181,7 +181,7 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     reasons |= listing.refused
     spare -= taken
     companions, unread = _others(listing, samples, spare | taken | reasons.keys() | controls.files)
-    reasons |= unread | controls.alone(samples)
+    reasons |= unread | controls.alone(listing.images)
     if samples:
         reasons = dict(sorted(reasons.items()))
     refused = refusals(str(listing.root), samples, reasons, expected=_EXPECTED)

@@ -244,9 +244,9 @@ class ControlFiles:
         found = [self.found.get((stem_of(picture), column or ""), [""]) for column in self.columns.values()]
         return [os.fsencode(paths[0]) for paths in found]
 
-    def alone(self, samples: Collection[str]) -> dict[str, str]:
-        """Those that go with no sample, and why they are not read."""
-        stems = set(map(stem_of, samples)) if self.found else set()
+    def alone(self, images: Collection[str]) -> dict[str, str]:
+        """Those that go with no other of `images`, and why they are not read."""
+        stems = set(map(stem_of, images)) if self.found else set()
         return {
             path: f"an image called .{word} without a picture {stem.rpartition('/')[2]!a} that it goes with"
             for (stem, word), paths in self.found.items()
