@@ -1,4 +1,4 @@
-"""A decoder is trained by hints, own masks and loss masks of a cache: the same online, interrupted, and of all shapes."""
+"""A decoder is trained by hints, own masks and loss masks of a cache: the same online, interrupted, of all shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def online(folder: Path) -> dict[str, Any]:
 
 RUNS: dict[str, dict[str, Any]] = {
     "hint": {"hint": "edges", "loss_mask": True},
-    "masks": {"inpaint": True, "mask_share": 0.7, "val_fraction": 0.3},
+    "masks": {"inpaint": True, "mask_share": 0.7, "val_fraction": 0.3, "validation_steps": 30},
     "lora": {"hint": "own", "lora_rank": 2},
 }
 
@@ -111,8 +111,6 @@ def test_what_is_not_there_is_said(oracle: Path, cache: str, controlled: Path, t
         (squares, RUNS["hint"] | {"online": str(controlled / "source")}, ConfigError, "its hint-edges and loss_masks"),
     ]
     for given, settings, kind, said in cases:
+        base = {MODEL: hinted} if "hint" in settings else {}
         with pytest.raises(kind, match=said):
-            train(
-                given,
-                config(tmp_path / "run", "decoder", **{MODEL: hinted} | settings if "hint" in settings else settings),
-            )
+            train(given, config(tmp_path / "run", "decoder", **base | settings))
