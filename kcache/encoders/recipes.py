@@ -89,7 +89,8 @@ def default_rows_per_shard(recipe: Recipe, mean_tokens: int = 16) -> int:
     if recipe.encoder == CONTROL:
         # Greys of half the size that they have unpacked, and less of what is as small as latents.
         return max(2 * _SHARD_BYTES // (math.prod(recipe.batch_shape[2:]) * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
-    itemsize = {"float16": 2, "float32": 4}[recipe.stored_dtype]
+    # Of tars, whose rows have several dtypes, the widest counts.
+    itemsize = max({"float16": 2, "float32": 4}.get(dtype, 1) for dtype in recipe.stored_dtype.split(","))
     values = sum(math.prod(field.shape) * (mean_tokens if field.ragged else 1) for field in recipe.fields)
     return max(_SHARD_BYTES // (values * itemsize * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
 
