@@ -162,7 +162,7 @@ def _say_whole(network: ModelMixin, whole: Sequence[str]) -> None:
         return
     sizes = {name: parameter.numel() for name, parameter in trainable_parameters(network).items()}
     logger.warning(
-        "beside the adapters %s learns whole, at the same learning rate: %s of %s parameters; the LoRA widens the "
+        "%s: trained whole beside the adapters, at the same learning rate, %s of %s parameters; the LoRA widens the "
         "plain decoder that it is loaded into",
         " and ".join(whole),
         f"{sum(size for name, size in sizes.items() if '.lora_' not in name):,}",
