@@ -231,6 +231,29 @@ class TrainConfig(SourceConfig):
         kept=True,
         only="prior",
     )
+    class_prompt: tuple[str, ...] = setting(
+        (),
+        "What the prior is to keep drawing as it does now, such as 'a photo of a dog': before training it draws class "
+        "rows of it, which join every batch; repeat it.",
+        kept=True,
+        only="prior",
+    )
+    num_class_rows: int = setting(
+        100,
+        "Image embeddings drawn of each class prompt.",
+        least=1,
+        kept=True,
+        only="prior",
+        beside=("class_prompt",),
+    )
+    prior_loss_weight: float = setting(
+        1.0,
+        "How much the loss of the class rows counts beside that of the samples.",
+        above=0,
+        kept=True,
+        only="prior",
+        beside=("class_prompt",),
+    )
     resolution: tuple[int, ...] = setting(
         (),
         "Which latents to read, by the side in pixels of squares of their area; repeat it to take each picture once an "

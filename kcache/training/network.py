@@ -25,6 +25,7 @@ from kcache.objectives.blocks import choose_attention, compile_blocks, recompute
 from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
+from kcache.objectives.preservation import PreservationObjective
 from kcache.objectives.widening import widen_for_masks
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import logger
@@ -69,7 +70,7 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *,
         recompute_blocks(network)
     objective: Objective
     if config.stage == "prior":
-        objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
+        objective = _prior_objective(config, network)
     else:
         with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
             scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
@@ -80,6 +81,13 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *,
     if config.compile:
         compile_blocks(network, packed=objective.packed, shaped=shaped)
     return objective
+
+
+def _prior_objective(config: TrainConfig, network: ModelMixin) -> PriorObjective:
+    packing = {"packed": config.packing, "bucketed": config.compile}
+    if config.class_prompt:
+        return PreservationObjective(network, weight=config.prior_loss_weight, **packing)
+    return PriorObjective(network, **packing)
 
 
 def _begin_inpainting(network: ModelMixin, base: Repository, *, fresh: bool) -> None:

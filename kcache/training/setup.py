@@ -20,12 +20,14 @@ from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
+from kcache.store.checkpoint import Checkpoint
 from kcache.store.recipe import KINDS, TEXT, kind_of
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
 from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
+from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import (
     adapted_weights,
     check_same_base,
@@ -67,12 +69,16 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     new_order = check_same_samples(checkpoint, cache, parts, config)
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
     for part, batch in zip(parts, batches, strict=True):
-        check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
+        noised = part.field(OBJECTIVES[config.stage].noised_field).shape
+        check_batch(config, base, noised, batch * (2 if config.class_prompt else 1))
     saved = None if checkpoint is None else checkpoint.path
+    kept = _find_class_rows(config, base, accelerator, checkpoint)
     objective = load_objective(config, base, saved, shaped=len(parts) > 1)
     check_cache_fits(cache, objective, base)
     names = {part.table_of(field) for part in parts for field in objective.row_shapes}
     tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}
+    if kept is not None:
+        tables[TABLE] = kept.fingerprint
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
@@ -83,7 +89,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     made = make_optimizer(objective.network, config, accelerator.device)
     wait_for_all()  # one may have fetched, read and digested longer than another waits in what follows
     prepared, optimizer = accelerator.prepare(objective.train(), made)
-    loader = _make_loader(cache, objective, config, accelerator)
+    loader = _make_loader(cache, objective, config, accelerator, kept)
     wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
@@ -106,6 +112,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         average=average,
         held_out=held_out,
         adapted=adapted,
+        class_rows=kept,
         new_order=new_order,
         base_facts={name: base.read(name) for name in PIPELINES[config.stage].components},
     )
@@ -226,7 +233,20 @@ def _check_encoder(cache: Cache, table: str, repository: Repository, component: 
         )
 
 
-def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
+def _find_class_rows(
+    config: TrainConfig, base: Repository, accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> ClassRows | None:
+    if not config.class_prompt:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.training.preservation.drawing import class_rows_of
+
+    return class_rows_of(config, base, accelerator, checkpoint)
+
+
+def _make_loader(
+    cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator, kept: ClassRows | None = None
+) -> CacheLoader:
     fields = tuple(objective.row_shapes)
     shapes = {part.shape: part.field(objective.noised_field).shape for part in cache.by_shape(*fields)}
     timesteps = objective.scheduler.config.num_train_timesteps
@@ -234,8 +254,12 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
     def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
         """The noise has the shape of the batch's own rows."""
         shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
-        drawn, growth = objective.drawn, config.mask_growth
-        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws, drawn=drawn, growth=growth)
+        drawn, growth, draws = objective.drawn, config.mask_growth, config.noise_draws
+        own = draw_turns(config.seed, turns, shape, timesteps, draws, drawn=drawn, growth=growth)
+        if kept is None:
+            return own
+        dropout = config.caption_dropout
+        return own | kept.beside(turns, seed=config.seed, timesteps=timesteps, draws=draws, dropout=dropout)
 
     rows: RowReader = cache
     if config.online is not None:
