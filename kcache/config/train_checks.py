@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 CLASS_PICTURES = (
-    "what the decoder is to keep are pictures; draw some of the class by kcache sample PROMPT PROMPT --output-dir CLASS, "
-    "build a cache of them like yours by kcache cache-build CLASS, and merge both by kcache cache-merge, to train on that"
+    "what the decoder is to keep are pictures; draw some of the class by kcache sample PROMPT PROMPT --output-dir "
+    "CLASS, build a cache of them like yours by kcache cache-build CLASS, merge both by kcache cache-merge, and train "
+    "on that"
 )
 """What to do instead of --class-prompt."""
 

@@ -56,15 +56,16 @@ def ask(
     asked: dict[str, list[Question]], prior: Path, decoder: Path, *, steps: int, seed: int
 ) -> dict[str, list[Image.Image]]:
     """What a prior and the decoder draw of all questions, from the same noise whichever prior it is."""
-    return {
-        name: draw([prompt for prompt, _ in of_name], prior, decoder, steps=steps, seed=seed)
-        for name, of_name in asked.items()
-    }
+    prompts = [prompt for of_name in asked.values() for prompt, _ in of_name]
+    drawn = iter(draw(prompts, prior, decoder, steps=steps, seed=seed))
+    return {name: [next(drawn) for _ in of_name] for name, of_name in asked.items()}
 
 
 def judge(drawn: dict[str, list[Image.Image]], asked: dict[str, list[Question]]) -> dict[str, Score]:
     """How many pictures show what was asked for, in per cent."""
-    return {name: score(read(pictures), [wanted for _, wanted in asked[name]]) for name, pictures in drawn.items()}
+    seen = iter(read([picture for pictures in drawn.values() for picture in pictures]))
+    return {name: score([next(seen) for _ in of_name], [wanted for _, wanted in of_name])
+            for name, of_name in asked.items()}  # fmt: skip
 
 
 def shown(asked: Sequence[Question], columns: int) -> list[int]:

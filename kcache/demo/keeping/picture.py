@@ -28,7 +28,7 @@ def picture_of(
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots(len(drawn), len(columns), squeeze=False)
-        figure.subplots_adjust(left=0.21, right=0.985, top=0.84, bottom=0.17, wspace=0.1, hspace=0.08)
+        figure.subplots_adjust(left=0.21, right=0.985, top=0.84, bottom=0.13, wspace=0.1, hspace=0.08)
         title = "A new style learnt from twenty pictures, and what becomes of all others"
         figure.text(0.02, 0.93, title, fontsize=15, fontweight="bold")
         for name, ax in zip(asked, axes[0][::COLUMNS], strict=True):
@@ -45,6 +45,6 @@ def picture_of(
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(True)
         for ax, (name, column) in zip(axes[-1], columns, strict=True):
-            ax.set_xlabel("\n".join(textwrap.wrap(asked[name][column][0], 16)), fontsize=8)
+            ax.set_xlabel("\n".join(textwrap.wrap(asked[name][column][0], 14)), fontsize=8)
 
-    return png_of(draw, 14.0, 6.2, dpi=110, layout=None)
+    return png_of(draw, 14.0, 6.0, dpi=110, layout=None)
