@@ -174,7 +174,7 @@ class CacheCopier:
         """What the target lacks, cut into shards; `rows_per_shard` None takes what makes about 256 MB."""
         contents, tables = self._contents, []
         if self._form != "zarr":
-            rows = rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, contents.recipes))
+            rows = rows_per_shard or default_rows_per_shard(*contents.recipes.values())
             return plan_tars(self._target, contents.recipes, contents.samples, rows, contents.wants)
         for recipe in self.recipes:
             there, rows = table_state(self._target, recipe), rows_per_shard or default_rows_per_shard(recipe)
