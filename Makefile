@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 # torch's threads spin while they wait, and would take the cores that the loader's threads need.
 BENCH := CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks
 
-.PHONY: demo demo-shapes demo-inpaint test lint format bench bench-gpu
+.PHONY: demo demo-shapes demo-inpaint demo-preserve test lint format bench bench-gpu
 
 demo: $(STAMP)
 	$(BIN)/kcache demo
@@ -18,6 +18,9 @@ demo-shapes: $(STAMP)
 
 demo-inpaint: $(STAMP)
 	$(BIN)/kcache demo --inpaint --output demo-inpaint-out
+
+demo-preserve: $(STAMP)
+	$(BIN)/kcache demo --preserve --output demo-preserve-out
 
 # Two processes: each test file runs whole in one of them, in alphabetical order.
 test: $(STAMP)

@@ -6,7 +6,7 @@ are made of this, in this order.
 - `words`: names and types that settings share
 - `shapes`: what pictures are cropped to, and which shape a picture has
 - `source`: how a source is read
-- `build`, `train`: what a build and a run are told
+- `build`, `train`: what a build and a run are told; of the latter in `run` what both kinds are
 - `train_checks`: which settings of a run do not go together
 - `sweep`: the runs of a sweep, by their file
 """

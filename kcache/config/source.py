@@ -67,12 +67,17 @@ class SourceConfig:
     @property
     def flags(self) -> tuple[str, ...]:
         """What was said of the source, as it is typed: --image-column and the like."""
-        names = (each.name for each in fields(SourceConfig) if getattr(self, each.name) not in (None, (), False))
+        names = (each.name for each in fields(SourceConfig) if is_said(getattr(self, each.name)))
         return tuple(f"--{name.replace('_', '-')}" for name in names)
 
 
 AS_FOUND = SourceConfig()
 """What a source is by its own conventions, nothing said about it."""
+
+
+def is_said(value: object) -> bool:
+    """Whether a setting of a source says anything; the empty text does, wrongly."""
+    return value == "" or bool(value)
 
 
 def flag_of(control: str) -> str:

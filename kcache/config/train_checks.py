@@ -1,11 +1,20 @@
 """What a training run cannot be told to do: settings that each make sense, and not together."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from kcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from kcache.config.train import TrainConfig
+
+
+CLASS_PICTURES = (
+    "what the decoder is to keep are pictures; draw some of the class by kcache sample PROMPT PROMPT --output-dir "
+    "CLASS, build a cache of them like yours by kcache cache-build CLASS, merge both by kcache cache-merge, and train "
+    "on that"
+)
+"""What to do instead of --class-prompt."""
 
 
 def check_run(config: "TrainConfig") -> None:
@@ -42,7 +51,24 @@ def check_run(config: "TrainConfig") -> None:
             "--num-validation-images 0 with --validation-prompts, of which nothing would be drawn; expected 1 or more "
             "beside them; leave one of the two out"
         )
+    _check_class_prompts(config)
     _check_revisions(config)
+
+
+def _check_class_prompts(config: "TrainConfig") -> None:
+    prompts = [prompt.strip() for prompt in config.class_prompt]
+    if prompts and config.stage == "decoder":
+        raise ConfigError(f"--class-prompt is for the prior: {CLASS_PICTURES}")
+    if "" in prompts:
+        raise ConfigError(
+            "--class-prompt is empty; expected what the prior is to keep drawing, such as 'a photo of a dog'; give "
+            "that, or leave it out"
+        )
+    if twice := [prompt for prompt, count in Counter(prompts).items() if count > 1]:
+        raise ConfigError(
+            f"--class-prompt {twice[0]!r} is given more than once; expected each once; for more rows of all of them "
+            "give a larger --num-class-rows"
+        )
 
 
 def _check_revisions(config: "TrainConfig") -> None:

@@ -42,6 +42,8 @@ class Objective(torch.nn.Module):
     """What a batch has beside its rows, drawn for each sample's turn."""
     own_share = 0.0
     """In which share of its turns a sample takes a mask of its own."""
+    logged: ClassVar[tuple[str, ...]] = ("loss",)
+    """What `told` gives of each step."""
 
     network: Any
     """The one that learns."""
@@ -75,13 +77,13 @@ class Objective(torch.nn.Module):
         Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
         """
         errors = self.errors(batch, noise, timesteps)
-        if snr_gamma is None:
-            return errors
+        return errors if snr_gamma is None else errors * self.snr_weights(timesteps, snr_gamma)
+
+    def snr_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
+        """What each draw of noise counts by Min-SNR weighting, (B,) float32."""
         snr = compute_snr(self.scheduler, timesteps)
         weight = snr.clamp(max=snr_gamma)
-        if self.scheduler.config.prediction_type == "epsilon":
-            weight = weight / snr
-        return errors * weight
+        return weight / snr if self.scheduler.config.prediction_type == "epsilon" else weight
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
         """The mean of `losses`, a float32 scalar."""
@@ -92,6 +94,10 @@ class Objective(torch.nn.Module):
         return functional.mse_loss(prediction.float(), target)
 
     forward = loss
+
+    def told(self, loss: Tensor) -> Tensor:
+        """What is `logged` of the batch whose `loss` that was, detached: a scalar, or (logged,)."""
+        return loss.detach()
 
     def measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
         """How well each draw of noise is predicted, by all `measures`: (measures, B) float32."""

@@ -233,6 +233,10 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
         lines.append(f"* shapes, height by width in pixels: {sides}")
     if told.get("mirrored"):
         lines.append("* half of the turns took the mirrored picture")
+    if prompts := told["config"].get("class_prompt"):
+        rows, weight = told["config"]["num_class_rows"], told["config"]["prior_loss_weight"]
+        kept = ", ".join(map(repr, prompts))
+        lines.append(f"* class rows: {rows:,} of each of {kept}, drawn by the prior before training; weight {weight:g}")
     for start in read_starts(run_dir):
         if (told_of := new_order_of(start)) is not None:
             lines.append(f"* after step {start['step']:,}: {told_of}")
@@ -241,6 +245,8 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
         most = "up to " if told.get("shapes") else ""
         lines.append(f"* steps: {metrics[-1]['step']:,} of {most}{told['global_batch']:,} samples each")
         lines.append(f"* loss: {sum(last) / len(last):.4g}, mean of the last {len(last)} steps")
+        if beside := [entry["class_loss"] for entry in metrics[-_LAST_STEPS:] if "class_loss" in entry]:
+            lines.append(f"* loss of the class rows: {sum(beside) / len(beside):.4g}")
     if validations:
         values = [f"{name} {value:.4g}" for name, value in validations[-1].items() if name.startswith("val_")]
         lines.append(f"* held-out images, at step {validations[-1]['step']:,}: {', '.join(values)}")

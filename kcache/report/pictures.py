@@ -33,6 +33,7 @@ DECODER_STEPS = 20
 GUIDANCE_SCALE = 4.0
 """Of both halves, as in the pipelines' own examples."""
 PICTURES_PER_PROMPT = 1
+_DRAWING = ", which is to draw the --validation-prompts"
 
 
 class PromptPictures:
@@ -81,7 +82,7 @@ class PromptPictures:
         if self._config.stage == "prior":
             _check_draws(self._counterpart)
             _check_widths(self._base, self._counterpart)
-            self._prior = _remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
+            self._prior = remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
         else:
             _check_widths(self._counterpart, self._base)
@@ -158,7 +159,7 @@ def unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, A
     return tensors
 
 
-class _RememberingPrior(KandinskyV22PriorPipeline):
+class RememberingPrior(KandinskyV22PriorPipeline):
     """The stock pipeline, with what its two encoders answered before in place of the encoders."""
 
     prompt_states: dict[str, tuple[Tensor, ...]]
@@ -166,19 +167,28 @@ class _RememberingPrior(KandinskyV22PriorPipeline):
     zero_embed: Tensor
     """(1, D): the embedding of an all-zero picture."""
 
-    def _encode_prompt(self, prompt: list[str], device: torch.device, *settings: Any) -> tuple[Tensor, ...]:
-        return tuple(state.to(device) for state in self.prompt_states[prompt[0]])
+    def _encode_prompt(
+        self, prompt: list[str], device: torch.device, per_prompt: int, guided: bool, *_: Any
+    ) -> tuple[Tensor, ...]:
+        # To be guided by, the empty caption for each prompt stands before all of them.
+        columns = zip(*(self.prompt_states[text] for text in prompt), strict=True)
+        states = [torch.stack(column, 1)[0 if guided else 1 :] for column in columns]
+        return tuple(each.flatten(0, 1).to(device) for each in states)
 
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
         return self.zero_embed.repeat(batch_size, 1).to(device)
 
 
 @torch.no_grad()
-def _remember_prompts(
-    repository: Repository, prompts: Sequence[str], dtype: torch.dtype, device: torch.device
-) -> _RememberingPrior:
-    encoders = _load(KandinskyV22PriorPipeline, repository, dtype, prior=None).to(device)
-    remembering = _RememberingPrior(**{**encoders.components, "image_encoder": None, "text_encoder": None})
+def remember_prompts(
+    repository: Repository, prompts: Sequence[str], dtype: torch.dtype, device: torch.device, *, purpose: str = _DRAWING
+) -> RememberingPrior:
+    """The prior's pipeline of `repository` without a prior, its encoders asked of `prompts` in `dtype`, and let go.
+
+    Raises ModelError, which says what for, see `load_pipeline`.
+    """
+    encoders = _load(KandinskyV22PriorPipeline, repository, dtype, purpose, prior=None).to(device)
+    remembering = RememberingPrior(**{**encoders.components, "image_encoder": None, "text_encoder": None})
     remembering.set_progress_bar_config(disable=True)
     remembering.prompt_states = {
         # In float32, as the weights that learn; a mask stays one.
@@ -204,9 +214,9 @@ def on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None
             network.to("cpu")
 
 
-def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: Any) -> Any:
+def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, purpose: str = _DRAWING, **given: Any) -> Any:
     """A pipeline on the CPU, with `given` in place of its own components."""
-    loaded = load_pipeline(kind, repository.path, purpose=", which is to draw the --validation-prompts", **given)
+    loaded = load_pipeline(kind, repository.path, purpose=purpose, **given)
     cast_pipeline(loaded, dtype)
     return loaded
 

@@ -64,11 +64,12 @@ def sample(
 
     `decoder` and `prior` are run directories, their checkpoints, folders or Hub ids of pipelines; the revisions are
     branches, tags or commits of the latter. `lora` are run directories, checkpoints or files of LoRA trainings of
-    either network, recognised by the layers they adapt; several for one network add up. A checkpoint draws with the
-    average of its weights, where it has one, as its run's result would. Picture i
-    starts from noise of `seed` + i drawn on the CPU, so it depends on no other picture. `device` None takes CUDA, then
-    MPS, then the CPU; networks run in float16 on CUDA and in float32 elsewhere. Raises ConfigError for a device that is
-    not there and for a size or a guidance that cannot be, ModelError for a repository or a LoRA that cannot be used.
+    either network, recognised by the layers they adapt; several for one network add up, and one of a decoder that was
+    widened makes a plain decoder as wide. A checkpoint draws with the average of its weights, where it has one, as its
+    run's result would. Picture i starts from noise of `seed` + i drawn on the CPU, so it depends on no other picture.
+    `device` None takes CUDA, then MPS, then the CPU; networks run in float16 on CUDA and in float32 elsewhere. Raises
+    ConfigError for a device that is not there and for a size or a guidance that cannot be, ModelError for a repository
+    or a LoRA that cannot be used.
     """
     check_device(device)
     place = torch.device(device or default_device())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 from kcache.config import SourceConfig
+from kcache.config.source import is_said
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
@@ -113,7 +114,7 @@ def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
     """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
     for each in fields(SourceConfig):
         value = getattr(config, each.name)
-        if value not in (None, (), False) and each.name not in (*used, *_ANYWHERE):
+        if is_said(value) and each.name not in (*used, *_ANYWHERE):
             flag = f"--{each.name.replace('_', '-')}"
             has = " and ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
             raise SourceError(

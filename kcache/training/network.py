@@ -26,6 +26,7 @@ from kcache.objectives.hinting import HintObjective, hint_field
 from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
+from kcache.objectives.preservation import PreservationObjective
 from kcache.objectives.widening import is_plain, learnt_whole, widen_for_hints, widen_for_masks
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import logger
@@ -92,12 +93,19 @@ def load_objective(
         recompute_blocks(network)
     objective: Objective
     if config.stage == "prior":
-        objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
+        objective = _prior_objective(config, network)
     else:
         objective = _decoder_objective(config, network, base, own_masks)
     if config.compile:
         compile_blocks(network, packed=objective.packed, shaped=shaped)
     return objective
+
+
+def _prior_objective(config: TrainConfig, network: ModelMixin) -> PriorObjective:
+    packing = {"packed": config.packing, "bucketed": config.compile}
+    if config.class_prompt:
+        return PreservationObjective(network, weight=config.prior_loss_weight, **packing)
+    return PriorObjective(network, **packing)
 
 
 def _decoder_objective(config: TrainConfig, network: ModelMixin, base: Repository, own_masks: bool) -> DecoderObjective:
@@ -162,7 +170,7 @@ def _say_whole(network: ModelMixin, whole: Sequence[str]) -> None:
         return
     sizes = {name: parameter.numel() for name, parameter in trainable_parameters(network).items()}
     logger.warning(
-        "beside the adapters %s learns whole, at the same learning rate: %s of %s parameters; the LoRA widens the "
+        "%s: trained whole beside the adapters, at the same learning rate, %s of %s parameters; the LoRA widens the "
         "plain decoder that it is loaded into",
         " and ".join(whole),
         f"{sum(size for name, size in sizes.items() if '.lora_' not in name):,}",

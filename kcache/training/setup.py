@@ -17,18 +17,19 @@ from kcache.loader.parts import RowReader, ShapedReader
 from kcache.loader.schedule import batches_of
 from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
-from kcache.objectives.hinting import hint_field
 from kcache.objectives.inpainting import OWN_MASKS
-from kcache.objectives.losses import LOSS_MASKS, OBJECTIVES, Objective
+from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.recipe import KINDS, TEXT, kind_of
+from kcache.store.checkpoint import Checkpoint
+from kcache.store.recipe import HINT, KINDS, LOSS_MASKS, MASKS, TEXT, control_kind, controls_of, kind_of
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
 from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
+from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import (
     adapted_weights,
     check_same_base,
@@ -40,14 +41,6 @@ from kcache.training.resume import (
 )
 from kcache.training.run import TrainingRun
 from kcache.training.validation import split_by_key
-
-_HINT = hint_field("")
-_FROM = {
-    "hint": "--hint-column NAME=COLUMN",
-    "mask_share": "--mask-column COLUMN",
-    "loss_mask": "--loss-mask-column COLUMN or --loss-mask-alpha",
-}
-"""What a build gets the rows by that a setting wants."""
 
 
 def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
@@ -79,12 +72,16 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     new_order = check_same_samples(checkpoint, cache, parts, config)
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
     for part, batch in zip(parts, batches, strict=True):
-        check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
+        noised = part.field(OBJECTIVES[config.stage].noised_field).shape
+        check_batch(config, base, noised, batch * (2 if config.class_prompt else 1))
     saved = None if checkpoint is None else checkpoint.path
+    kept = _find_class_rows(config, base, accelerator, checkpoint)
     objective = load_objective(config, base, saved, shaped=len(parts) > 1, own_masks=OWN_MASKS in controls)
     check_cache_fits(cache, objective, base)
     names = {part.table_of(field) for part in parts for field in objective.row_shapes}
     tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}
+    if kept is not None:
+        tables[TABLE] = kept.fingerprint
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
@@ -95,7 +92,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     made = make_optimizer(objective.network, config, accelerator.device)
     wait_for_all()  # one may have fetched, read and digested longer than another waits in what follows
     prepared, optimizer = accelerator.prepare(objective.train(), made)
-    loader = _make_loader(cache, objective, config, accelerator)
+    loader = _make_loader(cache, objective, config, accelerator, kept)
     wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
@@ -118,6 +115,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         average=average,
         held_out=held_out,
         adapted=adapted,
+        class_rows=kept,
         new_order=new_order,
         base_facts={name: base.read(name) for name in PIPELINES[config.stage].components},
     )
@@ -156,23 +154,29 @@ def control_fields(cache: Cache, config: TrainConfig) -> tuple[str, ...]:
 
     Raises CacheIncompleteError for one that the cache has not got.
     """
+    there = controls_of(cache.recipes)
     asked = {
-        "hint": None if config.hint is None else hint_field(config.hint),
-        "mask_share": OWN_MASKS if config.inpaint and config.mask_share != 0 else None,
+        "hint": None if config.hint is None else HINT + config.hint,
+        "mask_share": MASKS if config.inpaint and config.mask_share != 0 else None,
         "loss_mask": LOSS_MASKS if config.loss_mask else None,
     }
-    there = {field.name for recipe in cache.recipes.values() for field in recipe.fields}
-    if config.mask_share is None and OWN_MASKS not in there:
+    if config.mask_share is None and MASKS not in there:
         del asked["mask_share"]
-    for setting, field in asked.items():
-        if field is not None and field not in there:
-            hints = sorted(name.removeprefix(_HINT) for name in there if name.startswith(_HINT))
+    for setting, kind in asked.items():
+        if kind is not None and kind not in there:
+            hints = [name.removeprefix(HINT) for name in there if name.startswith(HINT)]
             has = f"its hints are {', '.join(hints)}" if hints and setting == "hint" else "it has none"
             raise CacheIncompleteError(
-                f"--{setting.replace('_', '-')} {getattr(config, setting)} wants {field}, of which {cache.path} has no "
-                f"rows: {has}; build it again with {_FROM[setting]}, or leave the flag out"
+                f"--{setting.replace('_', '-')} {getattr(config, setting)} wants {kind}, of which {cache.path} has no "
+                f"rows: {has}; build it again with {flag_of(kind)}, or leave the flag out"
             )
-    return tuple(field for field in asked.values() if field is not None)
+    kinds = [kind for kind in asked.values() if kind is not None]
+    if config.online is not None and (lacking := [kind for kind in kinds if kind not in config.controls]):
+        raise ConfigError(
+            f"--online {config.online} was not told where its {' and '.join(lacking)} are; expected the flags that "
+            f"{cache.path} was built with; give {' and '.join(map(flag_of, lacking))}"
+        )
+    return tuple(control_kind(kind).fields[0] for kind in kinds)
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
@@ -264,7 +268,20 @@ def _check_encoder(cache: Cache, table: str, repository: Repository, component: 
         )
 
 
-def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
+def _find_class_rows(
+    config: TrainConfig, base: Repository, accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> ClassRows | None:
+    if not config.class_prompt:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.training.preservation.drawing import class_rows_of
+
+    return class_rows_of(config, base, accelerator, checkpoint)
+
+
+def _make_loader(
+    cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator, kept: ClassRows | None = None
+) -> CacheLoader:
     fields = tuple(objective.row_shapes)
     shapes = {part.shape: part.field(objective.noised_field).shape for part in cache.by_shape(*fields)}
     timesteps = objective.scheduler.config.num_train_timesteps
@@ -272,22 +289,20 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
     def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
         """The noise has the shape of the batch's own rows."""
         shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
-        return draw_turns(
+        own = draw_turns(
             config.seed, turns, shape, timesteps, config.noise_draws, drawn=objective.drawn, growth=config.mask_growth,
             own_share=objective.own_share,
         )  # fmt: skip
+        if kept is None:
+            return own
+        draws, dropout = config.noise_draws, config.caption_dropout
+        return own | kept.beside(turns, seed=config.seed, timesteps=timesteps, draws=draws, dropout=dropout)
 
     rows: RowReader = cache
     if config.online is not None:
         # Not at the top: a run from a cache needs neither encoders nor what reads a source.
         from kcache.encoders.online import OnlineEncoders
 
-        names = {kind_of(part.table_of(name)).name for part in cache.by_shape(*fields) for name in fields}
-        if lacking := sorted((names & {*cache.manifest.wants.controls}) - {*config.controls}):
-            raise ConfigError(
-                f"--online {config.online} was not told where its {' and '.join(lacking)} are; expected the flags that "
-                f"{cache.path} was built with; give {' and '.join(map(flag_of, lacking))}"
-            )
         source = open_source(config.online, config, need_captions=False)
         rows = OnlineEncoders(cache, source, fields, accelerator.device)
     return CacheLoader(

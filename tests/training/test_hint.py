@@ -105,7 +105,7 @@ def test_what_is_not_there_is_said(oracle: Path, cache: str, controlled: Path, t
     squares, hinted = str(controlled / "squares"), decoder_like(tmp_path / "hinted", oracle, sees_hints)
     cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         (squares, {"hint": "depth"}, CacheIncompleteError, "--hint depth .*: its hints are edges, own; build it again"),
-        (cache, {"hint": "depth"}, CacheIncompleteError, "--hint depth wants hint_depth, .*: it has none; build it"),
+        (cache, {"hint": "depth"}, CacheIncompleteError, "--hint depth wants hint-depth, .*: it has none; build it"),
         (cache, {"inpaint": True, "mask_share": 0.5}, CacheIncompleteError, "--mask-share 0.5 .* with --mask-column"),
         (cache, {"loss_mask": True}, CacheIncompleteError, "--loss-mask True .* or --loss-mask-alpha"),
         (squares, RUNS["hint"] | {"online": str(controlled / "source")}, ConfigError, "its hint-edges and loss_masks"),
