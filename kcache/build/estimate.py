@@ -301,9 +301,7 @@ def tar_bytes(
             lengths = tokens.tolist() if field.ragged else [1]
             if kind_of(recipe.table).per == "control":
                 lengths = [mean_tokens(recipe, 0.0)]
-            size += round(
-                rows * np.mean([_member_bytes(_NPY_HEADER_BYTES + int(length * unit)) for length in lengths])
-            )
+            size += round(rows * np.mean([_member_bytes(_NPY_HEADER_BYTES + int(length * unit)) for length in lengths]))
     return size
 
 

@@ -2,7 +2,8 @@
 
 The members of a sample stand together: `{id}.json`, `{id}.txt` with its caption, and a `{id}.{field}.npy` per row, or
 a `{id}.{field}.png` where rows are packed images. Captions after the first are `{id}.1.txt`, `{id}.text_embeds.1.npy`
-and so on. Owner, group and times are fixed, so equal samples give equal bytes. kcache reads rows at the offsets in the side files and never parses a tar.
+and so on. Owner, group and times are fixed, so equal samples give equal bytes. kcache reads rows at the offsets in the
+side files and never parses a tar.
 """
 
 import io
