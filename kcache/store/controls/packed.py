@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kcache.config.shapes import Shape
 from kcache.errors import CacheCorruptError
@@ -65,8 +65,9 @@ def _unpacked(table: str, tokens: np.ndarray) -> np.ndarray:
             _check(image, kind, shape_of(table) or (0, 0))
             pixels = np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = "it is no PNG file" if isinstance(error, UnidentifiedImageError) else error
         raise CacheCorruptError(
-            f"a row of {table} is no packed image ({error}); build the cache again with its source"
+            f"a row of {table} is no packed image ({why}); build the cache again with its source"
         ) from error
     pixels = pixels.astype(np.uint8) if kind == MASKS else pixels
     return pixels if pixels.ndim == 3 else pixels[..., None]
