@@ -182,7 +182,7 @@ class OnlineEncoders:
     def _unpacked(self, table: str, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         [name] = kind_of(table).fields
         bounds = np.cumsum([0, *map(len, rows)])
-        return {name: torch.from_numpy(unpacked_rows(name, np.concatenate(rows), bounds))}
+        return {name: torch.from_numpy(unpacked_rows(table, np.concatenate(rows), bounds))}
 
     def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Rows of prepared inputs, in their order; None stands for the reserved one."""

@@ -315,7 +315,7 @@ class Cache:
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if self.is_packed(name):
-            return unpacked_rows(name, *self._stored(name, positions, np.empty), empty), None
+            return unpacked_rows(self.table_of(name), *self._stored(name, positions, np.empty), empty), None
         return self._stored(name, positions, empty)
 
     def _stored(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:

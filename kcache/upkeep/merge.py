@@ -4,7 +4,8 @@ Recipes that name the same weights or tokenizer by two digests, of files and of 
 that is at hand shows it; the new cache has the first one's.
 
 Samples are united by id. The same image with the same captions counts once, with other captions it gets them all, those
-of the first cache first. The new cache owns its files: removing an old one takes nothing from it.
+of the first cache first; its control images are the first cache's, and masks that it lacks there the others'. The new
+cache owns its files: removing an old one takes nothing from it.
 """
 
 import os
@@ -34,7 +35,7 @@ from kcache.places.effects import make_folder, publish, temporary_folder
 from kcache.places.fetching import reading
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import Keys, content_key, pack_keys
+from kcache.store.digests import NO_CONTROL, Keys, content_key, pack_keys
 from kcache.store.formats.columns import Samples, sample_list, table_of
 from kcache.store.formats.shard_files import DRAFT, content_name
 from kcache.store.index import TableState
@@ -179,7 +180,7 @@ def _united(parts: Sequence[CacheContents]) -> Samples:
             lo, hi = np.searchsorted(first[again], (start, end))
             more = again[lo:hi]
             if len(more):
-                table = _with_captions(table, first[more] - start, _samples_at(parts, starts, more))
+                table = _with_more(table, first[more] - start, _samples_at(parts, starts, more))
             yield table.filter(pa.array(first[start:end] == np.arange(start, end)))
 
     return with_ids(Samples(tables()))
@@ -207,16 +208,18 @@ def _samples_at(parts: Sequence[CacheContents], starts: np.ndarray, numbers: np.
     return [found[number] for number in numbers.tolist()]
 
 
-def _with_captions(table: "pyarrow.Table", rows: np.ndarray, others: Sequence[Sample]) -> "pyarrow.Table":
-    """The samples of a `table`, those in `rows` with the captions that the `others` have beside theirs."""
+def _with_more(table: "pyarrow.Table", rows: np.ndarray, others: Sequence[Sample]) -> "pyarrow.Table":
+    """The samples of a `table`, those in `rows` with what the `others` have beside theirs: captions, and masks."""
     samples = sample_list(table)
     for row, other in zip(rows.tolist(), others, strict=True):
         known = samples[row]
         captions = dict(zip(other.caption_keys, other.captions, strict=True))
         captions |= zip(known.caption_keys, known.captions, strict=True)
-        order = tuple(dict.fromkeys((*known.caption_keys, *other.caption_keys)))
-        if len(order) > len(known.caption_keys):
-            samples[row] = replace(known, captions=tuple(captions[key] for key in order), caption_keys=order)
+        keys = tuple(dict.fromkeys((*known.caption_keys, *other.caption_keys)))
+        pairs = zip(known.control_keys, other.control_keys, strict=True)
+        controls = tuple(theirs if own == NO_CONTROL else own for own, theirs in pairs)
+        order = tuple(map(captions.__getitem__, keys))
+        samples[row] = replace(known, captions=order, caption_keys=keys, control_keys=controls)
     return table_of(samples)
 
 

@@ -1,6 +1,6 @@
 """Columns of samples that few say anything by: a file lacks them where no sample does, as all did at first."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,18 @@ def extra_rows(table: "pyarrow.Table", name: str) -> np.ndarray:
     if name == "control_keys":
         return np.diff(np.asarray(column.offsets)) > 0
     return column.to_numpy(zero_copy_only=False) != _EXTRAS[name]
+
+
+def with_controls(samples: Samples, numbers: Sequence[int]) -> Samples:
+    """The samples with those of their control images only that have these `numbers`, ascending, in their lists."""
+    import pyarrow as pa
+
+    def kept(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
+        field = table.schema.field("control_keys")
+        lists = [[keys[number] for number in numbers] for keys in table["control_keys"].to_pylist()]
+        return table.set_column(table.schema.get_field_index(field.name), field, pa.array(lists, field.type))
+
+    return samples.changed(kept)
 
 
 def extras_of(table: "pyarrow.Table") -> list[dict[str, Any]]:
