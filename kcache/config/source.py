@@ -25,7 +25,6 @@ class SourceConfig:
     follow_links: str | None = setting(
         None, "Follow the links of a source folder that lead into this folder. Others are refused by name."
     )
-
     hint_column: tuple[str, ...] = setting(
         (),
         "NAME=COLUMN: where the hint of each picture is, an image that a decoder is to draw by; repeat it for several. "
@@ -36,6 +35,12 @@ class SourceConfig:
         None, "Column that holds an image of how much each part of the picture counts, white wholly."
     )
     loss_mask_alpha: bool = setting(False, "Let each part of a picture count as much as it is opaque.")
+    weight_column: str | None = setting(
+        None, "Column that holds what each sample's loss counts beside 1 of others: 0 or more, 1 where it holds none."
+    )
+    repeats_column: str | None = setting(
+        None, "Column that holds how often each sample comes in an epoch: 1 or more, 1 where it holds none."
+    )
 
     @property
     def controls(self) -> dict[str, str | None]:
@@ -63,6 +68,12 @@ class SourceConfig:
         if self.loss_mask_alpha or self.loss_mask_column is not None:
             columns["loss_masks"] = self.loss_mask_column
         return dict(sorted(columns.items()))
+
+    @property
+    def counts(self) -> dict[str, str]:
+        """The column of each number that is asked for of a sample, by its name: "weight" and "repeats"."""
+        columns = {"weight": self.weight_column, "repeats": self.repeats_column}
+        return {name: column for name, column in columns.items() if column is not None}
 
     @property
     def flags(self) -> tuple[str, ...]:
