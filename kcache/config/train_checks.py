@@ -32,8 +32,8 @@ def check_run(config: "TrainConfig") -> None:
         )
     if config.counts:
         raise ConfigError(
-            f"{' and '.join(f'--{name}-column' for name in config.counts)} with --online: what a sample counts, and how "
-            "often it comes, is the cache's; leave it out here, and give it when the cache is built"
+            f"{' and '.join(f'--{name}-column' for name in config.counts)} with --online: how much a sample counts and "
+            "how often it comes is the cache's; leave it out here, and give it when the cache is built"
         )
     if config.online is not None and config.residency != "auto":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 - `protocol`: what a source is, and what it is asked for
 - `splits`, `listing`: which of its files are meant, and where links in it may lead
-- `folder`, `table`, `hub`, `tars` (by `in_tars`): the kinds; in `further` what is asked for beyond pictures and captions
+- `folder`, `table`, `hub`, `tars` (by `in_tars`): the kinds; `further`: what goes with pictures and captions
 - `metadata`, `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
 """
 
