@@ -65,9 +65,12 @@ class Objective(torch.nn.Module):
         """The `errors` as they are learnt from, (B,) float32; the arguments are those of `predict`.
 
         With `snr_gamma` each is weighted by min(SNR, gamma), over SNR if noise is predicted. Hang et al. 2023,
-        Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+        Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556. Where the batch has a `weight`
+        (B,) float32, each counts as much: all draws of noise of a sample by its one.
         """
         errors = self.errors(batch, noise, timesteps)
+        if "weight" in batch:
+            errors = errors * batch["weight"].repeat_interleave(len(errors) // len(batch["weight"]))
         if snr_gamma is None:
             return errors
         snr = compute_snr(self.scheduler, timesteps)
@@ -77,8 +80,8 @@ class Objective(torch.nn.Module):
         return errors * weight
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean of `losses`, a float32 scalar."""
-        if snr_gamma is not None:
+        """The mean of `losses`, a float32 scalar: not divided by the sum of weights, where there are some."""
+        if snr_gamma is not None or "weight" in batch:
             return self.losses(batch, noise, timesteps, snr_gamma).mean()
         # In one sum over all numbers, as in the upstream scripts: a mean of means is rounded otherwise.
         prediction, target = self.predict(batch, noise, timesteps)
