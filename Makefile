@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 # torch's threads spin while they wait, and would take the cores that the loader's threads need.
 BENCH := CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks
 
-.PHONY: demo demo-shapes demo-inpaint test lint format bench bench-gpu
+.PHONY: demo demo-shapes demo-inpaint demo-preserve test lint format bench bench-gpu
 
 demo: $(STAMP)
 	$(BIN)/kcache demo
@@ -18,6 +18,9 @@ demo-shapes: $(STAMP)
 
 demo-inpaint: $(STAMP)
 	$(BIN)/kcache demo --inpaint --output demo-inpaint-out
+
+demo-preserve: $(STAMP)
+	$(BIN)/kcache demo --preserve --output demo-preserve-out
 
 # Two processes: each test file runs whole in one of them, in alphabetical order.
 test: $(STAMP)
@@ -39,6 +42,7 @@ bench: $(STAMP)
 	$(BENCH)/train_step.py --stage decoder --batch-size 4 --images 64 --lora-rank 16 --output $(RESULTS)
 	$(BENCH)/train_step.py --stage prior --images 64 --image-side 64 --batch-size 32 --steps 5 --rounds 3 --levers \
 		--output $(RESULTS)
+	$(BENCH)/inpaint.py --output $(RESULTS)
 	$(BENCH)/build.py --images 64 --output $(RESULTS)
 	$(BENCH)/end_to_end.py --stage prior --images 128 --output $(RESULTS)
 	$(BENCH)/end_to_end.py --stage decoder --images 32 --batch-size 4 --output $(RESULTS)

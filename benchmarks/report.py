@@ -21,6 +21,7 @@ from measuring.summaries import command, summary
 Report = Mapping[str, Any]
 TITLES = {
     "train_step": "A training step",
+    "inpaint": "A step that trains to fill holes",
     "end_to_end": "A whole training, with the build",
     "build": "Building a cache",
     "loader": "The loader",
@@ -194,6 +195,22 @@ def shapes_lines(report: Report) -> list[str]:
     return lines + table(["", "waiting", "a pass, ms", "sizes", "loss", "failed"], rows)
 
 
+def inpaint_lines(report: Report) -> list[str]:
+    """Both steps, and what the one takes of the other."""
+    results = report["results"]
+    rows = [
+        [
+            name, number(row["milliseconds"]), " to ".join(map(number, row["milliseconds_range"])),
+            number(row["waiting_share"], ".2%"), number(row["loss"], ".5f"),
+        ]
+        for name, row in results["ways"].items()
+    ]  # fmt: skip
+    rounds = ", ".join(number(each, ".3f") for each in results["of_plain"]["rounds"])
+    masks = number(results["masks_milliseconds"], ".2f")
+    told = f"{results['of_plain']['median']:.3f} of a plain step ({rounds}); a batch of masks takes {masks} ms, ahead."
+    return [*table(["", "step, ms", "turns, ms", "waiting", "first loss"], rows), told, ""]
+
+
 def growth_lines(report: Report) -> list[str]:
     """Sizes, then verdicts."""
     rows = [
@@ -239,6 +256,7 @@ def demo_lines(report: Report) -> list[str]:
 
 LINES: dict[str, Callable[[Report], list[str]]] = {
     "train_step": train_step_lines,
+    "inpaint": inpaint_lines,
     "end_to_end": end_to_end_lines,
     "build": build_lines,
     "loader": loader_lines,

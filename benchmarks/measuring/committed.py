@@ -103,7 +103,7 @@ def a_job(cache: Path, recipes: dict[str, Recipe], samples: Samples, before: Sam
     return Survey(
         folder=cache, config=BuildConfig(device="cpu"), source=cast("Source", None), samples=samples,
         positions=Positions(samples.image_keys, numbers), refused=[], repositories={}, recipes=recipes,
-        wants=Wants(squares_of(recipes)), earlier=recipes, notes=(), before=before,
+        wants=Wants(squares_of(recipes)), controls={}, earlier=recipes, notes=(), before=before,
     )  # fmt: skip
 
 

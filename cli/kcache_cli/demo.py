@@ -17,6 +17,7 @@ from kcache_cli.progress import bytes_text, duration_text, note, say
 
 if TYPE_CHECKING:
     from kcache.demo.holes.run import HolesResult
+    from kcache.demo.keeping.run import KeepingResult
     from kcache.demo.result import DemoResult, ExamResult
     from kcache.demo.shapes import ShapesResult
 
@@ -41,6 +42,10 @@ def demo(
         bool,
         typer.Option("--inpaint", help="Train a decoder to fill holes from the cache of a plain one; repaint digits."),
     ] = False,
+    preserve: Annotated[
+        bool,
+        typer.Option("--preserve", help="Teach a prior a new style by 20 pictures, with class rows and without."),
+    ] = False,
 ) -> None:
     """Do all of it on handwritten digits: some three minutes.
 
@@ -54,13 +59,14 @@ def demo(
       kcache demo --quick --output /tmp/demo
       kcache demo --shapes
       kcache demo --inpaint
+      kcache demo --preserve
     """
     check_folder("--output", output)
-    if shapes and inpaint:
-        raise ConfigError("--shapes and --inpaint are two demos; expected one of them; leave the other out")
-    if (shapes or inpaint) and (online or format != "zarr"):
-        flag = "--shapes" if shapes else "--inpaint"
-        raise ConfigError(f"{flag} was given with --online or --format; expected it alone; leave these out")
+    others = [flag for flag, on in (("--shapes", shapes), ("--inpaint", inpaint), ("--preserve", preserve)) if on]
+    if len(others) > 1:
+        raise ConfigError(f"{' and '.join(others)} are several demos; expected one of them; leave the others out")
+    if others and (online or format != "zarr"):
+        raise ConfigError(f"{others[0]} was given with --online or --format; expected it alone; leave these out")
     # In networks this small, threads mostly wait for each other: spinning, which beside anything else on the machine
     # makes a step several times slower, or asleep, which does so always. One thread takes the same time either way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,6 +83,12 @@ def demo(
         from kcache.demo.holes import run as holes
 
         _print_holes(holes.run_holes(output, holes.QUICK if quick else holes.WHOLE, say=note, seed=seed), output)
+        return
+    if preserve:
+        from kcache.demo.keeping import run as keeping
+
+        size = keeping.QUICK if quick else keeping.WHOLE
+        _print_keeping(keeping.run_keeping(output, size, say=note, seed=seed), output)
         return
     from kcache.demo.run import QUICK, WHOLE, run_demo
 
@@ -116,6 +128,20 @@ def _print_holes(result: "HolesResult", output: Path) -> None:
     say(f"the MoVQ alone changes what is kept by {result.round_trip:.1f} levels of 255")
     say(f"the cache is {'the same, byte for byte' if result.same_cache else 'CHANGED'}: nothing was encoded for holes")
     _print_times(result.seconds, output / "inpaint.png")
+
+
+def _print_keeping(result: "KeepingResult", output: Path) -> None:
+    title = "Pictures of old and new by priors before and after a new style was learnt, right in %"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("prior", "asked for"):
+        table.add_column(heading)
+    for heading in ("digit", "ink", "paper", "all three"):
+        table.add_column(heading, justify="right")
+    for way, of_way in result.scores.items():
+        for name, score in of_way.items():
+            table.add_row(way, name, *score.cells)
+    Console(width=100).print(table)
+    _print_times(result.seconds, output / "preserve.png")
 
 
 def _print_times(seconds: Mapping[str, float], picture: Path) -> None:

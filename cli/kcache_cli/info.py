@@ -126,5 +126,6 @@ def _print_table(name: str, table: dict[str, Any]) -> None:
     batch = " × ".join(map(str, recipe["batch_shape"]))
     step = recipe["preprocess"].get("pad_to_multiple_of")
     trimmed = f", captions trimmed to the next multiple of {step} tokens" if step else ""
-    say(f"  by {recipe['encoder']} in {recipe['compute_dtype']}, batches of {batch}{trimmed}")
+    how = f"by {recipe['encoder']} in {recipe['compute_dtype']}, batches of {batch}{trimmed}"
+    say(f"  {'each packed as PNG' if 'packed' in recipe['preprocess'] else how}")
     say(f"  recipe {table['fingerprint'][:12]}")

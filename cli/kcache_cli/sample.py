@@ -65,6 +65,10 @@ def sample(
         float | None,
         typer.Option(help="Share of the steps that --image is drawn over with, up to 1; 0.3 when left out."),
     ] = None,
+    hint: Annotated[
+        Path | None,
+        typer.Option(help="Picture to draw by, such as of depths; for a decoder that reads hints.", metavar="<path>"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise; picture i starts from seed + i.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:0; chosen by what there is.")] = None,
 ) -> None:
@@ -81,6 +85,7 @@ def sample(
       kcache sample "a fox" --lora runs/prior-lora --lora runs/decoder-lora
       kcache sample "a fox" --decoder runs/inpaint --image photo.jpg --mask hole.png
       kcache sample "a fox in the snow" --decoder runs/decoder --image photo.jpg --strength 0.6
+      kcache sample "a fox in the snow" --decoder runs/depth --hint depth.png
     """
     check_folder("--output-dir", output_dir)
     from kcache.report.sampling import sample as draw
@@ -102,6 +107,7 @@ def sample(
         image=image,
         mask=mask,
         strength=strength,
+        hint=hint,
         seed=seed,
         device=device,
     )

@@ -6,6 +6,7 @@ Every other flag of those scripts is a flag of `kcache train-prior` and `kcache 
 import shlex
 from collections.abc import Sequence
 
+from kcache.config.train_checks import CLASS_PICTURES
 from kcache.errors import ConfigError
 
 TRAINING = ("train-prior", "train-decoder")
@@ -39,6 +40,7 @@ _REFUSED_FOR_THE_PRIOR = {
     "--resolution": "the prior learns image embeddings, which have no resolution; leave it out; the side of cached "
     "pictures is the decoder's: kcache train-decoder CACHE --output-dir RUN --resolution {value}",
 }
+_REFUSED_FOR_THE_DECODER = {"--class-prompt": CLASS_PICTURES}
 
 
 def translated(arguments: Sequence[str]) -> list[str]:
@@ -63,7 +65,8 @@ def translated(arguments: Sequence[str]) -> list[str]:
 
 def refusal(command: str, flag: str, value: str = "") -> str | None:
     """Why `command` does not take `flag`, and what to type instead; None for a flag that it may take."""
-    reason = REFUSED.get(flag) or (_REFUSED_FOR_THE_PRIOR.get(flag) if command == "train-prior" else None)
+    of_stage = _REFUSED_FOR_THE_PRIOR if command == "train-prior" else _REFUSED_FOR_THE_DECODER
+    reason = REFUSED.get(flag) or of_stage.get(flag)
     if reason is None:
         return None
     return reason.format(command=command, value=shlex.quote(value) if value else "VALUE")

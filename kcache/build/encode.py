@@ -25,14 +25,15 @@ from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
 from kcache.places import Place
-from kcache.store.digests import pack_keys
+from kcache.store.controls.given import ControlImage
+from kcache.store.digests import mirrored_key, pack_keys
 from kcache.store.formats.side_files import size_rows
 from kcache.store.recipe import Recipe, kind_of
 from kcache.store.shards import OFFSETS, Commit, Rejection, RowBlock, commit_shard
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
-Fetch = Callable[[bytes], bytes | str | None]
+Fetch = Callable[[bytes], bytes | str | ControlImage | None]
 """The content behind a key, None when the source no longer has it; may raise InputRejected."""
 Takes = Callable[[int, int], bool]
 """Whether a picture of this width and height has a row in the table."""
@@ -148,7 +149,8 @@ def _started(
 def _prepare(encoder: Encoder, fetch: Fetch, takes: Takes, clock: Callable[[], float], key: bytes) -> Input:
     prepared, size, rejection, absent = None, None, None, False
     try:
-        if key == kind_of(encoder.recipe.table).reserved:
+        reserved = kind_of(encoder.recipe.table).reserved
+        if reserved is not None and key in (reserved, mirrored_key(reserved)):
             prepared = encoder.reserved()
         elif (content := fetch(key)) is None:
             absent = True

@@ -134,7 +134,7 @@ def estimate_build(
         samples=len(job.samples),
         refused=len(job.refused),
         tables=tables,
-        bytes=_tar_bytes(job, acceptable(job.samples, found.tables), tokens) if found.waiting else size,
+        bytes=_tar_bytes(job, acceptable(job.samples, found.tables, job.wants), tokens) if found.waiting else size,
         seconds=seconds,
         savings=_savings(job, tables, seconds),
         leaving=job.leaving,

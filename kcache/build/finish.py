@@ -27,7 +27,7 @@ from kcache.store.manifest import (
     shapes_to_note,
     write_manifest,
 )
-from kcache.store.recipe import TEXT, Recipe, kind_of
+from kcache.store.recipe import TEXT, Recipe, controls_of, kind_of
 from kcache.store.samples import Refusal, Sample, read_cut, with_ids, write_samples
 from kcache.store.shaped.wants import Wants, squares_of
 
@@ -69,7 +69,7 @@ def _complete(samples: Samples, tables: Mapping[str, TableState], wants: Wants) 
     """(N,) bool: the samples of which all rows are there."""
     complete = np.ones(len(samples), np.bool_)
     for name, state in tables.items():
-        if kind_of(name).per == "image":
+        if kind_of(name).per != "caption":
             complete &= wants.are_there(name, samples, state.stored.known)
         else:
             complete &= np.diff(samples.caption_bounds) > 0
@@ -82,8 +82,9 @@ def _complete(samples: Samples, tables: Mapping[str, TableState], wants: Wants) 
 def _whole_part(sample: Sample, tables: Mapping[str, TableState], wants: Wants) -> tuple[list[Sample], list[Refusal]]:
     """What is left of a sample of which not all rows are there, [] or itself with fewer captions, and why."""
     for name, state in tables.items():
-        if kind_of(name).per == "image" and not wants.are_there(name, Samples.of([sample]), state.stored.known).all():
-            return [], [refusal_of(sample.name, sample.image_key, state.rejected)]
+        if kind_of(name).per != "caption" and not wants.are_there(name, Samples.of([sample]), state.stored.known).all():
+            key = next(iter(wants.keys(name, [sample])))
+            return [], [refusal_of(sample.name, key, state.rejected)]
     text = tables[TEXT.name]
     there = (text.stored.find(sample.caption_keys) >= 0).tolist()
     kept = [i for i, is_there in enumerate(there) if is_there]
@@ -177,7 +178,7 @@ def finish_cache(
     samples = Samples.of(samples)
     samples_digest, samples_file_digest = write_samples(cache, samples, cut)
     entries = {name: _table_entry(state) for name, state in tables.items()}
-    wants = wants or Wants(squares_of(tables))
+    wants = wants or Wants(squares_of(tables), controls=controls_of(tables))
     shapes = shapes_to_note(wants.sets)
     in_parts = schema_of(entries, shapes, wants.flip) > 1
     index_digest = write_index(cache, index_arrays(samples, tables, wants), in_parts=in_parts)

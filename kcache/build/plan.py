@@ -34,8 +34,15 @@ from kcache.places.effects import (
 )
 from kcache.places.holds import knows_readers
 from kcache.store.digests import Keys
-from kcache.store.manifest import SCHEMA_VERSIONS, SHAPES_VERSION, check_count, check_version, shape_set
-from kcache.store.recipe import Recipe, canonical_json
+from kcache.store.manifest import (
+    CONTROLS_VERSION,
+    SCHEMA_VERSIONS,
+    SHAPES_VERSION,
+    check_count,
+    check_version,
+    shape_set,
+)
+from kcache.store.recipe import Recipe, canonical_json, controls_of
 from kcache.store.shaped.wants import Wants, squares_of
 
 CLAIMS = "claims"
@@ -94,7 +101,8 @@ class Plan:
     @property
     def wants(self) -> Wants:
         """Which rows its tables are to have of the samples."""
-        return Wants(self.shapes or squares_of([table.recipe.table for table in self.tables]), self.flip)
+        names = [table.recipe.table for table in self.tables]
+        return Wants(self.shapes or squares_of(names), self.flip, controls_of(names))
 
     @property
     def keys(self) -> Keys:
@@ -151,6 +159,7 @@ def freeze_plan(cache: Place, plan: Plan) -> None:
                 write_npy(temporary / f"{table.recipe.table}.keys.npy", table.keys.packed)
             tables = [_table_json(table) for table in plan.tables]
             version = SHAPES_VERSION if plan.shapes_json else _SCHEMA_VERSION
+            version = CONTROLS_VERSION if plan.wants.controls else version
             data = {"schema_version": version, "digest": plan.digest, "tables": tables, **plan.shapes_json}
             write_json(temporary / "plan.json", data)
             publish(temporary, folder)

@@ -25,7 +25,7 @@ from kcache.errors import CacheMismatchError, InputRejected, KcacheError
 from kcache.machine import default_device
 from kcache.places import Place
 from kcache.sources import Source, open_source
-from kcache.store.digests import Keys, Positions, caption_key, mirrored_keys
+from kcache.store.digests import NO_CONTROL, Keys, Positions, caption_key, control_row_keys, mirrored_keys
 from kcache.store.formats.columns import Samples
 from kcache.store.index import TableState
 from kcache.store.manifest import Manifest, read_manifest, shapes_to_note
@@ -55,6 +55,8 @@ class Survey:
     recipes: Mapping[str, Recipe]
     wants: Wants
     """Which rows the tables should have of the samples."""
+    controls: Mapping[str, Positions]
+    """Of each kind of control images, where in the source those are that rows have the keys of."""
     earlier: Mapping[str, Recipe]
     """The recipes of the cache as it is: {} where there is none yet."""
     notes: tuple[str, ...]
@@ -114,7 +116,7 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
         say(opened.description)
         step = step_of_sides(repositories["decoder"]) if "decoder" in repositories else 1
         wants = wanted(config, None if had is None else had.wants, step)
-        tables = list(dict.fromkeys((*unsided, *tables_of(wants.sets))))
+        tables = list(dict.fromkeys((*unsided, *tables_of(wants.sets, wants.controls))))
         recipes = {
             name: table_recipe(
                 name, config, repositories[kind_of(name).role], memo, config.rehash, say, known=so_far.get(name)
@@ -134,6 +136,13 @@ def survey(source: str, folder: Place, config: BuildConfig, say: Say, ahead: Ahe
         source=opened,
         samples=samples,
         positions=Positions(samples.image_keys, np.array(numbers, np.int64)),
+        controls={
+            name: Positions(
+                control_row_keys(samples.image_keys, samples.control_keys(number), NO_CONTROL),
+                np.array(numbers, np.int64),
+            )
+            for number, name in enumerate(wants.controls)
+        },
         refused=[*opened.refused, *unreadable],
         repositories=repositories,
         recipes=recipes,
@@ -201,7 +210,7 @@ def _offered(
             )
         captions = source.captions(i)
         try:
-            key = source.image_key(i, memo, rehash)
+            key, controls = source.image_key(i, memo, rehash), source.control_keys(i, memo, rehash)
         except InputRejected as error:
             refused.append(Refusal(name=source.name(i), stage=error.stage, reason=error.reason))
             continue
@@ -211,17 +220,20 @@ def _offered(
             continue
         keys = tuple(caption_key(caption) for caption in captions)
         numbers.append(i)
-        yield Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys)
+        yield Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys, control_keys=controls)
 
 
-def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState]) -> Sequence[Sample]:
-    """Those that can become the cache's: no table has rejected the image, nor all the captions."""
+def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants) -> Sequence[Sample]:
+    """Those that can become the cache's: no table has rejected the image, one that goes with it, or all captions."""
     of_images = [state.rejected for name, state in tables.items() if kind_of(name).per == "image"]
     images = frozenset[bytes]().union(*of_images)
     captions = tables[TEXT.name].rejected if TEXT.name in tables else {}
-    if not images and not captions:
-        return samples
     columns = Samples.of(samples)
+    for name, state in tables.items():
+        if kind_of(name).per == "control" and state.rejected:
+            columns = columns.where(~wants.use(name, columns, Keys.of(state.rejected)))
+    if not images and not captions:
+        return columns
     rejected, counts = columns.count_captions(columns.caption_keys.among(captions)), np.diff(columns.caption_bounds)
     refused = columns.image_keys.among(images) | mirrored_keys(columns.image_keys).among(images)
     return columns.where(~refused & ((rejected < counts) | (counts == 0)))
@@ -267,7 +279,7 @@ def missing_rows(
 
     Raises ConfigError for batches or shards that no memory here can hold.
     """
-    samples = job.samples if retry else acceptable(job.samples, tables)
+    samples = job.samples if retry else acceptable(job.samples, tables, job.wants)
     plans = []
     for name, state in tables.items():
         skipped = {*seen.get(name, ()), *(() if retry else state.rejected)}

@@ -6,8 +6,9 @@ are made of this, in this order.
 - `words`: names and types that settings share
 - `shapes`: what pictures are cropped to, and which shape a picture has
 - `source`: how a source is read
-- `build`, `train`: what a build and a run are told
+- `build`, `train`: what a build and a run are told; of the latter in `run` what both kinds are
 - `train_checks`: which settings of a run do not go together
+- `sweep`: the runs of a sweep, by their file
 """
 
 from kcache.config.build import BuildConfig
@@ -16,6 +17,7 @@ from kcache.config.train import TrainConfig
 from kcache.config.words import (
     COMPUTE_DTYPES,
     DECODER_REPO,
+    DEPTH_REPO,
     INPAINT_REPO,
     PRIOR_REPO,
     CountReport,
@@ -31,6 +33,7 @@ __all__ = [
     "AS_FOUND",
     "COMPUTE_DTYPES",
     "DECODER_REPO",
+    "DEPTH_REPO",
     "INPAINT_REPO",
     "PRIOR_REPO",
     "BuildConfig",

@@ -101,6 +101,7 @@ class BuildConfig(SourceConfig):
     def __post_init__(self) -> None:
         check(self)
         check_worker(self.worker)
+        _ = self.controls  # refused now, if they are none
         if self.worker is not None and self.engine != "local":
             raise ConfigError(
                 f"--worker is {self.worker!r}, but --engine {self.engine} hands out all shards itself; expected one "

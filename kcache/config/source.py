@@ -1,8 +1,12 @@
 """How a source of images and captions is read: by a build, by a training run's encoders in the loop, by a check."""
 
+import re
 from dataclasses import dataclass, fields
 
+from kcache.errors import ConfigError
 from kcache.settings import setting
+
+_HINT = re.compile("([a-z][a-z0-9_]{0,19})=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +26,62 @@ class SourceConfig:
         None, "Follow the links of a source folder that lead into this folder. Others are refused by name."
     )
 
+    hint_column: tuple[str, ...] = setting(
+        (),
+        "NAME=COLUMN: where the hint of each picture is, an image that a decoder is to draw by; repeat it for several. "
+        "In folders and tars it is what stands in the name: depth=depth for fox.depth.png beside fox.jpg.",
+    )
+    mask_column: str | None = setting(None, "Column that holds an image of where the hole in each is, in white.")
+    loss_mask_column: str | None = setting(
+        None, "Column that holds an image of how much each part of the picture counts, white wholly."
+    )
+    loss_mask_alpha: bool = setting(False, "Let each part of a picture count as much as it is opaque.")
+
+    @property
+    def controls(self) -> dict[str, str | None]:
+        """The column of each kind of control image, by the kind's name and sorted; None for the picture's own alpha.
+
+        Raises ConfigError for what names none.
+        """
+        columns: dict[str, str | None] = {}
+        for text in self.hint_column:
+            if (found := _HINT.fullmatch(text)) is None:
+                raise ConfigError(
+                    f"--hint-column is {text!r}; expected NAME=COLUMN, such as depth=depth: a name of up to 20 small "
+                    "letters, digits and _, a letter first, and the column"
+                )
+            if f"hint-{found[1]}" in columns:
+                raise ConfigError(f"--hint-column names {found[1]} twice; expected one column for it; leave one out")
+            columns[f"hint-{found[1]}"] = found[2]
+        if self.loss_mask_alpha and self.loss_mask_column is not None:
+            raise ConfigError(
+                f"--loss-mask-alpha with --loss-mask-column {self.loss_mask_column}: expected one of the two; leave "
+                "the other out"
+            )
+        if self.mask_column is not None:
+            columns["masks"] = self.mask_column
+        if self.loss_mask_alpha or self.loss_mask_column is not None:
+            columns["loss_masks"] = self.loss_mask_column
+        return dict(sorted(columns.items()))
+
     @property
     def flags(self) -> tuple[str, ...]:
         """What was said of the source, as it is typed: --image-column and the like."""
-        names = (each.name for each in fields(SourceConfig) if getattr(self, each.name) is not None)
+        names = (each.name for each in fields(SourceConfig) if is_said(getattr(self, each.name)))
         return tuple(f"--{name.replace('_', '-')}" for name in names)
 
 
 AS_FOUND = SourceConfig()
 """What a source is by its own conventions, nothing said about it."""
+
+
+def is_said(value: object) -> bool:
+    """Whether a setting of a source says anything; the empty text does, wrongly."""
+    return value == "" or bool(value)
+
+
+def flag_of(control: str) -> str:
+    """The flag that says where control images of a kind are, by the kind's name."""
+    if control.startswith("hint-"):
+        return f"--hint-column {control.removeprefix('hint-')}=COLUMN"
+    return "--mask-column COLUMN" if control == "masks" else "--loss-mask-column COLUMN or --loss-mask-alpha"

@@ -1,219 +1,20 @@
-"""What a training run is told to do."""
+"""What a training run is told to do: what each of the two networks is told, beside what both are."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from kcache.config.source import SourceConfig
+from kcache.config.run import RunConfig
 from kcache.config.train_checks import check_run
-from kcache.config.words import LrScheduler, MixedPrecision
-from kcache.settings import check, marked, setting
+from kcache.settings import check, setting
 from kcache.urls import check_local
+
+OWN_SHARE = 0.5
+"""In which share of its turns a sample takes a mask of its own, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(SourceConfig):
+class TrainConfig(RunConfig):
     """What `kcache train-prior` and `kcache train-decoder` are told; names and defaults are the upstream scripts'."""
 
-    stage: Literal["prior", "decoder"] = field(
-        metadata=marked("Which network learns.", kept=True, shown="never", swept=False, flag=False)
-    )
-    output_dir: str = field(
-        metadata=marked(
-            "Run directory: configuration, metrics, checkpoints and the trained network.", shown="never", swept=False
-        )
-    )
-    pretrained_prior_model_name_or_path: str | None = setting(
-        None, "Prior pipeline: folder or Hub id. The cache's own when left out.", shown="never"
-    )
-    pretrained_decoder_model_name_or_path: str | None = setting(
-        None, "Decoder pipeline: folder or Hub id. The cache's own when left out.", shown="never"
-    )
-    revision: str | None = setting(None, "Branch, tag or commit of the Hub repository of what is trained.")
-    prior_revision: str | None = setting(None, "Branch, tag or commit of the prior's Hub repository.", shown="never")
-    decoder_revision: str | None = setting(
-        None, "Branch, tag or commit of the decoder's Hub repository.", shown="never"
-    )
-    cache_dir: str | None = setting(
-        None, "Folder for downloaded repositories. The Hub's own (HF_HOME) when left out.", shown="never"
-    )
-    export_pipeline: bool = setting(
-        False,
-        "Copy the unchanged frozen networks into the result, instead of linking to where they are.",
-        shown="never",
-    )
-    train_batch_size: int = setting(1, "Samples per device and forward pass.", least=1, shown="always")
-    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", least=1, shown="always")
-    num_train_epochs: int = setting(100, "Passes over the samples.", least=1)
-    max_train_steps: int | None = setting(None, "Optimizer steps; overrides --num-train-epochs.", least=1)
-    checkpointing_steps: int = setting(
-        500, "Optimizer steps between checkpoints; there is one of the last step in any case.", least=1
-    )
-    checkpoints_total_limit: int | None = setting(
-        None, "Keep only the newest so many checkpoints. All are kept when left out.", least=1
-    )
-    resume_from_checkpoint: str | None = setting(None, "Path of a checkpoint, or `latest`.", shown="never", swept=False)
-    new_order: bool = setting(
-        False,
-        "Go on from a checkpoint's weights in a new order, where the cache or the selection of samples has changed.",
-        shown="never",
-        swept=False,
-        beside=("resume_from_checkpoint",),
-    )
-    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.", least=0, kept=True, shown="always")
-    lr_scheduler: LrScheduler = setting("constant", "Schedule by its name in diffusers.", kept=True, shown="always")
-    lr_warmup_steps: int = setting(
-        500,
-        "Optimizer steps of warm-up, for the schedules that have one: all but `constant`.",
-        least=0,
-        kept=True,
-        beside=("lr_scheduler",),
-        lenient=True,
-    )
-    adam_beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", least=0, below=1, kept=True)
-    adam_beta2: float = setting(0.999, "Decay of AdamW's mean of squared gradients.", least=0, below=1, kept=True)
-    adam_weight_decay: float = setting(0.0, "Weight decay of AdamW.", least=0, kept=True)
-    adam_epsilon: float = setting(1e-8, "Added to AdamW's denominator.", least=0, kept=True)
-    # No gradient is scaled down to nothing, as 0 would have it: whoever wants none scaled gives a large one.
-    max_grad_norm: float = setting(
-        1.0, "Gradients are scaled down to this norm before each optimizer step.", above=0, kept=True
-    )
-    use_8bit_adam: bool = setting(False, "Keep AdamW's state in 8 bits; needs the package bitsandbytes.", kept=True)
-    use_ema: bool = setting(
-        False,
-        "Average the weights over the steps. The average is the result, and the raw weights stay beside it.",
-        kept=True,
-    )
-    ema_decay: float = setting(
-        0.9999,
-        "Share of itself that the average keeps in a step, once it is warm.",
-        share=True,
-        kept=True,
-        beside=("use_ema",),
-    )
-    lora_rank: int | None = setting(
-        None,
-        "Train low-rank adapters of this rank. The network's own weights are trained when left out.",
-        least=1,
-        kept=True,
-    )
-    lora_alpha: float | None = setting(
-        None,
-        "The adapters' output is scaled by alpha / rank. As large as the rank when left out.",
-        above=0,
-        kept=True,
-        beside=("lora_rank",),
-    )
-    lora_dropout: float = setting(
-        0.0,
-        "Share of the adapters' inputs that are zeroed in training.",
-        least=0,
-        below=1,
-        kept=True,
-        beside=("lora_rank",),
-    )
-    lora_target_modules: tuple[str, ...] = setting(
-        (),
-        "A layer that gets adapters, such as to_q; repeat it. All of the attention when left out.",
-        kept=True,
-        beside=("lora_rank",),
-    )
-    snr_gamma: float | None = setting(
-        None,
-        "Min-SNR weighting (arXiv 2303.09556), 5.0 in the paper. All timesteps weigh alike when left out.",
-        above=0,
-        kept=True,
-    )
-    mixed_precision: MixedPrecision = setting(
-        "no", "Autocast dtype of forward and backward; weights and optimizer stay float32.", kept=True
-    )
-    allow_tf32: bool = setting(False, "Let float32 matrix products use TF32 on CUDA.")
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: less memory, more time."
-    )
-    attention: Literal["sdpa", "xformers"] = setting(
-        "sdpa", "Who computes attention: torch's own kernels, or xformers."
-    )
-    compile: bool = setting(
-        False, "Let torch.compile make kernels for the network's blocks: the first steps wait for them."
-    )
-    validation_epochs: int = setting(
-        5, "Passes over the samples between validations; there is always one at the end.", least=1
-    )
-    validation_steps: int | None = setting(
-        None,
-        "Optimizer steps between validations; overrides --validation-epochs.",
-        least=1,
-        beside=("val_fraction", "validation_prompts"),
-    )
-    val_fraction: float = setting(
-        0.0, "Share of the images held out for validation, the same ones in every run.", share=True, kept=True
-    )
-    validation_prompts: tuple[str, ...] = setting(
-        (), "A prompt that is drawn at each validation, always from the same noise; repeat it.", shown="never"
-    )
-    num_validation_images: int = setting(
-        1, "Pictures per validation prompt.", least=1, beside=("validation_prompts",), lenient=True
-    )
-    report_to: str = setting(
-        "tensorboard",
-        "Tracker beside metrics.jsonl: tensorboard (if installed), wandb, comet_ml, …, `all` or `none`.",
-        shown="never",
-    )
-    tracker_project_name: str = setting("text2image-fine-tune", "What the tracker calls the project.", shown="never")
-    logging_dir: str = setting("logs", "Folder in the run directory for trackers that write files.", shown="never")
-    push_to_hub: bool = setting(
-        False,
-        "Upload the result to the Hub when training is done; set HF_TOKEN, or run `hf auth login`, before.",
-        shown="never",
-    )
-    hub_model_id: str | None = setting(
-        None,
-        "Repository to upload to, such as me/fox. Yours, named like the run directory, when left out.",
-        shown="never",
-        beside=("push_to_hub",),
-        lenient=True,
-    )
-    residency: Literal["auto", "gpu", "ram", "mmap", "stream"] = setting(
-        "auto",
-        "Where the rows wait: whole tables on the GPU or in RAM, mapped files, or a few windows of a streamed order. "
-        "`auto` decides by size.",
-        shown="never",
-    )
-    shuffle: Literal["full", "block", "stream"] = setting(
-        "full",
-        "A new permutation of all samples each epoch, or of blocks of neighbours for slow disks, or for streaming.",
-        kept=True,
-    )
-    stage_bytes: int | None = setting(
-        None,
-        "Memory in bytes that a process takes to stream into; half of what is free, shared out, when left out. With "
-        "--stage-dir the most bytes that are copied there; what has room there when left out.",
-        least=1,
-        shown="never",
-        beside=("shuffle", "stage_dir"),
-    )
-    stage_dir: str | None = setting(
-        None,
-        "Folder on a disk of this machine, to which `auto` copies the shards that fit neither the GPU nor memory, once "
-        "for all runs that give it. Streamed, or mapped where they are, when left out.",
-        shown="never",
-        swept=False,
-    )
-    seed: int = setting(
-        0, "Decides order, captions, noise and timesteps.", least=0, below=2**63, kept=True, shown="always"
-    )
-    deterministic: bool = setting(
-        False, "Use only deterministic CUDA kernels, so that a run can be repeated bit for bit."
-    )
-    where: str | None = setting(
-        None, 'Train only on samples for which this holds, such as "width >= 512 and tokens <= 40".'
-    )
-    online: str | None = setting(
-        None,
-        "A source, as for cache-build, with the flags of a source: run the frozen encoders in the loop instead of "
-        "reading their rows.",
-        shown="never",
-    )
     packing: bool = setting(
         True, "Leave the padding of captions out of the network: less arithmetic, the same result.", only="prior"
     )
@@ -230,6 +31,29 @@ class TrainConfig(SourceConfig):
         share=True,
         kept=True,
         only="prior",
+    )
+    class_prompt: tuple[str, ...] = setting(
+        (),
+        "What the prior is to keep drawing as it does now, such as 'a photo of a dog': before training it draws class "
+        "rows of it, which join every batch; repeat it.",
+        kept=True,
+        only="prior",
+    )
+    num_class_rows: int = setting(
+        100,
+        "Image embeddings drawn of each class prompt.",
+        least=1,
+        kept=True,
+        only="prior",
+        beside=("class_prompt",),
+    )
+    prior_loss_weight: float = setting(
+        1.0,
+        "How much the loss of the class rows counts beside that of the samples.",
+        above=0,
+        kept=True,
+        only="prior",
+        beside=("class_prompt",),
     )
     resolution: tuple[int, ...] = setting(
         (),
@@ -279,12 +103,35 @@ class TrainConfig(SourceConfig):
         only="decoder",
         beside=("inpaint",),
     )
+    mask_share: float | None = setting(
+        None,
+        "Share of the turns of a sample that has a mask of its own in which it takes that; 0.5 when left out.",
+        share=True,
+        kept=True,
+        only="decoder",
+        beside=("inpaint",),
+    )
+    hint: str | None = setting(
+        None,
+        "Train the decoder that draws by a hint: which of those that the cache has, such as depth.",
+        kept=True,
+        swept=False,
+        only="decoder",
+    )
+    loss_mask: bool = setting(
+        False, "Let each part of a picture count as much as its loss mask says.", kept=True, only="decoder"
+    )
 
     def __post_init__(self) -> None:
         check(self)
         for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir, self.stage_dir)):
             check_local(path)
         check_run(self)
+
+    @property
+    def own_share(self) -> float:
+        """In which share of its turns a sample takes a mask of its own."""
+        return OWN_SHARE if self.mask_share is None else self.mask_share
 
     @property
     def mirrored(self) -> bool | None:

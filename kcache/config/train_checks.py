@@ -1,11 +1,20 @@
 """What a training run cannot be told to do: settings that each make sense, and not together."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from kcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from kcache.config.train import TrainConfig
+
+
+CLASS_PICTURES = (
+    "what the decoder is to keep are pictures; draw some of the class by kcache sample PROMPT PROMPT --output-dir "
+    "CLASS, build a cache of them like yours by kcache cache-build CLASS, merge both by kcache cache-merge, and train "
+    "on that"
+)
+"""What to do instead of --class-prompt."""
 
 
 def check_run(config: "TrainConfig") -> None:
@@ -37,7 +46,29 @@ def check_run(config: "TrainConfig") -> None:
             f"--stage-dir {config.stage_dir} with {other}: it is where --residency auto copies rows of a cache to, "
             "which fit neither the GPU nor memory; expected one of the two; leave the other out"
         )
+    if config.validation_prompts and config.num_validation_images == 0:
+        raise ConfigError(
+            "--num-validation-images 0 with --validation-prompts, of which nothing would be drawn; expected 1 or more "
+            "beside them; leave one of the two out"
+        )
+    _check_class_prompts(config)
     _check_revisions(config)
+
+
+def _check_class_prompts(config: "TrainConfig") -> None:
+    prompts = [prompt.strip() for prompt in config.class_prompt]
+    if prompts and config.stage == "decoder":
+        raise ConfigError(f"--class-prompt is for the prior: {CLASS_PICTURES}")
+    if "" in prompts:
+        raise ConfigError(
+            "--class-prompt is empty; expected what the prior is to keep drawing, such as 'a photo of a dog'; give "
+            "that, or leave it out"
+        )
+    if twice := [prompt for prompt, count in Counter(prompts).items() if count > 1]:
+        raise ConfigError(
+            f"--class-prompt {twice[0]!r} is given more than once; expected each once; for more rows of all of them "
+            "give a larger --num-class-rows"
+        )
 
 
 def _check_revisions(config: "TrainConfig") -> None:
@@ -61,10 +92,21 @@ def _check_stage(config: "TrainConfig") -> None:
         raise ConfigError("--caption-dropout is for the prior; the decoder reads no captions: give --image-dropout")
     if config.stage == "prior" and config.inpaint:
         raise ConfigError("--inpaint is for the decoder, which draws pictures: the prior is the same for all decoders")
+    if config.inpaint and config.hint is not None:
+        raise ConfigError(
+            f"--hint {config.hint} with --inpaint: no decoder of Kandinsky 2.2 reads both; expected one of the "
+            "two; leave the other out"
+        )
+    if config.hint is not None and config.validation_prompts:
+        raise ConfigError(
+            f"--validation-prompts with --hint {config.hint}: the decoder that draws by a hint draws no picture from a "
+            "prompt alone; expected held-out samples to look at; give --val-fraction"
+        )
     if config.inpaint and config.validation_prompts:
         raise ConfigError(
             "--validation-prompts with --inpaint: the decoder that fills holes draws no picture from a prompt alone; "
-            "expected held-out samples to look at, whose val_hole says how well holes are filled; give --val-fraction"
+            "expected held-out samples to look at, whose holes are filled at each validation, and whose val_hole says "
+            "how well; give --val-fraction"
         )
     if config.stage == "prior" and config.image_dropout:
         raise ConfigError("--image-dropout is for the decoder; for the prior the image is the target")

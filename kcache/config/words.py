@@ -12,6 +12,7 @@ LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", 
 PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"
 DECODER_REPO = "kandinsky-community/kandinsky-2-2-decoder"
 INPAINT_REPO = "kandinsky-community/kandinsky-2-2-decoder-inpaint"
+DEPTH_REPO = "kandinsky-community/kandinsky-2-2-controlnet-depth"
 COMPUTE_DTYPES: dict[MixedPrecision, str] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The dtype that networks compute in, by torch's name."""
 

@@ -5,5 +5,6 @@
 - `exam`, `scoring`: what it learnt, drawn and judged
 - `shapes`, `placing`: the demo of lying and standing paper, and where on it a digit stands
 - `holes`: the demo of pictures with holes, and of filling them
+- `keeping`: the demo of prior preservation
 - `result`, `picture`, `report`: what was measured, in pictures and as a page
 """

@@ -64,6 +64,8 @@ _TURNS = {
 """What turns a picture upright, by its EXIF orientation; any other value turns nothing."""
 _ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 """Those that make its height its width."""
+_GREYS = ("1", "L", "LA", "La")
+"""Pillow's modes of pictures without colours."""
 _PNG_ORIENTED = (b"eXIf", b"Raw profile type", b"com.adobe.xmp")
 """What is in each PNG that says an orientation."""
 
@@ -78,6 +80,8 @@ class Decoding:
     """Whether colours are converted to sRGB by the picture's profile, or numbers taken as they are."""
     max_pixels: int | None = None
     """Larger pictures are rejected; None for those that a cache took before, whatever its limit was."""
+    kept: Literal["RGB", "grey or RGB", "grey", "alpha"] = "RGB"
+    """What is made of them: greys of files of greys alone, of all, or how opaque each pixel is."""
 
     def __post_init__(self) -> None:
         if self.color == "srgb":
@@ -91,7 +95,7 @@ class Decoding:
 
 
 def decode_image(content: bytes, how: Decoding) -> Image.Image:
-    """The first frame of an image file as an RGB picture, turned upright by its EXIF orientation.
+    """The first frame of an image file as an RGB picture, or what else is `kept`, turned upright by its EXIF.
 
     Samples wider than 8 bits are scaled, not cut off: 16-bit ones by 1/257, 32-bit integers by 1/257 as long as no
     value is above 65535 and by 1/16843009 otherwise, floats by 255 if no value is above 1 and not at all otherwise.
@@ -192,14 +196,17 @@ def _is_marked_adobe_rgb(image: Image.Image) -> bool:
 def _to_rgb(image: Image.Image, how: Decoding, profile: Any) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_scaled_to_bytes(image))
+    if how.kept == "alpha":
+        opaque = Image.new("L", image.size, 255)
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else opaque
+    is_grey = how.kept == "grey" or (how.kept == "grey or RGB" and image.mode in _GREYS)
     if how.color == "srgb":
         image = to_srgb(image, profile)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    if how.alpha != "drop":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, how.alpha), image)
-    return image.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if how.alpha != "drop":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, how.alpha), image)
+    return image.convert("L" if is_grey else "RGB")
 
 
 def _scaled_to_bytes(image: Image.Image) -> np.ndarray:

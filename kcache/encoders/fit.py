@@ -10,7 +10,7 @@ from kcache.store.recipe import Recipe, kind_of
 
 _PIXEL_BYTES = 4
 """Inputs wait as float32, or as int64 tokens, which are fewer."""
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def check_request(recipe: Recipe, repository: Repository, rows: int, device: str) -> None:

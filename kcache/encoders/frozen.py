@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from kcache.encoders.decoding import Decoding, decode_image, one_if_large
-from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
+from kcache.encoders.pixels import ControlEncoder, clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
@@ -217,6 +217,8 @@ def load_encoder(
     """
     if kind_of(recipe.table).per == "caption":
         return TextEncoder(recipe, repository, device)
+    if kind_of(recipe.table).per == "control":
+        return ControlEncoder(recipe, max_pixels)
     network = held.network_for(recipe) if isinstance(held, PictureEncoder) else None
     return PictureEncoder(recipe, repository, device, max_pixels, network)
 

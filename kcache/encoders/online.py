@@ -20,13 +20,16 @@ from kcache.config.shapes import Shape
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.decoding import Decoding
 from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches, load_encoder, shares_network
+from kcache.encoders.pixels import ControlEncoder
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, InputRejected, SourceError
 from kcache.machine import threads_for
 from kcache.sources import Source
 from kcache.store.cache import Cache
-from kcache.store.digests import content_key
+from kcache.store.controls.given import ControlImage
+from kcache.store.controls.packed import unpacked_rows
+from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.sample_extras import Counts
 from kcache.store.recipe import kind_of
 from kcache.store.rows import Empty
@@ -54,6 +57,7 @@ class OnlineEncoders:
         self._source = source
         self._keys: list[bytes] = cache.samples["image_key"].to_pylist()
         self._captions: list[list[str]] = cache.samples["captions"].to_pylist()
+        self._control_keys: list[list[bytes]] = cache.samples["control_keys"].to_pylist()
         self._positions = _positions(source, self._keys)
         parts = cache.by_shape(*fields)
         self._encoders = _load_all(cache, {part.table_of(name) for part in parts for name in fields}, device)
@@ -107,6 +111,7 @@ class OnlineEncoders:
         part._cache = cache
         part._keys = cache.samples["image_key"].to_pylist()
         part._captions = cache.samples["captions"].to_pylist()
+        part._control_keys = cache.samples["control_keys"].to_pylist()
         part._positions = [places[key] for key in part._keys]
         return part
 
@@ -140,6 +145,9 @@ class OnlineEncoders:
         ))  # fmt: skip
         rows: dict[str, torch.Tensor] = {}
         for table in tables:
+            if kind_of(table).per == "control":
+                rows |= self._unpacked(table, [inputs[table] for inputs in prepared])
+                continue
             encoded = self._encode(table, [inputs.get(table) for inputs in prepared])
             rows |= {name: value for name, value in encoded.items() if name in fields or name == OFFSETS}
         return rows
@@ -151,6 +159,9 @@ class OnlineEncoders:
         content: bytes | None = None
         for table in tables:
             encoder = self._encoders[table]
+            if isinstance(encoder, ControlEncoder):
+                prepared[table] = self._control(encoder, sample, mirrored=mirrored)
+                continue
             if not isinstance(encoder, PictureEncoder):
                 prepared[table] = encoder.prepare(self._captions[sample][caption])
                 continue
@@ -161,6 +172,23 @@ class OnlineEncoders:
                 pictures[encoder.decoding] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
             prepared[table] = encoder.pixels(pictures[encoder.decoding])
         return prepared
+
+    def _control(self, encoder: ControlEncoder, sample: int, *, mirrored: bool) -> np.ndarray:
+        """The row of a sample's control image, or of none."""
+        name = kind_of(encoder.recipe.table).name
+        key = self._control_keys[sample][self._cache.manifest.wants.controls.index(name)]
+        if key == NO_CONTROL and (reserved := encoder.reserved()) is not None:
+            return reserved
+        content = self._source.control(self._positions[sample], name)
+        if content_key(content) != key:
+            found = self._source.name(self._positions[sample])
+            raise SourceError(f"{name} of {found} changed since the cache was built; build the cache again, then train")
+        return encoder.prepare(ControlImage(content, self._image(sample), mirrored))
+
+    def _unpacked(self, table: str, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        [name] = kind_of(table).fields
+        bounds = np.cumsum([0, *map(len, rows)])
+        return {name: torch.from_numpy(unpacked_rows(name, np.concatenate(rows), bounds))}
 
     def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Rows of prepared inputs, in their order; None stands for the reserved one."""
@@ -232,6 +260,8 @@ def _load_all(cache: Cache, tables: set[str], device: torch.device) -> dict[str,
 def _load(cache: Cache, table: str, device: torch.device, held: Encoder | None) -> Encoder:
     """The encoder that made `table`; raises CacheMismatchError when its weights are not the recipe's any more."""
     recipe, kind = cache.recipes[table], kind_of(table)
+    if kind.per == "control":
+        return ControlEncoder(recipe)
     model = cache.models[kind.role]
     repository = find_repository(str(model["name"]), model["revision"], (kind.component, *kind.with_it))
     with DigestMemo() as memo:

@@ -12,13 +12,16 @@ from kcache.encoders.repositories import COMPONENTS, Configuration, Repository
 from kcache.encoders.tokenizers import tokenizer_digest
 from kcache.encoders.weights import weights_digest
 from kcache.errors import ConfigError, ModelError
-from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, Field, Recipe, kind_of, shape_of
+from kcache.store.controls.packed import packed_field
+from kcache.store.recipe import IMAGE_EMBEDS, LATENTS, LOSS_MASKS, MASKS, Field, Recipe, kind_of, shape_of
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are decoded one at a time, where they are let in: 64 Mpx of RGB take 192 MB in memory."""
 MAX_ASPECT_RATIO = 100
 """Images longer than this many times their width are rejected: resizing the short side to 224 would blow them up."""
 
+CONTROL = "packing"
+"""What stands for the network in the recipe of a table of control images, which has none."""
 _SHARD_BYTES = 256_000_000
 _ROWS_PER_CHUNK = 64
 _TRIMMED_MULTIPLE = 8
@@ -43,6 +46,8 @@ def table_recipe(
     fit.
     """
     kind, shape = kind_of(table), shape_of(table)
+    if kind.per == "control" and shape is not None:
+        return _control_recipe(table, shape, config, repository)
     network = repository.read(kind.component)
     if kind == LATENTS and shape is not None:
         preprocess, sample_shape, fields = _latents(shape, config, network)
@@ -81,9 +86,46 @@ def default_rows_per_shard(recipe: Recipe, mean_tokens: int = 16) -> int:
 
     A row of a ragged field counts as `mean_tokens` tokens, what captions of a dozen words have.
     """
-    itemsize = {"float16": 2, "float32": 4}[recipe.stored_dtype]
+    if recipe.encoder == CONTROL:
+        # Greys of half the size that they have unpacked, and less of what is as small as latents.
+        return max(2 * _SHARD_BYTES // (math.prod(recipe.batch_shape[2:]) * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
+    # Of tars, whose rows have several dtypes, the widest counts.
+    itemsize = max({"float16": 2, "float32": 4}.get(dtype, 1) for dtype in recipe.stored_dtype.split(","))
     values = sum(math.prod(field.shape) * (mean_tokens if field.ragged else 1) for field in recipe.fields)
     return max(_SHARD_BYTES // (values * itemsize * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
+
+
+_KEPT = {MASKS: "kept where no pixel of the latent is white", LOSS_MASKS: "mean of the latent's pixels"}
+"""What is made of the pixels of control images that are brought to the size of the latents."""
+
+
+def _control_recipe(table: str, shape: Shape, config: BuildConfig, decoder: Repository) -> Recipe:
+    """That of a table of control images: no network is in it, nor anything that only decides how one runs."""
+    kind, factor = kind_of(table).name, decoder.read("movq").downsampling
+    _check_shape(shape, factor, decoder)
+    preprocess = {
+        **_decoding(config),
+        "alpha": "black",
+        "from": "alpha" if kind == LOSS_MASKS and config.loss_mask_alpha else "image",
+        "size": [*shape],
+        "center_crop": "short side" if shape[0] == shape[1] else f"ratio {shape[0]}:{shape[1]}",
+        "resample": "bicubic",
+        "reducing_gap": 1,
+        "cells": factor if kind in _KEPT else 1,
+        "row": _KEPT.get(kind, "greys or RGB"),
+        "packed": "png",
+    }
+    return Recipe(
+        table=table,
+        encoder=CONTROL,
+        weights="",
+        config="",
+        preprocess=preprocess,
+        compute_dtype="float32",
+        batch_shape=(1, 3, *shape),
+        stored_dtype="uint8",
+        fields=(packed_field(kind),),
+    )
 
 
 _Parts = tuple[dict[str, Any], tuple[int, ...], tuple[Field, ...]]

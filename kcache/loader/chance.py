@@ -13,6 +13,7 @@ from itertools import product
 import numpy as np
 
 _ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS, _FLIP, _MASK = range(11)
+_OWN_MASK = 11
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
@@ -108,6 +109,11 @@ def draw_flip(seed: int, turns: np.ndarray) -> np.ndarray:
 def mask_stream(seed: int, turn: int) -> np.random.Generator:
     """What the mask of the sample at `turn` is drawn from, see `kcache.loader.masks`."""
     return _stream(seed, _MASK, turn)
+
+
+def draw_own_mask(seed: int, turns: np.ndarray, share: float) -> np.ndarray:
+    """Which samples at `turns` (B,) int64 take their own mask, if they have one, by `share` → (B,) bool."""
+    return np.array([_stream(seed, _OWN_MASK, turn).random() < share for turn in turns.tolist()], np.bool_)
 
 
 def draw_seed(seed: int, turn: int) -> int:

@@ -93,6 +93,7 @@ class Part:
         self._dropouts = dropouts
         self._weights = weights
         self._tables: DeviceTables | None = None
+        self._packed: Sequence[str] = ()
         self.new_stage: Callable[..., Stage] | None = None
         """What makes a stage, where rows are streamed."""
 
@@ -106,7 +107,10 @@ class Part:
         if not isinstance(self.rows, Cache):
             return
         if residency == "gpu":
-            self._tables = DeviceTables(self.rows, self.fields, device)
+            # What is packed is unpacked here, and then sent.
+            self._packed = [name for name in self.fields if self.rows.is_packed(name)]
+            self.rows.make_resident(self._packed)
+            self._tables = DeviceTables(self.rows, [name for name in self.fields if name not in self._packed], device)
         elif residency == "ram":
             self.rows.make_resident(self.fields)
         elif residency == "mmap":
@@ -137,7 +141,8 @@ class Part:
             return stage.take(used, len(share), empty)
         samples, captions, dropped = self._chosen(share)
         if self._tables is not None:
-            return dict(self._tables.numbers(samples, captions, **dropped)), None
+            numbers = dict(self._tables.numbers(samples, captions, **dropped))
+            return numbers | dict(self.rows.read(samples, self._packed, captions, **dropped, empty=empty)), None
         return dict(self.rows.read(samples, self.fields, captions, **dropped, empty=empty)), None
 
     def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kcache.loader.chance import draw_noise, draw_timesteps
+from kcache.loader.chance import draw_noise, draw_own_mask, draw_timesteps
 from kcache.loader.masks import draw_masks
 
 
@@ -17,10 +17,12 @@ def draw_turns(
     *,
     drawn: Sequence[str] = ("noise", "timesteps"),
     growth: bool = True,
+    own_share: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """What is `drawn` for the samples at `turns` (B,) int64: "noise" of `shape`, "timesteps", a "mask" of its sides.
 
-    `growth` is of the masks, see `draw_masks`.
+    `growth` is of the masks, see `draw_masks`; "own_mask" says, for a share `own_share` of them, that a mask of the
+    sample's own takes its place.
     """
     arrays = {
         "noise": draw_noise(seed, turns, shape, draws),
@@ -28,4 +30,6 @@ def draw_turns(
     }
     if "mask" in drawn:
         arrays["mask"] = draw_masks(seed, turns, *shape[-2:], growth=growth)
+    if "own_mask" in drawn:
+        arrays["own_mask"] = draw_own_mask(seed, turns, own_share)
     return arrays

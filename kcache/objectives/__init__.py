@@ -3,8 +3,9 @@
 - `losses`: the objectives, and what the training loop asks each of them
 - `inpainting`, `hinting`: the decoders that fill holes, and that follow a hint
 - `widening`: such decoders made of a plain one
+- `preservation`: the prior beside what it drew before
 - `packing`, `packed_attention`: the prior over the tokens that there are
-- `lora`: adapters beside a network's own weights
+- `lora`, `lora_file`: adapters beside a network's own weights, and the file that they are kept in
 - `blocks`: a network's blocks recomputed, compiled, or with another attention
 """
 

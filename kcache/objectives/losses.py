@@ -20,6 +20,11 @@ from kcache.objectives.packing import allow_packing, predict_packed, predict_pad
 
 Batch = Mapping[str, Tensor]
 
+LOSS_MASKS = "loss_masks"
+"""The field of loss masks."""
+_LEAST_COUNTED = 0.02
+"""Share of the picture that less of it counts as, where not all counts: its few latents would outweigh all others."""
+
 
 class Objective(torch.nn.Module):
     """What the objectives have in common. A new one says what stands first here, and how its network predicts."""
@@ -33,8 +38,12 @@ class Objective(torch.nn.Module):
     """What some samples train without, for classifier-free guidance."""
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     """What `measure` gives of each sample."""
-    drawn: ClassVar[tuple[str, ...]] = ("noise", "timesteps")
+    drawn: tuple[str, ...] = ("noise", "timesteps")
     """What a batch has beside its rows, drawn for each sample's turn."""
+    own_share = 0.0
+    """In which share of its turns a sample takes a mask of its own."""
+    logged: ClassVar[tuple[str, ...]] = ("loss",)
+    """What `told` gives of each step."""
 
     network: Any
     """The one that learns."""
@@ -68,16 +77,14 @@ class Objective(torch.nn.Module):
         Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556. Where the batch has a `weight`
         (B,) float32, each counts as much: all draws of noise of a sample by its one.
         """
-        errors = self.errors(batch, noise, timesteps)
-        if "weight" in batch:
-            errors = errors * batch["weight"].repeat_interleave(len(errors) // len(batch["weight"]))
-        if snr_gamma is None:
-            return errors
+        errors = weighted(self.errors(batch, noise, timesteps), batch)
+        return errors if snr_gamma is None else errors * self.snr_weights(timesteps, snr_gamma)
+
+    def snr_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
+        """What each draw of noise counts by Min-SNR weighting, (B,) float32."""
         snr = compute_snr(self.scheduler, timesteps)
         weight = snr.clamp(max=snr_gamma)
-        if self.scheduler.config.prediction_type == "epsilon":
-            weight = weight / snr
-        return errors * weight
+        return weight / snr if self.scheduler.config.prediction_type == "epsilon" else weight
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
         """The mean of `losses`, a float32 scalar: not divided by the sum of weights, where there are some."""
@@ -88,6 +95,10 @@ class Objective(torch.nn.Module):
         return functional.mse_loss(prediction.float(), target)
 
     forward = loss
+
+    def told(self, loss: Tensor) -> Tensor:
+        """What is `logged` of the batch whose `loss` that was, detached: a scalar, or (logged,)."""
+        return loss.detach()
 
     def measure(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
         """How well each draw of noise is predicted, by all `measures`: (measures, B) float32."""
@@ -161,7 +172,8 @@ class DecoderObjective(Objective):
     noised_field = "latents"
     dropped = "image"
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> None:
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, *, loss_mask: bool = False) -> None:
+        """With `loss_mask` latents count as much as a batch's loss_masks, (B, 1, h, w) uint8 of 255, say."""
         super().__init__()
         if scheduler.config.prediction_type != "epsilon":
             raise ModelError(
@@ -170,12 +182,17 @@ class DecoderObjective(Objective):
             )
         self.network = unet
         self.scheduler = scheduler
+        self.loss_mask = loss_mask
 
     @property
     def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The embedding (D,) of the picture, and its latents (4, any side, any side)."""
+        """The embedding (D,) of the picture, its latents (4, any side, any side), and its loss mask if that is read."""
         config = self.network.config
-        return {"image_embeds": (config.encoder_hid_dim,), "latents": (config.in_channels, None, None)}
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "image_embeds": (config.encoder_hid_dim,),
+            "latents": (config.out_channels // 2, None, None),
+        }
+        return shapes | ({LOSS_MASKS: (1, None, None)} if self.loss_mask else {})
 
     def predict(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, and what it should: the noise, both (B, 4, h, w).
@@ -193,6 +210,22 @@ class DecoderObjective(Objective):
         ).sample[:, : latents.shape[1]]
         return prediction, noise
 
+    def errors(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The mean squared error of each sample, (B,) float32, over its latents as much as they count."""
+        return mean_errors(*self.predict(batch, noise, timesteps), self.counted(batch), _LEAST_COUNTED)
+
+    def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """The mean of `losses`, a float32 scalar."""
+        if self.counted(batch) is not None:
+            return self.losses(batch, noise, timesteps, snr_gamma).mean()
+        return super().loss(batch, noise, timesteps, snr_gamma)
+
+    forward = loss
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """How much of each latent counts, (B, h, w) float32 from 0 to 1; None where all count alike."""
+        return batch[LOSS_MASKS][:, 0].float() / 255 if self.loss_mask else None
+
     def network_input(self, noisy: Tensor, batch: Batch) -> Tensor:
         """All channels that the network sees, (B, C, h, w)."""
         return noisy
@@ -206,6 +239,21 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObj
 """By stage."""
 
 
-def mean_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each row, (B,) float32."""
-    return functional.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+def weighted(errors: Tensor, batch: Batch) -> Tensor:
+    """The errors of all draws of noise (B K, …) times the `weight` (B,) of their samples, where the batch has it."""
+    if "weight" not in batch:
+        return errors
+    weight = batch["weight"].repeat_interleave(len(errors) // len(batch["weight"]))
+    return errors * weight.reshape(-1, *[1] * (errors.ndim - 1))
+
+
+def mean_errors(prediction: Tensor, target: Tensor, counted: Tensor | None = None, least: float = 0.0) -> Tensor:
+    """The mean squared error of each row, (B,) float32.
+
+    Of rows (C, h, w) it may be the mean over what is `counted` (B, h, w), as if that were a share `least` or more.
+    """
+    errors = functional.mse_loss(prediction.float(), target, reduction="none")
+    if counted is None:
+        return errors.flatten(1).mean(1)
+    share = counted.mean((1, 2)).clamp(min=max(least, 1 / counted[0].numel()))
+    return (errors.mean(1) * counted).mean((1, 2)) / share

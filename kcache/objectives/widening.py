@@ -3,6 +3,9 @@
 To within rounding: a convolution of more channels may add up its products in another order.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import ImageHintTimeEmbedding
@@ -10,8 +13,22 @@ from torch.nn import Parameter
 
 from kcache.objectives.hinting import HINT_CHANNELS
 
+LEARNT_WHOLE = ("conv_in", "add_embedding.input_hint_block")
+"""What a widened decoder learns whole, beside adapters: what is new in it stands there, and adapters are of others."""
 _SEED = 0
 """Of the hint block, which begins the same in every process and run."""
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet of such a configuration sees noisy latents and a picture's embedding, and nothing more."""
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    return config.get("addition_embed_type") == "image" and inputs is not None and outputs == 2 * inputs
+
+
+def learnt_whole(unet: UNet2DConditionModel) -> tuple[str, ...]:
+    """The modules of `LEARNT_WHOLE` that a widened decoder has."""
+    there = {name for name, _ in unet.named_modules()}
+    return tuple(name for name in LEARNT_WHOLE if name in there)
 
 
 def widen(unet: UNet2DConditionModel, in_channels: int) -> None:

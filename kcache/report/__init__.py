@@ -1,10 +1,11 @@
 """What people look at: curves, pictures, cards, pages, and the machine.
 
 - `sampling`, `pictures`, `grid`: pictures from prompts, at the end and on the way, and their files
-- drawn/: what they are drawn with, and how large
+- `held_out`: held-out pictures whose holes are filled, on the way
+- drawn/: what they are drawn with, and how large; samples decoded from their rows
 - `figures`: curves and histograms, in one look
 - `page`, `write`, `run`, `cache`: a run or a cache as one HTML file, by the template page.html
-- `reconstructions`, `neighbours`: samples decoded from their rows, and those that are nearest to what a run drew
+- `neighbours`: the samples that are nearest to what a run drew
 - `model_card`: the README.md of a run
 - `doctor`: the machine
 """

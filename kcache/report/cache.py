@@ -159,7 +159,7 @@ def _pictures(
 ) -> list[Block]:
     """Each sample's original and what its first latents decode to, whichever were asked for."""
     # Not at the top: only pictures need torch.
-    from kcache.report.reconstructions import decoded, originals, psnr
+    from kcache.report.drawn.reconstructions import decoded, originals, psnr
 
     shapes: list[Shape] = [(SIDE, SIDE)] * len(chosen)
     latents: list[np.ndarray | None] = [None] * len(chosen)

@@ -33,6 +33,8 @@ TEAL, RED = "#0b6e69", "#d1495b"
 """A dark and a light one: told apart without colours, too."""
 TEXT, FAINT, LINES = "#22262b", "#7a828c", "#e6e8ea"
 """Of the writing, the small print and the lines of a grid."""
+HOLE = "#f2b134"
+"""Of the loss over the hole, beside that over the whole picture."""
 BANDS = ("#f2b134", "#e07a3f", "#a23b72", "#3b2f6b")
 """From the timesteps of nearly clean samples to those of nearly pure noise."""
 LOOK: dict[str, Any] = {
@@ -157,7 +159,7 @@ def curve_panel(entries: Entries, name: str) -> Panel:
     """What draws the value `name` of each entry over the steps, as it is and smoothed."""
 
     def panel(ax: "Axes") -> None:
-        _noisy(ax, *_column(entries, name), label="smoothed")
+        _noisy(ax, *column(entries, name), label="smoothed")
         _finish(ax)
 
     return panel
@@ -210,9 +212,11 @@ def _axes(figure: "Figure", place: Any, title: str, across: str) -> "Axes":
 
 
 def _loss(ax: "Axes", metrics: Entries, validation: Entries) -> None:
-    _noisy(ax, *_column(metrics, "loss"), label="training, smoothed")
+    _noisy(ax, *column(metrics, "loss"), label="training, smoothed")
     if validation:
         _held_out(ax, validation, "val_loss", label="held out")
+    if any("val_hole" in entry for entry in validation):
+        _held_out(ax, validation, "val_hole", color=HOLE, label="held out, the hole")
     _finish(ax)
 
 
@@ -224,13 +228,13 @@ def _bands(ax: "Axes", validation: Entries, bands: Sequence[str]) -> None:
 
 
 def _rate(ax: "Axes", metrics: Entries) -> None:
-    steps, rates = thinned(*_column(metrics, "lr"))
+    steps, rates = thinned(*column(metrics, "lr"))
     ax.plot(steps, rates, color=TEAL, linewidth=1.5, marker=_marker(steps))
     ax.set_ylim(bottom=0)
 
 
 def _held_out(ax: "Axes", entries: Entries, name: str, color: str = RED, label: str | None = None) -> None:
-    ax.plot(*_column(entries, name), "o-", color=color, linewidth=1.2, label=label)
+    ax.plot(*column(entries, name), "o-", color=color, linewidth=1.2, label=label)
 
 
 def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -239,7 +243,7 @@ def _noisy(ax: "Axes", steps: np.ndarray, values: np.ndarray, label: str) -> Non
     ax.plot(steps, smoothed(values), color=TEAL, linewidth=1.8, marker=_marker(steps), label=label)
 
 
-def _column(entries: Entries, name: str) -> tuple[np.ndarray, np.ndarray]:
+def column(entries: Entries, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the entries that have `name`, each (n,) float64."""
     pairs = [(entry["step"], entry[name]) for entry in entries if name in entry]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T

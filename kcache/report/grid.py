@@ -17,6 +17,9 @@ from kcache.disk.durable import write_bytes
 from kcache.errors import RunError
 from kcache.store.run_directory import PICTURES_FOLDER
 
+PROMPTED, HELD_OUT = "step", "held-out"
+"""What the files of pictures are called before their number: those from prompts, and held-out ones drawn anew, which
+are somebody's own and stay in the run directory."""
 COLUMNS = 4
 """Pictures beside each other, where a prompt does not have more."""
 CAPTION_LINES = 3
@@ -30,13 +33,15 @@ FONT_FOLDERS = (
 """Where systems keep their fonts."""
 
 
-def save_pictures(run_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
+def save_pictures(
+    run_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str], files: str = PROMPTED
+) -> Path:
     """Write pictures into the run directory: each by itself, e.g. pictures/step-000500/00.png, and all in one grid.
 
     `prompts` has one for each picture, in writing below it in the grid, e.g. pictures/step-000500.png, whose path is
-    returned. Raises CacheWriteError when they cannot be written.
+    returned; or under the name `files` in place of step. Raises CacheWriteError when they cannot be written.
     """
-    grid = run_dir / PICTURES_FOLDER / f"step-{step:06d}.png"
+    grid = run_dir / PICTURES_FOLDER / f"{files}-{step:06d}.png"
     folder = grid.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
@@ -45,9 +50,9 @@ def save_pictures(run_dir: Path, step: int, pictures: Sequence[Image.Image], pro
     return grid
 
 
-def grids_of(run_dir: Path) -> list[Path]:
+def grids_of(run_dir: Path, files: str = PROMPTED) -> list[Path]:
     """The grids of pictures in a run directory, in the order of their steps."""
-    return _in_order((run_dir / PICTURES_FOLDER).glob("step-*.png"))
+    return _in_order((run_dir / PICTURES_FOLDER).glob(f"{files}-*.png"))
 
 
 def pictures_of(grid: Path) -> list[Path]:
@@ -57,7 +62,7 @@ def pictures_of(grid: Path) -> list[Path]:
 
 def step_of(grid: Path) -> int:
     """The optimizer step after which the pictures of a grid were drawn; 0 for a file of another name."""
-    digits = grid.stem.removeprefix("step-")
+    digits = grid.stem.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
 

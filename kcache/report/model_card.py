@@ -13,8 +13,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kcache.config import TrainConfig
-from kcache.encoders.repositories import COMPONENTS, INPAINTING, PIPELINES, Repository
-from kcache.report.drawn.sizes import UNIT, most_used, trained_shapes, unit_of
+from kcache.encoders.repositories import COMPONENTS, FOLLOWING, INPAINTING, PIPELINES, Repository
+from kcache.objectives.lora_file import read_adapters
+from kcache.report.drawn.sizes import SIDE, UNIT, most_used, trained_shapes, unit_of
 from kcache.report.grid import grids_of
 from kcache.settings import marks_of
 from kcache.store.run_directory import (
@@ -26,6 +27,8 @@ from kcache.store.run_directory import (
     read_validation,
 )
 
+_NAMES = {INPAINTING: "inpainting decoder", FOLLOWING: "decoder that reads hints"}
+_TAGS = {INPAINTING: ("inpainting",), FOLLOWING: ("controlnet",)}
 _LAST_STEPS = 100
 """Steps over which the card averages the loss, which is noisy from step to step."""
 
@@ -44,28 +47,33 @@ def model_card(run_dir: Path, *, repo_id: str | None = None, whole: bool = True)
     origin = f"{base.shown} at {told['base']['revision']}" if told["base"]["revision"] else base.shown
     trained = "Adapters (LoRA)" if lora else f"The {stage}'s weights"
     merged = ["Merged into the weights they stand beside, as a pipeline."] if told["config"]["export_pipeline"] else []
+    kind = _kind(told["config"])
+    plain = kind == PIPELINES[stage].class_name
     # Drawn as most of what the cache has, not at the default of the decoder's pipeline.
     counts = trained_shapes(told)
-    fills = told["config"].get("inpaint", False)
-    sides = [_drawn(side, run_dir) if fills else side for side in most_used(counts)] if counts else []
+    used = most_used(counts) if counts else (SIDE, SIDE) if kind == FOLLOWING else ()
+    sides = used if plain else [_drawn(side, run_dir) for side in used]
     size = "".join(f", {name}={side}" for name, side in zip(("height", "width"), sides, strict=False))
+    adapters = read_adapters(run_dir) if lora and not plain else None
+    widening = {} if adapters is None else adapters.widening
     lines = [
         "---",
-        _front_matter(stage, base, other, lora, fills=fills),
+        _front_matter(stage, base, other, lora, kind),
         "---",
         "",
-        f"# {'LoRA adapters for the' if lora else 'Fine-tuned'} Kandinsky 2.2 {'inpainting ' * fills}{stage}",
+        f"# {'LoRA adapters for the' if lora else 'Fine-tuned'} Kandinsky 2.2 {_NAMES.get(kind, stage)}",
         "",
         f"{trained} were trained with kcache, from cached outputs of the frozen encoders, on top of {origin}.",
         *(merged if lora else []),
-        *(["It fills holes in pictures: where a mask is white, they are drawn anew."] if fills else []),
+        *_purpose(kind, told["config"]),
+        *_widened(widening),
         *_pictures(run_dir, told),
         "",
         "## Use",
         "",
         "```python",
-        *_loading(stage, repo_id or os.fspath(run_dir.resolve()), base, other, lora=lora, whole=whole, fills=fills),
-        *_drawing(size, fills),
+        *_loading(stage, kind, repo_id or os.fspath(run_dir.resolve()), base, other, lora, whole, widening),
+        *_drawing(size, kind),
         "```",
         "",
         "## Training",
@@ -92,11 +100,40 @@ class _Place:
         """Whether whoever reads the card can load it by this name."""
 
 
-def _front_matter(stage: str, base: _Place, other: _Place, lora: bool, *, fills: bool) -> str:
-    tags = [name for name, is_one in (("lora", lora), ("inpainting", fills)) if is_one]
+def _kind(config: Mapping[str, Any]) -> str:
+    """Name of the diffusers class that draws with what a run with these settings trained."""
+    if config.get("inpaint"):
+        return INPAINTING
+    return FOLLOWING if config.get("hint") is not None else PIPELINES[config["stage"]].class_name
+
+
+def _purpose(kind: str, config: Mapping[str, Any]) -> list[str]:
+    if kind == FOLLOWING:
+        return [f"It draws by a hint: a picture such as those called `{_cell(config['hint'])}` that it was trained on."]
+    if kind == INPAINTING:
+        return ["It fills holes in pictures: where a mask is white, they are drawn anew."]
+    return []
+
+
+def _widened(widening: Mapping[str, Any]) -> list[str]:
+    """What to know of adapters of a decoder that was widened."""
+    if not widening:
+        return []
+    block = " and `add_embedding.input_hint_block`" if "addition_embed_type" in widening else ""
+    return [
+        "",
+        f"They are for that decoder made wider, to {widening['in_channels']} input channels: their file holds "
+        f"`conv_in`{block} whole, too. `load_lora_adapter` does not load them into the decoder as it is, but into "
+        "one that is made as wide, as below. `kcache sample --lora` widens it by itself, and `kcache train-decoder "
+        "--export-pipeline` merges all of it into a pipeline.",
+    ]
+
+
+def _front_matter(stage: str, base: _Place, other: _Place, lora: bool, kind: str) -> str:
+    tags = [*(["lora"] if lora else []), *_TAGS.get(kind, ())]
     front: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-image" if fills else "text-to-image",
+        "pipeline_tag": "image-to-image" if kind in _TAGS else "text-to-image",
         "tags": ["kandinsky", "kandinsky-2-2", "kcache", *tags],
     }
     if base.on_hub:
@@ -122,41 +159,67 @@ def _drawn(side: int, run_dir: Path) -> int:
     return -(-side // unit) * unit
 
 
-def _drawing(size: str, fills: bool) -> list[str]:
-    """Python that draws a picture, or fills the hole of one."""
-    if not fills:
-        return [f'image = decoder(**prior("a red fox in the snow"){size}).images[0]']
-    return [
-        "# A mask is white where the picture is drawn anew; both are scaled to height and width, multiples of 64.",
-        'picture, mask = load_image("photo.jpg"), load_image("hole.png")',
-        f'image = decoder(**prior("a red fox in the snow"), image=picture, mask_image=mask{size}).images[0]',
-    ]
+def _drawing(size: str, kind: str) -> list[str]:
+    """Python that draws a picture, by a hint or not, or fills the hole of one."""
+    if kind == FOLLOWING:
+        return [
+            "# The hint is scaled to height and width, multiples of 64, with values from 0 to 1.",
+            f'hint = VaeImageProcessor(do_normalize=False).preprocess(load_image("hint.png"){size})',
+            f'image = decoder(**prior("a red fox in the snow"), hint=hint{size}).images[0]',
+        ]
+    if kind == INPAINTING:
+        return [
+            "# A mask is white where the picture is drawn anew; both are scaled to height and width, multiples of 64.",
+            'picture, mask = load_image("photo.jpg"), load_image("hole.png")',
+            f'image = decoder(**prior("a red fox in the snow"), image=picture, mask_image=mask{size}).images[0]',
+        ]
+    return [f'image = decoder(**prior("a red fox in the snow"){size}).images[0]']
 
 
-def _loading(stage: str, run: str, base: _Place, other: _Place, *, lora: bool, whole: bool, fills: bool) -> list[str]:
+def _loading(
+    stage: str,
+    kind: str,
+    run: str,
+    base: _Place,
+    other: _Place,
+    lora: bool,
+    whole: bool,
+    widening: Mapping[str, Any],
+) -> list[str]:
     """Python that loads the stock pipelines of both halves, with what was trained in its own."""
     network = PIPELINES[stage].network
     network_class = str(COMPONENTS[network].class_name)
-    classes = {half: pipeline.class_name for half, pipeline in PIPELINES.items()}
-    if fills:
-        classes["decoder"] = INPAINTING
+    classes = {half: pipeline.class_name for half, pipeline in PIPELINES.items()} | {stage: kind}
     sources = {"prior": repr(other.shown), "decoder": repr(other.shown)}
-    imports, extra = sorted(classes.values()), []
-    if lora:
-        sources[stage] = repr(base.shown)
-        extra = [f"{stage}.{network}.load_lora_adapter({run!r}, prefix=None, weight_name={LORA_FILE!r})"]
-    elif whole:
+    imports, before, after = sorted(classes.values()), list[str](), list[str]()
+    adapters = f"{network}.load_lora_adapter({run!r}, prefix=None, weight_name={LORA_FILE!r})"
+    if whole and not lora:
         sources[stage] = repr(run)
+    elif lora and not widening:
+        sources[stage] = repr(base.shown)
+        after = [f"{stage}.{adapters}"]
     else:
         imports.append(network_class)
-        extra = [f"{network} = {network_class}.from_pretrained({run!r}, subfolder={network!r})"]
         sources[stage] = f"{base.shown!r}, {network}={network}"
-    pipelines = [f"{half} = {name}.from_pretrained({sources[half]})" for half, name in classes.items()]
+        before = [f"{network} = {network_class}.from_pretrained({run!r}, subfolder={network!r})"]
+    if widening:
+        wide = "".join(f", {name}={value!r}" for name, value in widening.items())
+        before = [
+            "# What is wider is random at first, of which diffusers warns; the file of adapters has all of it.",
+            f"{network} = {network_class}.from_pretrained(",
+            f"    {base.shown!r}, subfolder={network!r}{wide},",
+            "    ignore_mismatched_sizes=True, low_cpu_mem_usage=False,",
+            ")",
+            adapters,
+        ]
     return [
         f"from diffusers import {', '.join(imports)}",
-        *(["from diffusers.utils import load_image"] if fills else []),
+        *(["from diffusers.image_processor import VaeImageProcessor"] if kind == FOLLOWING else []),
+        *(["from diffusers.utils import load_image"] if kind in _TAGS else []),
         "",
-        *(pipelines + extra if lora else extra + pipelines),
+        *before,
+        *(f"{half} = {name}.from_pretrained({sources[half]})" for half, name in classes.items()),
+        *after,
     ]
 
 
@@ -170,6 +233,10 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
         lines.append(f"* shapes, height by width in pixels: {sides}")
     if told.get("mirrored"):
         lines.append("* half of the turns took the mirrored picture")
+    if prompts := told["config"].get("class_prompt"):
+        rows, weight = told["config"]["num_class_rows"], told["config"]["prior_loss_weight"]
+        kept = ", ".join(map(repr, prompts))
+        lines.append(f"* class rows: {rows:,} of each of {kept}, drawn by the prior before training; weight {weight:g}")
     for start in read_starts(run_dir):
         if (told_of := new_order_of(start)) is not None:
             lines.append(f"* after step {start['step']:,}: {told_of}")
@@ -178,6 +245,8 @@ def _training(run_dir: Path, told: Mapping[str, Any], *, published: bool) -> lis
         most = "up to " if told.get("shapes") else ""
         lines.append(f"* steps: {metrics[-1]['step']:,} of {most}{told['global_batch']:,} samples each")
         lines.append(f"* loss: {sum(last) / len(last):.4g}, mean of the last {len(last)} steps")
+        if beside := [entry["class_loss"] for entry in metrics[-_LAST_STEPS:] if "class_loss" in entry]:
+            lines.append(f"* loss of the class rows: {sum(beside) / len(beside):.4g}")
     if validations:
         values = [f"{name} {value:.4g}" for name, value in validations[-1].items() if name.startswith("val_")]
         lines.append(f"* held-out images, at step {validations[-1]['step']:,}: {', '.join(values)}")

@@ -37,7 +37,7 @@ def neighbours_section(run: Run, device: str, report: CountReport) -> Section:
 def _neighbours(run: Run, device: torch.device, report: CountReport) -> list[Block]:
     prompts, grids = drawn_prompts(run.told), grids_of(run.folder)
     if not grids:
-        return [Text(text="Not compared: the run has drawn no pictures (--validation-prompts).")]
+        return [Text(text="Not compared: the run has drawn no pictures of prompts (--validation-prompts).")]
     newest, pictures = grids[-1], pictures_of(grids[-1])
     if not prompts or len(pictures) != len(prompts):
         wanted = f"one for each of the {len(prompts)} prompts in config.json"

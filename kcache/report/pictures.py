@@ -20,6 +20,7 @@ from kcache.encoders.repositories import PIPELINES, Repository, pipeline_class
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.drawn.halves import load_pipeline
+from kcache.report.grid import PROMPTED
 from kcache.report.sampling import Embeds, draw_embeds, draw_pictures
 from kcache.stopping import signal_asked
 
@@ -31,16 +32,21 @@ DECODER_STEPS = 20
 """Half of what a finished picture takes: enough to see what was learned."""
 GUIDANCE_SCALE = 4.0
 """Of both halves, as in the pipelines' own examples."""
+PICTURES_PER_PROMPT = 1
+_DRAWING = ", which is to draw the --validation-prompts"
 
 
 class PromptPictures:
     """Draws `config.num_validation_images` pictures of each of `config.validation_prompts`, whenever it is asked.
 
-    Each is drawn in every one of `shapes`, heights and widths in pixels, rounded up to multiples of 64. `base` is the
-    repository of the half that learns, `counterpart` that of the other one. Picture i of a shape starts from noise of
-    `config.seed` + i drawn on the CPU, the same at each call: it is what `kcache sample` draws with equal settings. One
-    process of a run is enough for it.
+    Where no number is given it is one. Each is drawn in every one of `shapes`, heights and widths in pixels, rounded up
+    to multiples of 64. `base` is the repository of the half that learns, `counterpart` that of the other one. Picture i
+    of a shape starts from noise of `config.seed` + i drawn on the CPU, the same at each call: it is what `kcache
+    sample` draws with equal settings. One process of a run is enough for it.
     """
+
+    files = PROMPTED
+    """What the files of its pictures are called."""
 
     def __init__(
         self,
@@ -50,7 +56,8 @@ class PromptPictures:
         shapes: Sequence[Shape],
         device: str | torch.device,
     ) -> None:
-        self._asked = [text for text in config.validation_prompts for _ in range(config.num_validation_images)]
+        each = PICTURES_PER_PROMPT if config.num_validation_images is None else config.num_validation_images
+        self._asked = [text for text in config.validation_prompts for _ in range(each)]
         self._shapes = tuple(shapes)
         self._config = config
         self._base = base
@@ -75,7 +82,7 @@ class PromptPictures:
         if self._config.stage == "prior":
             _check_draws(self._counterpart)
             _check_widths(self._base, self._counterpart)
-            self._prior = _remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
+            self._prior = remember_prompts(self._base, self._asked, self._frozen_dtype, self._device)
             self._decoder = _load(KandinskyV22Pipeline, self._counterpart, self._frozen_dtype)
         else:
             _check_widths(self._counterpart, self._base)
@@ -95,12 +102,12 @@ class PromptPictures:
                 with self._computing_in(self._learning_dtype):
                     begun = self._begin(self._prior)
                 with (
-                    _on_device(self._decoder.unet, self._decoder.movq, device=self._device),
+                    on_device(self._decoder.unet, self._decoder.movq, device=self._device),
                     self._computing_in(self._frozen_dtype),
                 ):
                     return self._finish(*begun)
             self._decoder.unet = network
-            with _on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
+            with on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
                 return self._finish(*self._begun)
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
@@ -112,7 +119,7 @@ class PromptPictures:
             generators,
             num_inference_steps=PRIOR_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            callback_on_step_end=_unless_stopped,
+            callback_on_step_end=unless_stopped,
         )
         return embeds, generators
 
@@ -138,21 +145,21 @@ class PromptPictures:
             width=width,
             num_inference_steps=DECODER_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            callback_on_step_end=_unless_stopped,
+            callback_on_step_end=unless_stopped,
         )
 
     def _computing_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
 
-def _unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def unless_stopped(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Break off where a signal asks the run to stop: what ends it may not wait for pictures."""
     if signal_asked():
         raise InterruptedError("a signal asks to stop")
     return tensors
 
 
-class _RememberingPrior(KandinskyV22PriorPipeline):
+class RememberingPrior(KandinskyV22PriorPipeline):
     """The stock pipeline, with what its two encoders answered before in place of the encoders."""
 
     prompt_states: dict[str, tuple[Tensor, ...]]
@@ -160,19 +167,28 @@ class _RememberingPrior(KandinskyV22PriorPipeline):
     zero_embed: Tensor
     """(1, D): the embedding of an all-zero picture."""
 
-    def _encode_prompt(self, prompt: list[str], device: torch.device, *settings: Any) -> tuple[Tensor, ...]:
-        return tuple(state.to(device) for state in self.prompt_states[prompt[0]])
+    def _encode_prompt(
+        self, prompt: list[str], device: torch.device, per_prompt: int, guided: bool, *_: Any
+    ) -> tuple[Tensor, ...]:
+        # To be guided by, the empty caption for each prompt stands before all of them.
+        columns = zip(*(self.prompt_states[text] for text in prompt), strict=True)
+        states = [torch.stack(column, 1)[0 if guided else 1 :] for column in columns]
+        return tuple(each.flatten(0, 1).to(device) for each in states)
 
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
         return self.zero_embed.repeat(batch_size, 1).to(device)
 
 
 @torch.no_grad()
-def _remember_prompts(
-    repository: Repository, prompts: Sequence[str], dtype: torch.dtype, device: torch.device
-) -> _RememberingPrior:
-    encoders = _load(KandinskyV22PriorPipeline, repository, dtype, prior=None).to(device)
-    remembering = _RememberingPrior(**{**encoders.components, "image_encoder": None, "text_encoder": None})
+def remember_prompts(
+    repository: Repository, prompts: Sequence[str], dtype: torch.dtype, device: torch.device, *, purpose: str = _DRAWING
+) -> RememberingPrior:
+    """The prior's pipeline of `repository` without a prior, its encoders asked of `prompts` in `dtype`, and let go.
+
+    Raises ModelError, which says what for, see `load_pipeline`.
+    """
+    encoders = _load(KandinskyV22PriorPipeline, repository, dtype, purpose, prior=None).to(device)
+    remembering = RememberingPrior(**{**encoders.components, "image_encoder": None, "text_encoder": None})
     remembering.set_progress_bar_config(disable=True)
     remembering.prompt_states = {
         # In float32, as the weights that learn; a mask stays one.
@@ -187,7 +203,7 @@ def _remember_prompts(
 
 
 @contextmanager
-def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Move networks to the device, and back to the CPU afterwards: between pictures, training has it to itself."""
     try:
         for network in networks:
@@ -198,9 +214,9 @@ def _on_device(*networks: torch.nn.Module, device: torch.device) -> Iterator[Non
             network.to("cpu")
 
 
-def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, **given: Any) -> Any:
+def _load(kind: type[Any], repository: Repository, dtype: torch.dtype, purpose: str = _DRAWING, **given: Any) -> Any:
     """A pipeline on the CPU, with `given` in place of its own components."""
-    loaded = load_pipeline(kind, repository.path, purpose=", which is to draw the --validation-prompts", **given)
+    loaded = load_pipeline(kind, repository.path, purpose=purpose, **given)
     cast_pipeline(loaded, dtype)
     return loaded
 

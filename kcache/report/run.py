@@ -14,7 +14,7 @@ from kcache.config import TrainConfig
 from kcache.errors import RunError
 from kcache.report import figures
 from kcache.report.drawn.sizes import shown_shapes, trained_shapes
-from kcache.report.grid import beside, grids_of, open_picture, pictures_of, step_of
+from kcache.report.grid import HELD_OUT, PROMPTED, beside, grids_of, open_picture, pictures_of, step_of
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import (
@@ -35,6 +35,8 @@ LAST_STEPS = 100
 """Steps over which the loss, which is noisy from step to step, is averaged."""
 ROWS = 20
 """Validations in the table, over all steps."""
+PICTURES_OF_EACH = 3
+"""Of a held-out sample: as it is, its hole, filled."""
 STEPS, SIDE = 6, 152
 """Steps of which pictures are shown beside each other, and their side in pixels."""
 NEWEST_BYTES, STRIPS_BYTES = 1_200_000, 1_800_000
@@ -143,7 +145,8 @@ def _state(run: Run) -> str:
 def _course(run: Run) -> list[Block]:
     if not run.metrics:
         return [Text(text="There is no step in metrics.jsonl: the run has just begun, or ended before its first step.")]
-    held_out = " Beside it the unweighted mean squared error on held-out images." if run.validation else ""
+    holes = ", and over their holes alone" if run.config.get("inpaint") else ""
+    held_out = f" Beside it the unweighted mean squared error on held-out images{holes}." if run.validation else ""
     captions = {
         figures.LOSS: f"What is trained on, as it is (faint) and smoothed.{held_out}",
         figures.LEARNING_RATE: "As the schedule gave it.",
@@ -186,21 +189,27 @@ def _validation(run: Run) -> list[Block]:
 def drawn_prompts(told: Mapping[str, Any]) -> list[str]:
     """The prompt of each picture of a grid, as config.json has the run's settings and shapes."""
     config = told.get("config", {})
-    each = int(config.get("num_validation_images", 1)) * max(1, len(shown_shapes(trained_shapes(told))))
+    each = int(config.get("num_validation_images") or 1) * max(1, len(shown_shapes(trained_shapes(told))))
     return [str(prompt) for prompt in config.get("validation_prompts", ()) for _ in range(each)]
 
 
 def drawn_blocks(run_dir: Path, told: Mapping[str, Any]) -> list[Block]:
     """The newest grid, unless its pictures are small, and a strip of pictures over the steps for each of them.
 
-    Where a grid has not beside it each picture that config.json has prompts of, grids are shown as they are.
+    Of held-out pictures only how their holes were filled differs over the steps. Where a grid has not beside it each
+    picture that config.json has prompts of, grids are shown as they are.
     """
-    grids, prompts = grids_of(run_dir), drawn_prompts(told)
+    fills = bool(told.get("config", {}).get("inpaint"))
+    grids, prompts, each = grids_of(run_dir, HELD_OUT if fills else PROMPTED), drawn_prompts(told), 1
     if not grids:
-        reason = "has not come to drawing any yet" if prompts else "was not asked for any (--validation-prompts)"
+        flag, asked = ("--val-fraction", told["config"]["val_fraction"]) if fills else ("--validation-prompts", prompts)
+        reason = "has not come to drawing any yet" if asked else f"was not asked for any ({flag})"
         return [Text(text=f"No pictures: the run {reason}.")]
     shown = spread(grids, STEPS)
-    if not prompts or any(len(pictures_of(grid)) != len(prompts) for grid in shown):
+    if fills:
+        each = PICTURES_OF_EACH
+        prompts = [f"Held-out picture {n + 1}" for n in range(len(pictures_of(grids[-1])) // each)]
+    if not prompts or any(len(pictures_of(grid)) != each * len(prompts) for grid in shown):
         return [_whole(grid, (NEWEST_BYTES + STRIPS_BYTES) // len(shown)) for grid in reversed(shown)]
     blocks: list[Block] = []
     parts: dict[Path, list[Image.Image]] = {}
@@ -214,7 +223,7 @@ def drawn_blocks(run_dir: Path, told: Mapping[str, Any]) -> list[Block]:
     newest, pictures = list(parts.items())[-1]
     if max(pictures[0].size) > SIDE:
         blocks.append(_whole(newest, NEWEST_BYTES))
-    return [*blocks, *_strips(parts, prompts, len(grids))]
+    return [*blocks, *_strips(parts, prompts, len(grids), each)]
 
 
 def _whole(grid: Path, most_bytes: int) -> Block:
@@ -224,15 +233,17 @@ def _whole(grid: Path, most_bytes: int) -> Block:
         return Text(text=f"{error}.")
 
 
-def _strips(parts: Mapping[Path, Sequence[Image.Image]], prompts: Sequence[str], drawn: int) -> list[Block]:
+def _strips(parts: Mapping[Path, Sequence[Image.Image]], prompts: Sequence[str], drawn: int, each: int) -> list[Block]:
+    """A strip for each prompt: of its `each` pictures those that stay, and the last one over the steps."""
     steps = ", ".join(f"{step_of(grid):,}" for grid in parts)
     left_out = f" (of {drawn:,} times that pictures were drawn)" if len(parts) < drawn else ""
-    share = STRIPS_BYTES // len(prompts)
-    strips = [
-        figures.picture(beside([pictures[number] for pictures in parts.values()], SIDE), prompt, share)
-        for number, prompt in enumerate(prompts)
-    ]
-    return [Text(text=f"From left to right after step {steps}{left_out}."), *strips]
+    begin = "From left to right" if each == 1 else "As it is, its hole, and that filled"
+    strips: list[Block] = []
+    for last, prompt in zip(range(each - 1, each * len(prompts), each), prompts, strict=True):
+        staying = [*parts.values()][-1][last + 1 - each : last]
+        row = beside([*staying, *(pictures[last] for pictures in parts.values())], SIDE)
+        strips.append(figures.picture(row, prompt, STRIPS_BYTES // len(prompts)))
+    return [Text(text=f"{begin} after step {steps}{left_out}."), *strips]
 
 
 def _speed(run: Run) -> list[Block]:

@@ -46,6 +46,7 @@ def sample(
     image: str | os.PathLike[str] | None = None,
     mask: str | os.PathLike[str] | None = None,
     strength: float | None = None,
+    hint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> list[Image.Image]:
@@ -58,21 +59,23 @@ def sample(
 
     With the file of an `image`, each prompt is drawn onto that one: with a decoder that fills holes where the file of a
     `mask` is white, with a plain one all over, by the last `strength` of its steps, from 0 to 1. Where nothing says how
-    large, its own proportions take the place of `aspect_ratio`; to other proportions its middle is cropped.
+    large, its own proportions take the place of `aspect_ratio`; to other proportions its middle is cropped. With the
+    file of a `hint` each prompt is drawn by that one, whose size counts likewise, with a decoder that reads hints.
 
     `decoder` and `prior` are run directories, their checkpoints, folders or Hub ids of pipelines; the revisions are
     branches, tags or commits of the latter. `lora` are run directories, checkpoints or files of LoRA trainings of
-    either network, recognised by the layers they adapt; several for one network add up. A checkpoint draws with the
-    average of its weights, where it has one, as its run's result would. Picture i
-    starts from noise of `seed` + i drawn on the CPU, so it depends on no other picture. `device` None takes CUDA, then
-    MPS, then the CPU; networks run in float16 on CUDA and in float32 elsewhere. Raises ConfigError for a device that is
-    not there and for a size or a guidance that cannot be, ModelError for a repository or a LoRA that cannot be used.
+    either network, recognised by the layers they adapt; several for one network add up, and one of a decoder that was
+    widened makes a plain decoder as wide. A checkpoint draws with the average of its weights, where it has one, as its
+    run's result would. Picture i starts from noise of `seed` + i drawn on the CPU, so it depends on no other picture.
+    `device` None takes CUDA, then MPS, then the CPU; networks run in float16 on CUDA and in float32 elsewhere. Raises
+    ConfigError for a device that is not there and for a size or a guidance that cannot be, ModelError for a repository
+    or a LoRA that cannot be used.
     """
     check_device(device)
     place = torch.device(device or default_device())
     _check_guidance("--guidance-scale", guidance_scale)
     _check_guidance("--prior-guidance-scale", prior_guidance_scale)
-    original = read_original(image, mask, strength)
+    original = read_original(image, mask, strength, hint)
     adapters = by_network(lora)
     halves = {
         "prior": find_half("prior", prior, prior_revision),
@@ -81,11 +84,11 @@ def sample(
     most = halves["unet"].repository.read("scheduler").values.get("num_train_timesteps", 1000)
     _check_steps("--num-inference-steps", num_inference_steps, 1, most)
     _check_steps("--prior-num-inference-steps", prior_num_inference_steps, 2, None)
-    kind = class_of("decoder", halves["unet"])
-    check_drawn_by(kind, decoder, original, strength)
-    onto: dict[str, Image.Image] = {}
+    kind = class_of("decoder", halves["unet"], adapters["unet"])
+    check_drawn_by(kind, " with ".join([decoder, *map(str, adapters["unet"])]), original, strength)
+    onto: dict[str, Image.Image | torch.Tensor] = {}
     settings: dict[str, Any] = {}
-    if original is not None and original.mask is None:
+    if original is not None and original.mask is None and not original.is_hint:
         kind, settings = KandinskyV22Img2ImgPipeline.__name__, {"strength": STRENGTH if strength is None else strength}
         check_steps(settings["strength"], num_inference_steps, most)
     trained = [path if path.is_dir() else path.parent for path in reversed(adapters["unet"])]
@@ -152,14 +155,14 @@ def draw_pictures(
     *,
     batch_size: int = 1,
     latents: Sequence[torch.Tensor] | None = None,
-    onto: Mapping[str, Image.Image] | None = None,
+    onto: Mapping[str, Image.Image | torch.Tensor] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
     """The picture that the decoder's pipeline draws from each of `embeds`, `batch_size` pictures at a time.
 
     It begins with `latents`, (1, 4, height / 8, width / 8) each, or with noise of the picture's generator. All of them
     are drawn onto the same picture, "image", and in the same hole of it, "mask_image": the pipeline, which has them of
-    the size that is drawn, takes what it keeps from the first of a batch.
+    the size that is drawn, takes what it keeps from the first of a batch. A "hint" (3, H, W) is that of all of them.
     """
     if isinstance(decoder, KandinskyV22Img2ImgPipeline):
         # Its own would resize the picture to a width of `height` and a height of `width`.
@@ -170,7 +173,10 @@ def draw_pictures(
     for start in range(0, len(embeds), batch_size):
         part = slice(start, start + batch_size)
         positive, negative = (torch.cat(column).to(decoder.device) for column in zip(*embeds[part], strict=True))
-        given = {name: [picture] * len(positive) for name, picture in (onto or {}).items()}
+        given = {
+            name: torch.stack([each] * len(positive)) if isinstance(each, torch.Tensor) else [each] * len(positive)
+            for name, each in (onto or {}).items()
+        }
         begun = {} if latents is None else {"latents": torch.cat(list(latents[part]))}
         with kept_to_groups(decoder.device.type):
             drawn += decoder(

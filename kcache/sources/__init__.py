@@ -23,7 +23,7 @@ from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
-from kcache.sources.protocol import Request, Source, refuse_unused
+from kcache.sources.protocol import COLUMNS, IN_ROWS, Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     COUNTED_FILES,
@@ -53,7 +53,6 @@ _EXPECTED = (
 _COMMAND = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LIKE_AN_ID = re.compile(r"(?:datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:@/]?[\w./-]*")
-_COLUMNS = ("image_column", "caption_column")
 Listed = FolderSource | TableSource | TarSource
 
 
@@ -81,25 +80,25 @@ def open_source(
     )
     if store_url(spec) is not None:
         return _open_in_bucket(spec, request)
-    path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
     _refuse_empty(spec, config)
+    path, braces = Path(spec), "{" in spec and not _COMMAND.match(spec)
     try:
         if not _COMMAND.match(spec) and not braces and (instead := instead_of_source(path)) is not None:
             raise SourceError(instead)
         if path.is_dir():
             if is_saved_dataset(path):
-                refuse_unused(config, f"{path}, which save_to_disk wrote", *_COLUMNS, "split", "follow_links")
+                refuse_unused(config, f"{path}, which save_to_disk wrote", *IN_ROWS, "split", "follow_links")
                 return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
         if path.is_file():
             return _open_file(path, request)
         if braces:
-            refuse_unused(config, f"{spec}, tars that are named one by one", *_COLUMNS)
+            refuse_unused(config, f"{spec}, tars that are named one by one", *COLUMNS)
             return open_tars(expand_braces(spec), {}, request)
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
     if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
-        refuse_unused(config, f"the Hub dataset {spec}", *_COLUMNS, "split")
+        refuse_unused(config, f"the Hub dataset {spec}", *IN_ROWS, "split")
         return _noted(*open_hub_dataset(spec, request))
     raise SourceError(_no_source(spec, path))
 
@@ -108,7 +107,7 @@ def _open_in_bucket(spec: str, request: Request) -> Source:
     """Open tars or parquet files of a bucket: one, those that braces or a pattern stand for, or all below a prefix."""
     place, pattern = BucketPath.of(spec), re.search(r"[^/]*[*?\[].*", spec)
     if "{" in spec:
-        refuse_unused(request.config, f"{spec}, tars that are named one by one", *_COLUMNS)
+        refuse_unused(request.config, f"{spec}, tars that are named one by one", *COLUMNS)
         return open_tars(expand_braces(spec), {}, request)
     is_file = pattern is None and (is_tar_name(place.name) or place.suffix.lower() == ".parquet") and place.is_file()
     if not is_file and pattern is None:
@@ -120,7 +119,7 @@ def _open_in_bucket(spec: str, request: Request) -> Source:
         return _open_folder(listing, request)
     root = place.parent if pattern is None else BucketPath.of(spec[: pattern.start()])
     names = [place.name] if pattern is None else sorted(list_bucket(root, pattern[0]).files)
-    refuse_unused(request.config, f"{spec}, files that are named themselves", *_COLUMNS)
+    refuse_unused(request.config, f"{spec}, files that are named themselves", *COLUMNS)
     if all(map(is_tar_name, names)) and names:
         return open_tars([(name, root / name) for name in names], {}, request)
     if all(name.lower().endswith(".parquet") for name in names) and names:
@@ -164,9 +163,9 @@ def _open_file(path: Path, request: Request) -> Source:
             f"{path} is one file ({what}); expected {_EXPECTED}; give the folder that holds the pictures and captions"
         )
     if is_tar_name(path.name):
-        refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS)
+        refuse_unused(request.config, f"{path}, a file that is named itself", *COLUMNS)
         return open_tars([(path.name, path)], {}, request)
-    refuse_unused(request.config, f"{path}, a file that is named itself", *_COLUMNS, "follow_links")
+    refuse_unused(request.config, f"{path}, a file that is named itself", *IN_ROWS, "follow_links")
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
@@ -176,7 +175,8 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
     if not kinds:
         raise SourceError(f"{listing.root} {_without_samples(listing)}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
-    what, used = f"{listing.root}, a folder of {kind}", [*_COLUMNS, "split", "follow_links"]
+    what = f"{listing.root}, a folder of {kind}"
+    used = [*(COLUMNS if kind == "tars" else IN_ROWS), "split", "follow_links"]
     if not isinstance(listing.root, Path):
         used.remove("follow_links")  # there are none in a bucket
     if kind == "pictures" and not listing.metadata:
@@ -310,8 +310,8 @@ def _size(root: Place, paths: Sequence[str]) -> str:
 
 
 def _check_no_splits(listing: FolderListing, request: Request) -> None:
-    if request.config.split is not None:
-        raise no_splits(str(listing.root), request.config.split)
+    if (split := request.config.split) is not None:
+        raise no_splits(str(listing.root), split)
 
 
 def _card(listing: FolderListing) -> str:

@@ -4,26 +4,27 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
-from kcache.sources.protocol import Request, refusals
-from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable
-from kcache.store.digests import content_key
+from kcache.sources.protocol import Request, may_lack, refusals
+from kcache.sources.reading import MAX_IMAGE_BYTES, ControlFiles, caption_file, read_file, readable, stem_of
+from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _TEXT_SUFFIXES = (".txt", ".caption")
 """Suffixes of files with the captions of one image, in small letters; the first that is there counts."""
-_SAMPLES = pa.schema({"path": pa.binary(), "captions": pa.list_(pa.string())})
+_SAMPLES = pa.schema({"path": pa.binary(), "captions": pa.list_(pa.string()), "controls": pa.list_(pa.binary())})
 _PART = "content_key"
 """What the memo calls the key of an image file."""
 _RUN = 2000
@@ -43,7 +44,9 @@ class FolderSource:
     root: Path
     """The folder's real, absolute path."""
     samples: Records
-    """Path relative to the root, and captions."""
+    """Path relative to the root, captions, and paths of control images of each kind; "" where there is none."""
+    controls: Mapping[str, str | None] = field(default_factory=dict)
+    """The kinds of control images that are asked for, and what stands in the names of their files."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,6 +65,32 @@ class FolderSource:
             return _key_of(self._path(i), memo, rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
+
+    def control(self, i: int, name: str) -> bytes:
+        return read_file(self._control_path(i, name), MAX_IMAGE_BYTES)
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        return tuple(self._control_key(i, name, memo, rehash) for name in self.controls)
+
+    def _control_key(self, i: int, name: str, memo: DigestMemo, rehash: bool) -> bytes:
+        path = self._control_path(i, name)
+        if path == f"{self.root}/" and may_lack(name):
+            return NO_CONTROL
+        if path == f"{self.root}/":
+            beside = f"{stem_of(self.name(i)).rpartition('/')[2]}.{self.controls[name]}.png"
+            raise InputRejected(
+                "source", f"there is no {beside!a} beside it, for {flag_of(name)}; expected one; add it"
+            )
+        try:
+            return _key_of(path, memo, rehash)
+        except OSError as error:
+            raise InputRejected("source", f"its {name} cannot be read: {error.strerror}") from error
+
+    def _control_path(self, i: int, name: str) -> str:
+        if self.controls[name] is None:
+            return self._path(i)
+        number = [*self.controls].index(name)
+        return f"{self.root}/{os.fsdecode(self.samples.value(i, 'controls')[number])}"
 
     def _path(self, i: int) -> str:
         # Not a Path: those of 100,000 images take a second.
@@ -110,7 +139,7 @@ class _Texts:
     def of(self, image: str) -> list[str]:
         """The text files of an image, the one that counts first."""
         found = []
-        for base in (_stem(image), image):
+        for base in (stem_of(image), image):
             texts = self.files.get(one_form(base), ())
             found += [text for text in texts if self.forms.get(one_form(base), 0) < 2 or text.startswith(base)]
         return found
@@ -127,11 +156,13 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     reasons = dict(said.refused)
     taken: set[str] = set()
     spare: set[str] = set()
-    for path in sorted({*listing.images, *said.captions} - listing.left_out):
+    controls = ControlFiles.of(listing.images, request.config.controls)
+    for path in sorted({*listing.images, *said.captions} - listing.left_out - controls.files):
         found = texts.of(path) if texts.files else []
         spare.update(found)
         wrong = said.wrong.get(path, {})
         try:
+            controls.check(path)
             if captions := said.captions.get(path):
                 samples[path] = tuple(captions)
                 reasons |= wrong
@@ -149,8 +180,8 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     _check_columns(listing, request, said, captioned=any(samples.values()))
     reasons |= listing.refused
     spare -= taken
-    companions, unread = _others(listing, samples, spare | taken | reasons.keys())
-    reasons |= unread
+    companions, unread = _others(listing, samples, spare | taken | reasons.keys() | controls.files)
+    reasons |= unread | controls.alone(listing.images)
     if samples:
         reasons = dict(sorted(reasons.items()))
     refused = refusals(str(listing.root), samples, reasons, expected=_EXPECTED)
@@ -160,17 +191,23 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     paths = [os.fsencode(path) for path, _ in chosen]
     runs = [b"\0".join(paths[first : first + _RUN]) for first in range(0, len(paths), _RUN)]
     request.look_ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
-    records = Records.of(_SAMPLES, ((os.fsencode(path), captions) for path, captions in chosen))
-    return FolderSource(description=f"{kind}: {described}", refused=refused, root=listing.folder, samples=records)
+    told = ((os.fsencode(path), captions, controls.of_picture(path)) for path, captions in chosen)
+    return FolderSource(
+        description=f"{kind}: {described}",
+        refused=refused,
+        root=listing.folder,
+        samples=Records.of(_SAMPLES, told),
+        controls=request.config.controls,
+    )
 
 
 def _find_texts(listing: FolderListing) -> _Texts:
     texts: dict[str, list[str]] = {}
     found = sorted(filter(_is_text, listing.files - listing.left_out))
     for text in sorted(found, key=lambda text: not text.lower().endswith(_TEXT_SUFFIXES[0])):
-        texts.setdefault(one_form(_stem(text)), []).append(text)
+        texts.setdefault(one_form(stem_of(text)), []).append(text)
     several = texts and not all(map(str.isascii, listing.images))
-    forms = Counter(map(one_form, {_stem(image) for image in listing.images})) if several else {}
+    forms = Counter(map(one_form, {stem_of(image) for image in listing.images})) if several else {}
     return _Texts(files=texts, forms=forms)
 
 
@@ -178,14 +215,8 @@ def _is_text(path: str) -> bool:
     return path.lower().endswith(_TEXT_SUFFIXES)
 
 
-def _stem(path: str) -> str:
-    """A path without the suffix of its file."""
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
-
-
 def _no_captions(path: str, said: Said) -> str:
-    text = f"there is no {_stem(path).rpartition('/')[2] + '.txt'!a} beside it"
+    text = f"there is no {stem_of(path).rpartition('/')[2] + '.txt'!a} beside it"
     if path in said.captions:
         return f"no caption in its row of the metadata, and {text}"
     return f"no row of the metadata names it, and {text}" if said.files else f"no captions: {text}"
@@ -215,18 +246,18 @@ def _others(
     rest = listing.files - samples.keys() - set(known) - listing.left_out - set(listing.metadata)
     if not rest:
         return set(), {}
-    stems = set(map(_stem, samples))
+    stems = set(map(stem_of, samples))
     orphans = sorted(filter(_is_text, rest))
-    companions = {path for path in rest if _stem(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
-    odd = {_stem(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
-    bare = {_stem(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
+    companions = {path for path in rest if stem_of(path) in stems or path.rpartition(".")[0] in samples} - set(orphans)
+    odd = {stem_of(path): path for path in sorted(rest - companions - set(orphans), reverse=True)}
+    bare = {stem_of(path).casefold(): path for path in listing.images if path not in samples} if orphans else {}
     reasons = {}
     for text in orphans:
         reasons[text] = "a caption file without an image of its name"
-        if (near := odd.get(_stem(text))) is not None:
+        if (near := odd.get(stem_of(text))) is not None:
             found = plainly_at(listing.root / near)
             reasons[text] += f"; beside it is {near!a}, which is {found or 'not called like a picture'}"
-        elif (image := bare.get(_stem(text).casefold())) is not None:
+        elif (image := bare.get(stem_of(text).casefold())) is not None:
             reasons[text] += f"; it differs in capitals from that of {image!a}: rename one of them"
     return companions, reasons | leftovers(listing, rest - companions - set(orphans), unlike_pictures)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 from kcache.config import SourceConfig
+from kcache.config.source import is_said
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
@@ -86,12 +87,34 @@ class Source(Protocol):
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
 
+    def control(self, i: int, name: str) -> bytes:
+        """The bytes of the file of the control image of a kind called `name`, likewise."""
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        """The `content_key` of each kind of control image that was asked for, by name; raises InputRejected.
+
+        `NO_CONTROL` where the sample has none and may lack it, as it may lack masks.
+        """
+
+
+def may_lack(control: str) -> bool:
+    """Whether a sample may be without a control image of a kind called so: without a mask, but not without its hint."""
+    return not control.startswith("hint-")
+
+
+COLUMNS = ("image_column", "caption_column")
+"""Settings that name columns, or members of tars."""
+IN_ROWS = (*COLUMNS, "hint_column", "mask_column", "loss_mask_column")
+"""Those of datasets of rows, with where control images are."""
+_ANYWHERE = ("loss_mask_alpha",)
+"""Settings that are of the pictures, wherever these are."""
+
 
 def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
     """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
     for each in fields(SourceConfig):
         value = getattr(config, each.name)
-        if value is not None and each.name not in used:
+        if is_said(value) and each.name not in (*used, *_ANYWHERE):
             flag = f"--{each.name.replace('_', '-')}"
             has = " and ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
             raise SourceError(

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.foreign import reason
@@ -30,14 +31,15 @@ from kcache.sources.arrow_files import (
     readable_as,
 )
 from kcache.sources.listing import link_roots
-from kcache.sources.protocol import Request, refusals
+from kcache.sources.protocol import Request, may_lack, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
-from kcache.store.digests import KEY_BYTES, content_key
+from kcache.store.digests import KEY_BYTES, NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _File = TypeVar("_File", bound=Place)
+_IMAGES = "image bytes, or datasets' struct of them"
 _SAMPLES = pa.schema({"part": pa.int32(), "row": pa.int64(), "captions": pa.list_(pa.string())})
 
 
@@ -62,17 +64,16 @@ class TableSource:
     """Index of the part, row in its file, captions."""
     images: HeldImages
     roots: tuple[Path, ...]
-    """Real, absolute folders in which an image may lie that a row only gives the path of; the first is its base.
-
-    There are none where the table is in a bucket.
-    """
+    """Real, absolute folders for images that rows only give the path of; the first is its base. None in a bucket."""
     links: tuple[Path, ...] = ()
     """Such folders into which links in the roots may lead."""
     zip_roots: tuple[Path, ...] = ()
     """Such folders for zips alone, of which rows name a member."""
+    controls: Mapping[str, HeldImages] = field(default_factory=dict)
+    """Of each kind of control images that is asked for; the images themselves where it is their own transparency."""
     zips: ZipMembers = field(default_factory=ZipMembers)
-    keys: dict[tuple[int, int, bool], bytes] = field(default_factory=dict)
-    """Keys of the images of a chunk (16 bytes each), by part, chunk and whether they were digested afresh."""
+    keys: dict[tuple[str, int, int, bool], bytes] = field(default_factory=dict)
+    """Keys of the images of a chunk (16 bytes each), by column, part, chunk and whether they were digested afresh."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,35 +85,48 @@ class TableSource:
         return tuple(self.samples.value(i, "captions"))
 
     def image(self, i: int) -> bytes:
-        part, chunk, row = self._place(i)
-        images, at = self._images(part, chunk, row)
-        content = images.content(at)
-        return self._named(images.path(at)) if content is None else content
+        return self._content(self.images, i)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
+        return self._key(self.images, i, memo, rehash)
+
+    def control(self, i: int, name: str) -> bytes:
+        return self._content(self.controls[name], i)
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        return tuple(self._key(held, i, memo, rehash, lacking=may_lack(name)) for name, held in self.controls.items())
+
+    def _content(self, held: HeldImages, i: int) -> bytes:
+        images, at = self._images(held, *self._place(i))
+        content = images.content(at)
+        return self._named(held, images.path(at)) if content is None else content
+
+    def _key(self, held: HeldImages, i: int, memo: DigestMemo, rehash: bool, *, lacking: bool = False) -> bytes:
         part, chunk, row = self._place(i)
         try:
-            key = self._chunk_keys(part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
+            key = self._chunk_keys(held, part, chunk, memo, rehash)[row * KEY_BYTES : (row + 1) * KEY_BYTES]
             if key != NO_BYTES:
                 return key
-            images, at = self._images(part, chunk, row)
+            images, at = self._images(held, part, chunk, row)
             path, name = images.path(at), "content_key"
+            if path is None and lacking:
+                return NO_CONTROL
             if path is not None and is_chained(path):
                 file, member = self._zipped(path)
                 name = f"content_key of member {member!a}"
             else:
-                file = self._located(path)
-            return memo.digest(file, name, lambda: content_key(self._named(path)), rehash)
+                file = self._located(held, path)
+            return memo.digest(file, name, lambda: content_key(self._named(held, path)), rehash)
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
-    def _chunk_keys(self, part: int, chunk: int, memo: DigestMemo, rehash: bool) -> bytes:
+    def _chunk_keys(self, held: HeldImages, part: int, chunk: int, memo: DigestMemo, rehash: bool) -> bytes:
         # Chunk by chunk, because a file's one stat then answers for all of its rows, and a chunk is read only once.
-        keys = self.keys.get((part, chunk, rehash))
+        keys = self.keys.get((held.column, part, chunk, rehash))
         if keys is None:
             at = self.parts[part]
-            keys = chunk_keys(at.file, at.label, chunk, self.images.column, memo, rehash)
-            self.keys[part, chunk, rehash] = keys
+            keys = chunk_keys(at.file, at.label, chunk, held.column, memo, rehash)
+            self.keys[held.column, part, chunk, rehash] = keys
         return keys
 
     def _place(self, i: int) -> tuple[int, int, int]:
@@ -122,13 +136,13 @@ class TableSource:
         chunk = bisect_right(starts, row) - 1
         return part, chunk, row - starts[chunk]
 
-    def _images(self, part: int, chunk: int, row: int) -> tuple[Images, int]:
+    def _images(self, held: HeldImages, part: int, chunk: int, row: int) -> tuple[Images, int]:
         with readable_as(self.parts[part].label):
-            return self.images.read(self.parts[part].file, chunk, row)
+            return held.read(self.parts[part].file, chunk, row)
 
-    def _located(self, path: str | None) -> Path:
+    def _located(self, held: HeldImages, path: str | None) -> Path:
         if path is None:
-            raise InputRejected("source", f"no image in column {self.images.column!a} of this row")
+            raise InputRejected("source", f"no image in column {held.column!a} of this row")
         return locate(path, self._base(path), self.roots, self.links)
 
     def _base(self, path: str) -> Path:
@@ -140,11 +154,11 @@ class TableSource:
     def _zipped(self, path: str) -> tuple[Path, str]:
         return self.zips.locate(path, self._base(path), [*self.roots, *self.zip_roots], self.links)
 
-    def _named(self, path: str | None) -> bytes:
+    def _named(self, held: HeldImages, path: str | None) -> bytes:
         """The bytes of what a row only names."""
         if path is not None and is_chained(path):
             return self.zips.read(*self._zipped(path))
-        return read_file(self._located(path), MAX_IMAGE_BYTES)
+        return read_file(self._located(held, path), MAX_IMAGE_BYTES)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,6 +220,7 @@ def open_rows(
     ends.append(samples.value(len(samples) - 1, "row") + 1)
     pieces = [pieces_of(reader, part.file, request.image_column, end) for part, end in zip(parts, ends, strict=False)]
     request.look_ahead(list(chain.from_iterable(pieces)))
+    images = HeldImages(request.image_column)
     return TableSource(
         description=(
             f"{kind}: {counted(len(samples), 'image')} from column {request.image_column!r}, {origin}{left_out}"
@@ -213,9 +228,12 @@ def open_rows(
         refused=refused,
         parts=parts,
         samples=samples,
-        images=HeldImages(request.image_column),
+        images=images,
         roots=tuple(roots),
         links=link_roots(roots[0], request.config) if roots else (),
+        controls={
+            name: images if column is None else HeldImages(column) for name, column in request.config.controls.items()
+        },
     )
 
 
@@ -248,10 +266,12 @@ def _offered(
 
 def _misfit(file: RowFile, request: Request) -> str | None:
     """Why no sample can come from a file, and what to do: words to follow its name; None where it may give some."""
-    wanted = [(request.image_column, is_image_type, "--image-column", "image bytes, or datasets' struct of them")]
+    images = {name: column for name, column in request.config.controls.items() if column is not None}
+    flags = {"--image-column": request.image_column} | {flag_of(name): column for name, column in images.items()}
+    wanted = [(column, is_image_type, flag, _IMAGES) for flag, column in flags.items()]
     if request.need_captions or request.config.caption_column is not None:
         wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
-    for column, fits, flag, expected in wanted:
+    for column, fits, flag, needed in wanted:
         if (times := file.schema.names.count(column)) > 1:
             return f"has {times} columns {column!r}; expected one; write it again with names of their own"
         if not times:
@@ -260,7 +280,7 @@ def _misfit(file: RowFile, request: Request) -> str | None:
         kind = file.schema.field(file.schema.names.index(column)).type
         if not fits(kind):
             advice = f"name the right one with {flag}{_about(kind, flag)}"
-            return f"has a column {column!r} that holds {str(kind)[:200]}; expected {expected}; {advice}"
+            return f"has a column {column!r} that holds {str(kind)[:200]}; expected {needed}; {advice}"
     return None
 
 

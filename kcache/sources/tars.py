@@ -59,6 +59,8 @@ class TarSource:
     """Which tar each sample is in, and what that offers."""
     firsts: Sequence[int]
     """How many samples come before those of each tar, and how many there are."""
+    controls: Mapping[str, str | None] = field(default_factory=dict)
+    """The kinds of control images that are asked for."""
     windows: Windows = field(default_factory=Windows)
     keys: dict[tuple[int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of some tars, by number and whether they were digested afresh."""
@@ -75,6 +77,12 @@ class TarSource:
     def image(self, i: int) -> bytes:
         tar, offset, size, key = (self.samples.value(i, name) for name in ("tar", "offset", "size", "image_key"))
         return image_at(self.tars[tar][1], offset, size, key, self.windows)
+
+    def control(self, i: int, name: str) -> bytes:
+        return self.image(i)
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        return tuple(self.image_key(i, memo, rehash) for _ in self.controls)  # their own transparency is all there is
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         known: bytes | None = self.samples.value(i, "image_key")
@@ -197,6 +205,7 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
         tars=tars,
         samples=samples,
         firsts=found.firsts,
+        controls=request.config.controls,
     )
 
 

@@ -12,10 +12,11 @@ from kcache.disk.readers import Reading
 from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
+from kcache.store.controls.packed import unpacked_rows
 from kcache.store.formats.sample_extras import Counts
 from kcache.store.index import bytes_of, open_index
 from kcache.store.manifest import Manifest, read_manifest
-from kcache.store.recipe import TEXT, Field, Recipe
+from kcache.store.recipe import TEXT, Field, Recipe, kind_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
 from kcache.store.samples import read_columns, read_samples, read_some_samples
 from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
@@ -214,6 +215,10 @@ class Cache:
         recipe = self.recipes[self.table_of(name)]
         return next(field for field in recipe.fields if field.name == name)
 
+    def is_packed(self, name: str) -> bool:
+        """Whether rows of `name` are control images, packed; as `read` gives them they are (B, C, H, W) uint8."""
+        return kind_of(self.table_of(name)).per == "control"
+
     def dtype(self, name: str) -> np.dtype[np.generic]:
         """Dtype of the rows of `name`, as stored."""
         return np.dtype(self.recipes[self.table_of(name)].stored_dtype)
@@ -231,7 +236,7 @@ class Cache:
     ) -> dict[str, np.ndarray]:
         """Rows of `fields` for `samples`, in the order asked, in new arrays of the stored dtype.
 
-        Fixed fields are (B, …). `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
+        Fixed fields are (B, …), `text_encoder_hidden_states` is (T, D), all samples' valid tokens behind each other,
         and brings `text_offsets` (B + 1,) int64: sample i's tokens are text_offsets[i] to text_offsets[i + 1].
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
@@ -250,21 +255,11 @@ class Cache:
         return rows
 
     def positions(
-        self,
-        samples: Sequence[int] | np.ndarray,
-        fields: Sequence[str],
-        caption: int | np.ndarray = 0,
-        *,
-        drop_caption: np.ndarray | None = None,
-        drop_image: np.ndarray | None = None,
-        mirrored: np.ndarray | None = None,
+        self, samples: Sequence[int] | np.ndarray, fields: Sequence[str], caption: int | np.ndarray = 0, **without: Any
     ) -> dict[str, np.ndarray]:
         """Which rows of each field's table `read` takes for the same arguments: (B,) int64 per field."""
-        positions = self.held.positions(
-            samples, [*map(self.table_of, fields)], caption,
-            drop_caption=drop_caption, drop_image=drop_image, mirrored=mirrored,
-        )  # fmt: skip
-        return dict(zip(fields, positions, strict=True))
+        found = self.held.positions(samples, [*map(self.table_of, fields)], caption, **without)
+        return dict(zip(fields, found, strict=True))
 
     def table_rows(self, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows `first` to `last` of the table of `name`, in the order of `positions`, every checksum verified.
@@ -319,6 +314,11 @@ class Cache:
         return self.held.longest_texts(name, samples) // unit_bytes(self.field(name), self.dtype(name))
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.is_packed(name):
+            return unpacked_rows(name, *self._stored(name, positions, np.empty), empty), None
+        return self._stored(name, positions, empty)
+
+    def _stored(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if name in self._resident:
             return take(self._resident[name], positions, empty)
         files, entries = self.field_files(name), self.entries(name)[positions]

@@ -274,6 +274,21 @@ def mirrored_keys(keys: Keys) -> Keys:
     return Keys(keys.packed ^ np.frombuffer(_MIRROR, np.uint8))
 
 
+def control_row_keys(images: Keys, controls: Keys, without: bytes | None) -> Keys:
+    """The keys of rows of control images `controls` that go with `images`, both (n): of the pair of their contents.
+
+    Those of `NO_CONTROL` have the key `without`; a mirror image's is the `mirrored_keys` of these.
+    """
+    pairs = np.concatenate([images.packed, controls.packed], axis=1)
+    keys = Keys(np.empty((len(pairs), KEY_BYTES), np.uint8))
+    for number, pair in enumerate(pairs):
+        absent = not pair[KEY_BYTES:].any()
+        keys.packed[number] = np.frombuffer(without or NO_CONTROL if absent else content_key(pair.tobytes()), np.uint8)
+    return keys
+
+
+NO_CONTROL = bytes(KEY_BYTES)
+"""Stands for the key of a control image that a sample does not have; no content has this key."""
 _MIRROR = content_key(b"kcache: the mirror image")
 EMPTY_CAPTION_KEY = caption_key("")
 """Key of the reserved row of `text`: the caption "", which guidance drops to."""

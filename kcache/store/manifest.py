@@ -19,6 +19,7 @@ from kcache.store.recipe import (
     TABLE_NAME,
     Recipe,
     canonical_json,
+    controls_of,
     json_digest,
     kind_of,
 )
@@ -29,9 +30,11 @@ SCHEMA_VERSION = 2
 """Raised by one whenever the bytes on disk of an unchanged recipe would change, or an old reader would read wrongly."""
 SHAPES_VERSION = SCHEMA_VERSION + 1
 """That of caches with shapes that are no plain squares, or with mirrored pictures; their shards are as before."""
+CONTROLS_VERSION = SHAPES_VERSION + 1
+"""That of caches with control images, whose rows are packed."""
 RECORD_VERSIONS = (1, SCHEMA_VERSION)
 """Those of plans and commit records that are read: in the first, shards are named by their number alone."""
-SCHEMA_VERSIONS = (*RECORD_VERSIONS, SHAPES_VERSION)
+SCHEMA_VERSIONS = (*RECORD_VERSIONS, SHAPES_VERSION, CONTROLS_VERSION)
 """Those of manifests that are read."""
 SHARD_NAME = re.compile(r"[0-9]{5,18}")
 DATA_NAME = re.compile(rf"({SHARD_NAME.pattern})(-[0-9a-f]{{16}})?(\.tar)?")
@@ -101,7 +104,7 @@ class Manifest:
     @property
     def wants(self) -> Wants:
         """Which rows the tables have of the samples."""
-        return Wants(self.shape_sets, self.flip)
+        return Wants(self.shape_sets, self.flip, controls_of(self.tables))
 
     @property
     def samples_file(self) -> str:
@@ -143,8 +146,11 @@ class Manifest:
 def schema_of(tables: Mapping[str, TableEntry], shapes: Collection[ShapeSet] = (), flip: bool = False) -> int:
     """The schema version that says all of these tables: where all shards are named by number alone, the first does.
 
-    From the second on the index, too, is in parts; the third is of what is no cache of plain squares.
+    From the second on the index, too, is in parts; the third is of what is no cache of plain squares,
+    the fourth of one with control images.
     """
+    if controls_of(tables):
+        return CONTROLS_VERSION
     if shapes or flip:
         return SHAPES_VERSION
     shards = (shard for entry in tables.values() for shard in entry.shards)
@@ -215,7 +221,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name!a} is no table of {recipe.stored_dtype!a} rows")
         check_count(entry["rows"], entry["bytes"])
         tables[name] = TableEntry(recipe=recipe, rows=entry["rows"], bytes=entry["bytes"], shards=shards)
-    if (version == SHAPES_VERSION) != ("shapes" in data):
+    if (version >= SHAPES_VERSION) != ("shapes" in data):
         raise ValueError(f"schema version {version} {'with' if 'shapes' in data else 'without'} shapes")
     data["shapes"] = shapes_to_note([shape_set(each) for each in data.get("shapes", ())])
     manifest = Manifest(tables=tables, **data)
@@ -259,7 +265,8 @@ def _check(manifest: Manifest) -> None:
 
 def _check_shapes(manifest: Manifest) -> None:
     """Raise ValueError where a shape has no table, a table of latents no shape, or a resolution two sets of shapes."""
-    named, held = set(tables_of(manifest.shape_sets)), {name for name in manifest.tables if kind_of(name).sided}
+    named = set(tables_of(manifest.shape_sets, controls_of(manifest.tables)))
+    held = {name for name in manifest.tables if kind_of(name).sided}
     if named != held or type(manifest.flip) is not bool:
         raise ValueError(f"{sorted(held)} are not the tables of {sorted(named)}")
     buckets = [each.resolution for each in manifest.shape_sets if not each.is_square]

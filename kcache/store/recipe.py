@@ -5,17 +5,18 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from kcache.config import Stage
 from kcache.config.shapes import Shape
-from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY
+from kcache.store.digests import EMPTY_CAPTION_KEY, ZERO_IMAGE_KEY, content_key
 
 SCHEMA_VERSION = 1
 """That of recipes, for ever: it is part of their fingerprints, and `kcache.store.manifest` has that of caches."""
 
-STORED_DTYPES = ("float16", "float32")
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[0-9]{1,6}(x[0-9]{1,6})?)?")
+STORED_DTYPES = ("float16", "float32", "uint8")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(-[a-z][a-z0-9_]{0,40})?(-[0-9]{1,6}(x[0-9]{1,6})?)?")
 _MAX_SIZE = 1 << 24
 """Above any side of a row; with it, no product of sizes that a file claims is beyond reason."""
 
@@ -36,10 +37,10 @@ class TableKind:
 
     name: str
     """The table's name, or what stands before the shape of its pictures: `latents` of latents-768."""
-    per: Literal["image", "caption"]
-    """What has a row."""
+    per: Literal["image", "caption", "control"]
+    """What has a row; "control" is an image that goes with another one, see `kcache.store.controls`."""
     reserved: bytes | None
-    """Key of the row that stands for no input, which guidance drops to; None where nothing is ever dropped."""
+    """Key of the row that stands for no input, which guidance drops to; None where every row is of some."""
     role: Literal["prior", "decoder"]
     """Whose repository holds the encoder."""
     component: str
@@ -55,7 +56,7 @@ class TableKind:
 
     def dropped(self, captions: Any, images: Any) -> Any:
         """Of two masks, for captions and for images, the one that applies to rows of this kind; None for neither."""
-        if self.reserved is None:
+        if self.reserved is None or self.per == "control":
             return None
         return captions if self.per == "caption" else images
 
@@ -75,28 +76,52 @@ LATENTS = TableKind(
     fields=("latents",), readers=("decoder",), sided=True,
 )  # fmt: skip
 KINDS = (IMAGE_EMBEDS, TEXT, LATENTS)
+"""What an encoder makes rows of."""
+MASKS, LOSS_MASKS, HINT = "masks", "loss_masks", "hint-"
+"""The names of kinds of control images: where a hole is, how much each part counts, and before its own name a hint."""
+NO_MASK_KEY = content_key(b"kcache: no mask")
+"""The key of the row of a sample without such a mask: nothing of it is hole, and all counts."""
 SAMPLES, RESERVED = "samples", "reserved"
 """Names of the folders of tars, where tables have those of their kinds: whole samples, and the reserved rows."""
 
+HINT_NAME = re.compile("[a-z][a-z0-9_]{0,19}")
+_CONTROL = f"(?:{HINT}{HINT_NAME.pattern}|{MASKS}|{LOSS_MASKS})"
 _OF_SHAPE = "-[1-9][0-9]{0,4}(?:x[1-9][0-9]{0,4})?"
-TABLE_NAME = re.compile("|".join(kind.name + _OF_SHAPE * kind.sided for kind in KINDS))
+TABLE_NAME = re.compile("|".join([*(kind.name + _OF_SHAPE * kind.sided for kind in KINDS), _CONTROL + _OF_SHAPE]))
 SHARD_FOLDER = re.compile(rf"({TABLE_NAME.pattern}|{SAMPLES}|{RESERVED})-[0-9a-f]{{8}}")
 """Names of the folders that shards lie in: the table's, or the tars', and the first 8 digits of the fingerprint."""
+_CONTROL_TABLE = re.compile(f"({_CONTROL}){_OF_SHAPE}")
 
 
+def control_kind(name: str) -> TableKind:
+    """The kind of tables of control images called `name`: "masks", "loss_masks", or "hint-" and the name of a hint."""
+    return TableKind(
+        name=name, per="control", reserved=None if name.startswith(HINT) else NO_MASK_KEY, role="decoder", component="",
+        with_it=(), fields=(name.replace("-", "_"),), readers=("decoder",), sided=True,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
 def kind_of(table: str) -> TableKind:
     """The kind of the table called `table`, e.g. "latents-768"; raises ValueError for what is no table, as tars are."""
+    if control := _CONTROL_TABLE.match(table):  # behind which an index array may have more
+        return control_kind(control[1])
     for kind in KINDS:
         if kind.name == table.partition("-")[0]:
             return kind
     raise ValueError(f"{table!a} is no table; expected one of {', '.join(kind.name for kind in KINDS)}")
 
 
+def controls_of(tables: Iterable[str]) -> tuple[str, ...]:
+    """The names of the kinds of control images that there are tables of, sorted; tars and the like are passed over."""
+    return tuple(sorted({control[1] for table in tables if (control := _CONTROL_TABLE.fullmatch(table))}))
+
+
 def shape_of(table: str) -> Shape | None:
     """The shape of the pictures behind a table of which there is one for each; None for other tables."""
     if not kind_of(table).sided:
         return None
-    height, _, width = table.partition("-")[2].partition("x")
+    height, _, width = table.rpartition("-")[2].partition("x")
     return int(height), int(width or height)
 
 
@@ -109,7 +134,7 @@ def table_name(kind: TableKind, shape: Shape) -> str:
 def sides_of(tables: Collection[str]) -> list[int]:
     """The sides of the squares that there are tables for, ascending; names of no table are passed over."""
     shapes = (shape_of(name) for name in tables if TABLE_NAME.fullmatch(name))
-    return sorted(shape[0] for shape in shapes if shape is not None and shape[0] == shape[1])
+    return sorted({shape[0] for shape in shapes if shape is not None and shape[0] == shape[1]})
 
 
 def table_names(stage: Stage, shapes: Iterable[Shape]) -> tuple[str, ...]:

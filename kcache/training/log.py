@@ -92,9 +92,9 @@ class RunLog:
                 tracker.finish()
 
     def add(self, step: int, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Keep a step's values: 0-dimensional tensors, of this process alone."""
+        """Keep a step's values: what the objective has `logged`, and a 0-dimensional norm, of this process alone."""
         self._steps.append((step, lr))
-        self._values.append(torch.stack([loss, grad_norm]))
+        self._values.append(torch.cat([loss.reshape(-1), grad_norm.reshape(1)]))
 
     def is_due(self, step: int) -> bool:
         """Whether to fetch after optimizer step `step`; the same in all processes."""
@@ -118,16 +118,17 @@ class RunLog:
         accelerator = self._run.accelerator
         # With them goes what this process knows of its speed: all have to agree on when to fetch.
         speed = torch.full_like(self._values[0], self._step_seconds)
-        *values, (seconds, _) = accelerator.reduce(torch.stack([*self._values, speed]), "mean").tolist()
+        *values, (seconds, *_) = accelerator.reduce(torch.stack([*self._values, speed]), "mean").tolist()
         now = time.perf_counter()
         self._slow, self._step_seconds = seconds >= SLOW_SECONDS, (now - self._since) / len(values)
         rate = (self._run.loader.consumed - self._consumed) / (now - self._since)
         waits = self._shares_of_waiting(now - self._since)
         use = {"samples_per_second": rate, **self._use(now - self._since)}
         use |= {f"wait_{name}": share for name, share in waits.items()}
+        names = self._run.raw_objective.logged
         entries = [
-            {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, **use}
-            for (step, lr), (loss, norm) in zip(self._steps, values, strict=True)
+            {"step": step, **dict(zip(names, losses, strict=True)), "grad_norm": norm, "lr": lr, **use}
+            for (step, lr), (*losses, norm) in zip(self._steps, values, strict=True)
         ]
         self._steps, self._values, self._since, self._consumed = [], [], now, self._run.loader.consumed
         for entry in entries:

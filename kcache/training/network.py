@@ -2,33 +2,57 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from kcache.config import COMPUTE_DTYPES, DECODER_REPO, INPAINT_REPO, TrainConfig
+from kcache.config import COMPUTE_DTYPES, DECODER_REPO, DEPTH_REPO, INPAINT_REPO, TrainConfig
 from kcache.disk.memo import DigestMemo
 from kcache.disk.room import Reserve, write_file
 from kcache.encoders.pretrained import load_pretrained
-from kcache.encoders.repositories import PIPELINES, Repository
+from kcache.encoders.repositories import FOLLOWING, INPAINTING, PIPELINES, Repository, pipeline_class
 from kcache.encoders.weights import weights_digest
 from kcache.errors import ModelError
 from kcache.foreign import told, within_memory
 from kcache.machine import check_fits, default_device
 from kcache.objectives.blocks import choose_attention, compile_blocks, recompute_blocks
+from kcache.objectives.hinting import HintObjective, hint_field
 from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora, save_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
-from kcache.objectives.widening import widen_for_masks
+from kcache.objectives.preservation import PreservationObjective
+from kcache.objectives.widening import is_plain, learnt_whole, widen_for_hints, widen_for_masks
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import logger
+from kcache.training.optimizer import trainable_parameters
 
+_BASE = "--pretrained-decoder-model-name-or-path"
+
+
+class _Kind(NamedTuple):
+    """What a decoder is for."""
+
+    does: str
+    lacks: str
+    """What one that is not for it does."""
+    flag: str
+    """How it is trained as what it is."""
+    published: str
+
+
+_KINDS = {
+    PIPELINES["decoder"].class_name: _Kind("draws whole pictures", "", "neither --inpaint nor --hint", DECODER_REPO),
+    INPAINTING: _Kind("fills holes", "fills no holes yet", "--inpaint", INPAINT_REPO),
+    # The published one has pickled weights alone on its main branch.
+    FOLLOWING: _Kind("reads hints", "reads no hints yet", "--hint NAME", f"{DEPTH_REPO} --revision refs/pr/5"),
+}
+"""By the class of its pipeline."""
 _FEWEST_TOKENS = 6
 """Of a caption without words: its begin and its end; and the four that the prior puts behind them."""
 _DTYPES = {
@@ -38,21 +62,19 @@ _DTYPES = {
 """What safetensors calls them."""
 
 
-def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False) -> Objective:
+def load_objective(
+    config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False, own_masks: bool = False
+) -> Objective:
     """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
 
     The parameters that learn are float32. With adapters the others never change, and are kept in the dtype that mixed
     precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are of pictures
-    of several shapes. Raises the KcacheError of what does not fit the network.
+    of several shapes; with `own_masks` samples have such. Raises the KcacheError of what does not fit the network.
     """
     network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
-    if config.inpaint:
-        _begin_inpainting(network, base, fresh=saved is None)
+    whole = _begin(network, config, base) if saved is None else ()
     if config.lora_rank is not None:
-        dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
-        for name, parameter in network.named_parameters():
-            if name not in ("clip_mean", "clip_std"):  # the target is normalised by these, in float32
-                parameter.data = parameter.data.to(dtype)
+        _keep_frozen(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
         if saved is not None:
             load_lora(network, saved, trainable=True, dropout=config.lora_dropout)
         else:
@@ -63,41 +85,97 @@ def load_objective(config: TrainConfig, base: Repository, saved: Path | None, *,
                 dropout=config.lora_dropout,
                 target_modules=config.lora_target_modules,
                 seed=config.seed,
+                whole=whole,
             )
+            _say_whole(network, whole)
     choose_attention(network, config.attention)
     if config.gradient_checkpointing:
         recompute_blocks(network)
     objective: Objective
     if config.stage == "prior":
-        objective = PriorObjective(network, packed=config.packing, bucketed=config.compile)
+        objective = _prior_objective(config, network)
     else:
-        with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
-            scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
-        if config.inpaint:
-            objective = InpaintObjective(network, scheduler, hole_loss=config.hole_loss)
-        else:
-            objective = DecoderObjective(network, scheduler)
+        objective = _decoder_objective(config, network, base, own_masks)
     if config.compile:
         compile_blocks(network, packed=objective.packed, shaped=shaped)
     return objective
 
 
-def _begin_inpainting(network: ModelMixin, base: Repository, *, fresh: bool) -> None:
-    """Widen a plain decoder, and say of a `fresh` run's what it begins with."""
-    plain, before = network.config.out_channels == 2 * network.config.in_channels, network.config.in_channels
-    if plain:
-        widen_for_masks(network)
-    if fresh and plain:
-        logger.warning(
-            "--inpaint begins with %s, which fills no holes yet: its %d input channels are now %d; to begin with the "
-            "published decoder that does, give --pretrained-decoder-model-name-or-path %s",
-            base.name,
-            before,
-            network.config.in_channels,
-            INPAINT_REPO,
-        )
-    elif fresh:
-        logger.warning("--inpaint begins with %s, which fills holes already", base.name)
+def _prior_objective(config: TrainConfig, network: ModelMixin) -> PriorObjective:
+    packing = {"packed": config.packing, "bucketed": config.compile}
+    if config.class_prompt:
+        return PreservationObjective(network, weight=config.prior_loss_weight, **packing)
+    return PriorObjective(network, **packing)
+
+
+def _decoder_objective(config: TrainConfig, network: ModelMixin, base: Repository, own_masks: bool) -> DecoderObjective:
+    with told(ModelError, f"{base.path / 'scheduler'} cannot be loaded", "fetch or export the repository again"):
+        scheduler = DDPMScheduler.from_pretrained(base.path, subfolder="scheduler", local_files_only=True)
+    loss_mask = config.loss_mask
+    if config.hint is not None:
+        return HintObjective(network, scheduler, hint=hint_field(config.hint), loss_mask=loss_mask)
+    if not config.inpaint:
+        return DecoderObjective(network, scheduler, loss_mask=loss_mask)
+    return InpaintObjective(
+        network,
+        scheduler,
+        hole_loss=config.hole_loss,
+        loss_mask=loss_mask,
+        own_share=config.own_share if own_masks else 0.0,
+        growth=config.mask_growth,
+    )
+
+
+def _decoder_class(config: TrainConfig) -> str:
+    """Name of the diffusers class that the run of `config` trains a decoder for."""
+    return INPAINTING if config.inpaint else PIPELINES["decoder"].class_name if config.hint is None else FOLLOWING
+
+
+def _begin(network: ModelMixin, config: TrainConfig, base: Repository) -> tuple[str, ...]:
+    """Widen a plain decoder for what it is to learn, say what a run begins with, and which modules are new in part."""
+    wanted = _decoder_class(config) if config.stage == "decoder" else None
+    if wanted not in (INPAINTING, FOLLOWING):
+        return ()
+    kind, before = _KINDS[wanted], network.config.in_channels
+    asked = "--inpaint" if config.inpaint else f"--hint {config.hint}"
+    if not is_plain(network.config):
+        logger.warning("%s begins with %s, which %s already", asked, base.name, kind.does)
+        return ()
+    (widen_for_masks if config.inpaint else widen_for_hints)(network)
+    logger.warning(
+        "%s begins with %s, which %s: its %d input channels are now %d; to begin with the published decoder that "
+        "%s, give %s %s",
+        asked,
+        base.name,
+        kind.lacks,
+        before,
+        network.config.in_channels,
+        "does" if config.inpaint else "reads depths",
+        _BASE,
+        kind.published,
+    )
+    return learnt_whole(network)
+
+
+def _keep_frozen(network: ModelMixin, dtype: torch.dtype, whole: Sequence[str]) -> None:
+    """Bring what never changes beside adapters into `dtype`: not what the target is normalised by, nor what learns."""
+    kept = ("clip_mean", "clip_std", *(f"{module}." for module in whole))
+    for name, parameter in network.named_parameters():
+        if not name.startswith(kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _say_whole(network: ModelMixin, whole: Sequence[str]) -> None:
+    if not whole:
+        return
+    sizes = {name: parameter.numel() for name, parameter in trainable_parameters(network).items()}
+    logger.warning(
+        "%s: trained whole beside the adapters, at the same learning rate, %s of %s parameters; the LoRA widens the "
+        "plain decoder that it is loaded into",
+        " and ".join(whole),
+        f"{sum(size for name, size in sizes.items() if '.lora_' not in name):,}",
+        f"{sum(sizes.values()):,}",
+    )
 
 
 def check_decoder(config: TrainConfig, base: Repository) -> None:
@@ -108,32 +186,22 @@ def check_decoder(config: TrainConfig, base: Repository) -> None:
     if config.stage != "decoder":
         return
     told = base.read(PIPELINES[config.stage].network).values
-    inputs, outputs, embeds = (told.get(name) for name in ("in_channels", "out_channels", "addition_embed_type"))
+    inputs, outputs = (told.get(name) for name in ("in_channels", "out_channels"))
     if not isinstance(inputs, int) or not isinstance(outputs, int):
         return  # whoever loads it says so
-    fills, flag = embeds == "image" and inputs == outputs + 1, "--pretrained-decoder-model-name-or-path"
-    found = f"the decoder of {base.name} has {inputs} input channels"
-    if fills and not config.inpaint:
+    found, wanted = pipeline_class("decoder", told), _decoder_class(config)
+    kind, asked = _KINDS[found], _KINDS[wanted]
+    seen = f"the decoder of {base.name} has {inputs} input channels"
+    if found not in (wanted, PIPELINES["decoder"].class_name):
         raise ModelError(
-            f"{found}: it fills holes; expected one that draws whole pictures; train it on as what it is with "
-            f"--inpaint, or give another such as {flag} {DECODER_REPO}"
+            f"{seen}: it {kind.does}; expected one that {asked.does}; train it on as what it is with {kind.flag}, or "
+            f"give another such as {_BASE} {asked.published}"
         )
-    if embeds == "image_hint":
+    if found != wanted and not is_plain(told):
+        wider = 9 if config.inpaint else 8
         raise ModelError(
-            f"{found} and follows hints; expected one that reads none; give another such as {flag} "
-            f"{INPAINT_REPO if config.inpaint else DECODER_REPO}"
-        )
-    if not config.inpaint or fills:
-        return
-    if config.lora_rank is not None:
-        raise ModelError(
-            f"{found}: it fills no holes, and adapters alone would never let it see the mask; expected for --inpaint "
-            f"with --lora-rank a decoder that does; give {flag} {INPAINT_REPO}, or train without --lora-rank"
-        )
-    if outputs != 2 * inputs:
-        raise ModelError(
-            f"{found} and {outputs} output channels; expected for --inpaint 4 or 9, and 8; give a decoder of Kandinsky "
-            f"2.2 such as {flag} {INPAINT_REPO}"
+            f"{seen} and {outputs} output channels; expected for {asked.flag} 4 or {wider}, and 8; give a decoder of "
+            f"Kandinsky 2.2 such as {_BASE} {asked.published}"
         )
 
 

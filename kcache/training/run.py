@@ -43,6 +43,7 @@ from kcache.training.optimizer import (
     restore_optimizer,
     trainable_parameters,
 )
+from kcache.training.preservation.rows import ClassRows, keep_rows
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -78,6 +79,8 @@ class TrainingRun:
     """The samples that are validated on and never trained on."""
     adapted: Mapping[str, str] | None = None
     """The network that adapters are trained on, by name and weights; None where all weights learn."""
+    class_rows: ClassRows | None = None
+    """What the prior drew before it was trained, and joins every batch."""
     new_order: Mapping[str, int | None] | None = None
     """How many samples the order has that begins with this start, and the one before had; None where it goes on."""
     base_facts: Mapping[str, Configuration]
@@ -137,6 +140,9 @@ class TrainingRun:
             logger.warning("samples have weights: the loss is the mean of weight × loss, validation is unweighted")
         told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
         start_run(self.config, self._facts(), self.first_step, told)
+        if self.class_rows is not None:
+            with self.decoration("class rows could not be kept for going on"):
+                keep_rows(self.class_rows, self.output_dir)
 
     def _say_shapes(self) -> None:
         """Say what batches of several shapes there are, and that pictures are mirrored."""
@@ -276,6 +282,7 @@ class TrainingRun:
             "samples_seen": self.loader.consumed,
             "tables": dict(self.tables),
             "adapted": self.adapted,
+            **({} if self.class_rows is None else {"class_rows": self.class_rows.digest}),
             "loader": self.loader.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "grad_scaler": None if scaler is None else scaler.state_dict(),

@@ -7,6 +7,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from kcache.config import TrainConfig
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.repositories import PIPELINES, Repository, check_revision, find_repository
 from kcache.encoders.weights import weights_digest
@@ -16,16 +17,19 @@ from kcache.loader.parts import RowReader, ShapedReader
 from kcache.loader.schedule import batches_of
 from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import check_attention, check_compiler
+from kcache.objectives.inpainting import OWN_MASKS
 from kcache.objectives.losses import OBJECTIVES, Objective
 from kcache.settings import idle
 from kcache.sources import open_source
 from kcache.store.cache import Cache
-from kcache.store.recipe import KINDS, TEXT, kind_of
+from kcache.store.checkpoint import Checkpoint
+from kcache.store.recipe import HINT, KINDS, LOSS_MASKS, MASKS, TEXT, control_kind, controls_of, kind_of
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
 from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
+from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import (
     adapted_weights,
     check_same_base,
@@ -63,16 +67,21 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config)
     adapted = find_adapted(config, base, None if checkpoint is None else adapted_weights(checkpoint))
     check_same_base(checkpoint, config, base, adapted)
-    parts = cache.by_shape(*_fields(config))
+    controls = control_fields(cache, config)
+    parts = cache.by_shape(*_fields(config), *controls)
     new_order = check_same_samples(checkpoint, cache, parts, config)
     batches = batches_of(config.train_batch_size, [(part.shape, part.resolution) for part in parts])
     for part, batch in zip(parts, batches, strict=True):
-        check_batch(config, base, part.field(OBJECTIVES[config.stage].noised_field).shape, batch)
+        noised = part.field(OBJECTIVES[config.stage].noised_field).shape
+        check_batch(config, base, noised, batch * (2 if config.class_prompt else 1))
     saved = None if checkpoint is None else checkpoint.path
-    objective = load_objective(config, base, saved, shaped=len(parts) > 1)
+    kept = _find_class_rows(config, base, accelerator, checkpoint)
+    objective = load_objective(config, base, saved, shaped=len(parts) > 1, own_masks=OWN_MASKS in controls)
     check_cache_fits(cache, objective, base)
     names = {part.table_of(field) for part in parts for field in objective.row_shapes}
     tables = {name: cache.recipes[name].fingerprint for name in sorted(names)}
+    if kept is not None:
+        tables[TABLE] = kept.fingerprint
 
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
@@ -83,7 +92,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     made = make_optimizer(objective.network, config, accelerator.device)
     wait_for_all()  # one may have fetched, read and digested longer than another waits in what follows
     prepared, optimizer = accelerator.prepare(objective.train(), made)
-    loader = _make_loader(cache, objective, config, accelerator)
+    loader = _make_loader(cache, objective, config, accelerator, kept)
     wait_for_all()  # one may have copied shards longer
     if checkpoint is not None:
         take_place(loader, checkpoint, new_order)
@@ -106,6 +115,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
         average=average,
         held_out=held_out,
         adapted=adapted,
+        class_rows=kept,
         new_order=new_order,
         base_facts={name: base.read(name) for name in PIPELINES[config.stage].components},
     )
@@ -122,7 +132,7 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
         opened = Cache.open(cache, config.resolution, config.aspect_ratio_buckets, config.mirrored)
     if config.where is not None:
         opened = opened.where(config.where)
-    having = opened.having(*_fields(config))
+    having = opened.having(*_fields(config), *control_fields(opened, config))
     if len(having) < len(opened):
         logger.warning(
             "%s of %s samples have no row at the resolutions that are read, as their pictures are too small, and are "
@@ -137,6 +147,36 @@ def _choose_samples(cache: str | Path | Cache, config: TrainConfig) -> tuple[Cac
 def _fields(config: TrainConfig) -> tuple[str, ...]:
     """The fields that the stage reads."""
     return tuple(field for kind in KINDS if config.stage in kind.readers for field in kind.fields)
+
+
+def control_fields(cache: Cache, config: TrainConfig) -> tuple[str, ...]:
+    """The fields of control images that a run reads: its hint, its loss masks, and masks of the samples' own.
+
+    Raises CacheIncompleteError for one that the cache has not got.
+    """
+    there = controls_of(cache.recipes)
+    asked = {
+        "hint": None if config.hint is None else HINT + config.hint,
+        "mask_share": MASKS if config.inpaint and config.mask_share != 0 else None,
+        "loss_mask": LOSS_MASKS if config.loss_mask else None,
+    }
+    if config.mask_share is None and MASKS not in there:
+        del asked["mask_share"]
+    for setting, kind in asked.items():
+        if kind is not None and kind not in there:
+            hints = [name.removeprefix(HINT) for name in there if name.startswith(HINT)]
+            has = f"its hints are {', '.join(hints)}" if hints and setting == "hint" else "it has none"
+            raise CacheIncompleteError(
+                f"--{setting.replace('_', '-')} {getattr(config, setting)} wants {kind}, of which {cache.path} has no "
+                f"rows: {has}; build it again with {flag_of(kind)}, or leave the flag out"
+            )
+    kinds = [kind for kind in asked.values() if kind is not None]
+    if config.online is not None and (lacking := [kind for kind in kinds if kind not in config.controls]):
+        raise ConfigError(
+            f"--online {config.online} was not told where its {' and '.join(lacking)} are; expected the flags that "
+            f"{cache.path} was built with; give {' and '.join(map(flag_of, lacking))}"
+        )
+    return tuple(control_kind(kind).fields[0] for kind in kinds)
 
 
 def _find_base(cache: Cache, config: TrainConfig) -> Repository:
@@ -192,6 +232,8 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
         raise CacheIncompleteError(f"{cache.path} has no samples; its rejected.jsonl says what was refused and why")
     parts = cache.by_shape(*objective.row_shapes)
     for part, (field, expected) in product(parts, objective.row_shapes.items()):
+        if part.is_packed(field):
+            continue  # as large as the latents' pictures, or as the latents themselves
         found = part.field(field).shape
         fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
         if not fits:
@@ -210,7 +252,7 @@ def check_cache_fits(cache: Cache, objective: Objective, repository: Repository)
     with DigestMemo() as memo:
         for table in dict.fromkeys(part.table_of(field) for part in parts for field in objective.row_shapes):
             component = kind_of(table).component
-            if (repository.path / component).is_dir():
+            if component and (repository.path / component).is_dir():
                 _check_encoder(cache, table, repository, component, memo)
 
 
@@ -226,7 +268,20 @@ def _check_encoder(cache: Cache, table: str, repository: Repository, component: 
         )
 
 
-def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> CacheLoader:
+def _find_class_rows(
+    config: TrainConfig, base: Repository, accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> ClassRows | None:
+    if not config.class_prompt:
+        return None
+    # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
+    from kcache.training.preservation.drawing import class_rows_of
+
+    return class_rows_of(config, base, accelerator, checkpoint)
+
+
+def _make_loader(
+    cache: Cache, objective: Objective, config: TrainConfig, accelerator: Accelerator, kept: ClassRows | None = None
+) -> CacheLoader:
     fields = tuple(objective.row_shapes)
     shapes = {part.shape: part.field(objective.noised_field).shape for part in cache.by_shape(*fields)}
     timesteps = objective.scheduler.config.num_train_timesteps
@@ -234,8 +289,14 @@ def _make_loader(cache: Cache, objective: Objective, config: TrainConfig, accele
     def draws(turns: np.ndarray, rows: ShapedReader | None = None) -> dict[str, np.ndarray]:
         """The noise has the shape of the batch's own rows."""
         shape = shapes[rows.shape] if rows is not None else next(iter(shapes.values()))
-        drawn, growth = objective.drawn, config.mask_growth
-        return draw_turns(config.seed, turns, shape, timesteps, config.noise_draws, drawn=drawn, growth=growth)
+        own = draw_turns(
+            config.seed, turns, shape, timesteps, config.noise_draws, drawn=objective.drawn, growth=config.mask_growth,
+            own_share=objective.own_share,
+        )  # fmt: skip
+        if kept is None:
+            return own
+        draws, dropout = config.noise_draws, config.caption_dropout
+        return own | kept.beside(turns, seed=config.seed, timesteps=timesteps, draws=draws, dropout=dropout)
 
     rows: RowReader = cache
     if config.online is not None:

@@ -9,24 +9,21 @@ import gc
 import itertools
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kcache.config import TrainConfig
+from kcache.config.sweep import PlannedRun, plan_sweep
 from kcache.decoration import decoration, drawing
 from kcache.disk.durable import write_bytes, write_json
-from kcache.errors import ConfigError, KcacheError, RunError
+from kcache.errors import KcacheError, RunError
 from kcache.foreign import is_fault, reason
-from kcache.report.figures import png_of, smoothed, thinned
-from kcache.settings import marks_of, read_toml, settings_from
+from kcache.report.figures import column, png_of, smoothed, thinned
 from kcache.store.cache import Cache
 from kcache.store.run_directory import LORA_FILE, PIPELINE_FILE, logger, read_config, read_metrics, read_validation
 from kcache.training.log import Progress
@@ -34,24 +31,10 @@ from kcache.training.resume import check_place
 from kcache.training.trainer import train
 
 SWEEP_FILE = "sweep.json"
-_FORM = (
-    "a [[run]] table per run and nothing else, such as\n\n"
-    '  [[run]]\n  name = "slow"\n  learning_rate = 1e-5\n\n'
-    "settings that all runs share are flags"
-)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LAST_STEPS = 100
 """Steps over which a run's loss is averaged, as it is noisy from step to step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """One run of a sweep, as it will be trained."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Those that its table gives."""
-    config: TrainConfig
+_HELD_OUT = {"val_loss": "Held-out loss", "val_hole": "Held-out loss, over the hole"}
+"""What is compared of validations, as far as they have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +50,8 @@ class SweptRun:
     """Mean over its last 100 steps."""
     val_loss: float | None = None
     """On held-out images, at the end."""
+    val_hole: float | None = None
+    """Over their holes alone, of a decoder that fills some."""
     samples_per_second: float | None = None
     """Mean over its last 100 steps."""
     error: str | None = None
@@ -85,12 +70,12 @@ class SweepResult:
 def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
     """Markdown: a line per run, with every setting that some run changes; where a run does not, `config`'s value."""
     changed = list(dict.fromkeys(name for run in runs for name in run.settings))
-    validated = any(run.val_loss is not None for run in runs)
-    header = ["run", *changed, "steps", f"loss (last {_LAST_STEPS})", *(["val_loss"] if validated else [])]
+    validated = [name for name in _HELD_OUT if any(getattr(run, name) is not None for run in runs)]
+    header = ["run", *changed, "steps", f"loss (last {_LAST_STEPS})", *validated]
     rows = [[*header, "samples/s", "outcome"]]
     for run in runs:
         settings = [str(run.settings.get(name, getattr(config, name))) for name in changed]
-        losses = [_number(run.loss, ".5f"), *([_number(run.val_loss, ".5f")] if validated else [])]
+        losses = [_number(getattr(run, name), ".5f") for name in ("loss", *validated)]
         numbers = [_number(run.step, ",d"), *losses, _number(run.samples_per_second, ",.1f")]
         # In a cell there is room for what was found, not for what to do about it.
         outcome = "finished" if run.error is None else "failed: " + run.error.partition(";")[0]
@@ -103,95 +88,34 @@ def comparison_table(runs: Sequence[SweptRun], config: TrainConfig) -> str:
 
 def plot_runs(path: Path, run_dirs: Mapping[str, Path]) -> None:
     """Write a PNG to `path`: the smoothed training losses of all runs and, where there are any, those on held-out
-    images. `run_dirs` maps the runs' names to their directories.
+    images, over their holes, too. `run_dirs` maps the runs' names to their directories.
     """
-    training = {name: _curve(read_metrics(run_dir), "loss") for name, run_dir in run_dirs.items()}
-    held_out = {name: _curve(read_validation(run_dir), "val_loss") for name, run_dir in run_dirs.items()}
-    panels = 2 if any(len(steps) for steps, _ in held_out.values()) else 1
+    metrics, validations = (
+        {name: read(run_dir) for name, run_dir in run_dirs.items()} for read in (read_metrics, read_validation)
+    )
+    measured = {
+        title: name for name, title in _HELD_OUT.items() if any(name in e for v in validations.values() for e in v)
+    }
     colors = drawing().color_sequences["tab10" if len(run_dirs) <= 10 else "tab20"]
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        for name, color in zip(run_dirs, itertools.cycle(colors), strict=False):
-            style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": name}
-            steps, losses = thinned(*training[name])
+        axes = figure.subplots(1, 1 + len(measured), squeeze=False)[0]
+        for run, color in zip(run_dirs, itertools.cycle(colors), strict=False):
+            style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": run}
+            steps, losses = thinned(*column(metrics[run], "loss"))
             axes[0].plot(steps, smoothed(losses), marker="o" if len(steps) == 1 else "", **style)
-            if panels == 2:
-                axes[1].plot(*held_out[name], marker="o", **style)
-        for panel, title in zip(axes, ("Training loss, smoothed", "Held-out loss"), strict=False):
+            for panel, name in zip(axes[1:], measured.values(), strict=True):
+                panel.plot(*column(validations[run], name), marker="o", **style)
+        for panel, title in zip(axes, ("Training loss, smoothed", *measured), strict=True):
             panel.set(title=title, xlabel="optimizer step")
             panel.grid(visible=True)
         axes[0].legend()
 
-    write_bytes(path, png_of(draw, 7 * panels, 5, dpi=120))
-
-
-def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of all entries, each (n,) float64."""
-    steps, values = np.array([(entry["step"], entry[name]) for entry in entries], np.float64).reshape(-1, 2).T
-    return steps, values
+    write_bytes(path, png_of(draw, 7 * (1 + len(measured)), 5, dpi=120))
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def plan_sweep(path: Path, config: TrainConfig) -> tuple[PlannedRun, ...]:
-    """The runs that the TOML file at `path` asks for: `config` with what each [[run]] table changes.
-
-    Raises ConfigError for a file without runs, names that are missing, repeated or no names of folders, and settings
-    that do not exist, do not fit or that runs of one sweep cannot differ in.
-    """
-    if not path.exists():
-        raise ConfigError(f"there is no file {path}; correct the path, or write one: {_FORM}")
-    table = read_toml(path)
-    tables = table.pop("run", None)
-    if table or not isinstance(tables, list) or not tables or not all(isinstance(run, dict) for run in tables):
-        raise ConfigError(f"{path} has {', '.join(table) or 'no runs'}; expected {_FORM}")
-    if config.resume_from_checkpoint not in (None, "latest"):
-        raise ConfigError(
-            f"--resume-from-checkpoint {config.resume_from_checkpoint} was given beside --sweep; expected none: every "
-            "run goes on from its own latest checkpoint; leave it out"
-        )
-    runs = tuple(_plan_run(path, number, run, config) for number, run in enumerate(tables, start=1))
-    _check_distinct(path, "name", [run.name for run in runs])
-    uploaded = [run.config.hub_model_id for run in runs if run.config.push_to_hub]
-    _check_distinct(path, "hub_model_id", [name for name in uploaded if name is not None])
-    return runs
-
-
-def _check_distinct(path: Path, what: str, values: Sequence[str]) -> None:
-    repeated = [value for value, count in Counter(values).items() if count > 1]
-    if repeated:
-        raise ConfigError(
-            f"{path}: several runs have the {what} {', '.join(map(repr, repeated))}, and would overwrite each other; "
-            f"give each run a {what} of its own"
-        )
-
-
-def _plan_run(path: Path, number: int, table: Mapping[str, Any], config: TrainConfig) -> PlannedRun:
-    name = table.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{path}: run {number} has the name {name!r}; expected letters, digits, dots, dashes and underscores: it "
-            'names a folder; write name = "slow"'
-        )
-    where = f"{path}, run {name!r}"
-    marks = marks_of(TrainConfig)
-    unswept = {name for name in marks if not marks[name].swept}
-    shared = [key for key in table if key.replace("-", "_") in unswept]
-    if shared:
-        raise ConfigError(
-            f"{where}: runs of one sweep cannot differ in {', '.join(shared)}; take it out, or give a flag"
-        )
-    given = {key: value for key, value in table.items() if key != "name"}
-    settings = settings_from(given, TrainConfig, marks, where=where)
-    run_dir = str(Path(config.output_dir) / name)
-    try:
-        own = replace(config, **settings, output_dir=run_dir, resume_from_checkpoint="latest")
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    return PlannedRun(name=name, settings=settings, config=own)
 
 
 def run_sweep(
@@ -269,7 +193,7 @@ def _swept(run: PlannedRun, error: str | None = None) -> SweptRun:
         settings=run.settings,
         step=last[-1]["step"] if last else None,
         loss=mean("loss"),
-        val_loss=validations[-1]["val_loss"] if validations else None,
+        **{name: validations[-1].get(name) for name in _HELD_OUT if validations},
         samples_per_second=mean("samples_per_second"),
         error=error,
     )

@@ -173,9 +173,9 @@ def _look(run: TrainingRun, evaluation: Evaluation) -> int:
 
 
 def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step: the mean loss of this process's batches, and the gradient's norm before it was clipped.
+    """One optimizer step: what is logged of this process's batches, and the gradient's norm before it was clipped.
 
-    Both are 0-dimensional tensors on the device, which nothing here waits for.
+    The first is their mean loss, or several parts of it, (logged,). Nothing here waits for the device that both are on.
     """
     config, accelerator, losses = run.config, run.accelerator, []
     with run.kept_on_failure():
@@ -187,7 +187,7 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
                 loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
                 loss = loss * run.loader.weight  # a sample of a rare shape counts as much as any other
                 accelerator.backward(loss)
-            losses.append(loss.detach())
+            losses.append(run.raw_objective.told(loss))
         grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
     run.optimizer.step()
     run.lr_scheduler.step()
@@ -195,7 +195,7 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     if run.average is not None:
         run.average.step(run.learning)
     run.step += 1
-    return torch.stack(losses).mean(), grad_norm
+    return torch.stack(losses).mean(0), grad_norm
 
 
 def _stop_asked(accelerator: Accelerator) -> int:

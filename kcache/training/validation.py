@@ -35,6 +35,7 @@ from kcache.training.optimizer import averaged
 from kcache.training.run import TrainingRun
 
 if TYPE_CHECKING:
+    from kcache.report.held_out import HeldOutPictures
     from kcache.report.pictures import PromptPictures
 
 MAX_SAMPLES = 1024
@@ -171,10 +172,22 @@ class Validation:
                 if signal_asked():
                     return
                 # Holes as they are met in use, however they are trained: grown.
-                drawn = draw_turns(self._seed, part.turns[some], shape, self._width, drawn=self._objective.drawn)
+                turns, of = part.turns[some], self._objective
+                drawn = draw_turns(self._seed, turns, shape, self._width, drawn=of.drawn, own_share=of.own_share)
                 rows = reading.result() | drawn
                 batch = {name: torch.from_numpy(array).to(self._device) for name, array in rows.items()}
                 yield part.cache.resolution or 0, batch, batch.pop("noise"), batch.pop("timesteps")
+
+
+def first_looked_at(cache: Cache, fields: tuple[str, ...], count: int) -> list[tuple[Cache, int, int]]:
+    """The first `count` images that are looked at: of each one sample, its number in a part of `cache`, and its turn.
+
+    Of several resolutions each image is taken at the largest.
+    """
+    found: dict[int, tuple[Cache, int]] = {}
+    for part, samples, turns in _looked_at(cache, fields):  # by resolution
+        found |= {turn: (part, sample) for sample, turn in zip(samples.tolist(), turns.tolist(), strict=True)}
+    return [(*found[turn], turn) for turn in sorted(found)[:count]]
 
 
 class _Share(NamedTuple):
@@ -198,6 +211,8 @@ def _looked_at(cache: Cache, fields: tuple[str, ...]) -> Iterator[tuple[Cache, n
 
 HELD_OUT_BATCH_SIZE = 8
 """Held-out samples at a time, at least: without gradients they need little memory."""
+HELD_OUT_PICTURES = 4
+"""Held-out pictures that are drawn anew, unless told: as many as stand on a screen."""
 RESOLUTION = 512
 """Side of the pictures, in pixels, when the cache says none: what the pipelines draw unasked."""
 
@@ -266,11 +281,16 @@ class Evaluation:
         with self._run.decoration(f"the pictures of step {step} could not be drawn"):
             drawn = self._pictures.draw(self._run.network)
             self._log.track_pictures(step, drawn)
-            save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts)
+            save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts, self._pictures.files)
 
 
-def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
-    if run.counterpart is None or not run.accelerator.is_main_process:
+def _make_pictures(run: TrainingRun) -> "PromptPictures | HeldOutPictures | None":
+    """What draws, in the main process; what nobody asked for costs nothing but itself where it cannot be drawn."""
+    if not run.accelerator.is_main_process:
+        return None
+    if run.counterpart is None:
+        with run.decoration("no held-out pictures can be drawn of this run"):
+            return _make_held_out(run)
         return None
     # Not at the top: the pipelines bring the encoders' libraries with them, which few runs need.
     from kcache.report.pictures import PromptPictures
@@ -280,3 +300,16 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | None":
     pictures = PromptPictures(run.config, run.base, run.counterpart, shapes, run.accelerator.device)
     pictures.prepare()
     return pictures
+
+
+def _make_held_out(run: TrainingRun) -> "HeldOutPictures | None":
+    config, objective = run.config, run.raw_objective
+    count = HELD_OUT_PICTURES if config.num_validation_images is None else config.num_validation_images
+    if run.held_out is None or not config.inpaint or count == 0:
+        return None
+    from kcache.report.held_out import HeldOutPictures, read_held_out
+
+    # At the noise and the masks that they are measured with.
+    chosen = first_looked_at(run.held_out, tuple(objective.row_shapes), count)
+    samples = [read_held_out(part, sample, turn, config.seed) for part, sample, turn in chosen]
+    return HeldOutPictures(samples, config, run.base, objective.scheduler, run.accelerator.device)

@@ -25,7 +25,7 @@ from kcache.store.samples import samples_digest, samples_in_columns
 from kcache.store.shaped.standing import Standing, order_dtypes
 from kcache.store.shards import Commit, read_commit, record_json
 
-_TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[0-9]+(x[0-9]+)?)?-[0-9a-f]{8}")
+_TABLE_FOLDER = re.compile(r"[a-z][a-z0-9_]*(-[a-z][a-z0-9_]*)?(-[0-9]+(x[0-9]+)?)?-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

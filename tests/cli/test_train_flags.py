@@ -120,6 +120,12 @@ def test_the_prior_has_no_resolution(run: Run) -> None:
     assert "kcache train-decoder CACHE --output-dir RUN --resolution 768" in err
 
 
+def test_the_decoder_has_no_class_prompt(run: Run) -> None:
+    status, _, err = run("train-decoder", "c", "--output-dir=r", "--class_prompt", "a fox")
+    assert status == 1
+    assert "kcache sample PROMPT PROMPT --output-dir CLASS" in err
+
+
 def test_what_follows_two_dashes_is_no_flag() -> None:
     assert translated(["train-prior", "--rank=4", "--", "--rank"]) == ["train-prior", "--lora-rank=4", "--", "--rank"]
     assert translated(["sample", "--rank"]) == ["sample", "--rank"]

@@ -114,7 +114,7 @@ def test_whole_demo_of_holes_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--shapes", "--inpaint"], "are two demos"),
+        (["--shapes", "--inpaint"], "are several demos"),
         (["--inpaint", "--online"], "--inpaint was given with --online or --format"),
     ],
 )

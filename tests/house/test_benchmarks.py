@@ -42,6 +42,7 @@ RUNS = {
     "train_step-decoder-64-lora2": f"--stage decoder {SMALL} --resolution 64 --batch-size 2 --steps 1 --rounds 1 "
     "--workers 1 --lora-rank 2",
     "train_step-prior-levers": f"--stage prior {SMALL} --batch-size 2 --steps 1 --rounds 1 --levers --peak-tflops 1",
+    "inpaint": f"{SMALL} --resolution 64 --batch-size 2 --steps 1 --rounds 2",
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
     "shapes": "--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1",
@@ -112,6 +113,15 @@ def test_a_training_step_is_compared_in_all_ways(results: Path, name: str, cache
     # Same samples, noise and weights: rows were rounded to float16 in the cache, and nothing else differs.
     losses = [row["loss"] for row in trained]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+
+
+def test_a_step_that_fills_holes_is_compared_with_a_plain_one(results: Path) -> None:
+    found = outcome(results, "inpaint")["results"]
+    plain, filling = found["ways"].values()
+    assert filling["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # what is new begins at zero
+    first, second = found["of_plain"]["rounds"]
+    assert found["of_plain"]["median"] == pytest.approx((first + second) / 2, abs=1e-4)
+    assert f"{found['of_plain']['median']:.3f} of a plain step" in (results / "README.md").read_text()
 
 
 def test_levers_are_compared_with_the_plain_step(results: Path) -> None:

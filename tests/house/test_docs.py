@@ -200,6 +200,12 @@ def test_pictures_of_any_shape_as_it_says(place: Path, kcache_command: Callable[
         assert picture.size == (128, 64)
 
 
+def test_a_prior_keeps_what_it_knew_as_it_says(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    run_document(ROOT / "docs" / "prior-preservation.md", kcache_command)
+    assert "class_loss" in read_metrics(Path("runs/mydog"))[0]
+    assert len(Cache.open("caches/both")) == len(Cache.open("caches/mydog")) + 2
+
+
 # diffusers' combined pipeline passes itself an argument that it has deprecated.
 @pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning")
 def test_holes_are_filled_as_it_says(place: Path, kcache_command: Callable[..., int]) -> None:

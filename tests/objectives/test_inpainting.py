@@ -5,12 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, KandinskyV22InpaintPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    KandinskyV22ControlnetPipeline,
+    KandinskyV22InpaintPipeline,
+    UNet2DConditionModel,
+)
 from recorded import load_objective, recorded_steps
 from torch import Tensor
 
 from kcache.errors import ModelError
+from kcache.loader.masks import grow
 from kcache.objectives import DecoderObjective, HintObjective, InpaintObjective, Objective
+from kcache.objectives.inpainting import grown
 from kcache.objectives.widening import widen, widen_for_hints, widen_for_masks
 
 GAMMA = 5.0
@@ -158,6 +165,77 @@ def test_half_precision_rows_and_other_shapes_are_taken(oracle: Path) -> None:
         }
         objective.loss(wide, torch.cat([noise] * 2, 3), timesteps)
     assert loss.dtype == torch.float32
+
+
+def test_a_hint_is_seen_as_the_stock_pipeline_shows_it_however_it_is_stored(oracle: Path) -> None:
+    hinted, shown = plain(oracle), list[dict[str, Tensor]]()
+    widen_for_hints(hinted)
+    objective = HintObjective(hinted, scheduler(oracle), hint="hint_depth").eval()
+    pipeline = KandinskyV22ControlnetPipeline.from_pretrained(oracle / "decoder", unet=hinted)
+    pipeline.set_progress_bar_config(disable=True)
+    hinted.register_forward_pre_hook(
+        lambda _, arguments, named: shown.append(named["added_cond_kwargs"]), with_kwargs=True
+    )
+    stored = torch.randint(256, (2, 1, 64, 64), generator=torch.manual_seed(2)).to(torch.uint8)
+    embeds = torch.zeros(1, 32)
+    hint = stored[:1].float().expand(-1, 3, -1, -1) / 255
+    pipeline(embeds, embeds, hint, height=64, width=64, num_inference_steps=1, output_type="pt")
+    found = objective.conditions({"image_embeds": torch.zeros(2, 32), "hint_depth": stored})["hint"]
+    assert torch.equal(found[:1], shown[0]["hint"][:1])
+    assert torch.equal(objective.conditions({"image_embeds": embeds, "hint_depth": hint})["hint"], hint)
+    assert objective.row_shapes["hint_depth"] == (None, None, None)
+
+
+def test_samples_may_take_masks_of_their_own(oracle: Path) -> None:
+    batch, noise, _ = masked(oracle)
+    own = torch.ones(2, 1, *noise.shape[2:], dtype=torch.uint8)
+    own[1, 0, 2:4, 5] = 0
+    takes = torch.tensor([True, True])
+    for growth in (True, False):
+        objective = inpainting(oracle, own_share=0.5, growth=growth).train()
+        mask = objective.mask({**batch, "masks": own, "own_mask": takes})
+        assert torch.equal(mask[0], batch["mask"][0])  # its own has no hole: there is none
+        expected = torch.from_numpy(grow(own.numpy())) if growth else own
+        assert torch.equal(mask[1], expected[1].float())
+        drawn = objective.mask({**batch, "masks": own, "own_mask": ~takes})
+        assert torch.equal(drawn, batch["mask"])
+        assert objective.drawn == ("noise", "timesteps", "mask", "own_mask")
+        assert objective.row_shapes["masks"] == (1, None, None)
+        held_out = objective.eval().mask({**batch, "masks": own, "own_mask": takes})
+        assert torch.equal(held_out[1], torch.from_numpy(grow(own.numpy()))[1].float())
+        shown = objective.network_input(noise, {**batch, "masks": own, "own_mask": takes})
+        assert torch.equal(shown[:, 8:], held_out)
+    assert inpainting(oracle).drawn == ("noise", "timesteps", "mask")
+
+
+def test_holes_grow_as_they_do_where_they_are_drawn() -> None:
+    masks = (torch.rand(20, 1, 9, 6, generator=torch.manual_seed(5)) < 0.8).float()
+    assert torch.equal(grown(masks), torch.from_numpy(grow(masks.numpy())))
+    assert not torch.equal(grown(masks), masks)
+
+
+@pytest.mark.parametrize("hole_loss", [None, False, True])
+def test_what_a_loss_mask_leaves_out_counts_nothing(oracle: Path, hole_loss: bool | None) -> None:
+    batch, noise, timesteps = masked(oracle)
+    levels = torch.zeros(2, 1, *noise.shape[2:], dtype=torch.uint8)
+    levels[1, 0, 3:6, 1:5] = 255
+    levels[1, 0, 3, 1] = 51
+    batch["loss_masks"] = levels
+    if hole_loss is None:
+        objective: DecoderObjective = DecoderObjective(plain(oracle), scheduler(oracle), loss_mask=True).eval()
+    else:
+        objective = inpainting(oracle, hole_loss=hole_loss, loss_mask=True)
+    with torch.no_grad():
+        prediction, target = objective.predict(batch, noise, timesteps)
+        counted = levels[:, 0] / 255 * (1 - batch["mask"][:, 0] if hole_loss else 1)
+        squares = (prediction - target).square().mean(1)[1]
+        expected = torch.stack([torch.zeros(()), (squares * counted[1]).sum() / counted[1].sum()])
+        assert torch.allclose(objective.losses(batch, noise, timesteps), expected, rtol=1e-5)
+        assert objective(batch, noise, timesteps).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert objective.measure(batch, noise, timesteps)[0, 1].item() == pytest.approx(
+            ((squares * levels[1, 0] / 255).sum() / (levels[1, 0] / 255).sum()).item(), rel=1e-5
+        )
+    assert objective.row_shapes["loss_masks"] == (1, None, None)
 
 
 @pytest.mark.parametrize("kind", [InpaintObjective, HintObjective])

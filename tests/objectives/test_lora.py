@@ -4,27 +4,22 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from recorded import load_objective, recorded_steps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kcache.errors import ConfigError, ModelError
-from kcache.objectives.lora import (
-    WEIGHTS_FILE,
-    adapted_network,
-    add_lora,
-    default_target_modules,
-    fuse_lora,
-    load_lora,
-    save_lora,
-)
+from kcache.objectives.lora import add_lora, default_target_modules, fuse_lora, load_lora, save_lora
+from kcache.objectives.lora_file import WEIGHTS_FILE, adapted_network, read_adapters
 from kcache.objectives.losses import Objective
+from kcache.objectives.widening import learnt_whole, widen_for_hints, widen_for_masks
 
 STAGES = ["prior", "decoder"]
 NETWORKS = {"prior": "prior", "decoder": "unet"}
@@ -333,3 +328,106 @@ def test_layers_of_both_networks_or_neither_are_for_none(tmp_path: Path) -> None
         tensors = {f"{layer}.lora_{half}.weight": tensor for layer in layers for half, tensor in pair.items()}
         with pytest.raises(ModelError, match=r"adapts layers in .*expected some in transformer_blocks"):
             adapted_network(rewrite(tmp_path / WEIGHTS_FILE, tensors))
+
+
+WIDENED: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
+    "masks": (widen_for_masks, {"in_channels": 9}, {"conv_in.weight", "conv_in.bias"}),
+    "hints": (
+        widen_for_hints,
+        {"in_channels": 8, "addition_embed_type": "image_hint"},
+        {"conv_in.weight", "conv_in.bias"}
+        | {f"add_embedding.input_hint_block.{i}.{part}" for i in range(0, 16, 2) for part in ("weight", "bias")},
+    ),
+}
+
+
+def plain(oracle: Path, **changes: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet", **changes)
+
+
+def widened(oracle: Path, kind: str) -> UNet2DConditionModel:
+    """A decoder of which all that learns has gone its way."""
+    network = plain(oracle)
+    WIDENED[kind][0](network)
+    add(network, whole=learnt_whole(network))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def shown(network: UNet2DConditionModel) -> Tensor:
+    """What it makes of any input."""
+    generator = torch.Generator().manual_seed(2)
+    hints = network.config.addition_embed_type == "image_hint"
+    conditions = {"image_embeds": torch.rand(2, 32, generator=generator)}
+    conditions |= {"hint": torch.rand(2, 3, 64, 64, generator=generator)} if hints else {}
+    # The hint block makes the others of what the convolution takes.
+    noisy = torch.randn(2, 4 if hints else 9, 8, 8, generator=generator)
+    with torch.no_grad():
+        return network.eval()(noisy, torch.tensor([3, 700]), None, added_cond_kwargs=conditions).sample  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", WIDENED)
+def test_what_a_widened_decoder_learns_whole_is_in_the_file_for_us_and_for_diffusers(
+    oracle: Path, tmp_path: Path, kind: str
+) -> None:
+    _, changes, whole = WIDENED[kind]
+    network = widened(oracle, kind)
+    assert {name for name, each in network.named_parameters() if each.requires_grad} == adapters_of(
+        network
+    ).keys() | whole
+    save_lora(network, tmp_path)
+    tensors, expected = load_file(tmp_path / WEIGHTS_FILE), shown(network)
+    assert {name for name in tensors if ".lora_" not in name} == whole
+    assert read_adapters(tmp_path).widening == changes
+    assert adapted_network(tmp_path) == "unet"
+
+    again = plain(oracle)
+    load_lora(again, tmp_path, trainable=True)
+    assert {name: again.config[name] for name in changes} == changes
+    assert torch.equal(shown(again), expected)
+    save_lora(again, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (tmp_path / WEIGHTS_FILE).read_bytes()
+
+    stock = plain(oracle, **changes, low_cpu_mem_usage=False, ignore_mismatched_sizes=True)
+    stock.load_lora_adapter(tmp_path, prefix=None, weight_name=WEIGHTS_FILE)
+    assert torch.allclose(shown(stock), expected, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv_in"):
+        plain(oracle).load_lora_adapter(tmp_path, prefix=None, weight_name=WEIGHTS_FILE)
+
+    half = plain(oracle).bfloat16()
+    load_lora(half, tmp_path)
+    assert not any(parameter.requires_grad for parameter in half.parameters())
+    assert {each.dtype for name, each in half.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
+    fuse_lora(again)
+    assert torch.allclose(shown(again), expected, atol=1e-5)
+    again.save_pretrained(tmp_path / "fused")
+    fused = UNet2DConditionModel.from_pretrained(tmp_path / "fused")
+    assert torch.equal(shown(fused), shown(again))
+    with pytest.raises(ModelError, match=rf"found a network of {changes['in_channels']} input channels; .* of 4"):
+        load_lora(fused, tmp_path)
+
+
+def test_a_wider_first_layer_that_does_not_fit_is_refused(oracle: Path, tmp_path: Path) -> None:
+    save_lora(widened(oracle, "hints"), tmp_path)
+    file = tmp_path / WEIGHTS_FILE
+    tensors, first = load_file(file), "add_embedding.input_hint_block.0.weight"
+    changed: list[tuple[dict[str, Tensor | None], str]] = [
+        (
+            {"conv_in.weight": torch.zeros(32, 7, 3, 3)},
+            r"found conv_in.weight with shape \(32, 7, 3, 3\); .*\(32, 8, 3, 3\)",
+        ),
+        ({"conv_in.bias": None}, r"found conv_in.bias with shape None; expected \(32,\)"),
+        ({first: torch.zeros(16, 1, 3, 3)}, rf"found {first} with shape \(16, 1, 3, 3\)"),
+        ({"conv_in.extra": torch.zeros(2)}, "found conv_in.extra with shape .* expected None"),
+        ({"conv_in.weight": None}, "holds no LoRA: .*such as"),
+        ({"conv_in.weight": torch.zeros(())}, "holds no LoRA: .*such as"),
+        ({"conv_out.weight": torch.zeros(2)}, "1 of them of other names .*such as conv_out.weight"),
+    ]
+    for change, said in changed:
+        kept = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+        rewrite(file, kept)
+        with pytest.raises(ModelError, match=said):
+            load_lora(plain(oracle), tmp_path)

@@ -23,23 +23,25 @@ def metrics(steps: int) -> list[dict[str, Any]]:
     return [{"step": i, "loss": 1 / i, "grad_norm": 2.0 * i, "lr": 1e-4 / i} for i in range(1, steps + 1)]
 
 
-def validation(steps: Sequence[int], cosine: bool) -> list[dict[str, Any]]:
+def validation(steps: Sequence[int], cosine: bool, hole: bool = False) -> list[dict[str, Any]]:
     entries = []
     for step in steps:
         bands = {name: 0.1 * (i + 1) + 0.001 * step for i, name in enumerate(BANDS)}
         entries.append({"step": step, "val_loss": 0.25, **bands} | ({"val_cosine": 0.5} if cosine else {}))
-    return entries
+    return [entry | {"val_hole": 0.75} for entry in entries] if hole else entries
 
 
 def write(run_dir: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
     (run_dir / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def panels(steps: int, validated: Sequence[int] = (), cosine: bool = False) -> dict[str, dict[str, np.ndarray]]:
+def panels(
+    steps: int, validated: Sequence[int] = (), cosine: bool = False, hole: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
     """The lines of each panel, by title and label: (2, n) steps and values."""
     figure = Figure()
     with mpl.rc_context(LOOK):
-        _draw_run(figure, "run", metrics(steps), validation(validated, cosine))
+        _draw_run(figure, "run", metrics(steps), validation(validated, cosine, hole))
     return {
         ax.get_title(loc="left"): {str(line.get_label()): np.array(line.get_data()) for line in ax.lines}
         for ax in figure.axes
@@ -68,6 +70,8 @@ def test_what_was_not_measured_has_no_panel() -> None:
     assert list(panels(5)) == ["Loss", "Learning rate", "Gradient norm before clipping"]
     assert "held out" not in panels(5)["Loss"]
     assert len(panels(5, validated=[5])) == 4
+    assert "held out, the hole" not in panels(5, validated=[5])["Loss"]
+    assert np.array_equal(panels(5, validated=[5], hole=True)["Loss"]["held out, the hole"], [[5], [0.75]])
 
 
 @pytest.mark.parametrize(("steps", "validated"), [(1, []), (1, [1]), (3, [3]), (2500, [1000, 2000])])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel
-from filling import decoder_like, fills_holes
+from filling import decoder_like, fills_holes, sees_hints
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
@@ -16,6 +16,8 @@ from short_runs import write_run
 
 from kcache.config import DECODER_REPO
 from kcache.errors import RunError
+from kcache.objectives.lora import add_lora, save_lora
+from kcache.objectives.widening import learnt_whole, widen_for_hints, widen_for_masks
 from kcache.report.model_card import model_card
 from kcache.store.run_directory import LORA_FILE
 
@@ -58,18 +60,33 @@ def test_the_python_of_a_card_draws_with_what_was_trained(oracle: Path, tmp_path
     assert names["image"].size == (64, 64)
 
 
-@pytest.mark.parametrize("kind", ["whole", "part", "lora"])
-def test_the_python_of_a_card_fills_holes(
-    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def widened_lora(run_dir: Path, base: str, hint: str | None) -> torch.Tensor:
+    """Put a LoRA of a plain decoder that was widened into a run directory, and return a weight that it has whole."""
+    network = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    (widen_for_masks if hint is None else widen_for_hints)(network)
+    add_lora(network, rank=2, alpha=None, dropout=0.0, target_modules=(), seed=0, whole=learnt_whole(network))
+    with torch.no_grad():
+        network.conv_in.weight[:, 4:] = 0.1
+    save_lora(network, run_dir)
+    return network.conv_in.weight.detach()
+
+
+@pytest.mark.parametrize("hint", [None, "depth"])
+@pytest.mark.parametrize("kind", ["whole", "part", "lora", "widened"])
+def test_the_python_of_a_card_fills_holes_or_draws_by_a_hint(
+    oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, hint: str | None
 ) -> None:
-    base = decoder_like(tmp_path / "base", oracle, fills_holes)
-    shutil.copy(oracle / "decoder" / "model_index.json", base)
-    run_dir = write_run(tmp_path / "run", base, oracle / "prior", "decoder", inpaint=True)
+    wide = fills_holes if hint is None else sees_hints
+    base = decoder_like(tmp_path / "base", oracle, (lambda _: None) if kind == "widened" else wide)
+    run_dir = write_run(tmp_path / "run", base, oracle / "prior", "decoder", inpaint=hint is None, hint=hint)
     if kind == "whole":
         shutil.copytree(base, run_dir, dirs_exist_ok=True)
     (tmp_path / "of").mkdir()
     (tmp_path / "of" / "decoder").symlink_to(base)
-    weight = train_nothing(run_dir, tmp_path / "of", "decoder", lora=kind == "lora")
+    if kind == "widened":
+        weight = widened_lora(run_dir, base, hint)
+    else:
+        weight = train_nothing(run_dir, tmp_path / "of", "decoder", lora=kind == "lora")
     # Another network than the published one may have been trained at sides that its pipeline does not take.
     told = json.loads((run_dir / "config.json").read_text())
     told["cache"]["tables"] = {"latents-48": "ab" * 32}
@@ -77,17 +94,22 @@ def test_the_python_of_a_card_fills_holes(
     card = model_card(run_dir, whole=kind == "whole")
     data = ModelCard(card).data
     assert data.pipeline_tag == "image-to-image"
-    assert "inpainting" in data.tags
-    assert "Kandinsky 2.2 inpainting decoder" in card
+    assert ("inpainting" if hint is None else "controlnet") in data.tags
+    assert ("Kandinsky 2.2 inpainting decoder" if hint is None else "Kandinsky 2.2 decoder that reads hints") in card
+    assert ("their file holds `conv_in`" in card) is (kind == "widened")
+    assert ("and `add_embedding.input_hint_block` whole" in card) is (kind == "widened" and hint is not None)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (70, 80)).save("photo.jpg")
-    Image.linear_gradient("L").resize((70, 80)).save("hole.png")
+    for name in ("hole.png", "hint.png"):
+        Image.linear_gradient("L").resize((70, 80)).save(name)
     drawing = "num_inference_steps=2"
     names: dict[str, Any] = {}
     code = code_of(card).replace('snow")', f'snow", {drawing})').replace(").images", f", {drawing}).images")
     exec(code, names)  # noqa: S102
-    assert type(names["decoder"]).__name__ == "KandinskyV22InpaintPipeline"
-    weights = [value for key, value in names["decoder"].unet.named_parameters() if kind != "lora" or "lora_B" in key]
+    expected = "KandinskyV22InpaintPipeline" if hint is None else "KandinskyV22ControlnetPipeline"
+    assert type(names["decoder"]).__name__ == expected
+    part = {"lora": "lora_B", "widened": "conv_in.modules_to_save"}.get(kind, "")
+    weights = [value for key, value in names["decoder"].unet.named_parameters() if part in key]
     assert torch.equal(weights[0], weight)
     assert names["image"].size == (64, 64)
 

@@ -13,11 +13,14 @@ from diffusers import (
     KandinskyV22PriorPipeline,
     UNet2DConditionModel,
 )
+from filling import decoder_like, sees_hints
 from PIL import Image
 from typer.testing import CliRunner
 
 from kcache.encoders.repositories import pipeline_class
-from kcache.errors import ConfigError, MemoryShortError
+from kcache.errors import ConfigError, MemoryShortError, ModelError
+from kcache.objectives.lora import add_lora, fuse_lora, save_lora
+from kcache.objectives.widening import learnt_whole, widen_for_hints, widen_for_masks
 from kcache.report.drawn.halves import load_pipeline
 from kcache.report.drawn.originals import read_original
 from kcache.report.sampling import draw_embeds, draw_pictures, sample
@@ -131,6 +134,33 @@ def test_a_checkpoint_of_a_widened_decoder_fills_holes(
     mask = a_mask(tmp_path / "mask.png", (200, 100), (0, 0, 64, 64))
     settings = {"image": photo, "mask": mask, "height": 64, "width": 64}
     assert np.array_equal(draw(oracle, raw, **settings), draw(oracle, filling, **settings))
+
+
+@pytest.mark.parametrize("kind", ["masks", "hints"])
+def test_a_lora_widens_the_plain_decoder_that_it_is_given_beside(
+    oracle: Path, photo: Path, tmp_path: Path, kind: str
+) -> None:
+    """The same picture as from a wide decoder that has the LoRA in its weights; and no other decoder will do."""
+    unet = UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet")
+    (widen_for_masks if kind == "masks" else widen_for_hints)(unet)
+    add_lora(unet, rank=2, alpha=None, dropout=0.0, target_modules=(), seed=0, whole=learnt_whole(unet))
+    with torch.no_grad():
+        unet.conv_in.weight[:, 4:] = 0.1
+    for name in ("one", "two"):
+        save_lora(unet, tmp_path / name)
+    fuse_lora(unet)
+    merged = Path(decoder_like(tmp_path / "merged", oracle, lambda _: None))
+    unet.save_pretrained(merged / "unet")
+    mask = a_mask(tmp_path / "mask.png", (200, 100), (0, 0, 64, 64))
+    settings: dict[str, Any] = {"image": photo, "mask": mask} if kind == "masks" else {"hint": photo}
+    settings |= {"height": 64, "width": 64}
+    plain, lora = oracle / "decoder", [str(tmp_path / "one")]
+    assert np.array_equal(draw(oracle, plain, lora=lora, **settings), draw(oracle, merged, **settings))
+    with pytest.raises(ConfigError, match=f"the decoder {plain} with {lora[0]} .*give --(image and --mask|hint)"):
+        draw(oracle, plain, lora=lora)
+    for decoder, given in ((merged, lora), (plain, [*lora, str(tmp_path / "two")])):
+        with pytest.raises(ModelError, match=r"makes a plain decoder a wider one, .* found a network of [89] input"):
+            draw(oracle, decoder, lora=given, **settings)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (128, 64), (64, 64)])
@@ -271,12 +301,32 @@ def test_a_picture_larger_than_memory_is_refused_by_name(photo: Path, monkeypatc
         read_original(photo, None, None)
 
 
-def test_a_decoder_that_follows_hints_is_refused(oracle: Path, tmp_path: Path) -> None:
-    shutil.copytree(oracle / "decoder", tmp_path / "decoder")
-    config = tmp_path / "decoder" / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "image_hint"}))
-    with pytest.raises(ConfigError, match="draws after hints"):
-        draw(oracle, tmp_path / "decoder")
+def test_prompts_are_drawn_by_a_hint_of_its_own_proportions(
+    oracle: Path, filling: Path, photo: Path, tmp_path: Path
+) -> None:
+    by = decoder_like(tmp_path / "hinted", oracle, sees_hints)
+    settings = {"hint": photo, "prompts": ("a red circle", "a blue square")}
+    given = read_original(None, None, None, photo)
+    assert given is not None
+    assert given.shape == (100, 200)
+    small = {"height": 64, "width": 64}
+    first, again = (draw(oracle, Path(by), **settings, **small) for _ in range(2))
+    assert np.array_equal(first, again)
+    dark = tmp_path / "dark.png"
+    Image.new("L", (200, 100)).save(dark)
+    assert not np.array_equal(first, draw(oracle, Path(by), hint=dark, prompts=settings["prompts"], **small))
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (Path(by), {}, "draws by a hint, .* give --hint PATH"),
+        (Path(by), {"image": photo}, "draws by a hint, .* give --hint PATH"),
+        (Path(by), {"hint": tmp_path / "none.png"}, r"--hint .*none\.png cannot be read"),
+        (oracle / "decoder", {"hint": photo}, "reads no hints; .* give --decoder kandinsky-community/.*-depth, or"),
+        (filling, {"hint": photo}, "reads no hints"),
+        (Path(by), {"hint": photo, "image": photo}, "--hint .* with --image .*; expected one of the two"),
+        (Path(by), {"hint": photo, "strength": 0.5}, "--hint .* with --strength 0.5: .*; expected one"),
+    ]  # fmt: skip
+    for decoder, given, said in cases:
+        with pytest.raises(ConfigError, match=said):
+            draw(oracle, decoder, **given)
 
 
 def test_a_mask_of_white_keeps_nothing_and_says_so(

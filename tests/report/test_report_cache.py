@@ -19,10 +19,10 @@ from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
 from kcache.report.cache import SIDE, ReportConfig, cache_sections
+from kcache.report.drawn.reconstructions import decoded, originals, psnr
 from kcache.report.figures import MAX_SIDE, histogram, picture
 from kcache.report.grid import GAP, beside
 from kcache.report.page import Figure, Section, Table, Text
-from kcache.report.reconstructions import decoded, originals, psnr
 from kcache.report.write import write_report
 from kcache.store.cache import Cache
 from kcache.store.index import open_index

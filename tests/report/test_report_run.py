@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from kcache.config import TrainConfig
 from kcache.errors import RunError
-from kcache.report.grid import pictures_of, save_pictures
+from kcache.report.grid import HELD_OUT, pictures_of, save_pictures
 from kcache.report.neighbours import nearest, neighbours_section
 from kcache.report.page import Figure, Section, Table, Text, write_page
 from kcache.report.run import STEPS, drawn_blocks, drawn_prompts, read_run, run_sections, spread
@@ -230,6 +230,24 @@ def test_pictures_over_the_steps_stand_beside_each_other(tmp_path: Path) -> None
         with Image.open(io.BytesIO(strip.png)) as picture:
             assert picture.size == (STEPS * 156 - 4, 152)
             assert np.asarray(picture)[76, 76].tolist() == [10 * number] * 3
+
+
+def test_of_held_out_pictures_only_what_was_filled_is_shown_step_by_step(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"inpaint": True, "val_fraction": 0.1}
+    (text,) = drawn_blocks(tmp_path, {"config": config})
+    assert isinstance(text, Text)
+    assert "not come to drawing any yet" in text.text
+    for step in (1, 2):
+        levels = (10, 20, 100 * step, 30, 40, 50 * step)
+        drawn = [Image.new("RGB", (152, 152), (level,) * 3) for level in levels]
+        save_pictures(tmp_path, step, drawn, ["a"] * 3 + ["b"] * 3, HELD_OUT)
+    text, *strips = drawn_blocks(tmp_path, {"config": config})
+    assert isinstance(text, Text)
+    assert "its hole, and that filled after step 1, 2" in text.text
+    for strip, levels in zip(strips, [(10, 20, 100, 200), (30, 40, 50, 100)], strict=True):
+        assert isinstance(strip, Figure)
+        with Image.open(io.BytesIO(strip.png)) as picture:
+            assert tuple(np.asarray(picture)[76, 76::156, 0].tolist()) == levels
 
 
 def test_large_pictures_are_also_shown_large(tmp_path: Path) -> None:

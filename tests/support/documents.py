@@ -18,6 +18,7 @@ SMALLER = {
     "height=64, width=64": "height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2",
     "--mixed-precision fp16": "--mixed-precision no",
     "--val-fraction 0.02": "--val-fraction 0.4",
+    "--num-class-rows 100": "--num-class-rows 4",
     "checkpoint-500": "checkpoint-2",
     "torch.float16": "torch.float32",
     "pipeline.enable_model_cpu_offload()": "",

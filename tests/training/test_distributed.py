@@ -31,14 +31,14 @@ COUNTED: dict[str, Any] = {"snr_gamma": 5.0}
 AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
-    ("prior", {"compile": True, "noise_draws": 2}),
+    ("prior", {"compile": True, "noise_draws": 2, "class_prompt": ("a fox",), "num_class_rows": 3}),
     ("decoder", {"compile": True, "gradient_checkpointing": True}),
     ("decoder", {"inpaint": True, "hole_loss": True}),
     ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
     ("decoder", SHAPED),
     ("decoder", COUNTED),
 ]
-"""Stage, and what saves time or memory, draws masks, or reads pictures of several shapes."""
+"""Stage, and what saves time or memory, draws masks or class rows, or reads pictures of several shapes."""
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from filling import MODEL, decoder_like, fills_holes
 from short_runs import STAGES, config, course
 
 from kcache.config.shapes import Shape
@@ -16,7 +17,7 @@ from kcache.training.log import RunLog
 from kcache.training.run import TrainingRun
 from kcache.training.setup import prepare_run
 from kcache.training.trainer import train
-from kcache.training.validation import Evaluation, _make_pictures
+from kcache.training.validation import Evaluation, _make_pictures, first_looked_at, key_numbers
 
 PROMPTS = ("a fox", "an owl")
 
@@ -25,6 +26,7 @@ PROMPTS = ("a fox", "an owl")
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kcache.report.pictures.PRIOR_STEPS", 2)
     monkeypatch.setattr("kcache.report.pictures.DECODER_STEPS", 2)
+    monkeypatch.setattr("kcache.report.held_out.DECODER_STEPS", 2)
 
 
 def looked_at(run_dir: Path) -> list[int]:
@@ -75,19 +77,28 @@ def test_without_anything_to_look_at_nothing_is_due(cache: str, tmp_path: Path) 
     assert not any(evaluation.is_due(step) for step in range(1, 5))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_looking_changes_nothing(cache: str, tmp_path: Path, stage: str) -> None:
-    settings = {"val_fraction": 0.3, "lora_rank": 2, "lora_dropout": 0.5, "max_train_steps": 4}
-    looking = {"validation_prompts": PROMPTS, "validation_steps": 1}
-    train(cache, config(tmp_path / "seldom", stage, **settings))
+@pytest.mark.parametrize("stage", [*STAGES, "inpaint"])
+def test_looking_changes_nothing(oracle: Path, cache: str, tmp_path: Path, stage: str) -> None:
+    settings: dict[str, Any] = {"val_fraction": 0.3, "lora_rank": 2, "lora_dropout": 0.5, "max_train_steps": 4}
+    looking: dict[str, Any] = {"validation_prompts": PROMPTS, "validation_steps": 1}
+    seldom, files = dict[str, Any](), "step"
+    if stage == "inpaint":
+        filling = decoder_like(tmp_path / "decoder", oracle, fills_holes)
+        settings |= {"inpaint": True, MODEL: filling}
+        looking, seldom = {"num_validation_images": 1, "validation_steps": 1}, {"num_validation_images": 0}
+        stage, files = "decoder", "held-out"
+    train(cache, config(tmp_path / "seldom", stage, **settings, **seldom))
     train(cache, config(tmp_path / "often", stage, **settings, **looking))
     assert course(tmp_path / "often") == course(tmp_path / "seldom")
-    assert list(pictures(tmp_path / "often")) == [f"step-{step:06d}.png" for step in range(1, 5)]
+    assert list(pictures(tmp_path / "often")) == [f"{files}-{step:06d}.png" for step in range(1, 5)]
     assert not (tmp_path / "seldom" / "pictures").exists()
 
 
-def test_a_resumed_run_looks_as_if_it_had_not_been_stopped(cache: str, tmp_path: Path) -> None:
-    settings = {"val_fraction": 0.3, "validation_prompts": PROMPTS, "validation_steps": 2, "checkpointing_steps": 3}
+@pytest.mark.parametrize(
+    "looking", [{"validation_prompts": PROMPTS}, {"stage": "decoder", "inpaint": True, "num_validation_images": 1}]
+)
+def test_a_resumed_run_looks_as_if_it_had_not_been_stopped(cache: str, tmp_path: Path, looking: dict[str, Any]) -> None:
+    settings = {"val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 3, **looking}
     train(cache, config(tmp_path / "whole", max_train_steps=6, **settings))
     train(cache, config(tmp_path / "parts", max_train_steps=5, **settings))
     train(cache, config(tmp_path / "parts", max_train_steps=6, resume_from_checkpoint="latest", **settings))
@@ -112,6 +123,34 @@ def test_what_is_held_out_is_not_trained_on(cache: str, tmp_path: Path) -> None:
     keys = [set(part.samples["image_key"].to_pylist()) for part in (run.cache, run.held_out)]
     assert not keys[0] & keys[1]
     assert len(keys[0] | keys[1]) == len(set(Cache.open(cache).samples["image_key"].to_pylist()))
+
+
+@pytest.mark.parametrize("resolutions", [(64,), (32, 64)])
+def test_held_out_pictures_are_the_first_that_are_looked_at_at_their_largest(
+    bucketed: Path, resolutions: tuple[int, ...]
+) -> None:
+    opened = Cache.open(bucketed / "cache", resolutions)
+    chosen = first_looked_at(opened, ("image_embeds", "latents"), 5)
+    numbers = [int(key_numbers(part)[sample]) for part, sample, _ in chosen]
+    assert numbers == sorted(key_numbers(opened).tolist())[:5]
+    assert [turn for _, _, turn in chosen] == [number >> 1 for number in numbers]
+    assert {part.resolution for part, _, _ in chosen} == {64}
+    assert len(first_looked_at(opened, ("image_embeds", "latents"), 99)) == len(opened)
+
+
+def test_held_out_pictures_that_cannot_be_drawn_cost_no_training(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*given: Any) -> None:
+        raise ModelError("the MoVQ is broken")
+
+    monkeypatch.setattr("kcache.report.held_out.load_pretrained", broken)
+    run, evaluation = evaluated_run(cache, tmp_path / "run", stage="decoder", inpaint=True, val_fraction=0.3)
+    look(evaluation, 1)
+    said = "no held-out pictures can be drawn of this run (the MoVQ is broken); the work goes on"
+    assert said in [record.getMessage() for record in caplog.records]
+    assert looked_at(run.output_dir) == [1]
+    assert not pictures(run.output_dir)
 
 
 def test_halves_that_do_not_belong_together_are_refused_before_the_first_step(

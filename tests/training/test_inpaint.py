@@ -1,6 +1,7 @@
 """A decoder that fills holes is trained from any cache: the same online, interrupted, and of all shapes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from filling import MODEL, decoder_like, fills_holes
 from safetensors.torch import load_file
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, assert_equal_weights, config, course
 
-from kcache.config import DECODER_REPO, INPAINT_REPO
+from kcache.config import DECODER_REPO, DEPTH_REPO, INPAINT_REPO
 from kcache.encoders.repositories import find_repository
 from kcache.errors import ModelError, RunError
 from kcache.loader import draw_masks
@@ -20,9 +21,9 @@ from kcache.objectives import InpaintObjective
 from kcache.objectives.losses import Batch
 from kcache.objectives.widening import widen, widen_for_hints
 from kcache.store.cache import Cache
-from kcache.store.run_directory import read_validation
+from kcache.store.run_directory import AVERAGE_FILE, read_validation
 from kcache.training import setup
-from kcache.training.network import load_objective
+from kcache.training.network import check_decoder, load_objective
 from kcache.training.trainer import train
 from kcache.training.validation import key_numbers, split_by_key
 
@@ -37,19 +38,15 @@ def filling(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return decoder_like(tmp_path_factory.mktemp("filling") / "decoder", oracle, fills_holes)
 
 
-def base(filling: str, lora_rank: int | None) -> dict[str, Any]:
-    return {} if lora_rank is None else {MODEL: filling, "lora_rank": lora_rank}
-
-
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_thirty_steps_from_the_cache_equal_thirty_with_the_encoders_in_the_loop(
-    oracle: Path, cache: str, filling: str, tmp_path: Path, lora_rank: int | None
+    oracle: Path, cache: str, tmp_path: Path, lora_rank: int | None
 ) -> None:
     settings: dict[str, Any] = {
         "inpaint": True,
         "max_train_steps": 30,
         "gradient_accumulation_steps": 1,
-        **base(filling, lora_rank),
+        "lora_rank": lora_rank,
     }
     train(cache, config(tmp_path / "cached", "decoder", **settings))
     train(cache, config(tmp_path / "online", "decoder", **settings, online=str(oracle / "data")))
@@ -61,9 +58,9 @@ def test_thirty_steps_from_the_cache_equal_thirty_with_the_encoders_in_the_loop(
 
 @pytest.mark.parametrize(("lora_rank", "steps"), [(None, (1, 2, 3, 5, 6)), (2, (1, 2, 3, 5, 6))])
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    cache: str, filling: str, tmp_path: Path, lora_rank: int | None, steps: Sequence[int]
+    cache: str, tmp_path: Path, lora_rank: int | None, steps: Sequence[int]
 ) -> None:
-    settings = ALL | base(filling, lora_rank)
+    settings = ALL | {"lora_rank": lora_rank}
     whole, weights = tmp_path / "whole", WEIGHTS["decoder"] if lora_rank is None else LORA_WEIGHTS
     train(cache, config(whole, "decoder", **settings, checkpointing_steps=1))
     for step in steps:
@@ -72,6 +69,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         assert course(part) == course(whole)[step:]
         for name in (f"checkpoint-{STEPS}/optimizer.safetensors", weights, f"raw/{weights}"):
             assert_equal_tensors(part / name, whole / name)
+    kept = {"conv_in.weight", "conv_in.bias"} if lora_rank is not None else set()
+    assert kept <= load_file(whole / "checkpoint-3" / AVERAGE_FILE).keys() & load_file(whole / weights).keys()
 
 
 def test_shapes_resolutions_and_mirrored_pictures_are_masked_at_their_size(
@@ -91,6 +90,7 @@ def test_shapes_resolutions_and_mirrored_pictures_are_masked_at_their_size(
         "gradient_accumulation_steps": 1,
         "inpaint": True,
         "val_fraction": 0.2,
+        "num_validation_images": 0,
     }
     for name, residency in (("mapped", "mmap"), ("read", "ram")):
         train(bucketed / "cache", config(tmp_path / name, "decoder", residency=residency, **settings))
@@ -114,7 +114,7 @@ def test_masks_are_of_the_turns_grown_unless_told_and_always_so_in_validation(
 
     monkeypatch.setattr(InpaintObjective, "forward", loss)
     monkeypatch.setattr(InpaintObjective, "measure", look)
-    settings = {"inpaint": True, "seed": 3, "val_fraction": 0.3}
+    settings = {"inpaint": True, "seed": 3, "val_fraction": 0.3, "num_validation_images": 0}
     for growth in (True, False):
         train(cache, config(tmp_path / str(growth), "decoder", mask_growth=growth, **settings))
     turns = torch.from_numpy(draw_masks(3, np.arange(16), 8, 8))
@@ -170,10 +170,9 @@ def test_the_objective_is_as_it_was_asked_for(filling: str, tmp_path: Path) -> N
     [
         (fills_holes, {}, f"has 9 input channels: it fills holes; .* --inpaint, or give .* {DECODER_REPO}"),
         (fills_holes, {"lora_rank": 2}, "has 9 input channels: it fills holes"),
-        (widen_for_hints, {}, f"has 8 input channels and follows hints; .* {DECODER_REPO}"),
-        (widen_for_hints, {"inpaint": True}, f"has 8 input channels and follows hints; .* {INPAINT_REPO}"),
+        (widen_for_hints, {}, f"has 8 input channels: it reads hints; .* --hint NAME, or give .* {DECODER_REPO}"),
+        (widen_for_hints, {"inpaint": True}, f"has 8 input channels: it reads hints; .* {INPAINT_REPO}"),
         (lambda unet: widen(unet, 7), {"inpaint": True}, "has 7 input channels and 8 output channels; .* 4 or 9"),
-        (lambda unet: None, {"inpaint": True, "lora_rank": 2}, f"it fills no holes, .* {INPAINT_REPO}"),
     ],
 )  # fmt: skip
 def test_a_decoder_that_does_not_do_is_refused_before_it_is_loaded(
@@ -184,6 +183,19 @@ def test_a_decoder_that_does_not_do_is_refused_before_it_is_loaded(
     with pytest.raises(ModelError, match=said):
         train(cache, config(tmp_path / "run", "decoder", **{MODEL: given}, **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_for_hints_is_one_that_reads_them_or_a_plain_one(oracle: Path, tmp_path: Path) -> None:
+    given: dict[Any, str | None] = {
+        (lambda unet: None): None,
+        widen_for_hints: None,
+        fills_holes: f"it fills holes; expected one that reads hints; .* {DEPTH_REPO} --revision refs/pr/5",
+        (lambda unet: widen(unet, 7)): "has 7 input channels and 8 output channels; expected for --hint NAME 4 or 8",
+    }
+    for number, (change, said) in enumerate(given.items()):
+        repository = find_repository(decoder_like(tmp_path / str(number), oracle, change), None, ["unet"])
+        with nullcontext() if said is None else pytest.raises(ModelError, match=said):
+            check_decoder(config(tmp_path / "run", "decoder", hint="depth", lora_rank=2), repository)
 
 
 def test_a_run_goes_on_as_what_it_was(cache: str, tmp_path: Path) -> None:
@@ -213,3 +225,31 @@ def test_a_lora_of_a_decoder_that_fills_holes_is_one_of_stock_diffusers(
     assert fused.config.in_channels == 9
     found = network.state_dict()
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in fused.state_dict().items())
+
+
+def test_a_lora_of_a_widened_decoder_begins_with_what_the_plain_one_predicts_and_is_merged_whole(
+    oracle: Path, cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"lora_rank": 2, "mixed_precision": "bf16", "learning_rate": 1e-2}
+    train(cache, config(tmp_path / "plain", "decoder", **settings, max_train_steps=1))
+    train(cache, config(tmp_path / "wide", "decoder", inpaint=True, export_pipeline=True, **settings))
+    assert course(tmp_path / "wide")[0][0] == pytest.approx(course(tmp_path / "plain")[0][0], rel=1e-2)
+    said = caplog.records[-1].getMessage()
+    adapters = load_file(tmp_path / "wide" / LORA_WEIGHTS)
+    whole = {name: adapters.pop(name) for name in ("conv_in.weight", "conv_in.bias")}
+    sizes = [sum(tensor.numel() for tensor in each.values()) for each in (whole, adapters)]
+    assert said.startswith("conv_in: trained whole beside the adapters, at the same learning rate")
+    assert f" {sizes[0]:,} of {sum(sizes):,} parameters;" in said
+    own = load_file(oracle / "decoder" / "unet" / "diffusion_pytorch_model.safetensors")
+    merged = load_file(tmp_path / "wide" / WEIGHTS["decoder"])
+    assert merged.keys() == own.keys()
+    changed = {name for name in own if not torch.equal(own[name], merged[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} - {"0"} == {
+        "conv_in", "to_q", "to_k", "to_v", "add_k_proj", "add_v_proj",
+    }  # fmt: skip
+    assert all(torch.equal(merged[name], tensor) for name, tensor in whole.items())
+    # Of float32 all along: only what was learnt stands between it and what it began with.
+    first = whole["conv_in.weight"]
+    assert first[:, 4:].any()
+    assert first.dtype == torch.float32
+    assert (first[:, :4] - own["conv_in.weight"]).abs().amax() < 5e-2

@@ -60,6 +60,30 @@ def test_everything_learns_but_the_constants(oracle: Path, stage: str) -> None:
     assert {parameter.dtype for parameter in objective.network.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("asked", [{"inpaint": True}, {"hint": "depth"}], ids=str)
+def test_what_a_widened_decoder_learns_whole_is_never_rounded_and_comes_back(
+    oracle: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    settings = {"lora_rank": 2, "mixed_precision": "bf16", **asked}
+    network = load(oracle, "decoder", **settings).network
+    parts = {name.partition(".input_hint_block")[0] for name in learning(network) if ".lora_" not in name}
+    assert parts == {"conv_in.weight", "conv_in.bias"} | ({"add_embedding"} if "hint" in asked else set())
+    assert {network.get_parameter(name).dtype for name in learning(network)} == {torch.float32}
+    assert network.conv_out.weight.dtype == torch.bfloat16
+    own = load_network("decoder", oracle / "decoder").conv_in
+    assert torch.equal(network.conv_in.weight[:, :4], own.weight)
+    assert not network.conv_in.weight[:, 4:].any()
+    with torch.no_grad():
+        for name in learning(network):
+            network.get_parameter(name).add_(0.01)
+    save_network("decoder", network, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_WEIGHTS]
+    again = load(oracle, "decoder", saved=tmp_path, **settings).network
+    assert learning(again) == learning(network)
+    assert list(again.state_dict()) == list(network.state_dict())
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_beside_adapters_the_weights_wait_in_the_dtype_that_is_computed_in(oracle: Path, stage: str) -> None:
     network = load(oracle, stage, lora_rank=2, mixed_precision="bf16").network

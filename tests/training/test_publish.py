@@ -48,6 +48,7 @@ def run_dir(tmp_path: Path) -> Path:
         ".tmp-1-dead",
         "pictures/step-000002.png",
         "pictures/step-000003.png",
+        "pictures/held-out-000003.png",
         "loss.png",
         "README.md",
     ):

@@ -13,10 +13,10 @@ from small_builds import build
 
 import kcache.training.sweep
 from kcache.config import TrainConfig
-from kcache.errors import ConfigError, RunError
+from kcache.errors import RunError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
-from kcache.training.sweep import SweptRun, _read_records, comparison_table, plan_sweep, plot_runs, run_sweep
+from kcache.training.sweep import PlannedRun, SweptRun, _read_records, _swept, comparison_table, plot_runs, run_sweep
 from kcache.training.trainer import train
 
 TWO = '[[run]]\nname = "slow"\nlearning_rate = 1e-5\n[[run]]\nname = "fast"\nlearning-rate = 1e-3\nseed = 7\n'
@@ -52,61 +52,9 @@ def write(folder: Path, text: str) -> Path:
     return folder / "sweep.toml"
 
 
-def test_runs_are_the_flags_with_what_their_tables_change(tmp_path: Path) -> None:
-    given = config(tmp_path, seed=3, resume_from_checkpoint="latest")
-    slow, fast = plan_sweep(write(tmp_path, TWO), given)
-    assert slow.settings == {"learning_rate": 1e-5}
-    assert slow.config == replace(given, learning_rate=1e-5, output_dir=str(tmp_path / "sweep" / "slow"))
-    assert (fast.config.learning_rate, fast.config.seed) == (1e-3, 7)
-    (whole,) = plan_sweep(write(tmp_path, '[[run]]\nname = "whole"\nlearning_rate = 1\n'), given)
-    assert isinstance(whole.config.learning_rate, float)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("", "has no runs"),
-        ("run = 3", "has no runs"),
-        ("seed = 1\n" + TWO, "has seed; expected"),
-        ("[[run]]\nseed = 1", "run 1 has the name None"),
-        ('[[run]]\nname = "../up"', r"run 1 has the name '\.\./up'"),
-        (TWO + '[[run]]\nname = "slow"', "several runs have the name 'slow'"),
-        ('[[run]]\nname = "a"\nresolution = 512', "run 'a': runs of one sweep cannot differ in resolution"),
-        ('[[run]]\nname = "a"\noutput-dir = "b"', "cannot differ in output-dir"),
-        ('[[run]]\nname = "a"\nlearning_rat = 1', "run 'a': 'learning_rat' is no setting"),
-        ('[[run]]\nname = "a"\nseed = "1"', "run 'a': seed is '1'; expected a whole number"),
-        ('[[run]]\nname = "a"\nseed = -1', "run 'a': --seed is -1"),
-        ('[[run]]\nname = "a"\nimage_dropout = 0.1', "run 'a': --image-dropout is for the decoder"),
-    ],
-)
-def test_a_plan_that_cannot_be_is_refused(tmp_path: Path, text: str, answer: str) -> None:
-    with pytest.raises(ConfigError, match=answer):
-        plan_sweep(write(tmp_path, text), config(tmp_path))
-
-
-def test_a_sweep_that_is_not_there_is_answered_with_one_that_can_be_typed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no file .*rates\.toml") as refused:
-        plan_sweep(tmp_path / "rates.toml", config(tmp_path))
-    lines = [line for line in str(refused.value).splitlines() if line.startswith("  ")]
-    (run,) = plan_sweep(write(tmp_path, "\n".join(lines)), config(tmp_path))
-    assert (run.name, run.settings) == ("slow", {"learning_rate": 1e-5})
-
-
 def test_a_sweep_does_not_go_into_a_cache(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is a cache, with which"):
         run_sweep(cache, replace(config(tmp_path), output_dir=str(cache)), write(tmp_path, TWO))
-
-
-def test_runs_do_not_overwrite_each_other_on_the_hub(tmp_path: Path) -> None:
-    given = config(tmp_path, push_to_hub=True, hub_model_id="me/fox")
-    with pytest.raises(ConfigError, match="several runs have the hub_model_id 'me/fox'"):
-        plan_sweep(write(tmp_path, TWO), given)
-    plan_sweep(write(tmp_path, TWO), replace(given, hub_model_id=None))
-
-
-def test_every_run_has_its_own_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave it out"):
-        plan_sweep(write(tmp_path, TWO), config(tmp_path, resume_from_checkpoint="runs/a/checkpoint-3"))
 
 
 def test_a_sweep_trains_over_one_cache_compares_and_skips(
@@ -223,6 +171,23 @@ def test_a_table_shows_what_differs(tmp_path: Path) -> None:
         "| a   | 1    | None  | 1,000 | 0.50000         | 12.3      | finished        |",
         "| b   | 4    | a\\|b  |       |                 |           | failed: no room |",
     ]
+
+
+def test_the_hole_is_compared_where_it_was_measured(tmp_path: Path) -> None:
+    runs = {name: write_run(tmp_path / name, "me/base", "me/prior") for name in ("a", "b")}
+    plot_runs(tmp_path / "sweep.png", runs)
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.size == (1680, 600)
+    (runs["b"] / "validation.jsonl").write_text('{"step": 3, "val_loss": 0.25, "val_hole": 0.125}\n')
+    plot_runs(tmp_path / "sweep.png", runs)
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.size == (2520, 600)
+    planned = [PlannedRun(name=name, settings={}, config=config(tmp_path / name)) for name in runs]
+    swept = [_swept(replace(run, config=replace(run.config, output_dir=str(runs[run.name])))) for run in planned]
+    assert [(run.val_loss, run.val_hole) for run in swept] == [(0.25, None), (0.25, 0.125)]
+    head, _, *rows = comparison_table(swept, config(tmp_path)).splitlines()
+    assert head.split("|")[4:6] == [" val_loss ", " val_hole "]
+    assert [row.split("|")[5].strip() for row in rows] == ["", "0.12500"]
 
 
 def test_runs_that_were_not_begun_can_be_plotted(tmp_path: Path) -> None:

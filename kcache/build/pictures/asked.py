@@ -6,6 +6,7 @@ from dataclasses import replace
 from kcache.config import BuildConfig
 from kcache.config.build import DEFAULT_MAX_UPSCALE, DEFAULT_RESOLUTION
 from kcache.config.shapes import ShapeSet, auto_set, parse_shapes, resolutions_of, square_set
+from kcache.config.source import flag_of
 from kcache.errors import ConfigError
 from kcache.store.shaped.wants import Wants, in_order
 
@@ -16,10 +17,20 @@ def wanted(config: BuildConfig, had: Wants | None, step: int) -> Wants:
     Sides are multiples of `step` pixels. A resolution that is named joins those that there are, other shapes take the
     place of those at theirs, and squares stay beside them. Raises ConfigError.
     """
-    before = had or Wants(())
+    before, controls = had or Wants(()), tuple(config.controls)
     flip = before.flip if config.flip is None else config.flip
+    if lacking := [name for name in before.controls if name not in controls]:
+        raise ConfigError(
+            f"the cache has rows of {', '.join(lacking)}, and this build was not told where these images are now; "
+            f"expected the flags that it was built with; give {' and '.join(map(flag_of, lacking))} again"
+        )
+    if config.stage == "prior" and not before.sets and controls:
+        raise ConfigError(
+            f"{' and '.join(map(flag_of, controls))} with --stage prior, which reads no pictures; expected a cache for "
+            "the decoder; leave one of them out"
+        )
     if config.stage == "prior":
-        return Wants(before.sets, flip)
+        return Wants(before.sets, flip, controls)
     resolutions = config.resolution or resolutions_of(before.sets) or DEFAULT_RESOLUTION
     sets = {(each.resolution, each.is_square): each for each in before.sets}
     for each in _named(config, resolutions, before.sets, step):
@@ -33,7 +44,7 @@ def wanted(config: BuildConfig, had: Wants | None, step: int) -> Wants:
             )
         for each in changed:
             sets[each.resolution, False] = replace(each, max_upscale=config.max_upscale)
-    return Wants(in_order(sets.values()), flip)
+    return Wants(in_order(sets.values()), flip, controls)
 
 
 def _named(config: BuildConfig, resolutions: Sequence[int], before: Sequence[ShapeSet], step: int) -> list[ShapeSet]:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from kcache.store.digests import EMPTY_CAPTION_KEY, content_key, mirrored_key
+from kcache.store.controls.given import ControlImage
+from kcache.store.digests import EMPTY_CAPTION_KEY, Keys, content_key, control_row_keys, mirrored_key
 from kcache.store.formats.columns import Samples
 from kcache.store.recipe import kind_of
 
@@ -25,7 +26,7 @@ def as_named(content: bytes, key: bytes) -> bytes | None:
     return MirrorImage(content) if mirrored_key(found) == key else None
 
 
-def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | None]:
+def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | ControlImage | None]:
     """A function from a key of `table` to its content, None where the source no longer gives that content."""
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
@@ -33,12 +34,32 @@ def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | None]:
         samples.texts((EMPTY_CAPTION_KEY,))  # sorted now, as each of the threads that ask would do it by itself
         return lambda key: samples.texts((key,)).get(key)
 
+    if kind_of(table).per == "control":
+        return _control_fetcher(job, kind_of(table).name)
+
     def fetch(key: bytes) -> bytes | str | None:
         number, mirrored = job.positions.find((key, mirrored_key(key))).tolist()
         content = job.source.image(max(number, mirrored)) if max(number, mirrored) >= 0 else None
         return None if content is None else as_named(content, key)
 
     job.positions.find(())  # likewise
+    return fetch
+
+
+def _control_fetcher(job: "Survey", name: str) -> Callable[[bytes], ControlImage | None]:
+    positions = job.controls[name]
+
+    def fetch(key: bytes) -> ControlImage | None:
+        own, mirrored = positions.find((key, mirrored_key(key))).tolist()
+        if (number := max(own, mirrored)) < 0:
+            return None
+        picture, content = job.source.image(number), job.source.control(number, name)
+        pair = control_row_keys(Keys.of([content_key(picture)]), Keys.of([content_key(content)]), None)[0]
+        if pair not in (key, mirrored_key(key)):
+            return None
+        return ControlImage(content, picture, mirrored=pair != key)
+
+    positions.find(())  # sorted now
     return fetch
 
 

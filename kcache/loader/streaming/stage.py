@@ -23,6 +23,7 @@ from kcache.loader.streaming.ration import AT_ONCE, Ration
 from kcache.loader.streaming.slots import Arena, Run
 from kcache.stopping import LAST_WORD_SECONDS
 from kcache.store.cache import Cache
+from kcache.store.controls.packed import unpacked_rows
 from kcache.store.formats.checksums import crc32c
 from kcache.store.rows import Empty, token_numbers
 from kcache.store.shards import OFFSETS
@@ -135,11 +136,16 @@ class Stage:
                 [run.slots[number][each[0] : each[-1]] for (run, _), each in zip(runs, bounds, strict=True)]
             )
             arena = self._arenas[number].slots
-            out = empty((len(slots), *arena.shape[1:]), arena.dtype)
+            packed = self._cache.is_packed(name)
+            out = (np.empty if packed else empty)((len(slots), *arena.shape[1:]), arena.dtype)
             rows[name] = np.take(arena, slots, axis=0, out=out, mode="clip")
             if self._ragged[number]:
                 lengths = np.concatenate([np.diff(each) for each in bounds])
-                rows[OFFSETS] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+                if packed:
+                    rows[name] = unpacked_rows(name, rows[name], offsets, empty)
+                else:
+                    rows[OFFSETS] = offsets
             taken.append(slots)
         with self._changed:
             for arena_, slots in zip(self._arenas, taken, strict=True):

@@ -1,6 +1,7 @@
-"""What pictures are drawn with, and how large.
+"""What pictures are drawn with, and how large; and those that a cache's own rows show.
 
 - `halves`: the networks of a run or a repository
-- `originals`: the picture that is drawn onto, and the mask of its hole
+- `originals`: the picture that is drawn onto, with the mask of its hole, or that is drawn by
 - `sizes`: the height and width, by what was trained on
+- `reconstructions`: samples decoded from their rows
 """

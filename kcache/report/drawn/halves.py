@@ -21,7 +21,8 @@ from kcache.encoders.repositories import (
 )
 from kcache.errors import ModelError
 from kcache.foreign import told
-from kcache.objectives.lora import WEIGHTS_FILE, adapted_network, fuse_lora, load_lora
+from kcache.objectives.lora import fuse_lora, load_lora
+from kcache.objectives.lora_file import WEIGHTS_FILE, adapted_network, read_adapters
 from kcache.store.checkpoint import STATE_FILE, checkpoint_steps
 from kcache.store.run_directory import AVERAGE_FILE, CONFIG_FILE, RAW_FOLDER, base_of, is_run, logger, run_of
 
@@ -55,9 +56,15 @@ def find_half(half: str, name: str, revision: str | None) -> Half:
     return Half(repository=repository, learned=repository.path)
 
 
-def class_of(half: str, found: Half) -> str:
-    """Name of the diffusers class that draws with it, by the network that learned: its base's may be another."""
-    return pipeline_class(half, replace(found.repository, path=found.learned).read(PIPELINES[half].network).values)
+def class_of(half: str, found: Half, adapters: Sequence[Path] = ()) -> str:
+    """Name of the diffusers class that draws with it, by the network that learned: its base's may be another.
+
+    `adapters`, files or folders of LoRAs, may widen it; raises ModelError where they cannot.
+    """
+    network = replace(found.repository, path=found.learned).read(PIPELINES[half].network).values
+    for path in adapters:
+        network = read_adapters(path).applied_to(network)
+    return pipeline_class(half, network)
 
 
 def _pipeline_of(folder: Path, half: str) -> Repository:

@@ -1,4 +1,4 @@
-"""The picture that drawing begins with, and the mask of what of it is drawn anew, as diffusers' pipelines take them.
+"""The picture that drawing begins with, the mask of what of it is drawn anew, or a hint: as the pipelines take them.
 
 In files of masks and in those pipelines white is drawn anew; `kcache.loader.masks` has 1 for what is kept.
 """
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
-from kcache.config import INPAINT_REPO
+from kcache.config import DEPTH_REPO, INPAINT_REPO
 from kcache.config.shapes import Shape, crop_box
 from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.repositories import FOLLOWING, INPAINTING
@@ -28,28 +29,34 @@ _WHITE = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Original:
-    """A picture, and a mask of the same proportions if there is one, each as its file has it, upright."""
+    """A picture, and a mask of the same proportions if there is one, each as its file has it, upright; or a hint."""
 
     picture: Image.Image
     """RGB."""
     mask: Image.Image | None
     """Greys."""
+    is_hint: bool = False
+    """Whether the picture is drawn by, and not onto."""
 
     @property
     def shape(self) -> Shape:
         """Height and width in pixels."""
         return self.picture.height, self.picture.width
 
-    def fitted(self, shape: Shape, downsampling: int) -> dict[str, Image.Image]:
+    def fitted(self, shape: Shape, downsampling: int) -> dict[str, Image.Image | torch.Tensor]:
         """The middle of both in the proportions of `shape` and of that size, by the names that the pipelines have.
 
-        `downsampling` is MoVQ's. Where a pixel of a latent is white all of it is, or the pipeline, which looks at the
-        first pixel of each alone, would lose thin lines. Raises ConfigError for a mask without white.
+        A hint is (3, H, W) float32 in [0, 1]. `downsampling` is MoVQ's. Where a pixel of a latent is white all of it
+        is, or the pipeline, which looks at the first pixel of each alone, would lose thin lines. Raises ConfigError for
+        a mask without white.
         """
         height, width = shape
         middle = self.picture.crop(crop_box(*self.picture.size, shape))
         # As MoVQ's pixels are made when a cache is built.
-        fitted = {"image": middle.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)}
+        resized = middle.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
+        if self.is_hint:
+            return {"hint": torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255}
+        fitted: dict[str, Image.Image | torch.Tensor] = {"image": resized}
         if self.mask is None:
             return fitted
         white = np.asarray(self.mask.crop(crop_box(*self.mask.size, shape))) >= _WHITE
@@ -70,9 +77,20 @@ class Original:
 
 
 def read_original(
-    image: str | os.PathLike[str] | None, mask: str | os.PathLike[str] | None, strength: float | None
+    image: str | os.PathLike[str] | None,
+    mask: str | os.PathLike[str] | None,
+    strength: float | None,
+    hint: str | os.PathLike[str] | None = None,
 ) -> Original | None:
-    """What the files say; None where there is no `image`. Raises ConfigError for what does not go together."""
+    """What the files say; None where there is none. Raises ConfigError for what does not go together."""
+    if hint is not None:
+        for flag, given in (("--image", image), ("--mask", mask), ("--strength", strength)):
+            if given is not None:
+                raise ConfigError(
+                    f"--hint {hint} with {flag} {given}: a decoder draws by a hint, or onto a picture; expected one of "
+                    "the two; leave the other out"
+                )
+        return Original(picture=_decoded("--hint", Path(hint), "black"), mask=None, is_hint=True)
     if image is None:
         for flag, given in (("--mask", mask), ("--strength", strength)):
             if given is not None:
@@ -89,11 +107,16 @@ def read_original(
 
 def check_drawn_by(class_name: str, decoder: str, original: Original | None, strength: float | None) -> None:
     """Check that a decoder, whose pipeline has a class of that name, draws what is asked for; raises ConfigError."""
-    mask = None if original is None else original.mask
-    if class_name == FOLLOWING:
+    mask, is_hint = None if original is None else original.mask, original is not None and original.is_hint
+    if class_name == FOLLOWING and not is_hint:
         raise ConfigError(
-            f"the decoder {decoder} draws after hints, such as depths, which this command has none of; expected one "
-            "that draws whole pictures, or one that fills holes; give another --decoder"
+            f"the decoder {decoder} draws by a hint, such as a picture of depths; expected one; give --hint PATH, or a "
+            "--decoder that draws whole pictures"
+        )
+    if is_hint and class_name != FOLLOWING:
+        raise ConfigError(
+            f"the decoder {decoder} reads no hints; expected for --hint one that does; give --decoder {DEPTH_REPO}, or "
+            "one that kcache train-decoder --hint made, or leave --hint out"
         )
     if class_name == INPAINTING:
         if mask is None:

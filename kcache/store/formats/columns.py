@@ -41,11 +41,7 @@ class Sample:
     repeats: int = 1
     """How often it comes in an epoch."""
     control_keys: tuple[bytes, ...] = ()
-    """One for each kind of control image that the cache has, by name; `NO_CONTROL` where it has none of that kind."""
-
-
-NO_CONTROL = bytes(KEY_BYTES)
-"""Stands for the key of a control image that a sample does not have; no content has this key."""
+    """One for each kind of control image that the cache has, by name; `NO_CONTROL` where it has none of that."""
 
 
 def sample_schema() -> "pyarrow.Schema":
@@ -166,6 +162,11 @@ class Samples(Sequence[Sample]):
     def caption_keys(self) -> Keys:
         """The keys of all captions, sample by sample."""
         return Keys.joined(caption_keys_of(table)[0] for table in self.each())
+
+    def control_keys(self, number: int) -> Keys:
+        """The key of the control image of each sample that has this number in all of their lists, which are alike."""
+        lists = (_whole(table["control_keys"]) for table in self.each())
+        return Keys.joined(packed(each.flatten()).reshape(len(each), -1, KEY_BYTES)[:, number] for each in lists)
 
     @cached_property
     def caption_bounds(self) -> np.ndarray:

@@ -196,7 +196,7 @@ def _check_lengths(
         kind = kind_of(name)
         rows = captions if kind.per == "caption" else standing.rows(name)
         expected[name] = rows + (kind.reserved is not None)
-        expected |= {name + MIRRORED: rows} if manifest.flip and kind.per == "image" else {}
+        expected |= {name + MIRRORED: rows} if manifest.flip and kind.per != "caption" else {}
     for name, rows in expected.items():
         if shapes[name] != (rows,):
             raise ValueError(f"{name}.npy has shape {shapes[name]} instead of ({rows},)")

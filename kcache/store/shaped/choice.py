@@ -10,7 +10,7 @@ from kcache.errors import CacheIncompleteError, ConfigError
 from kcache.places import Place
 from kcache.store.formats.index_files import CAPTION_BOUNDS
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import KINDS, LATENTS, kind_of, table_name
+from kcache.store.recipe import LATENTS, kind_of, shape_of, table_name
 from kcache.store.recorded import build_line
 from kcache.store.shaped.standing import Standing
 from kcache.store.shaped.wants import MIRRORED
@@ -61,7 +61,8 @@ class Reads:
     def index(self) -> dict[str, np.ndarray]:
         """The arrays in which all samples have an entry, or one per caption."""
         names = {table for table in self.manifest.tables if not kind_of(table).sided} | {CAPTION_BOUNDS}
-        names |= {table_name(LATENTS, each.shapes[0]) for each in self.manifest.shape_sets if each.is_square}
+        squares = {each.shapes[0] for each in self.manifest.shape_sets if each.is_square}
+        names |= {table for table in self.manifest.tables if shape_of(table) in squares}
         names |= {name + MIRRORED for name in names if self.flip}
         return {name: array for name, array in self.arrays.items() if name in names}
 
@@ -119,7 +120,9 @@ class Reads:
 
     def parts(self, fields: Sequence[str]) -> "list[Reads] | None":
         """The parts in which all samples have the same shapes of `fields`; None where that is all of it."""
-        sided = any(kind.sided and field in kind.fields for kind in KINDS for field in fields)
+        sided = any(
+            field in kind_of(table).fields for field in fields for table in self.manifest.tables if shape_of(table)
+        )
         if self.number is not None or not sided or not self.sets:
             return None
         if len(self.meant) == 1 and self.meant[0].is_square:

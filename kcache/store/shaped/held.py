@@ -11,7 +11,7 @@ from kcache.config.shapes import NO_SHAPE, Shape
 from kcache.errors import ConfigError
 from kcache.store.formats.chosen import CAPTION_BOUNDS, Chosen, chosen_bounds, chosen_index
 from kcache.store.formats.sample_extras import COUNTS, Counts
-from kcache.store.recipe import LATENTS, TEXT, kind_of, shape_of
+from kcache.store.recipe import TEXT, kind_of, shape_of
 from kcache.store.selection import sample_numbers
 from kcache.store.shaped.choice import Reads
 from kcache.store.shaped.joined import Joined
@@ -104,7 +104,7 @@ class Held:
 
     def _part(self, reads: Reads) -> "Held":
         """The samples of one shape."""
-        [shapes], table, standing = reads.sets, reads.table_of(LATENTS.fields[0]), reads.standing
+        [shapes], standing = reads.sets, reads.standing
         if shapes.is_square:
             return Held(reads, self.index, self.selected)
         if self.selected is None:
@@ -112,12 +112,14 @@ class Held:
         else:
             numbers = np.flatnonzero(standing.numbers(shapes)[self.selected] == reads.number)
             selected = self.selected[numbers]
-        index, holders = chosen_index(self.index, numbers), standing.holders(table)
-        for name in (table, table + MIRRORED) if reads.flip else (table,):
-            entries = index[name] = reads.arrays[name]
-            if self.selected is not None or holders is None or len(holders) != len(numbers):
-                places = standing.places(table, selected)
-                index[name] = cast("np.ndarray", Chosen(entries, len(entries), places))
+        index = chosen_index(self.index, numbers)
+        for table in (each for each in reads.manifest.tables if shape_of(each) == reads.shape):
+            holders = standing.holders(table)
+            for name in (table, table + MIRRORED) if reads.flip else (table,):
+                entries = index[name] = reads.arrays[name]
+                if self.selected is not None or holders is None or len(holders) != len(numbers):
+                    places = standing.places(table, selected)
+                    index[name] = cast("np.ndarray", Chosen(entries, len(entries), places))
         return Held(reads, index, selected)
 
     def entries(self, table: str) -> np.ndarray:

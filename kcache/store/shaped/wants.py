@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kcache.config.shapes import ShapeSet, square_set
-from kcache.store.digests import Keys, mirrored_keys
+from kcache.store.digests import Keys, control_row_keys, mirrored_keys
 from kcache.store.formats.columns import Sample, Samples
-from kcache.store.recipe import LATENTS, kind_of, shape_of, sides_of, table_name
+from kcache.store.recipe import LATENTS, TableKind, control_kind, kind_of, shape_of, sides_of, table_name
 
 MIRRORED = "-mirrored"
 """What stands behind the name of a table in that of the index array of its mirrored rows."""
@@ -22,6 +22,8 @@ class Wants:
     """Each is of another resolution, or the plain square beside shapes of the same."""
     flip: bool = False
     """Whether there are rows of the mirrored pictures."""
+    controls: tuple[str, ...] = ()
+    """The kinds of control images that there are rows of, by name and sorted."""
 
     def samples_of(self, table: str, samples: Sequence[Sample]) -> np.ndarray | None:
         """Which of `samples` have a row in a table of pictures: their numbers (k,), ascending; None for all of them.
@@ -64,12 +66,14 @@ class Wants:
         keys = self._own_keys(table, samples, grouped=True)
         if self._is_mirrored(table):
             keys = Keys(np.stack([keys.packed, mirrored_keys(keys).packed], axis=1).reshape(-1, keys.packed.shape[1]))
+        if kind.per == "control":
+            keys = keys.unique()  # of those that have no mask there is one row
         return keys if kind.reserved is None else Keys.of([kind.reserved]) + keys
 
     def possible(self, table: str, samples: Sequence[Sample]) -> Keys:
         """All keys that a table can hold of `samples`, whatever the sizes of the pictures turn out to be."""
         kind, columns = kind_of(table), Samples.of(samples)
-        keys = columns.caption_keys if kind.per == "caption" else columns.image_keys
+        keys = self._keys_of(kind, columns)
         keys = keys + mirrored_keys(keys) if self._is_mirrored(table) else keys
         return keys if kind.reserved is None else keys + Keys.of([kind.reserved])
 
@@ -112,15 +116,34 @@ class Wants:
         whole[chosen] = there
         return whole
 
+    def use(self, table: str, samples: Samples, keys: Keys) -> np.ndarray:
+        """(N,) bool: which samples use a row of a table of pictures that has one of `keys`, or its mirror image."""
+        own, chosen = self._own_keys(table, samples), self.samples_of(table, samples)
+        used = own.among(keys) | mirrored_keys(own).among(keys)
+        if chosen is None:
+            return used
+        whole = np.zeros(len(samples), np.bool_)
+        whole[chosen] = used
+        return whole
+
     def _is_mirrored(self, table: str) -> bool:
-        return self.flip and kind_of(table).per == "image"
+        return self.flip and kind_of(table).per != "caption"
+
+    def _keys_of(self, kind: TableKind, samples: Samples) -> Keys:
+        """The key of the row that each of `samples`, or each of their captions, has in a table of a kind."""
+        if kind.per == "caption":
+            return samples.caption_keys
+        if kind.per == "image":
+            return samples.image_keys
+        return control_row_keys(samples.image_keys, samples.control_keys(self.controls.index(kind.name)), kind.reserved)
 
     def _own_keys(self, table: str, samples: Sequence[Sample], *, grouped: bool = False) -> Keys:
         """The keys without the mirrored ones, in the order of the samples, or where asked for, shape by shape."""
         columns = Samples.of(samples)
+        keys = self._keys_of(kind_of(table), columns)
         if kind_of(table).per == "caption":
-            return columns.caption_keys
-        chosen, keys = self.samples_of(table, columns), columns.image_keys
+            return keys
+        chosen = self.samples_of(table, columns)
         first = next((each for each in self.sets if not each.is_square), None)
         if grouped and first is not None:
             numbers = np.arange(len(columns)) if chosen is None else chosen
@@ -138,6 +161,7 @@ def in_order(sets: Collection[ShapeSet]) -> tuple[ShapeSet, ...]:
     return tuple(sorted(set(sets), key=lambda each: (each.resolution, not each.is_square, each.shapes)))
 
 
-def tables_of(sets: Collection[ShapeSet]) -> list[str]:
-    """The tables of latents that some sets have, each once."""
-    return list(dict.fromkeys(table_name(LATENTS, shape) for each in sets for shape in each.shapes))
+def tables_of(sets: Collection[ShapeSet], controls: Sequence[str] = ()) -> list[str]:
+    """The tables of latents, and of control images, that some sets have, each once."""
+    kinds = [LATENTS, *map(control_kind, controls)]
+    return list(dict.fromkeys(table_name(kind, shape) for kind in kinds for each in sets for shape in each.shapes))

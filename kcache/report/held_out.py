@@ -1,0 +1,142 @@
+"""Held-out pictures that a decoder which fills holes draws anew on the way: each as it is, its hole, and that filled.
+
+The stock pipeline fills it. It gets the latents of the cache where it would encode pixels: nothing is encoded again,
+and pictures may have any size that the network takes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, VQModel
+from PIL import Image
+from torch import Tensor
+
+from kcache.config import COMPUTE_DTYPES, TrainConfig
+from kcache.encoders.pretrained import load_pretrained, without_advice
+from kcache.encoders.repositories import Repository
+from kcache.loader.chance import draw_noise
+from kcache.loader.masks import draw_masks, grow
+from kcache.objectives.blocks import evaluating
+from kcache.report.grid import HELD_OUT
+from kcache.report.pictures import DECODER_STEPS, GUIDANCE_SCALE, on_device, unless_stopped
+from kcache.report.sampling import Embeds, draw_pictures
+from kcache.store.cache import Cache
+
+with without_advice():
+    from diffusers import KandinskyV22InpaintPipeline
+
+GREY = 128
+"""Level of the hole's pixels, 0 to 255, where it is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A held-out sample, and what is drawn with its rows: all of it on the CPU, in float32."""
+
+    name: str
+    embeds: Embeds
+    """Its own image_embeds, and those of the all-zero image."""
+    latents: Tensor
+    """(1, 4, h, w)."""
+    noise: Tensor
+    """(1, 4, h, w): what drawing begins with."""
+    mask: np.ndarray
+    """(h, w): 1 is kept, 0 is the hole, which has not grown yet."""
+
+
+def read_held_out(part: Cache, sample: int, turn: int, seed: int) -> HeldOut:
+    """A sample of a part of a cache in which all latents have one shape, with what the seed and its turn draw."""
+    # Its own embedding, and the one that guidance leads away from.
+    read = part.read([sample, sample], ["image_embeds", "latents"], drop_image=np.array([False, True]))
+    rows = {name: torch.from_numpy(array).float() for name, array in read.items()}
+    turns, shape = np.array([turn]), read["latents"].shape[1:]
+    return HeldOut(
+        name=part.told(sample, "name"),
+        embeds=(rows["image_embeds"][:1], rows["image_embeds"][1:]),
+        latents=rows["latents"][:1],
+        noise=torch.from_numpy(draw_noise(seed, turns, shape)),
+        mask=draw_masks(seed, turns, *shape[1:], growth=False)[0, 0],  # which the pipeline grows
+    )
+
+
+class HeldOutPictures:
+    """Draws three pictures of each sample: as MoVQ has it, with its hole in grey, and with the hole filled.
+
+    The same at each call, but for what the network has learned. One process of a run is enough for it.
+    """
+
+    files = HELD_OUT
+    """What the files of its pictures are called."""
+
+    def __init__(
+        self,
+        samples: Sequence[HeldOut],
+        config: TrainConfig,
+        base: Repository,
+        scheduler: DDPMScheduler,
+        device: str | torch.device,
+    ) -> None:
+        """`base` is the repository of the decoder that learns, and `scheduler` its own; raises ModelError for MoVQ."""
+        self._samples, self._seed, self._device = samples, config.seed, torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, COMPUTE_DTYPES[config.mixed_precision])
+        movq = load_pretrained(VQModel, base.path / "movq", torch.float32)
+        self._movq: Any = movq.eval().requires_grad_(False)
+        # One of its own: a pipeline sets the steps of its scheduler.
+        own = DDPMScheduler.from_config(scheduler.config)
+        self._decoder: Any = KandinskyV22InpaintPipeline(unet=None, scheduler=own, movq=movq)
+        self._decoder.set_progress_bar_config(disable=True)
+        # The pictures that it gets, and whose sides it looks at, are latents.
+        self._decoder.movq_scale_factor = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        """What stands below each picture that `draw` returns, once for the three of a sample."""
+        told = [f"{number}. {each.name}: as it is, its hole, filled" for number, each in enumerate(self._samples, 1)]
+        return [text for text in told for _ in range(3)]
+
+    @torch.no_grad()
+    def draw(self, network: torch.nn.Module) -> list[Image.Image]:
+        """The pictures, in the order of `prompts`, filled by `network`, a UNet2DConditionModel on the device.
+
+        It runs in evaluation mode, in the precision of training, and is left as it was; no global generator of random
+        numbers is touched.
+        """
+        self._decoder.unet = network
+        computing = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+        with evaluating(network), on_device(self._movq, device=self._device), computing:
+            return [picture for number in range(len(self._samples)) for picture in self._drawn(number)]
+
+    def _drawn(self, number: int) -> tuple[Image.Image, Image.Image, Image.Image]:
+        sample = self._samples[number]
+        latents = sample.latents.to(self._device)
+        pixels = self._movq.decode(latents, force_not_quantize=True).sample[0] * 0.5 + 0.5
+        whole = np.asarray((pixels.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu())
+        return Image.fromarray(whole), _greyed(whole, grow(sample.mask)), self._filled(sample, latents, number)
+
+    def _filled(self, sample: HeldOut, latents: Tensor, number: int) -> Image.Image:
+        self._movq.encode = lambda pixels: {"latents": latents}
+        height, width = sample.mask.shape
+        hole = Image.fromarray(np.uint8(255) * (sample.mask == 0))
+        [filled] = draw_pictures(
+            self._decoder,
+            [sample.embeds],
+            [torch.Generator().manual_seed(self._seed + number)],
+            latents=[sample.noise],
+            onto={"image": Image.new("RGB", hole.size), "mask_image": hole},
+            height=height,
+            width=width,
+            num_inference_steps=DECODER_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            callback_on_step_end=unless_stopped,
+        )
+        return filled
+
+
+def _greyed(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """A picture (H, W, 3) uint8 with the hole of its mask (h, w) in grey."""
+    rows, columns = (side // cells for side, cells in zip(pixels.shape, mask.shape, strict=False))
+    kept = mask.repeat(rows, 0).repeat(columns, 1)[..., None] > 0
+    return Image.fromarray(np.where(kept, pixels, np.uint8(GREY)))

@@ -1,0 +1,116 @@
+"""A decoder is trained by hints, own masks and loss masks of a cache: the same online, interrupted, of all shapes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from controlled import FLAGS, SHAPED, build_controlled, controlled_source
+from filling import MODEL, decoder_like, sees_hints
+from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
+
+from kcache import Cache
+from kcache.errors import CacheIncompleteError, ConfigError
+from kcache.loader.batches import CacheLoader
+from kcache.objectives import InpaintObjective
+from kcache.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def controlled(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, and `cache`, of three shapes with mirror images: to read from."""
+    folder = tmp_path_factory.mktemp("controlled")
+    source = controlled_source(folder / "source")
+    build_controlled(source, folder / "cache", oracle, **SHAPED)
+    build_controlled(source, folder / "squares", oracle)
+    return folder
+
+
+def online(folder: Path) -> dict[str, Any]:
+    return {"online": str(folder / "source"), **FLAGS}
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "hint": {"hint": "edges", "loss_mask": True},
+    "masks": {"inpaint": True, "mask_share": 0.7, "val_fraction": 0.3, "validation_steps": 30},
+    "lora": {"hint": "own", "lora_rank": 2},
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_thirty_steps_from_the_cache_equal_thirty_with_the_encoders_in_the_loop(
+    controlled: Path, tmp_path: Path, kind: str
+) -> None:
+    settings = {"max_train_steps": 30, "gradient_accumulation_steps": 1, "num_validation_images": 0} | RUNS[kind]
+    train(controlled / "cache", config(tmp_path / "cached", "decoder", **settings))
+    train(controlled / "cache", config(tmp_path / "online", "decoder", **settings, **online(controlled)))
+    assert len(course(tmp_path / "cached")) == 30
+    assert course(tmp_path / "online") == course(tmp_path / "cached")
+    weights = LORA_WEIGHTS if kind == "lora" else WEIGHTS["decoder"]
+    assert_equal_tensors(tmp_path / "online" / weights, tmp_path / "cached" / weights)
+
+
+@pytest.mark.parametrize("kind", ["hint", "masks"])
+def test_an_interrupted_run_goes_on_bit_for_bit(controlled: Path, tmp_path: Path, kind: str) -> None:
+    settings = {"gradient_accumulation_steps": 1, "max_train_steps": 6, "num_validation_images": 0} | RUNS[kind]
+    train(controlled / "cache", config(tmp_path / "whole", "decoder", **settings, checkpointing_steps=1))
+    for step in range(1, 6):
+        path = str(tmp_path / "whole" / f"checkpoint-{step}")
+        part = config(tmp_path / f"from-{step}", "decoder", **settings, resume_from_checkpoint=path)
+        train(controlled / "cache", part)
+        assert course(tmp_path / f"from-{step}") == course(tmp_path / "whole")[step:]
+        assert_equal_tensors(tmp_path / f"from-{step}" / WEIGHTS["decoder"], tmp_path / "whole" / WEIGHTS["decoder"])
+
+
+def test_batches_are_equal_wherever_rows_wait(controlled: Path) -> None:
+    fields = ["latents", "hint_own", "masks", "image_embeds", "loss_masks"]
+    for name, buckets in (("cache", True), ("squares", None)):
+        cache, found = Cache.open(controlled / name, buckets=buckets), {}
+        for residency in ("gpu", "ram", "mmap", "stream"):
+            opened = Cache.open(controlled / name, buckets=buckets)
+            order = CacheLoader(opened, fields, 2, seed=3, residency=residency, shuffle="stream", image_dropout=0.3)
+            found[residency] = list(order)
+        assert len(found["ram"]) >= len(cache) // 2
+        for residency in ("gpu", "mmap", "stream"):
+            for one, other in zip(found[residency], found["ram"], strict=True):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[field], other[field]) for field in one)
+
+
+def test_own_masks_take_their_share_and_drawn_ones_the_rest(
+    controlled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mask = InpaintObjective.mask
+
+    def watched(self: InpaintObjective, batch: Any) -> torch.Tensor:
+        found = mask(self, batch)
+        taken.append((found, batch["masks"] if self.own_share else found))
+        return found
+
+    monkeypatch.setattr(InpaintObjective, "mask", watched)
+    settings = {"inpaint": True, "max_train_steps": 12, "gradient_accumulation_steps": 1, "mask_growth": False}
+    counts = []
+    for share in (1.0, None, 0.0):
+        taken.clear()
+        train(controlled / "squares", config(tmp_path / str(share), "decoder", **settings, mask_share=share))
+        pairs = [(m, o) for masks, own in taken for m, o in zip(masks, own, strict=True) if (o == 0).any()]
+        counts.append(np.mean([torch.equal(m, o.float()) for m, o in pairs]) if share != 0.0 else 0)
+    assert counts[0] == 1
+    assert 0 < counts[1] < 1
+
+
+def test_what_is_not_there_is_said(oracle: Path, cache: str, controlled: Path, tmp_path: Path) -> None:
+    squares, hinted = str(controlled / "squares"), decoder_like(tmp_path / "hinted", oracle, sees_hints)
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        (squares, {"hint": "depth"}, CacheIncompleteError, "--hint depth .*: its hints are edges, own; build it again"),
+        (cache, {"hint": "depth"}, CacheIncompleteError, "--hint depth wants hint-depth, .*: it has none; build it"),
+        (cache, {"inpaint": True, "mask_share": 0.5}, CacheIncompleteError, "--mask-share 0.5 .* with --mask-column"),
+        (cache, {"loss_mask": True}, CacheIncompleteError, "--loss-mask True .* or --loss-mask-alpha"),
+        (squares, RUNS["hint"] | {"online": str(controlled / "source")}, ConfigError, "its hint-edges and loss_masks"),
+    ]
+    for given, settings, kind, said in cases:
+        base = {MODEL: hinted} if "hint" in settings else {}
+        with pytest.raises(kind, match=said):
+            train(given, config(tmp_path / "run", "decoder", **base | settings))
