@@ -70,8 +70,10 @@ def test_both_forms_have_the_same_rows_and_lead_back(caches: Path, source: Path,
     convert_cache(caches / "webdataset", tmp_path / "back", "zarr")
     one, other, back = (rows(folder) for folder in (caches / "zarr", caches / "webdataset", tmp_path / "back"))
     assert one == other == back
+    own = dict.fromkeys(KINDS, len(SIZES)) | {"masks": len(SIZES) // 2}
     for folder in (caches / "webdataset", tmp_path / "back"):
         found = verify_cache(folder)
+        assert describe_cache(folder)["controls"] == own
         assert (found.corrupt, found.orphaned) == (False, ())
     assert encoded(build_controlled(source, tmp_path / "back", oracle)) == {}
     assert encoded(build_controlled(source, caches / "webdataset", oracle, format="webdataset")) == {}
