@@ -220,7 +220,11 @@ def _offered(
             continue
         keys = tuple(caption_key(caption) for caption in captions)
         numbers.append(i)
-        yield Sample(name=source.name(i), image_key=key, captions=captions, caption_keys=keys, control_keys=controls)
+        weight, repeats = source.counts(i)
+        yield Sample(
+            name=source.name(i), image_key=key, captions=captions, caption_keys=keys, weight=weight, repeats=repeats,
+            control_keys=controls,
+        )  # fmt: skip
 
 
 def acceptable(samples: Sequence[Sample], tables: Mapping[str, TableState], wants: Wants) -> Sequence[Sample]:

@@ -26,7 +26,6 @@ class SourceConfig:
     follow_links: str | None = setting(
         None, "Follow the links of a source folder that lead into this folder. Others are refused by name."
     )
-
     hint_column: tuple[str, ...] = setting(
         (),
         "NAME=COLUMN: where the hint of each picture is, an image that a decoder is to draw by; repeat it for several. "
@@ -37,6 +36,12 @@ class SourceConfig:
         None, "Column that holds an image of how much each part of the picture counts, white wholly."
     )
     loss_mask_alpha: bool = setting(False, "Let each part of a picture count as much as it is opaque.")
+    weight_column: str | None = setting(
+        None, "Column that holds what each sample's loss counts beside 1 of others: 0 or more, 1 where it holds none."
+    )
+    repeats_column: str | None = setting(
+        None, "Column that holds how often each sample comes in an epoch: 1 or more, 1 where it holds none."
+    )
 
     @property
     def controls(self) -> dict[str, str | None]:
@@ -72,6 +77,12 @@ class SourceConfig:
                 f"{source} was not told where its {' and '.join(lacking)} are; expected the flags that {cache} was "
                 f"built with; give {' and '.join(map(flag_of, lacking))}"
             )
+
+    @property
+    def counts(self) -> dict[str, str]:
+        """The column of each number that is asked for of a sample, by its name: "weight" and "repeats"."""
+        columns = {"weight": self.weight_column, "repeats": self.repeats_column}
+        return {name: column for name, column in columns.items() if column is not None}
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -30,6 +30,11 @@ def check_run(config: "TrainConfig") -> None:
             f"{' and '.join(config.flags)} say how to read the source of --online; without it the cache decides what "
             "is trained on; give them when it is built: kcache cache-build SOURCE CACHE"
         )
+    if config.counts:
+        raise ConfigError(
+            f"{' and '.join(f'--{name}-column' for name in config.counts)} with --online: how much a sample counts and "
+            "how often it comes is the cache's; leave it out here, and give it when the cache is built"
+        )
     if config.online is not None and config.residency != "auto":
         raise ConfigError(
             f"--residency {config.residency} says where the rows of a cache wait; with --online there are none, as "

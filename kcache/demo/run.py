@@ -2,30 +2,32 @@
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
 from kcache.build.build import build_cache
-from kcache.config import BuildConfig, Say
+from kcache.config import Say
 from kcache.demo.digits import DIGITS, SIDE, write_lesson
 from kcache.demo.exam import questions, sit_exam
-from kcache.demo.folder import take_folder
 from kcache.demo.picture import draw_result
 from kcache.demo.report import write_report
 from kcache.demo.result import DemoResult, DemoSize, StageResult
-from kcache.demo.stages import Stage, repeat, stage_config, train
+from kcache.demo.stages import (
+    PRIOR_BATCH_SIZE,
+    Stage,
+    Work,
+    begin,
+    build_config,
+    repeat,
+    stage_config,
+    train,
+)
 from kcache.demo.tiny import WEIGHTS, demo_models
 from kcache.disk.durable import write_bytes
 from kcache.report.grid import grids_of, pictures_of, step_of
 
-PRIOR_BATCH_SIZE = 64
 SHOWN = 8
 """Prompts that are drawn while the decoder learns, of different digits."""
 
@@ -64,16 +66,7 @@ class _Demo:
     seed: int
     format: Format
     online: bool
-    say: Say
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def spending(self, name: str, what: str) -> Iterator[None]:
-        """Say `what` is done, and add the time that it takes to `seconds`."""
-        self.say(what)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    work: Work
 
 
 def run_demo(
@@ -94,12 +87,8 @@ def run_demo(
     cache, instead of the other way round. `encoders` is a folder of weights as benchmarks/pretrain_demo.py writes it.
     Raises ConfigError when `output` holds anything else.
     """
-    take_folder(output)
-    # The demo loads tiny networks many times: bars and advice about that would be all one sees.
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    demo = _Demo(output=output, size=size, seed=seed, format=format, online=online, say=say)
+    begin(output)
+    demo = _Demo(output=output, size=size, seed=seed, format=format, online=online, work=Work(say=say))
     result = _do(demo, encoders)
     write_bytes(output / "result.json", result.to_json().encode())
     draw_result(result, output / "demo.png")
@@ -109,10 +98,10 @@ def run_demo(
 
 def _do(demo: _Demo, encoders: Path) -> DemoResult:
     pictures = demo.output / "pictures"
-    with demo.spending("pictures", f"writing pictures of digits and a tiny Kandinsky 2.2 to {demo.output}"):
+    with demo.work.spending("pictures", f"writing pictures of digits and a tiny Kandinsky 2.2 to {demo.output}"):
         write_lesson(pictures, demo.size.pictures)
         prior, decoder = demo_models(demo.output / "models", encoders, seed=demo.seed)
-    with demo.spending(
+    with demo.work.spending(
         "cache", f"building the cache of {demo.size.pictures:,} pictures, twice: then there is nothing to do"
     ):
         build_seconds, cache_bytes = _build(demo, prior, decoder)
@@ -120,7 +109,9 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
     asked = questions()[: demo.size.questions]
     stages = _train(demo, [prompt for prompt, _ in asked[:SHOWN]])
     drawn = len(asked) * demo.size.samples
-    with demo.spending("exam", f"drawing {drawn} pictures of digits in inks they were never seen in; judging them"):
+    with demo.work.spending(
+        "exam", f"drawing {drawn} pictures of digits in inks they were never seen in; judging them"
+    ):
         exam = sit_exam(
             asked, demo.output / "samples", demo.output / "runs", size=demo.size, seed=1_000_000 * demo.seed
         )
@@ -139,21 +130,13 @@ def _do(demo: _Demo, encoders: Path) -> DemoResult:
         inputs=_one_per_digit(captioned),
         looks=tuple((step_of(grid), tuple(pictures_of(grid))) for grid in grids_of(demo.output / "runs" / "decoder")),
         exam=exam,
-        seconds=demo.seconds,
+        seconds=demo.work.seconds,
     )
 
 
 def _build(demo: _Demo, prior: Path, decoder: Path) -> tuple[float, int]:
     """Seconds that the build took, and bytes of the cache's tables."""
-    config = BuildConfig(
-        resolution=(SIDE,),
-        format=demo.format,
-        # Rows as the encoders made them: only then can losses be equal bit for bit with the encoders in the loop.
-        dtype="float32",
-        batch_size=32,
-        pretrained_prior_model_name_or_path=str(prior),
-        pretrained_decoder_model_name_or_path=str(decoder),
-    )
+    config = replace(build_config((prior, decoder), SIDE), format=demo.format)
     result = build_cache(str(demo.output / "pictures"), str(demo.output / "cache"), config)
     return result.seconds, sum(table.bytes for table in result.tables.values())
 
@@ -180,10 +163,10 @@ def _train(demo: _Demo, prompts: Sequence[str]) -> tuple[StageResult, ...]:
                 validation_steps=math.ceil(steps / size.looks),
                 pretrained_prior_model_name_or_path=str(runs / "prior"),
             )
-        with demo.spending(stage, f"training the {stage} for {steps} steps {way}"):
+        with demo.work.spending(stage, f"training the {stage} for {steps} steps {way}"):
             measured = train(cache, config)
         again = min(demo.size.repeated_steps, steps)
-        with demo.spending("comparison", f"training it for the first {again} of these steps {other}"):
+        with demo.work.spending("comparison", f"training it for the first {again} of these steps {other}"):
             stages.append(repeat(cache, config, pictures, measured, again))
     return tuple(stages)
 

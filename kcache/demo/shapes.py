@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import gcd
@@ -10,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
 from kcache.build.build import build_cache
-from kcache.config import BuildConfig, Say
+from kcache.config import Say
 from kcache.config.shapes import Shape
 from kcache.demo.digits import SIDE, Drawing, on_paper, write_lesson
 from kcache.demo.exam import imagine, paint, questions, real_pictures, round_trip
-from kcache.demo.folder import take_folder
 from kcache.demo.placing import PaperScore, score_papers
-from kcache.demo.stages import stage_config, train
+from kcache.demo.stages import PRIOR_BATCH_SIZE, Work, begin, build_config, stage_config, train
 from kcache.demo.tiny import demo_models
 from kcache.disk.durable import write_bytes
 from kcache.places import cache_place
@@ -35,7 +31,6 @@ SHAPES: tuple[Shape, ...] = ((32, 48), (32, 32), (48, 32))
 """Lying, square and standing paper, heights and widths in pixels: 3:2, 1:1 and 2:3."""
 WAYS = ("buckets", "squares")
 """What the two decoders are trained on."""
-PRIOR_BATCH_SIZE = 64
 COLUMNS = 10
 """Prompts whose pictures are shown, of different digits."""
 
@@ -87,40 +82,29 @@ def run_shapes(output: Path, size: ShapesSize, *, say: Say, seed: int = 0) -> Sh
     `output` is removed first; no network is needed. `seed` decides first weights, order and noise. Raises ConfigError
     when `output` holds anything else.
     """
-    take_folder(output)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    seconds: dict[str, float] = {}
-    begun = time.perf_counter()
-
-    def spent(name: str) -> None:
-        seconds[name] = time.perf_counter() - begun - sum(seconds.values())
-
-    say(f"writing digits on lying, square and standing paper and a tiny Kandinsky 2.2 to {output}")
-    write_lesson(output / "pictures", size.pictures, SHAPES)
-    models = demo_models(output / "models", seed=seed)
-    spent("pictures")
-    say(f"building the cache of {size.pictures:,} pictures: squares, then buckets beside them")
-    rows = _build(output, models)
-    spent("cache")
-    say(f"training the prior for {size.prior_steps} steps")
-    train(output / "cache", stage_config("prior", output / "runs" / "prior", size.prior_steps, PRIOR_BATCH_SIZE, seed))
-    spent("prior")
+    begin(output)
+    work, cache, runs = Work(say=say), output / "cache", output / "runs"
+    with work.spending(
+        "pictures", f"writing digits on lying, square and standing paper and a tiny Kandinsky 2.2 to {output}"
+    ):
+        write_lesson(output / "pictures", size.pictures, SHAPES)
+        models = demo_models(output / "models", seed=seed)
+    with work.spending("cache", f"building the cache of {size.pictures:,} pictures: squares, then buckets beside them"):
+        rows = _build(output, models)
+    with work.spending("prior", f"training the prior for {size.prior_steps} steps"):
+        train(cache, stage_config("prior", runs / "prior", size.prior_steps, PRIOR_BATCH_SIZE, seed))
     for way in WAYS:
-        say(f"training a decoder on {way} for {size.decoder_steps} steps")
-        run_dir = output / "runs" / way
-        config = stage_config("decoder", run_dir, size.decoder_steps, size.decoder_batch_size, seed)
-        train(output / "cache", replace(config, aspect_ratio_buckets=way == "buckets"))
-        spent(f"decoder on {way}")
+        with work.spending(f"decoder on {way}", f"training a decoder on {way} for {size.decoder_steps} steps"):
+            config = stage_config("decoder", runs / way, size.decoder_steps, size.decoder_batch_size, seed)
+            train(cache, replace(config, aspect_ratio_buckets=way == "buckets"))
     asked = [question for question in questions() for _ in range(size.samples)]
-    say(f"drawing {len(WAYS) * len(SHAPES) * len(asked)} pictures of digits in inks they were never seen in; judging")
-    drawn = _draw(asked, output, size.sampling_steps, 1_000_000 * seed)
-    wanted = [drawing for _, drawing in asked]
-    scores = {way: tuple(score_papers(each, wanted) for each in of_way) for way, of_way in drawn.items()}
-    scores["real scans through the MoVQ"] = _ceiling(wanted, output / "runs" / WAYS[0])
-    spent("drawing")
-    result = ShapesResult(size=size, seed=seed, rows=rows, scores=scores, seconds=seconds)
+    pictures = len(WAYS) * len(SHAPES) * len(asked)
+    with work.spending("drawing", f"drawing {pictures} pictures of digits in inks they were never seen in; judging"):
+        drawn = _draw(asked, output, size.sampling_steps, 1_000_000 * seed)
+        wanted = [drawing for _, drawing in asked]
+        scores = {way: tuple(score_papers(each, wanted) for each in of_way) for way, of_way in drawn.items()}
+        scores["real scans through the MoVQ"] = _ceiling(wanted, runs / WAYS[0])
+    result = ShapesResult(size=size, seed=seed, rows=rows, scores=scores, seconds=work.seconds)
     write_bytes(output / "shapes.json", result.to_json().encode())
     write_bytes(output / "shapes.png", _picture(result, asked, drawn))
     return result
@@ -134,14 +118,7 @@ def ratio_of(shape: Shape) -> str:
 
 def _build(output: Path, models: tuple[Path, Path]) -> dict[str, int]:
     """Rows of each table of a cache that has squares and buckets of the same pictures."""
-    prior, decoder = map(str, models)
-    squares = BuildConfig(
-        resolution=(SIDE,),
-        dtype="float32",
-        batch_size=32,
-        pretrained_prior_model_name_or_path=prior,
-        pretrained_decoder_model_name_or_path=decoder,
-    )
+    squares = build_config(models, SIDE)
     buckets = replace(squares, aspect_ratio_buckets=";".join(f"{height},{width}" for height, width in SHAPES))
     for config in (squares, buckets):
         build_cache(str(output / "pictures"), str(output / "cache"), config)

@@ -1,12 +1,21 @@
-"""The demo's training runs: each stage once from start to end, and its first steps again the other way."""
+"""What the demos do step by step: begin in an empty folder, build a cache, train from it, and take the time.
+
+A stage is trained once from start to end, and its first steps again the other way.
+"""
 
 import statistics
-from contextlib import suppress
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from kcache.config import TrainConfig
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from kcache.config import BuildConfig, Say, TrainConfig
+from kcache.demo.folder import take_folder
 from kcache.demo.result import Measured, StageResult
 from kcache.store.run_directory import read_metrics
 from kcache.training import trainer
@@ -14,6 +23,49 @@ from kcache.training.log import Progress
 
 Stage = Literal["prior", "decoder"]
 """The network that learns."""
+
+PRIOR_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a demo says of its parts, and the time that each takes."""
+
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By part, in the order in which they were done."""
+
+    @contextmanager
+    def spending(self, name: str, what: str) -> Iterator[None]:
+        """Say `what` is done, and add the time that it takes to `seconds`."""
+        self.say(what)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def begin(output: Path) -> None:
+    """Make `output` an empty folder of a demo; raises ConfigError where it holds anything else.
+
+    A demo loads tiny networks many times: the libraries' bars and advice about that would be all one sees.
+    """
+    take_folder(output)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
+def build_config(models: tuple[Path, Path], side: int) -> BuildConfig:
+    """How the demos build: what `kcache cache-build` would be told of these networks and squares of `side` pixels."""
+    prior, decoder = map(str, models)
+    return BuildConfig(
+        resolution=(side,),
+        # Rows as the encoders made them: only then can losses be equal bit for bit with the encoders in the loop.
+        dtype="float32",
+        batch_size=32,
+        pretrained_prior_model_name_or_path=prior,
+        pretrained_decoder_model_name_or_path=decoder,
+    )
 
 
 class _Enough(BaseException):

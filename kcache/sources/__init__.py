@@ -2,8 +2,7 @@
 
 - `protocol`: what a source is, and what it is asked for
 - `splits`, `listing`: which of its files are meant, and where links in it may lead
-- `folder`, `table`, `hub`, `tars`: the kinds
-- `offers`: what one tar offers, in columns
+- `folder`, `table`, `hub`, `tars` (by `in_tars`): the kinds; `further`: what goes with pictures and captions
 - `metadata`, `arrow_files`, `archives`, `reading`: the files they are kept in, read warily
 """
 
@@ -22,8 +21,9 @@ from kcache.places.bucket import BucketPath
 from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
+from kcache.sources.in_tars.braces import expand_braces
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
-from kcache.sources.protocol import COLUMNS, IN_ROWS, Request, Source, refuse_unused
+from kcache.sources.protocol import COLUMNS, CONTROLS, Request, Source, refuse_unused
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     COUNTED_FILES,
@@ -36,7 +36,7 @@ from kcache.sources.splits import (
     splits_of_pictures,
 )
 from kcache.sources.table import TableSource, count_rows, open_parquet
-from kcache.sources.tars import TarSource, expand_braces, is_tar_name, open_tars
+from kcache.sources.tars import TarSource, is_tar_name, open_tars
 from kcache.store.manifest import MANIFEST
 from kcache.store.samples import Refusal
 from kcache.tally import counted
@@ -87,7 +87,7 @@ def open_source(
             raise SourceError(instead)
         if path.is_dir():
             if is_saved_dataset(path):
-                refuse_unused(config, f"{path}, which save_to_disk wrote", *IN_ROWS, "split", "follow_links")
+                refuse_unused(config, f"{path}, which save_to_disk wrote", *COLUMNS, "split", "follow_links")
                 return _noted(*open_saved_dataset(path, request))
             return _open_folder(list_folder(path, config), request)
         if path.is_file():
@@ -98,7 +98,7 @@ def open_source(
     except OSError as error:
         raise SourceError(f"{spec!r} cannot be opened: {error}; expected {_EXPECTED}; correct the path") from error
     if _HUB_ID.fullmatch(spec) and not path.exists() and remote(spec) is None:
-        refuse_unused(config, f"the Hub dataset {spec}", *IN_ROWS, "split")
+        refuse_unused(config, f"the Hub dataset {spec}", *COLUMNS, "split")
         return _noted(*open_hub_dataset(spec, request))
     raise SourceError(_no_source(spec, path))
 
@@ -165,7 +165,7 @@ def _open_file(path: Path, request: Request) -> Source:
     if is_tar_name(path.name):
         refuse_unused(request.config, f"{path}, a file that is named itself", *COLUMNS)
         return open_tars([(path.name, path)], {}, request)
-    refuse_unused(request.config, f"{path}, a file that is named itself", *IN_ROWS, "follow_links")
+    refuse_unused(request.config, f"{path}, a file that is named itself", *COLUMNS, "follow_links")
     return open_parquet(path.parent.resolve(), [path.name], {}, request)
 
 
@@ -176,11 +176,11 @@ def _open_folder(listing: FolderListing, request: Request) -> Source:
         raise SourceError(f"{listing.root} {_without_samples(listing)}; expected {_EXPECTED}")
     kind = next(iter(kinds)) if len(kinds) == 1 else _most(listing, request, kinds)
     what = f"{listing.root}, a folder of {kind}"
-    used = [*(COLUMNS if kind == "tars" else IN_ROWS), "split", "follow_links"]
+    used = [*COLUMNS, "split", "follow_links"]
     if not isinstance(listing.root, Path):
         used.remove("follow_links")  # there are none in a bucket
     if kind == "pictures" and not listing.metadata:
-        what, used = f"{what} with a text file each", used[2:]
+        what, used = f"{what} with a text file each", [*CONTROLS, "split", "follow_links"]
     refuse_unused(request.config, what, *used)
     return _noted(_open_as(kind, kinds, listing, request), _own_note(listing))
 

@@ -13,10 +13,12 @@ from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
+from kcache.sources.further.beside import ControlFiles, expected_file
+from kcache.sources.further.numbers import counts_at, number_fields
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
-from kcache.sources.protocol import Request, may_lack, refusals
-from kcache.sources.reading import MAX_IMAGE_BYTES, ControlFiles, caption_file, read_file, readable, stem_of
+from kcache.sources.protocol import Request, column_of, may_lack, refusals
+from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable, stem_of
 from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
@@ -47,6 +49,8 @@ class FolderSource:
     """Path relative to the root, captions, and paths of control images of each kind; "" where there is none."""
     controls: Mapping[str, str | None] = field(default_factory=dict)
     """The kinds of control images that are asked for, and what stands in the names of their files."""
+    counted: Collection[str] = ()
+    """The numbers that are asked for."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,28 +70,37 @@ class FolderSource:
         except OSError as error:
             raise InputRejected("source", f"cannot be read: {error.strerror}") from error
 
+    def counts(self, i: int) -> tuple[float, int]:
+        return counts_at(self.samples, self.counted, i)
+
     def control(self, i: int, name: str) -> bytes:
-        return read_file(self._control_path(i, name), MAX_IMAGE_BYTES)
+        path = self._control_path(i, name)
+        try:
+            return read_file(path, MAX_IMAGE_BYTES)
+        except InputRejected as rejection:
+            where = os.path.relpath(path, self.root)
+            raise InputRejected("source", f"its {name} {where!a}: {rejection.reason}") from rejection
 
     def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
         return tuple(self._control_key(i, name, memo, rehash) for name in self.controls)
 
     def _control_key(self, i: int, name: str, memo: DigestMemo, rehash: bool) -> bytes:
-        path = self._control_path(i, name)
-        if path == f"{self.root}/" and may_lack(name):
-            return NO_CONTROL
+        path, column = self._control_path(i, name), self.controls[name]
         if path == f"{self.root}/":
-            beside = f"{stem_of(self.name(i)).rpartition('/')[2]}.{self.controls[name]}.png"
+            if column is None or may_lack(name):
+                return NO_CONTROL
+            beside = expected_file(self.name(i), column)
             raise InputRejected(
                 "source", f"there is no {beside!a} beside it, for {flag_of(name)}; expected one; add it"
             )
         try:
-            return _key_of(path, memo, rehash)
+            return memo.digest(path, _PART, lambda: content_key(self.control(i, name)), rehash)
         except OSError as error:
             raise InputRejected("source", f"its {name} cannot be read: {error.strerror}") from error
 
     def _control_path(self, i: int, name: str) -> str:
-        if self.controls[name] is None:
+        """Of a control image that the sample does not have, the root and a slash."""
+        if column_of(self.controls, name) is None:
             return self._path(i)
         number = [*self.controls].index(name)
         return f"{self.root}/{os.fsdecode(self.samples.value(i, 'controls')[number])}"
@@ -156,13 +169,17 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
     reasons = dict(said.refused)
     taken: set[str] = set()
     spare: set[str] = set()
-    controls = ControlFiles.of(listing.images, request.config.controls)
-    for path in sorted({*listing.images, *said.captions} - listing.left_out - controls.files):
+    config, beside = request.config, dict[str, list[bytes]]()
+    controls = ControlFiles.of(listing.images, config.controls, said.controls, said.captions)
+    pictures = {*listing.images, *said.captions} - listing.left_out - controls.files
+    for path in sorted(pictures):
         found = texts.of(path) if texts.files else []
         spare.update(found)
         wrong = said.wrong.get(path, {})
         try:
-            controls.check(path)
+            if path in said.unfit:
+                raise InputRejected("source", said.unfit[path])
+            beside[path] = controls.of_picture(path)
             if captions := said.captions.get(path):
                 samples[path] = tuple(captions)
                 reasons |= wrong
@@ -178,26 +195,30 @@ def open_pictures(listing: FolderListing, request: Request) -> FolderSource:
         except InputRejected as rejection:
             reasons[path] = rejection.reason
     _check_columns(listing, request, said, captioned=any(samples.values()))
+    controls.check(listing.root, [beside[path] for path in samples], said.columns)
     reasons |= listing.refused
     spare -= taken
     companions, unread = _others(listing, samples, spare | taken | reasons.keys() | controls.files)
-    reasons |= unread | controls.alone(listing.images)
+    reasons |= unread | controls.alone(pictures)
     if samples:
         reasons = dict(sorted(reasons.items()))
     refused = refusals(str(listing.root), samples, reasons, expected=_EXPECTED)
     chosen = sorted(samples.items())[: request.max_train_samples]
     described = _description(chosen, _origin(said, request, taken), companions | spare)
     kind = "imagefolder" if said.files else "folder"
-    paths = [os.fsencode(path) for path, _ in chosen]
+    paths = [each for path, _ in chosen for each in (os.fsencode(path), *filter(None, beside[path]))]
     runs = [b"\0".join(paths[first : first + _RUN]) for first in range(0, len(paths), _RUN)]
     request.look_ahead([FolderPiece(root=listing.folder, paths=run) for run in runs])
-    told = ((os.fsencode(path), captions, controls.of_picture(path)) for path, captions in chosen)
+    told = (
+        (os.fsencode(path), captions, beside[path], *said.numbers(path, config.counts)) for path, captions in chosen
+    )
     return FolderSource(
         description=f"{kind}: {described}",
         refused=refused,
         root=listing.folder,
-        samples=Records.of(_SAMPLES, told),
-        controls=request.config.controls,
+        samples=Records.of(pa.schema([*_SAMPLES, *number_fields(config.counts)]), told),
+        controls=config.controls,
+        counted=config.counts,
     )
 
 
@@ -237,6 +258,13 @@ def _check_columns(listing: FolderListing, request: Request, said: Said, *, capt
             f"{listing.root}: the metadata has no column {column!r}; found {found}; "
             "name the one that holds the captions with --caption-column"
         )
+    for name, column in request.config.counts.items():
+        if column not in said.columns:
+            found = ", ".join(shown(each) for each in sorted(said.columns))
+            raise SourceError(
+                f"{listing.root}: the metadata has no column {column!r}; found {found}; name the one that holds such "
+                f"numbers with --{name}-column"
+            )
 
 
 def _others(

@@ -76,8 +76,9 @@ def open_hub_dataset(name: str, request: Request) -> tuple[TableSource, str]:
             raise
     files = [(name, Path(cached["filename"])) for cached in dataset.cache_files]
     source = open_rows("Hub dataset", name, ArrowStream, files, _roots(), request, numbered_through=True)
-    feature = dataset.features.get(request.image_column)
-    if dataset.info.builder_name == "imagefolder" and isinstance(feature, datasets.Image):
+    columns = (request.image_column, *filter(None, request.config.controls.values()))
+    are_images = all(isinstance(dataset.features.get(column), datasets.Image) for column in columns)
+    if dataset.info.builder_name == "imagefolder" and are_images:
         # What is of that type there is no data: `datasets` wrote the names of zips that it opened itself, wherever.
         source = replace(source, zip_roots=(Path("/"),))
     splits: Mapping[str, object] = dataset.info.splits or {}

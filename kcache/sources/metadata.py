@@ -3,15 +3,17 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
 from kcache.sources.arrow_files import ParquetFile, decode_captions, is_caption_type
+from kcache.sources.further.numbers import decode_numbers, is_number_type, numbers_in
 from kcache.sources.listing import FolderListing
 from kcache.sources.protocol import Request
 from kcache.sources.reading import LINE_ENDS, caption_tuple, decode_text
@@ -20,6 +22,9 @@ FILE_COLUMN = "file_name"
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_LINES = 1000
 """Lines of one CSV row: a quote that is not closed within so many is a stray one."""
+_Fits = Mapping[str, Callable[[Any], bool]]
+"""Columns, and whether such a one of a pyarrow type may hold what is meant."""
+_Value = TypeVar("_Value", str, float | int)
 _NO_ROW = "not a row: expected a JSON object on one line, or as many CSV cells as columns (quote commas)"
 
 
@@ -29,6 +34,12 @@ class Said:
 
     captions: dict[str, list[str]] = field(default_factory=dict)
     """Of each picture that a row names, by path: in the order of the rows, each once; [] where none has any."""
+    controls: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The control images of each picture, by the name of their kind, as far as rows name any: their paths."""
+    counts: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    """The numbers of each picture, by name, as far as rows hold any."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """Pictures whose rows name no such image, or hold no such number, or several: and why."""
     wrong: dict[str, dict[str, str]] = field(default_factory=dict)
     """By picture, its rows whose caption cannot be one, and why."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -37,6 +48,11 @@ class Said:
     """The metadata files that were read."""
     columns: set[str] = field(default_factory=set)
     """Names of all their columns."""
+
+    def numbers(self, picture: str, names: Collection[str]) -> list[float | int | None]:
+        """The numbers of a picture that are called so; None for what no row holds."""
+        held = self.counts.get(picture, {})
+        return [held.get(name) for name in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +80,13 @@ def read_metadata(listing: FolderListing, request: Request) -> Said:
 def _read_file(path: str, listing: FolderListing, request: Request, said: Said) -> None:
     """Add what one file says; raises InputRejected for one that is no metadata."""
     column = request.config.image_column or FILE_COLUMN
-    table = _open(listing.folder / path, column, request.caption_column)
-    for name in (column, request.caption_column):
+    config = request.config
+    others = {request.caption_column: is_caption_type} | dict.fromkeys(
+        filter(None, config.controls.values()), is_caption_type
+    )
+    others |= dict.fromkeys(config.counts.values(), is_number_type)
+    table = _open(listing.folder / path, column, others)
+    for name in (column, *others):
         if (times := list(table.columns or ()).count(name)) > 1:
             raise InputRejected("source", f"has {times} columns {name!r}; expected one; give each a name of its own")
     columns = set(table.columns or ())
@@ -117,13 +138,42 @@ def _read_row(
         captions.extend(caption_tuple(row.get(request.caption_column), needed=False))
     except InputRejected as rejection:
         said.wrong.setdefault(path, {})[name] = rejection.reason
+    try:
+        _join(said.counts, path, numbers_in(request.config.counts, row))
+        _join(said.controls, path, _controls(row, folder, listing, request))
+    except InputRejected as rejection:
+        said.unfit.setdefault(path, f"{name}: {rejection.reason}")
 
 
-def _open(path: Path, column: str, caption_column: str) -> _Table:
+def _controls(row: dict[str, object], folder: str, listing: FolderListing, request: Request) -> dict[str, str]:
+    """The control images that a row names, by kind: their paths; raises InputRejected."""
+    paths = {}
+    for kind, column in request.config.controls.items():
+        file = None if column is None else row.get(column)
+        if file is None or (isinstance(file, str) and not file.strip()):  # as a CSV cell without a value is
+            continue
+        if not isinstance(file, str):
+            raise InputRejected("source", f"{column} is {shown(file)}; expected a path relative to the metadata file")
+        try:
+            paths[kind] = listing.find(file, folder)
+        except InputRejected as rejection:
+            raise InputRejected("source", f"{column} {file!a}: {rejection.reason}") from None
+    return paths
+
+
+def _join(told: dict[str, dict[str, _Value]], path: str, found: Mapping[str, _Value]) -> None:
+    """Add what one more row says of a picture; raises InputRejected where another said otherwise."""
+    before = told.setdefault(path, {}) if found else {}
+    for name, value in found.items():
+        if before.setdefault(name, value) != value:
+            raise InputRejected("source", f"{name} is {value!a}, and in another row {before[name]!a}; expected one")
+
+
+def _open(path: Path, column: str, others: _Fits) -> _Table:
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
-            return _parquet(path, column, caption_column)
+            return _parquet(path, column, others)
         # surrogateescape: a byte that is not UTF-8 costs the caption it stands in, not the whole file.
         text = decode_text(path.read_bytes(), "surrogateescape")
     except OSError as error:
@@ -227,7 +277,7 @@ def _cells(lines: Sequence[str], at: int, delimiter: str, *, spaced: bool) -> tu
         return None, 1
 
 
-def _parquet(path: Path, column: str, caption_column: str) -> _Table:
+def _parquet(path: Path, column: str, others: _Fits) -> _Table:
     try:
         file = ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -235,26 +285,27 @@ def _parquet(path: Path, column: str, caption_column: str) -> _Table:
     names = file.schema.names
     if column not in names:
         raise InputRejected("source", _without(column, names))
-    wanted = [name for name in dict.fromkeys((column, caption_column)) if name in names]
-    for name in wanted:
+    wanted = {name: fits for name, fits in {column: is_caption_type, **others}.items() if name in names}
+    for name, fits in wanted.items():
         kind = file.schema.field(name).type
-        if not is_caption_type(kind):
-            raise InputRejected("source", f"column {name!r} holds {kind}; expected strings or lists of strings")
+        if not fits(kind):
+            expected = "strings or lists of strings" if fits is is_caption_type else "numbers"
+            raise InputRejected("source", f"column {name!r} holds {kind}; expected {expected}")
 
     return _Table(columns=names, rows=_parquet_rows(file, wanted))
 
 
-def _parquet_rows(file: ParquetFile, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
+def _parquet_rows(file: ParquetFile, columns: _Fits) -> Iterator[tuple[str, object]]:
     number = 0
     try:
-        for values in zip(*(_cells_of(file, name) for name in columns), strict=True):
+        for values in zip(*(_cells_of(file, name, fits) for name, fits in columns.items()), strict=True):
             yield f"row {number}", dict(zip(columns, values, strict=True))
             number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
         yield f"row {number} and what follows", InputRejected("source", f"cannot be read: {shown(str(error), 200)}")
 
 
-def _cells_of(file: ParquetFile, column: str) -> Iterator[object]:
+def _cells_of(file: ParquetFile, column: str, fits: Callable[[Any], bool]) -> Iterator[object]:
     for chunk in range(len(file.starts) - 1):
         for piece in file.pieces(chunk, column):
-            yield from decode_captions(piece)
+            yield from decode_numbers(piece) if fits is is_number_type else decode_captions(piece)

@@ -6,16 +6,18 @@ notes why anything else is refused, and ends in `refusals`; `open_source` calls 
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from kcache.config import SourceConfig
-from kcache.config.source import is_said
+from kcache.config.source import flag_of, is_said
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
 from kcache.store.samples import Refusal
+
+_Column = TypeVar("_Column")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,14 @@ class Source(Protocol):
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         """`content_key(image(i))`, from the memo where the files are unchanged; raises InputRejected."""
 
+    def counts(self, i: int) -> tuple[float, int]:
+        """How much sample `i` counts beside 1 of others, and how often it comes in an epoch: (1.0, 1) unless told."""
+
     def control(self, i: int, name: str) -> bytes:
-        """The bytes of the file of the control image of a kind called `name`, likewise."""
+        """The bytes of the file of the control image of a kind called `name`, likewise.
+
+        Raises SourceError for a kind that was not asked for.
+        """
 
     def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
         """The `content_key` of each kind of control image that was asked for, by name; raises InputRejected.
@@ -102,10 +110,19 @@ def may_lack(control: str) -> bool:
     return not control.startswith("hint-")
 
 
-COLUMNS = ("image_column", "caption_column")
+def column_of(controls: Mapping[str, _Column], name: str) -> _Column:
+    """That of a kind of control images, of those that were asked for; raises SourceError for another one."""
+    if name not in controls:
+        raise SourceError(
+            f"the source was not told where {name} are; expected what the cache was built with; give {flag_of(name)}"
+        )
+    return controls[name]
+
+
+CONTROLS = ("hint_column", "mask_column", "loss_mask_column")
+"""Settings that say where control images are: what they are called where they are files, a column elsewhere."""
+COLUMNS = ("image_column", "caption_column", "weight_column", "repeats_column", *CONTROLS)
 """Settings that name columns, or members of tars."""
-IN_ROWS = (*COLUMNS, "hint_column", "mask_column", "loss_mask_column")
-"""Those of datasets of rows, with where control images are."""
 _ANYWHERE = ("loss_mask_alpha",)
 """Settings that are of the pictures, wherever these are."""
 
@@ -116,7 +133,7 @@ def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
         value = getattr(config, each.name)
         if is_said(value) and each.name not in (*used, *_ANYWHERE):
             flag = f"--{each.name.replace('_', '-')}"
-            has = " and ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
+            has = ", ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
             raise SourceError(
                 f"{flag} {value!a} was given, but means nothing for {what}; expected {has}; leave {flag} out"
             )

@@ -6,11 +6,10 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from errno import ENAMETOOLONG
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from kcache.errors import InputRejected
 from kcache.plainly import no_words, plainly, printable
@@ -206,50 +205,3 @@ def stem_of(path: str) -> str:
     """A path without the suffix of its file."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + (name.rpartition(".")[0] or name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlFiles:
-    """The control images beside the pictures of a folder: fox.depth.png beside fox.jpg."""
-
-    columns: Mapping[str, str | None]
-    found: Mapping[tuple[str, str], Sequence[str]]
-    """By what stands in a name before that, and that."""
-
-    @classmethod
-    def of(cls, images: Sequence[str], columns: Mapping[str, str | None]) -> Self:
-        found: dict[tuple[str, str], list[str]] = {}
-        words = {column for column in columns.values() if column is not None}
-        for path in images if words else ():
-            stem, _, word = stem_of(path).rpartition(".")
-            if word in words and stem:
-                found.setdefault((stem, word), []).append(path)
-        return cls(columns=columns, found=found)
-
-    @property
-    def files(self) -> set[str]:
-        return {path for paths in self.found.values() for path in paths}
-
-    def check(self, picture: str) -> None:
-        """Raise InputRejected where there are several for one."""
-        for column in filter(None, self.columns.values()):
-            if len(several := self.found.get((stem_of(picture), column), ())) > 1:
-                names = " and ".join(ascii(path) for path in several)
-                raise InputRejected("source", f"{names} are both its {column}; expected one; remove the others")
-
-    def of_picture(self, picture: str) -> list[bytes]:
-        """The path of each kind, b"" where there is none."""
-        if not any(self.columns.values()):
-            return []
-        found = [self.found.get((stem_of(picture), column or ""), [""]) for column in self.columns.values()]
-        return [os.fsencode(paths[0]) for paths in found]
-
-    def alone(self, images: Collection[str]) -> dict[str, str]:
-        """Those that go with no other of `images`, and why they are not read."""
-        stems = set(map(stem_of, images)) if self.found else set()
-        return {
-            path: f"an image called .{word} without a picture {stem.rpartition('/')[2]!a} that it goes with"
-            for (stem, word), paths in self.found.items()
-            for path in paths
-            if stem not in stems
-        }

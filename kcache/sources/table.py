@@ -1,16 +1,14 @@
 """Datasets of rows: parquet files, and what `hub` finds that the library `datasets` keeps."""
 
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.foreign import reason
@@ -26,12 +24,13 @@ from kcache.sources.arrow_files import (
     chunk_keys,
     decode_captions,
     is_caption_type,
-    is_image_type,
     pieces_of,
     readable_as,
 )
+from kcache.sources.further.fitting import misfit
+from kcache.sources.further.numbers import counts_at, decode_numbers, is_number_type, number_fields, number_in
 from kcache.sources.listing import link_roots
-from kcache.sources.protocol import Request, may_lack, refusals
+from kcache.sources.protocol import Request, column_of, may_lack, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, NO_CONTROL, content_key
 from kcache.store.formats.records import Records
@@ -39,7 +38,6 @@ from kcache.store.samples import Refusal
 from kcache.tally import counted
 
 _File = TypeVar("_File", bound=Place)
-_IMAGES = "image bytes, or datasets' struct of them"
 _SAMPLES = pa.schema({"part": pa.int32(), "row": pa.int64(), "captions": pa.list_(pa.string())})
 
 
@@ -61,7 +59,7 @@ class TableSource:
     refused: tuple[Refusal, ...]
     parts: Sequence[_Part]
     samples: Records
-    """Index of the part, row in its file, captions."""
+    """Index of the part, row in its file, captions, and numbers that are asked for."""
     images: HeldImages
     roots: tuple[Path, ...]
     """Real, absolute folders for images that rows only give the path of; the first is its base. None in a bucket."""
@@ -71,6 +69,8 @@ class TableSource:
     """Such folders for zips alone, of which rows name a member."""
     controls: Mapping[str, HeldImages] = field(default_factory=dict)
     """Of each kind of control images that is asked for; the images themselves where it is their own transparency."""
+    counted: Collection[str] = ()
+    """The numbers that are asked for."""
     zips: ZipMembers = field(default_factory=ZipMembers)
     keys: dict[tuple[str, int, int, bool], bytes] = field(default_factory=dict)
     """Keys of the images of a chunk (16 bytes each), by column, part, chunk and whether they were digested afresh."""
@@ -90,8 +90,11 @@ class TableSource:
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
         return self._key(self.images, i, memo, rehash)
 
+    def counts(self, i: int) -> tuple[float, int]:
+        return counts_at(self.samples, self.counted, i)
+
     def control(self, i: int, name: str) -> bytes:
-        return self._content(self.controls[name], i)
+        return self._content(column_of(self.controls, name), i)
 
     def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
         return tuple(self._key(held, i, memo, rehash, lacking=may_lack(name)) for name, held in self.controls.items())
@@ -207,7 +210,7 @@ def open_rows(
     """
     found = _Found(reasons=dict(reasons or {}))
     offered = islice(_offered(reader, files, request, found, numbered_through), request.max_train_samples)
-    samples = Records.of(_SAMPLES, offered)
+    samples = Records.of(pa.schema([*_SAMPLES, *number_fields(request.config.counts)]), offered)
     parts, problems = found.parts, found.problems
     if problems and (numbered_through or not parts):
         broken, problem = next(iter(problems.items()))
@@ -218,7 +221,12 @@ def open_rows(
     left_out = f", {len(problems):,} of {len(files):,} files left out" if problems else ""
     ends = [part.file.starts[-1] for part in parts[: samples.value(len(samples) - 1, "part")]]
     ends.append(samples.value(len(samples) - 1, "row") + 1)
-    pieces = [pieces_of(reader, part.file, request.image_column, end) for part, end in zip(parts, ends, strict=False)]
+    of_images = [request.image_column, *filter(None, request.config.controls.values())]
+    pieces = [
+        pieces_of(reader, part.file, column, end)
+        for column in of_images
+        for part, end in zip(parts, ends, strict=False)
+    ]
     request.look_ahead(list(chain.from_iterable(pieces)))
     images = HeldImages(request.image_column)
     return TableSource(
@@ -234,6 +242,7 @@ def open_rows(
         controls={
             name: images if column is None else HeldImages(column) for name, column in request.config.controls.items()
         },
+        counted=request.config.counts,
     )
 
 
@@ -243,81 +252,56 @@ def _offered(
     request: Request,
     found: _Found,
     numbered_through: bool,
-) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """Part, row and captions of each sample, what is to be said of the others noted in `found`."""
+) -> Iterator[tuple[Any, ...]]:
+    """Part, row, captions and numbers of each sample, what is to be said of the others noted in `found`."""
     first_row = 0
     for label, path in files:
         begun = False
         try:
             part = _Part(file=reader(path), label=label, first_row=first_row if numbered_through else 0)
             first_row += part.file.starts[-1]
-            if (problem := _misfit(part.file, request)) is not None:
+            if (problem := misfit(part.file, request)) is not None:
                 found.problems[path] = found.reasons[label] = problem
                 continue
             found.parts.append(part)
-            for row, captions in _captioned_rows(part, request, found.reasons):
+            for row, captions, *counts in _captioned_rows(part, request, found.reasons):
                 begun, found.captioned = True, found.captioned or bool(captions)
-                yield len(found.parts) - 1, row, captions
+                yield len(found.parts) - 1, row, captions, *counts
         except StoreError:
             raise
         except (pa.ArrowException, OSError) as error:
             found.problems[path] = found.reasons[label] = _broken(path, error, begun)
 
 
-def _misfit(file: RowFile, request: Request) -> str | None:
-    """Why no sample can come from a file, and what to do: words to follow its name; None where it may give some."""
-    images = {name: column for name, column in request.config.controls.items() if column is not None}
-    flags = {"--image-column": request.image_column} | {flag_of(name): column for name, column in images.items()}
-    wanted = [(column, is_image_type, flag, _IMAGES) for flag, column in flags.items()]
-    if request.need_captions or request.config.caption_column is not None:
-        wanted.append((request.caption_column, is_caption_type, "--caption-column", "strings or lists of strings"))
-    for column, fits, flag, needed in wanted:
-        if (times := file.schema.names.count(column)) > 1:
-            return f"has {times} columns {column!r}; expected one; write it again with names of their own"
-        if not times:
-            found = readable(", ".join(file.schema.names))
-            return f"has no column {column!r}; found {found}; name the right one with {flag}"
-        kind = file.schema.field(file.schema.names.index(column)).type
-        if not fits(kind):
-            advice = f"name the right one with {flag}{_about(kind, flag)}"
-            return f"has a column {column!r} that holds {str(kind)[:200]}; expected {needed}; {advice}"
-    return None
-
-
-def _about(kind: object, flag: str) -> str:
-    """What to do about a column that is what was meant, but of another kind."""
-    if flag == "--caption-column":
-        return ""
-    if is_caption_type(kind) and not str(kind).endswith("null"):
-        return ", or store the pictures themselves: files and URLs that text names are not fetched"
-    if re.search(r"list<[^<>]*int\d+>", str(kind)):
-        return ", or store each picture's bytes as binary, not as a list of numbers"
-    return ", or give each picture a row" if "list" in str(kind) else ""
-
-
-def _captioned_rows(part: _Part, request: Request, reasons: dict[str, str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rows of a file with their captions; why any other is refused is noted in `reasons`."""
-    for row, cell in _caption_cells(part.file, request):
+def _captioned_rows(part: _Part, request: Request, reasons: dict[str, str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of a file with captions and numbers; why any other is refused is noted in `reasons`."""
+    asked = request.config.counts
+    cells = [_cells(part.file, request.caption_column, is_caption_type, decode_captions)]
+    cells += [_cells(part.file, column, is_number_type, decode_numbers) for column in asked.values()]
+    for row, (cell, *numbers) in enumerate(zip(*cells, strict=True)):
         try:
             captions = caption_tuple(cell, needed=request.need_captions)
+            counts = [number_in(name, asked[name], each) for name, each in zip(asked, numbers, strict=True)]
         except InputRejected as rejection:
             reasons[_row_name(part, row)] = rejection.reason
         else:
-            yield row, captions
+            yield row, captions, *counts
 
 
-def _caption_cells(file: RowFile, request: Request) -> Iterator[tuple[int, object]]:
-    column, names = request.caption_column, file.schema.names
-    fits = column in names and is_caption_type(file.schema.field(names.index(column)).type)
+def _cells(
+    file: RowFile, column: str, fits: Callable[[Any], bool], decode: Callable[[Any], Sequence[object]]
+) -> Iterator[object]:
+    """What each row has in a column; None where the file has no such column, or of a type that does not fit."""
+    names = file.schema.names
+    is_there = column in names and fits(file.schema.field(names.index(column)).type)
     for chunk, first in enumerate(file.starts[:-1]):
         row, end = first, file.starts[chunk + 1]
-        for piece in file.pieces(chunk, column) if fits else ():
-            for cell in decode_captions(piece):
-                yield row, cell
-                row += 1
-        if fits and row != end:
+        for piece in file.pieces(chunk, column) if is_there else ():
+            yield from (cells := decode(piece))
+            row += len(cells)
+        if is_there and row != end:
             raise pa.ArrowInvalid(f"row group {chunk} has {row - first:,} rows instead of {end - first:,}")
-        yield from ((k, None) for k in range(row, end))
+        yield from (None for _ in range(row, end))
 
 
 def _broken(path: Place, error: Exception, begun: bool) -> str:

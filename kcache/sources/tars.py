@@ -2,47 +2,47 @@
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
+from kcache.config import SourceConfig
+from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError, StoreError
-from kcache.hints import near_names
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
-from kcache.places.fetching import AT_ONCE, Windows, listed, missing
+from kcache.places.fetching import AT_ONCE, Windows, listed
 from kcache.sources.archives import content_at, fetch_listings, image_at
-from kcache.sources.offers import (
+from kcache.sources.further.numbers import counts_at
+from kcache.sources.in_tars.members import SHOWN_COLUMNS
+from kcache.sources.in_tars.offers import (
     NO_KEY,
-    NOTHING,
-    OFFERED,
-    SHOWN_COLUMNS,
     Offer,
     joined_keys,
     key_text,
     keys_part,
+    nothing,
     offer_of,
     offer_part,
+    offered_schema,
+    place_columns,
+    said_by,
 )
-from kcache.sources.protocol import Request, refusals
+from kcache.sources.protocol import Request, column_of, refusals
 from kcache.sources.reading import readable
-from kcache.store.digests import KEY_BYTES, content_key
+from kcache.store.digests import KEY_BYTES, NO_CONTROL, content_key
 from kcache.store.formats.records import Records
 from kcache.store.samples import Refusal
 from kcache.tally import counted
-from kcache.urls import store_url
 
 _TAR_NAME = re.compile(r"\.(tar|tgz|tar\.\w+)$")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
-_MAX_TARS = 1_000_000
 _EXPECTED = "plain tars with members such as 0001.jpg and 0001.txt side by side; correct the tars"
-_SAMPLES = pa.schema([pa.field("tar", pa.int32()), *OFFERED])
+_TAR = pa.field("tar", pa.int32())
 _KEYS_OF = 8
 """Tars whose keys are held: samples are mostly asked for in their order."""
 
@@ -60,10 +60,12 @@ class TarSource:
     firsts: Sequence[int]
     """How many samples come before those of each tar, and how many there are."""
     controls: Mapping[str, str | None] = field(default_factory=dict)
-    """The kinds of control images that are asked for."""
+    """The kinds of control images that are asked for, and what their members are called."""
+    counted: Collection[str] = ()
+    """The numbers that are asked for."""
     windows: Windows = field(default_factory=Windows)
-    keys: dict[tuple[int, bool], bytes] = field(default_factory=dict)
-    """Keys of the images of some tars, by number and whether they were digested afresh."""
+    keys: dict[tuple[str | None, int, bool], bytes] = field(default_factory=dict)
+    """Keys of the images of some tars, by kind, number and whether they were digested afresh."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -75,38 +77,53 @@ class TarSource:
         return tuple(self.samples.value(i, "captions"))
 
     def image(self, i: int) -> bytes:
-        tar, offset, size, key = (self.samples.value(i, name) for name in ("tar", "offset", "size", "image_key"))
-        return image_at(self.tars[tar][1], offset, size, key, self.windows)
-
-    def control(self, i: int, name: str) -> bytes:
-        return self.image(i)
-
-    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
-        return tuple(self.image_key(i, memo, rehash) for _ in self.controls)  # their own transparency is all there is
+        return self._content(i, None)
 
     def image_key(self, i: int, memo: DigestMemo, rehash: bool) -> bytes:
-        known: bytes | None = self.samples.value(i, "image_key")
+        return self._key(i, None, memo, rehash)
+
+    def counts(self, i: int) -> tuple[float, int]:
+        return counts_at(self.samples, self.counted, i)
+
+    def control(self, i: int, name: str) -> bytes:
+        return self._content(i, None if column_of(self.controls, name) is None else name)
+
+    def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
+        kinds = (None if column is None else name for name, column in self.controls.items())
+        return tuple(self._key(i, kind, memo, rehash) for kind in kinds)
+
+    def _content(self, i: int, kind: str | None) -> bytes:
+        """The image of a sample, or that of a kind that goes with it."""
+        tar, offset, size, key = (self.samples.value(i, name) for name in ("tar", *place_columns(kind)))
+        if offset < 0:
+            raise InputRejected("source", f"there is no {kind} among its members")
+        return image_at(self.tars[tar][1], offset, size, key, self.windows)
+
+    def _key(self, i: int, kind: str | None, memo: DigestMemo, rehash: bool) -> bytes:
+        tar, offset, _, known = (self.samples.value(i, name) for name in ("tar", *place_columns(kind)))
+        if offset < 0:
+            return NO_CONTROL
         if known is not None and not rehash:
-            return known
-        tar = self.samples.value(i, "tar")
+            return bytes(known)
         at = (i - self.firsts[tar]) * KEY_BYTES
         try:
-            key = self._keys(tar, memo, rehash)[at : at + KEY_BYTES]
+            key = self._keys(tar, kind, memo, rehash)[at : at + KEY_BYTES]
         except StoreError:  # which says nothing of the picture
             raise
         except OSError as error:
             raise InputRejected("source", f"the tar cannot be read: {error.strerror}") from error
-        return content_key(self.image(i)) if key == NO_KEY else key
+        return content_key(self._content(i, kind)) if key == NO_KEY else key
 
-    def _keys(self, tar: int, memo: DigestMemo, rehash: bool) -> bytes:
+    def _keys(self, tar: int, kind: str | None, memo: DigestMemo, rehash: bool) -> bytes:
         # Tar by tar, because one look at the file then answers for all of its images.
-        keys = self.keys.get((tar, rehash))
+        keys = self.keys.get((kind, tar, rehash))
         if keys is None:
             path, span = self.tars[tar][1], (self.firsts[tar], self.firsts[tar + 1])
-            offsets, sizes = (self.samples.numbers(name, *span) for name in ("offset", "size"))
-            keys = memo.digest(path, keys_part(offsets, sizes), lambda: joined_keys(self.image, range(*span)), rehash)
-            self.keys[tar, rehash] = keys
-            while len(self.keys) > _KEYS_OF:
+            offsets, sizes = (self.samples.numbers(name, *span) for name in place_columns(kind)[:2])
+            read = partial(self._content, kind=kind)
+            keys = memo.digest(path, keys_part(offsets, sizes), lambda: joined_keys(read, range(*span)), rehash)
+            self.keys[kind, tar, rehash] = keys
+            while len(self.keys) > _KEYS_OF * (1 + len(self.controls)):
                 del self.keys[next(iter(self.keys))]
         return keys
 
@@ -128,20 +145,27 @@ class TarPiece:
             return False
         if isinstance(self.path, BucketPath):
             return True
-        table = offer_of(self.path, self.request, memo).table
-        return memo.remembered(self.path, keys_part(table["offset"].to_numpy(), table["size"].to_numpy()))
+        return all(memo.remembered(self.path, keys_part(*places)) for places in self._places(memo))
 
     def look(self, memo: DigestMemo) -> None:
+        for offsets, sizes in self._places(memo):
+            if not isinstance(self.path, BucketPath):  # those of which are known as it was listed
+                memo.digest(self.path, keys_part(offsets, sizes), partial(self._digested, offsets, sizes))
+
+    def _places(self, memo: DigestMemo) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The offsets and sizes of images of each kind."""
         table = offer_of(self.path, self.request, memo).table
-        offsets, sizes, known = (table[name] for name in ("offset", "size", "image_key"))
+        kinds = [None, *(name for name, column in self.request.config.controls.items() if column is not None)]
+        columns = (place_columns(kind)[:2] for kind in kinds)
+        return [(table[offset].to_numpy(), table[size].to_numpy()) for offset, size in columns]
 
-        def digested() -> bytes:
-            if isinstance(self.path, BucketPath):  # as it was listed
-                return b"".join(known.to_pylist())
-            places = list(zip(offsets.to_pylist(), sizes.to_pylist(), strict=True))
-            return joined_keys(lambda i: content_at(self.path, *places[i]), range(len(places)))
+    def _digested(self, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
+        def read(number: int) -> bytes:
+            if offsets[number] < 0:
+                raise InputRejected("source", "there is none")
+            return content_at(self.path, int(offsets[number]), int(sizes[number]))
 
-        memo.digest(self.path, keys_part(offsets.to_numpy(), sizes.to_numpy()), digested)
+        return joined_keys(read, range(len(offsets)))
 
 
 @dataclass(slots=True)
@@ -156,6 +180,8 @@ class _Found:
     """Where captions came from."""
     columns: dict[str, None] = field(default_factory=dict)
     """What .json members hold, as far as it was looked at."""
+    said: set[str] = field(default_factory=set)
+    """The control images and numbers, by name, that any sample has."""
 
     def add(self, label: str, offer: Offer) -> None:
         """Note what the next tar, called `label`, has."""
@@ -164,6 +190,7 @@ class _Found:
         self.refused |= {f"{label}/{key}" if key else label: reason for key, reason, _ in offer.refused}
         self.origins |= offer.origins.keys()
         self.columns |= dict.fromkeys(offer.columns if len(self.columns) < SHOWN_COLUMNS else ())
+        self.said |= said_by(offer.table)
 
 
 def is_tar_name(name: str) -> bool:
@@ -184,7 +211,8 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
     with nullcontext(request.memo) if request.memo is not None else DigestMemo() as memo:
         if request.max_train_samples is None:
             request.look_ahead(pieces)
-        samples = Records(_SAMPLES, _offered(tars, request, memo, found))
+        schema = pa.schema([_TAR, *offered_schema(request.config)])
+        samples = Records(schema, _offered(tars, request, memo, found))
     used = np.flatnonzero(np.diff(found.firsts)).tolist()
     if request.max_train_samples is not None:
         request.look_ahead([pieces[tar] for tar in used])
@@ -196,6 +224,7 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
             f"{place} has no caption column {column!r}: .json members hold {held}; name the right one with "
             "--caption-column, or leave it out to take .txt members"
         )
+    _check_said(place, request.config, found)
     all_refused = refusals(place, samples, reasons, expected=_EXPECTED)
     counts = f"{counted(len(samples), 'image')} in {counted(len(used), 'tar')}"
     origin = "captions from " + " and ".join(sorted(found.origins)) if found.origins else "no captions"
@@ -206,7 +235,24 @@ def open_tars(tars: Sequence[tuple[str, Place]], refused: Mapping[str, str], req
         samples=samples,
         firsts=found.firsts,
         controls=request.config.controls,
+        counted=request.config.counts,
     )
+
+
+def _check_said(place: str, config: SourceConfig, found: _Found) -> None:
+    """Raise SourceError for control images that may lack, and numbers, that were asked for and that no sample has."""
+    held = readable(", ".join(list(found.columns)[:SHOWN_COLUMNS])) or "nothing"
+    for name, column in (config.controls | config.counts).items() if found.firsts[-1] else ():
+        if column is None or name in found.said:
+            continue
+        if name in config.counts:
+            raise SourceError(
+                f"{place} has no column {column!r}: .json members hold {held}; name the one that holds such numbers "
+                f"with --{name}-column"
+            )
+        raise SourceError(
+            f"{place} has no member such as 'KEY.{column}.png' in any sample; correct {flag_of(name)}, or leave it out"
+        )
 
 
 def _offered(
@@ -222,7 +268,7 @@ def _offered(
             near = [path for _, path in tars[number : number + AT_ONCE] if isinstance(path, BucketPath)]
             memo.ask(near)
             fetch_listings([path for path in near if not memo.remembered(path, part)], memo)
-        offer = NOTHING
+        offer = nothing(request.config)
         try:
             if path in unfinished:
                 raise InputRejected(
@@ -238,55 +284,7 @@ def _offered(
         if most is not None and len(offer.table) > (left := most - found.firsts[-1]):
             offer = offer.head(left)
         found.add(label, offer)
-        yield offer.table.add_column(0, _SAMPLES.field(0), pa.repeat(pa.scalar(number, pa.int32()), len(offer.table)))
-
-
-def expand_braces(spec: str) -> list[tuple[str, Place]]:
-    """The files that a pattern such as "shards/{00000..00099}.tar" or "{a,b}/{0..9}.tar" means, and what to call each.
-
-    They are called by their path from the last folder before the first brace. Raises SourceError.
-    """
-    start = spec.rfind("/", 0, spec.find("{")) + 1
-    texts, place_of = _expansions(spec), Path if store_url(spec) is None else BucketPath.of
-    tars: list[tuple[str, Place]] = [(text[start:], place_of(text)) for text in texts]
-    if texts == [spec] or not all(label.endswith(".tar") for label, _ in tars):
-        raise SourceError(f"{spec!r} is no pattern for tars; expected one such as {{00000..00099}}.tar; correct it")
-    paths = [path for _, path in tars]
-    if lacking := set(missing(paths) if place_of is not Path else [path for path in paths if not path.is_file()]):
-        folder, first = Path(spec[:start] or "."), next(label for label, path in tars if path in lacking)
-        near = "" if folder.exists() or store_url(spec) else near_names(folder)
-        raise SourceError(
-            f"{len(lacking):,} of the {len(tars):,} tars that {spec!r} stands for are missing, such as {first}; "
-            f"expected all of them; {f'did you mean the folder {near}? C' if near else 'c'}orrect the pattern or "
-            "restore the files"
-        )
-    return tars
-
-
-def _expansions(spec: str) -> list[str]:
-    texts = [""]
-    position = 0
-    for braces in _BRACES.finditer(spec):
-        choices = _choices(braces[1])
-        if len(choices) * len(texts) > _MAX_TARS:
-            raise SourceError(f"{spec!r} stands for more than {_MAX_TARS:,} files; expected fewer; correct the range")
-        between = spec[position : braces.start()]
-        texts = [text + between + choice for text in texts for choice in choices]
-        position = braces.end()
-    return list(dict.fromkeys(text + spec[position:] for text in texts))
-
-
-def _choices(body: str) -> Sequence[str]:
-    numbers = _RANGE.fullmatch(body)
-    if numbers is None:
-        return body.split(",") if "," in body else [f"{{{body}}}"]
-    first, last = numbers.groups()
-    padded = any(len(text) > 1 and text.startswith("0") for text in numbers.groups())
-    width = max(len(first), len(last)) if padded else 1
-    step = 1 if int(first) <= int(last) else -1
-    values = range(int(first), int(last) + step, step)
-    # One more than is allowed tells the caller, without making a list of what a slip of the finger may ask for.
-    return [f"{value:0{width}d}" for value in values[: _MAX_TARS + 1]]
+        yield offer.table.add_column(0, _TAR, pa.repeat(pa.scalar(number, pa.int32()), len(offer.table)))
 
 
 def _unfinished(paths: Sequence[Place]) -> set[Place]:

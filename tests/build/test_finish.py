@@ -97,7 +97,7 @@ def looked_at_one_by_one(
 def test_samples_are_acceptable_in_columns_as_one_by_one(samples: list[Sample], tables: dict[str, TableState]) -> None:
     images = {key for name, state in tables.items() if name != "text" for key in state.rejected}
     captions = set(tables["text"].rejected) if "text" in tables else set[bytes]()
-    assert list(acceptable(samples, tables)) == [
+    assert list(acceptable(samples, tables, Wants(()))) == [
         s for s in samples if s.image_key not in images and not (s.caption_keys and captions.issuperset(s.caption_keys))
     ]
 

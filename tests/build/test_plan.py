@@ -142,8 +142,8 @@ def test_a_plan_of_a_newer_kcache_is_neither_taken_nor_called_damaged(cache: Pla
     plan = a_plan([b"a" * 16])
     freeze_plan(cache, plan)
     said = cache / "plans" / plan.digest[:16] / "plan.json"
-    write_json(said, {**json.loads(said.read_bytes()), "schema_version": 4})
-    with pytest.raises(CacheMismatchError, match="schema version 4; this kcache reads 1, 2 and 3"):
+    write_json(said, {**json.loads(said.read_bytes()), "schema_version": 5})
+    with pytest.raises(CacheMismatchError, match="schema version 5; this kcache reads 1, 2, 3 and 4"):
         open_plan(cache)
     remove(cache / "plans" / OPEN)
     assert open_plan(cache) is None

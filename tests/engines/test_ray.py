@@ -34,7 +34,7 @@ from kcache.engines import copying_engine, engine_of
 from kcache.engines.ahead import look_ahead
 from kcache.engines.cluster import _ENVIRONMENT, joined
 from kcache.errors import ConfigError, EngineError
-from kcache.sources.offers import offer_part
+from kcache.sources.in_tars.offers import offer_part
 from kcache.sources.protocol import Request
 from kcache.upkeep.convert import convert_cache
 

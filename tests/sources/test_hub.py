@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 
+from kcache.config import SourceConfig
+from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected
 from kcache.sources import open_source
 
@@ -46,3 +48,21 @@ def test_metadata_of_an_imagefolder_cannot_name_files_of_this_machine(
     hub_repository(tmp_path / "repository", monkeypatch)
     with pytest.raises(InputRejected, match="leads out of the source"):
         open_source("owner/pictures").image(0)
+
+
+def test_columns_of_control_images_cannot_name_zips_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
+        archive.writestr("secret.jpg", b"secret")
+    (tmp_path / "repository/a.jpg").write_bytes(b"A")
+    path = f"zip://secret.jpg::{tmp_path}/secret.zip"
+    row = {"file_name": "a.jpg", "text": "a", "depth": {"path": path, "bytes": None}}
+    (tmp_path / "repository/metadata.jsonl").write_text(json.dumps(row))
+    hub_repository(tmp_path / "repository", monkeypatch)
+    source = open_source("owner/pictures", SourceConfig(hint_column=("far=depth",)))
+    with DigestMemo() as memo, pytest.raises(InputRejected, match="leads out of the source"):
+        source.control_keys(0, memo, False)
+    with pytest.raises(InputRejected, match="leads out of the source"):
+        source.control(0, "hint-far")

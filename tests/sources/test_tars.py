@@ -19,7 +19,7 @@ from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.sources import Source, open_source
 from kcache.sources.archives import MAX_HEADER_BYTES, list_members
-from kcache.sources.tars import expand_braces
+from kcache.sources.in_tars.braces import expand_braces
 from kcache.store.digests import content_key
 
 FOLDERS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)

@@ -14,9 +14,11 @@ from documents import ROOT
 from source_folders import write
 
 from kcache.config import AS_FOUND, SourceConfig
-from kcache.errors import SourceError
+from kcache.disk.memo import DigestMemo
+from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly
-from kcache.sources import open_source
+from kcache.sources import Source, open_source
+from kcache.store.digests import NO_CONTROL
 
 
 def zipped(name: str) -> bytes:
@@ -73,6 +75,7 @@ def tables() -> Iterator[list[str]]:
 
 ROWS = list(tables())
 OF_FOLDERS = [row[1:] for row in ROWS if row[0] == "beside `fox.jpg`"]
+OF_FLAGS = [row[1:] for row in ROWS if row[0] == "beside `fox.jpg`, with"]
 OF_LINKS = [row[1:] for row in ROWS if row[0] == "`fox.jpg` is"]
 OF_KINDS = [row[1:] for row in ROWS if row[0] == "such a file"]
 
@@ -108,8 +111,8 @@ def check(found: tuple[list[str] | None, str], captions: str, words: str) -> Non
 
 
 def test_there_are_tables() -> None:
-    assert (len(OF_FOLDERS), len(OF_LINKS), len(OF_KINDS)) == (49, 8, 18)
-    assert len(ROWS) == 49 + 8 + 18
+    assert (len(OF_FOLDERS), len(OF_FLAGS), len(OF_LINKS), len(OF_KINDS)) == (49, 15, 8, 18)
+    assert len(ROWS) == 49 + 15 + 8 + 18
 
 
 @pytest.mark.parametrize("row", OF_FOLDERS, ids=lambda row: row[0])
@@ -118,6 +121,38 @@ def test_folder(row: list[str], tmp_path: Path) -> None:
     files = files_of(cell)
     assert files or cell == "nothing"
     check(outcome(write(tmp_path, {"fox.jpg": b"A", **files})), captions, words)
+
+
+@pytest.mark.parametrize("row", OF_FLAGS, ids=lambda row: f"{row[0]} {row[1]}")
+def test_further_columns(row: list[str], tmp_path: Path) -> None:
+    cell, typed, taken, words = row
+    flag, value = re.split("[ =]", quoted(typed)[0], maxsplit=1)
+    name = flag.removeprefix("--").replace("-", "_")
+    config = SourceConfig(**{name: (value,) if name == "hint_column" else value})
+    write(tmp_path, {"fox.jpg": b"A", **files_of(cell)})
+    try:
+        source = open_source(str(tmp_path), config)
+    except SourceError as error:
+        found, said = None, str(error)
+    else:
+        said = "\n".join(f"{refusal.name}: {refusal.reason}" for refusal in source.refused)
+        found = next((taken_of(source, i, config) for i in range(len(source)) if source.name(i) == "fox.jpg"), None)
+    if isinstance(found, InputRejected):
+        found, said = None, f"{said}{found.reason}"
+    assert found == (None if taken == "—" else "nothing" if taken == "nothing" else quoted(taken)[0]), said
+    assert [each for each in quoted(words) if each not in said] == [], said
+
+
+def taken_of(source: Source, i: int, config: SourceConfig) -> str | InputRejected:
+    """The control image of a sample, or its numbers, in words; or why it is refused."""
+    if config.counts:
+        return "weight {:g}, repeats {}".format(*source.counts(i))
+    try:
+        with DigestMemo() as memo:
+            (key,) = source.control_keys(i, memo, False)
+        return "nothing" if key == NO_CONTROL else source.control(i, *config.controls).decode()
+    except InputRejected as rejection:
+        return rejection
 
 
 @pytest.mark.parametrize("row", OF_KINDS, ids=lambda row: row[0])

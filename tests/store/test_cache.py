@@ -173,7 +173,7 @@ def test_a_damaged_manifest_or_index_is_noticed(tmp_path: Path) -> None:
 
 def test_a_cache_of_another_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
-    with pytest.raises(CacheMismatchError, match="schema version 99; this kcache reads 1, 2 and 3"):
+    with pytest.raises(CacheMismatchError, match="schema version 99; this kcache reads 1, 2, 3 and 4"):
         Cache.open(tmp_path)
 
 

@@ -1,20 +1,16 @@
 """The demo of filling holes: an inpainting decoder trained from the cache of a plain one, and that one blended in."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
 from kcache.build.build import build_cache
-from kcache.config import BuildConfig, Say
+from kcache.config import Say
 from kcache.demo.digits import write_lesson
 from kcache.demo.exam import round_trip
-from kcache.demo.folder import take_folder
 from kcache.demo.holes.exam import (
     EACH,
     PAPER,
@@ -28,12 +24,11 @@ from kcache.demo.holes.exam import (
     score_holes,
 )
 from kcache.demo.holes.picture import picture_of
-from kcache.demo.stages import stage_config, train
+from kcache.demo.stages import PRIOR_BATCH_SIZE, Work, begin, build_config, stage_config, train
 from kcache.demo.tiny import demo_models
 from kcache.disk.durable import write_bytes
 
 INPAINTING, BLENDED, REAL = "inpainting decoder", "plain decoder, blended", "unseen real scans through the MoVQ"
-PRIOR_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,66 +94,49 @@ def run_holes(output: Path, size: HolesSize, *, say: Say, seed: int = 0) -> Hole
     `output` is removed first; no network is needed. `seed` decides first weights, order and noise. Raises ConfigError
     when `output` holds anything else.
     """
-    take_folder(output)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    seconds: dict[str, float] = {}
-    begun = time.perf_counter()
-
-    def spent(name: str) -> None:
-        seconds[name] = time.perf_counter() - begun - sum(seconds.values())
-
-    cache, runs = output / "cache", output / "runs"
-    say(f"writing {size.pictures:,} digits in the middle of paper and a tiny Kandinsky 2.2 to {output}; building")
-    _build(output, size, seed)
-    spent("cache")
-    say(f"training the prior for {size.prior_steps} steps and a decoder for {size.decoder_steps}")
-    train(cache, stage_config("prior", runs / "prior", size.prior_steps, PRIOR_BATCH_SIZE, seed))
-    plain = stage_config("decoder", runs / "decoder", size.decoder_steps, size.decoder_batch_size, seed)
-    train(cache, plain)
-    spent("prior and decoder")
+    begin(output)
+    work, cache, runs = Work(say=say), output / "cache", output / "runs"
+    with work.spending(
+        "cache",
+        f"writing {size.pictures:,} digits in the middle of paper and a tiny Kandinsky 2.2 to {output}; building",
+    ):
+        write_lesson(output / "pictures", size.pictures, ((PAPER, PAPER),))
+        models = demo_models(output / "models", seed=seed, paper=PAPER)
+        build_cache(str(output / "pictures"), str(cache), build_config(models, PAPER))
+    with work.spending(
+        "prior and decoder", f"training the prior for {size.prior_steps} steps and a decoder for {size.decoder_steps}"
+    ):
+        train(cache, stage_config("prior", runs / "prior", size.prior_steps, PRIOR_BATCH_SIZE, seed))
+        train(cache, stage_config("decoder", runs / "decoder", size.decoder_steps, size.decoder_batch_size, seed))
     before = _contents(cache)
     further = stage_config("decoder", runs / "inpaint", size.further_steps, size.decoder_batch_size, seed + 1)
     further = replace(further, pretrained_decoder_model_name_or_path=str(runs / "decoder"))
-    say(f"training it on to fill holes, from the same cache, for {size.further_steps} steps")
-    train(cache, replace(further, inpaint=True))
-    spent("inpainting decoder")
+    with work.spending(
+        "inpainting decoder", f"training it on to fill holes, from the same cache, for {size.further_steps} steps"
+    ):
+        train(cache, replace(further, inpaint=True))
     same_cache = _contents(cache) == before
-    say(f"training it on as it is, to compare, for {size.further_steps} steps")
-    train(cache, replace(further, output_dir=str(runs / "plain")))
-    spent("plain decoder")
+    with work.spending("plain decoder", f"training it on as it is, to compare, for {size.further_steps} steps"):
+        train(cache, replace(further, output_dir=str(runs / "plain")))
     asked = repaints(size.sources)
-    say(f"filling {len(asked)} holes both ways; judging them")
-    pictures = given_pictures(asked)
-    decoders = {INPAINTING: runs / "inpaint", BLENDED: runs / "plain"}
-    filled = fill(asked, pictures, runs / "prior", decoders, steps=size.sampling_steps, seed=1_000_000 * seed)
-    filled[REAL] = real_fillings(asked, runs / "decoder")
-    scores = {
-        task: {way: score_holes(*_of_task(task, asked, of_way, pictures)) for way, of_way in filled.items()}
-        for task in TASKS
-    }
-    back = round_trip(pictures[::EACH], runs / "decoder")
-    loss = score_holes(back, pictures[::EACH], asked[::EACH]).kept
-    _save(output / "samples", asked, pictures, filled)
-    spent("filling")
-    result = HolesResult(size=size, seed=seed, same_cache=same_cache, scores=scores, round_trip=loss, seconds=seconds)
+    with work.spending("filling", f"filling {len(asked)} holes both ways; judging them"):
+        pictures = given_pictures(asked)
+        decoders = {INPAINTING: runs / "inpaint", BLENDED: runs / "plain"}
+        filled = fill(asked, pictures, runs / "prior", decoders, steps=size.sampling_steps, seed=1_000_000 * seed)
+        filled[REAL] = real_fillings(asked, runs / "decoder")
+        scores = {
+            task: {way: score_holes(*_of_task(task, asked, of_way, pictures)) for way, of_way in filled.items()}
+            for task in TASKS
+        }
+        back = round_trip(pictures[::EACH], runs / "decoder")
+        loss = score_holes(back, pictures[::EACH], asked[::EACH]).kept
+        _save(output / "samples", asked, pictures, filled)
+    result = HolesResult(
+        size=size, seed=seed, same_cache=same_cache, scores=scores, round_trip=loss, seconds=work.seconds
+    )
     write_bytes(output / "inpaint.json", result.to_json().encode())
     write_bytes(output / "inpaint.png", picture_of(scores, asked, pictures, filled))
     return result
-
-
-def _build(output: Path, size: HolesSize, seed: int) -> None:
-    write_lesson(output / "pictures", size.pictures, ((PAPER, PAPER),))
-    prior, decoder = demo_models(output / "models", seed=seed, paper=PAPER)
-    config = BuildConfig(
-        resolution=(PAPER,),
-        dtype="float32",
-        batch_size=32,
-        pretrained_prior_model_name_or_path=str(prior),
-        pretrained_decoder_model_name_or_path=str(decoder),
-    )
-    build_cache(str(output / "pictures"), str(output / "cache"), config)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -4,23 +4,25 @@ That depends on the tar and on how it is to be read, so that it is remembered, a
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from kcache.config import SourceConfig
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected
 from kcache.places import Place
 from kcache.plainly import plainly_at
-from kcache.sources.archives import Member, TarListing, listing_of, text_of
-from kcache.sources.listing import IMAGE_SUFFIXES
+from kcache.sources.archives import TarListing, listing_of
+from kcache.sources.further.numbers import number_fields, numbers_in
+from kcache.sources.in_tars.members import captions_of, groups_of, images_of, json_row
 from kcache.sources.protocol import Request
-from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 from kcache.store.digests import KEY_BYTES, content_key
 from kcache.store.formats.checksums import crc32c
 
@@ -33,17 +35,14 @@ OFFERED = pa.schema(
         "image_key": pa.binary(KEY_BYTES),  # where it is known already, of a tar in a bucket
     }
 )
+"""What a sample is said by that has neither further images nor numbers."""
+IMAGE = ("offset", "size", "image_key")
 NO_KEY = bytes(KEY_BYTES)
 """Stands for the key of an image that could not be read, in the memo; no content has this key."""
-SHOWN_COLUMNS = 20
-"""Columns of .json members that are told."""
 _FORM = 2
 """Of what is remembered: another number for another one."""
 _NOTES = b"kcache"
 _SUM_BYTES = 4
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_TEXTS = ("txt", "text", "caption")
-"""What a member is called that is a caption, the first of them first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Offer:
     """The samples of a tar, in order, and what is to be said of them."""
 
     table: pa.Table
-    """With the columns `OFFERED`."""
+    """With the columns of `offered_schema`."""
     refused: Sequence[tuple[str, str, int]]
     """Key or member, "" for the tar itself, why it is refused, and how many samples come before it; -1 of the tar."""
     origins: Mapping[str, int]
@@ -93,8 +92,39 @@ class Offer:
         return cls(table=table, refused=[*map(tuple, refused)], origins=origins, columns=columns, groups=groups)
 
 
-NOTHING = Offer(table=OFFERED.empty_table(), refused=(), origins={}, columns=(), groups=0)
-"""What is offered by a tar that cannot be read."""
+def nothing(config: SourceConfig) -> Offer:
+    """What is offered by a tar that cannot be read."""
+    return Offer(table=offered_schema(config).empty_table(), refused=(), origins={}, columns=(), groups=0)
+
+
+def offered_schema(config: SourceConfig) -> pa.Schema:
+    """The columns of samples: `OFFERED`, places of the control images that are asked for, and numbers."""
+    fields = [*OFFERED]
+    for name, column in config.controls.items():
+        if column is not None:
+            types = (OFFERED.field(each).type for each in IMAGE)
+            fields += [pa.field(each, kind) for each, kind in zip(place_columns(name), types, strict=True)]
+    return pa.schema([*fields, *number_fields(config.counts)])
+
+
+def place_columns(control: str | None) -> tuple[str, str, str]:
+    """The columns of where in the tar an image is, and its key: of control images of a kind, or of the image itself.
+
+    A sample without has the offset -1.
+    """
+    return IMAGE if control is None else tuple(f"{name} of {control}" for name in IMAGE)  # type: ignore[return-value]
+
+
+def said_by(table: pa.Table) -> set[str]:
+    """The control images and numbers, by name, that any sample of an offer has."""
+    found = set()
+    for name in table.column_names[len(OFFERED) :]:
+        what, _, control = name.partition(" of ")
+        if what == IMAGE[0] and pc.any(pc.greater_equal(table[name], 0)).as_py():
+            found.add(control)
+        if not control and table[name].null_count < len(table):
+            found.add(name)
+    return found
 
 
 def offer_of(path: Place, request: Request, memo: DigestMemo) -> Offer:
@@ -112,7 +142,10 @@ def offer_of(path: Place, request: Request, memo: DigestMemo) -> Offer:
 
 def offer_part(request: Request) -> str:
     """What the memo calls what a tar offers."""
-    settings = [request.config.image_column, request.config.caption_column, request.need_captions]
+    config = request.config
+    settings: list[object] = [config.image_column, config.caption_column, request.need_captions]
+    if further := {name: column for name, column in config.controls.items() if column is not None} | config.counts:
+        settings.append(further)  # nothing where none is asked for, so that what was remembered before counts
     return f"what the tar offers, {_FORM}, kcache {version('kcache')}, {json.dumps(settings)}"
 
 
@@ -139,30 +172,14 @@ def key_text(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
 
 
-@dataclass(slots=True)
-class _Group:
-    """The members of one key."""
-
-    members: dict[str, Member] = field(default_factory=dict)
-    """By all that follows the key and its dot, in lower case."""
-    problem: str | None = None
-
-    def add(self, suffix: str, member: Member, *, beside: bool) -> None:
-        if suffix in self.members:
-            self.problem = f"two members {member.name!a} in one tar; write the tar again with one of them"
-        elif self.members and not beside:
-            self.problem = f"{member.name!a} stands apart from the other members of its key; write them side by side"
-        self.members.setdefault(suffix, member)
-
-
 def _found_in(path: Place, request: Request, memo: DigestMemo) -> Offer:
     if path.suffix.lower() != ".tar":
         raise InputRejected("source", "a compressed tar; expected a plain .tar; unpack it, e.g. with gunzip")
     listing = listing_of(path, memo)
     _check_whole(path, listing)
     refused, columns = list[tuple[str, str, int]](), dict[str, None]()
-    samples, origins = list[tuple[object, ...]](), dict[str, int]()
-    groups = _groups(listing.members, refused)
+    schema, samples, origins = offered_schema(request.config), list[tuple[object, ...]](), dict[str, int]()
+    groups = groups_of(listing.members, refused)
     if listing.damage is not None:
         last = next(reversed(groups), None)
         refused.append(("", f"damaged or cut short ({listing.damage}); what followed {last!a} is lost", -1))
@@ -170,17 +187,21 @@ def _found_in(path: Place, request: Request, memo: DigestMemo) -> Offer:
             groups[last].problem = "may be incomplete, as the tar is damaged or cut short behind it"
     for key, group in groups.items():
         try:
-            image = _image(group, request.config.image_column)
-            captions, origin = _captions(path, group, request, columns)
+            image, controls = images_of(key, group, request.config)
+            row = json_row(path, group, request.config, columns)
+            captions, origin = captions_of(path, group, request, row)
+            numbers = numbers_in(request.config.counts, row)
         except InputRejected as rejection:
             refused.append((key, rejection.reason, len(samples)))
             continue
         if captions:
             origins.setdefault(origin, len(samples))
-        samples.append((key.encode("utf-8", "surrogatepass"), image.offset, image.size, captions, image.key))
-    columns_of = zip(*samples, strict=True) if samples else [()] * len(OFFERED)
-    arrays = [pa.array(values, each.type) for each, values in zip(OFFERED, columns_of, strict=True)]
-    table = pa.table(arrays, schema=OFFERED)
+        places = [(-1, 0, None) if each is None else (each.offset, each.size, each.key) for each in controls]
+        own = key.encode("utf-8", "surrogatepass"), image.offset, image.size, captions, image.key
+        samples.append((*own, *chain.from_iterable(places), *map(numbers.get, request.config.counts)))
+    columns_of = zip(*samples, strict=True) if samples else [()] * len(schema)
+    arrays = [pa.array(values, each.type) for each, values in zip(schema, columns_of, strict=True)]
+    table = pa.table(arrays, schema=schema)
     return Offer(table=table, refused=refused, origins=origins, columns=list(columns), groups=len(groups))
 
 
@@ -189,86 +210,3 @@ def _check_whole(path: Place, listing: TarListing) -> None:
         what = plainly_at(path)
         told = f"not a plain tar: it is {what}" if what and not what.startswith("a tar") else "damaged from the start"
         raise InputRejected("source", f"{told} ({listing.damage})")
-
-
-def _groups(members: Sequence[Member], refused: list[tuple[str, str, int]]) -> dict[str, _Group]:
-    groups: dict[str, _Group] = {}
-    before = None
-    for member in members:
-        if _hidden(member.name):
-            continue
-        split = _KEY.fullmatch(member.name)
-        if split is None:
-            refused.append((member.name, "no extension; expected a name such as 0001.jpg", -1))
-            continue
-        key, suffix = split.groups()
-        groups.setdefault(key, _Group()).add(suffix.lower(), member, beside=key == before)
-        before = key
-    return groups
-
-
-def _hidden(name: str) -> bool:
-    """Whether a member does not belong to a sample: hidden, or __x__, where webdataset keeps notes about the tar."""
-    base = name.rpartition("/")[2]
-    return base.startswith(".") or re.match(r"__[^/]*__(/|$)", name) is not None
-
-
-def _image(group: _Group, column: str | None) -> Member:
-    if group.problem is not None:
-        raise InputRejected("source", group.problem)
-    images = [suffix for suffix in group.members if suffix in IMAGE_SUFFIXES]
-    if column is not None:
-        images = [suffix for suffix in group.members if suffix == column.lower().removeprefix(".")]
-    if len(images) != 1:
-        what = "several images" if images else "no image" if column is None else f"no .{column}"
-        advice = "name one with --image-column, such as jpg" if images else "a key ends at the first dot"
-        suffixes = ascii(", ".join(images or group.members))[1:-1][:60]
-        raise InputRejected("source", f"{what} among its members ({suffixes}); {advice}")
-    return _checked(group.members[images[0]], MAX_IMAGE_BYTES)
-
-
-def _checked(member: Member, limit: int) -> Member:
-    if member.problem is not None:
-        raise InputRejected("source", f"{member.name!a}: {member.problem}")
-    if member.size > limit:
-        raise InputRejected("source", f"{member.name!a} has {member.size:,} bytes, more than {limit:,}")
-    return member
-
-
-def _captions(path: Place, group: _Group, request: Request, columns: dict[str, None]) -> tuple[tuple[str, ...], str]:
-    """The captions of a sample, and where they stood; the columns of its .json member are noted in `columns`."""
-    asked = request.config.caption_column
-    texts: tuple[str, ...] = _TEXTS if asked is None else ()
-    row: dict[str, object] = {}
-    if (about := group.members.get("json")) is not None and not any(name in group.members for name in texts):
-        _checked(about, MAX_TEXT_BYTES)
-        row = _json_object(about.name, text_of(path, about))
-        columns.update(dict.fromkeys(row) if len(columns) < SHOWN_COLUMNS else {})
-    if asked is not None and asked not in row:
-        texts = (asked.lower().removeprefix("."),)
-    suffix = next((name for name in texts if name in group.members and name != "json"), None)
-    if suffix is not None:
-        text = _checked(group.members[suffix], MAX_TEXT_BYTES)
-        return caption_lines(text_of(path, text), text.name), f".{suffix} members"
-    wanted = ("text", "caption") if asked is None else (asked,)
-    # A column without a value gives way to one that has one.
-    column = max((name for name in wanted if name in row), key=lambda name: row[name] is not None, default=None)
-    if column is not None:
-        return caption_tuple(row[column], needed=request.need_captions), f".json members, {column!r}"
-    if request.need_captions:
-        held = f" (its .json member holds {readable(', '.join(list(row)[:10]))}: --caption-column)" if row else ""
-        member = ".txt" if asked is None else f".{texts[0]}"
-        either = " or ".join(map(repr, wanted))
-        reason = f"no captions: no {member} member beside it, and no .json member with {either}{held}"
-        raise InputRejected("source", reason)
-    return (), ""
-
-
-def _json_object(name: str, content: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputRejected("source", f"{name!a} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputRejected("source", f"{name!a} holds no JSON object")
-    return value
