@@ -75,8 +75,8 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected", "rejected_by",
-    "not_looked_at",
+    "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected",
+    "rejected_by", "not_looked_at",
 )  # fmt: skip
 
 
