@@ -73,6 +73,9 @@ def _print_pictures(about: dict[str, Any]) -> None:
         _print_shapes(shapes)
     if about["flip"]:
         say("  with rows of the mirrored pictures")
+    if about["controls"]:
+        having = [f"{counted(count, 'sample')} with {name}" for name, count in about["controls"].items()]
+        say(f"  control images: {', '.join(having)}")
 
 
 def _print_shapes(shapes: dict[str, Any]) -> None:

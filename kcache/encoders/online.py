@@ -58,7 +58,7 @@ class OnlineEncoders:
         self._keys: list[bytes] = cache.samples["image_key"].to_pylist()
         self._captions: list[list[str]] = cache.samples["captions"].to_pylist()
         self._control_keys: list[list[bytes]] = cache.samples["control_keys"].to_pylist()
-        self._positions = _positions(source, self._keys)
+        self._positions = _positions(source, self._keys, self._control_keys)
         parts = cache.by_shape(*fields)
         self._encoders = _load_all(cache, {part.table_of(name) for part in parts for name in fields}, device)
         self._reserved: dict[str, dict[str, torch.Tensor]] = {}
@@ -106,13 +106,13 @@ class OnlineEncoders:
         return (self,) if parts == (self._cache,) else tuple(map(self._part, parts))
 
     def _part(self, cache: Cache) -> "OnlineEncoders":
-        places = dict(zip(self._keys, self._positions, strict=True))
+        places = dict(zip(zip(self._keys, map(tuple, self._control_keys), strict=True), self._positions, strict=True))
         part = copy(self)
         part._cache = cache
         part._keys = cache.samples["image_key"].to_pylist()
         part._captions = cache.samples["captions"].to_pylist()
         part._control_keys = cache.samples["control_keys"].to_pylist()
-        part._positions = [places[key] for key in part._keys]
+        part._positions = [places[key] for key in zip(part._keys, map(tuple, part._control_keys), strict=True)]
         return part
 
     def read(
@@ -229,22 +229,24 @@ class OnlineEncoders:
         return content
 
 
-def _positions(source: Source, keys: Sequence[bytes]) -> list[int]:
-    """Where in the source each key's image stands."""
-    found: dict[bytes, int] = {}
+def _positions(source: Source, keys: Sequence[bytes], controls: Sequence[Sequence[bytes]]) -> list[int]:
+    """Where in the source each key's image stands, beside these control images where that one comes again."""
+    found: dict[tuple[bytes, ...], int] = {}
     with DigestMemo() as memo:
         for i in range(len(source)):
             try:
-                found.setdefault(source.image_key(i, memo, False), i)
+                key, beside = source.image_key(i, memo, False), source.control_keys(i, memo, False)
             except InputRejected:
                 continue  # not in the cache either; a sample that should be is reported below
-    missing = sum(key not in found for key in keys)
+            found.setdefault((key,), i)
+            found.setdefault((key, *beside), i)
+    missing = sum((key,) not in found for key in keys)
     if missing:
         raise SourceError(
             f"{source.description}: {missing} of the cache's {len(keys)} samples are not in it; "
             "give the source that the cache was built from, or build the cache again"
         )
-    return [found[key] for key in keys]
+    return [found.get((key, *beside), found[key,]) for key, beside in zip(keys, controls, strict=True)]
 
 
 def _load_all(cache: Cache, tables: set[str], device: torch.device) -> dict[str, Encoder]:

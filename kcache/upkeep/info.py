@@ -10,9 +10,10 @@ import numpy as np
 from kcache.build.plan import Plan, open_plan
 from kcache.config.shapes import NO_SHAPE, ShapeSet, resolutions_of, square_set
 from kcache.places import Place, cache_place
+from kcache.store.digests import NO_CONTROL
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
-from kcache.store.samples import Refusal, picture_sizes, read_refused
+from kcache.store.samples import Refusal, picture_sizes, read_refused, samples_in_columns
 from kcache.store.shaped.standing import Standing
 from kcache.store.shards import read_commits
 from kcache.tally import Tally
@@ -59,6 +60,7 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
         "resolutions": resolutions_of(manifest.shape_sets),
         "shapes": shape_counts(manifest, index, picture_sizes(folder, manifest)),
         "flip": manifest.flip,
+        "controls": control_counts(folder, manifest),
         "turns": int(index["repeats"][:].sum(dtype=np.int64)) if "repeats" in index else manifest.samples,
         "repeats": statistics(index["repeats"][:]) if "repeats" in index else None,
         "weights": _weights(index),
@@ -73,8 +75,8 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "shapes", "flip", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected", "rejected_by",
-    "not_looked_at",
+    "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected",
+    "rejected_by", "not_looked_at",
 )  # fmt: skip
 
 
@@ -122,6 +124,14 @@ def shape_counts(manifest: Manifest, index: Mapping[str, np.ndarray], sizes: np.
             "cropped_by_squares": _cropped(square_set(each.resolution), shaped),
         })  # fmt: skip
     return told
+
+
+def control_counts(folder: Place, manifest: Manifest) -> dict[str, int]:
+    """How many samples have a control image of their own, of each kind that there are tables of."""
+    if not (names := manifest.wants.controls):
+        return {}
+    samples = samples_in_columns(folder, manifest)
+    return {name: int((~samples.control_keys(number).among([NO_CONTROL])).sum()) for number, name in enumerate(names)}
 
 
 def _cropped(shapes: ShapeSet, sizes: np.ndarray) -> float | None:

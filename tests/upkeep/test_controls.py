@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from controlled import FLAGS, build_controlled, controlled_source
+from controlled import FLAGS, SIZES, build_controlled, controlled_source
 from PIL import Image
 from small_builds import encoded
 
@@ -70,8 +70,10 @@ def test_both_forms_have_the_same_rows_and_lead_back(caches: Path, source: Path,
     convert_cache(caches / "webdataset", tmp_path / "back", "zarr")
     one, other, back = (rows(folder) for folder in (caches / "zarr", caches / "webdataset", tmp_path / "back"))
     assert one == other == back
+    own = dict.fromkeys(KINDS, len(SIZES)) | {"masks": len(SIZES) // 2}
     for folder in (caches / "webdataset", tmp_path / "back"):
         found = verify_cache(folder)
+        assert describe_cache(folder)["controls"] == own
         assert (found.corrupt, found.orphaned) == (False, ())
     assert encoded(build_controlled(source, tmp_path / "back", oracle)) == {}
     assert encoded(build_controlled(source, caches / "webdataset", oracle, format="webdataset")) == {}
@@ -155,8 +157,16 @@ def test_what_a_stage_does_not_read_is_left_behind(oracle: Path, tmp_path: Path)
         Cache.open(tmp_path / "decoder").read([0], ["hint_depth"])
 
 
-def test_cached_equals_online_and_says_which_flags_it_lacks(caches: Path, source: Path) -> None:
-    found = compare_online(str(source), caches / "zarr", 3, reading=READING, device="cpu")
+def test_cached_equals_online_and_says_which_flags_it_lacks(
+    caches: Path, source: Path, oracle: Path, tmp_path: Path
+) -> None:
+    again = shutil.copytree(source, tmp_path / "source")
+    for path in again.glob("p1.*"):
+        shutil.copyfile(path, again / path.name.replace("p1", "again"))
+    Image.new("L", (100, 160), 77).save(again / "again.edges.tif")  # the same picture with another hint
+    build_controlled(again, tmp_path / "cache", oracle)
+    assert len(set(map(str, rows(tmp_path / "cache", ["hint_edges"])["hint_edges"]))) == len(SIZES) + 1
+    found = compare_online(str(again), tmp_path / "cache", 9, reading=READING, device="cpu")
     of_controls = {each.table: each.absolute for each in found if kind_of(each.table).per == "control"}
     assert of_controls == {f"{kind}-64": 0.0 for kind in KINDS}
     with pytest.raises(ConfigError, match="was not told where its hint-edges and hint-own and loss_masks and masks"):
