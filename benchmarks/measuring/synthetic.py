@@ -40,14 +40,16 @@ def write_synthetic_cache(
     sets: Sequence[ShapeSet] | None = None,
     sizes: Sequence[tuple[int, int]] = ((1, 1),),
     flip: bool = False,
+    counts: Sequence[tuple[float, int]] = ((1.0, 1),),
 ) -> Manifest:
     """Write `samples` samples of random normal rows; captions have 4 to 30 tokens. Returns the manifest.
 
     Latents are of `sets`, None being the square of `latent_side`, an eighth as high and wide as the pictures. `sizes`,
     widths and heights, are those of the samples' pictures, over and over; `flip` makes rows of their mirror images.
+    `counts` are weights and repeats of the samples, over and over.
     """
     folder.mkdir(parents=True)
-    rows = with_ids([_sample(i, captions, *sizes[i % len(sizes)]) for i in range(samples)])
+    rows = with_ids([_sample(i, captions, *sizes[i % len(sizes)], *counts[i % len(counts)]) for i in range(samples)])
     wants = Wants(in_order([square_set(latent_side * 8)] if sets is None else sets), flip)
     rng = np.random.default_rng(seed)
     fields = {
@@ -78,11 +80,12 @@ def write_synthetic_cache(
     return finish_cache(folder, rows, refused, states, models, "zarr", {}, wants)
 
 
-def _sample(i: int, captions: int, width: int, height: int) -> Sample:
+def _sample(i: int, captions: int, width: int, height: int, weight: float, repeats: int) -> Sample:
     texts = tuple(f"caption {c} of sample {i}" for c in range(captions))
     return Sample(
         name=f"sample {i}", image_key=content_key(b"synthetic image %d" % i), captions=texts,
         caption_keys=tuple(map(caption_key, texts)), width=width, height=height,
+        weight=weight, repeats=repeats,
     )  # fmt: skip
 
 

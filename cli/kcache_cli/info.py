@@ -43,6 +43,7 @@ def _print(about: dict[str, Any]) -> None:
     say(f"{about['cache']}: {counted(about['samples'], 'sample')}, {size}, {about['format']}")
     for role, model in sorted(about["models"].items()):
         say(f"  {role}: {model['name']}" + (f" at {model['revision'][:12]}" if model["revision"] else ""))
+    _print_counts(about)
     if about["captions"]:
         say(f"  captions of a sample: {_statistics_text(about['captions'])}")
     if about["tokens"]:
@@ -58,6 +59,13 @@ def _print(about: dict[str, Any]) -> None:
     for name, table in about["tables"].items():
         _print_table(name, table)
     _print_rejected(about)
+
+
+def _print_counts(about: dict[str, Any]) -> None:
+    if about["repeats"]:
+        say(f"  {about['turns']:,} turns an epoch: a sample comes {_statistics_text(about['repeats'])} times")
+    if about["weights"]:
+        say("  weights of samples: {min:g} to {max:g}, mean {mean:.3g}".format(**about["weights"]))
 
 
 def _print_pictures(about: dict[str, Any]) -> None:

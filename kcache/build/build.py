@@ -181,7 +181,7 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]], siz
     plan = missing_rows(job, found.tables, retry=job.config.retry_rejected, seen=seen)
     if found.waiting and not plan.rows:
         whole = sizes.readable(whole_samples(job.samples, found.tables, job.wants)[0])
-        rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
+        rows = job.config.rows_per_shard or default_rows_per_shard(*job.recipes.values())
         plan = plan_tars(job.folder, job.recipes, with_ids(whole), rows, job.wants) if whole else plan
     if not plan.rows:
         return None

@@ -7,10 +7,13 @@ have different numbers of captions.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kcache.places import Place
 from kcache.places.effects import write_bytes
+from kcache.store.formats.webdataset import suffix_of
 from kcache.store.manifest import Manifest, TableEntry
-from kcache.store.recipe import Field, kind_of
+from kcache.store.recipe import HINT, LOSS_MASKS, MASKS, Field, kind_of
 
 CARD = "README.md"
 _MARK = "<!-- Written by kcache, anew with every build. Remove this line to keep your own changes. -->"
@@ -47,6 +50,7 @@ def card_text(manifest: Manifest, most_captions: int) -> str:
         f"each, as kcache keeps it ({manifest.format}). Training reads these rows instead of running the encoders.",
         "",
         *_shapes(manifest),
+        *_controls(manifest),
         "| table | rows | bytes | one row |",
         "|---|---:|---:|---|",
         *(_table_line(name, entry) for name, entry in sorted(manifest.tables.items())),
@@ -78,6 +82,14 @@ def _shapes(manifest: Manifest) -> list[str]:
         where = "" if manifest.format == "zarr" else ", in members such as `image_embeds.1.npy`"
         said.append(f"Tables of images have rows of the mirrored pictures, too{where}.")
     return [" ".join(said), ""] if said else []
+
+
+def _controls(manifest: Manifest) -> list[str]:
+    """Which control images there are beside the pictures, if any."""
+    told = {MASKS: "masks of holes", LOSS_MASKS: "masks of how much each part counts"}
+    words = [told.get(name, f"hints called {name.removeprefix(HINT)}") for name in manifest.wants.controls]
+    said = f"Images that go with the pictures, cropped as these are, are among the rows: {', '.join(words)}. Each row "
+    return [f"{said}is a PNG file, filled up with zeros at its end.", ""] if words else []
 
 
 def _front_matter(manifest: Manifest, tars: str | None, most_captions: int) -> list[str]:
@@ -113,7 +125,9 @@ def _features(manifest: Manifest, most_captions: int) -> list[str]:
         for field in entry.recipe.fields:
             member = field.name if shared.count(field.name) == 1 else name
             for number in range(most_captions if kind_of(name).per == "caption" else 1 + manifest.flip):
-                lines += [f'- name: "{_member(member, number, "npy")}"', *_nested(field, entry.recipe.stored_dtype)]
+                suffix = suffix_of(np.dtype(entry.recipe.stored_dtype))
+                kind = ["  dtype: image"] if suffix == "png" else _nested(field, entry.recipe.stored_dtype)
+                lines += [f'- name: "{_member(member, number, suffix)}"', *kind]
     return [*lines, "- name: __key__", "  dtype: string", "- name: __url__", "  dtype: string"]
 
 
@@ -130,11 +144,12 @@ def _nested(field: Field, dtype: str) -> list[str]:
 
 def _table_line(name: str, entry: TableEntry) -> str:
     fields = []
-    for field in entry.recipe.fields:
+    for field in entry.recipe.fields if kind_of(name).per != "control" else ():
         shape = ["n", *field.shape] if field.ragged else list(field.shape)
         axes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         fields.append(f"`{field.name} ({axes})` {entry.recipe.stored_dtype}")
-    return f"| `{name}` | {entry.rows:,} | {entry.bytes:,} | {', '.join(fields)} |"
+    packed = [f"`{each}` PNG" for each in kind_of(name).fields if kind_of(name).per == "control"]
+    return f"| `{name}` | {entry.rows:,} | {entry.bytes:,} | {', '.join(fields or packed)} |"
 
 
 def _encoders(manifest: Manifest) -> list[str]:
@@ -145,6 +160,9 @@ def _encoders(manifest: Manifest) -> list[str]:
     ]
     for name, entry in sorted(manifest.tables.items()):
         recipe = entry.recipe
+        if kind_of(name).per == "control":
+            lines.append(f"* `{name}`: packed as it came with the pictures; recipe `{recipe.fingerprint[:16]}…`")
+            continue
         lines.append(
             f"* `{name}`: {recipe.encoder} (sha256 of its weights `{recipe.weights[:16]}…`) in {recipe.compute_dtype}, "
             f"batches of {'×'.join(map(str, recipe.batch_shape))}; recipe `{recipe.fingerprint[:16]}…`"
@@ -153,19 +171,27 @@ def _encoders(manifest: Manifest) -> list[str]:
 
 
 def _loading(manifest: Manifest, tars: str | None) -> list[str]:
-    fields = [field.name for _, entry in sorted(manifest.tables.items()) for field in entry.recipe.fields]
+    fields = [field.name for _, entry in _encoded(manifest) for field in entry.recipe.fields]
     own = ["With kcache, in batches for training or as arrays:", "", *_python(
         "from kcache import Cache",
         "",
         'cache = Cache.open("path/to/this/folder")',
         f'rows = cache.read([0, 1, 2], ["{fields[0]}"])',
     ), ""]  # fmt: skip
-    return own + (_loading_zarr(manifest) if tars is None else _loading_tars(tars))
+    return own + (
+        _loading_zarr(manifest) if tars is None else _loading_tars(tars, packed=manifest.wants.controls != ())
+    )
 
 
-def _loading_tars(tars: str) -> list[str]:
+def _encoded(manifest: Manifest) -> list[tuple[str, TableEntry]]:
+    """The tables of what encoders made, by name."""
+    return [(name, entry) for name, entry in sorted(manifest.tables.items()) if kind_of(name).per != "control"]
+
+
+def _loading_tars(tars: str, *, packed: bool) -> list[str]:
+    members = "`.npy`, `.png`, `.txt` and `.json`" if packed else "`.npy`, `.txt` and `.json`"
     return [
-        "With webdataset. Do not call `.decode()`, which unpickles; the members are plain `.npy`, `.txt` and `.json`:",
+        f"With webdataset. Do not call `.decode()`, which unpickles; the members are plain {members}:",
         "",
         *_python(
             "import glob, io",
@@ -183,13 +209,29 @@ def _loading_tars(tars: str) -> list[str]:
 
 
 def _loading_zarr(manifest: Manifest) -> list[str]:
-    shards = [shard.data for _, entry in sorted(manifest.tables.items()) for shard in entry.shards]
+    shards = [shard.data for _, entry in _encoded(manifest) for shard in entry.shards]
     return [
         "Every shard is a zarr v3 group that zarr-python, tensorstore, zarrs and xarray open as it is. "
         "Row i is of the image or caption whose key is `keys[i]`; `samples-*.parquet` has the keys of the samples.",
         "",
         *_python("import zarr", "", f'group = zarr.open_group("path/to/this/folder/{min(shards)}", mode="r")'),
+        *_opening_packed(manifest),
     ]
+
+
+def _opening_packed(manifest: Manifest) -> list[str]:
+    """How a row of the first table of control images is looked at, if there is one."""
+    for name, entry in sorted(manifest.tables.items()):
+        if kind_of(name).per == "control" and entry.shards:
+            return ["", f"Row i of `{name}` is a picture:", "", *_python(
+                "import io",
+                "from PIL import Image",
+                "",
+                f'group = zarr.open_group("path/to/this/folder/{entry.shards[0].data}", mode="r")',
+                'first, last = group["text_offsets"][i : i + 2]',
+                f'picture = Image.open(io.BytesIO(group["{kind_of(name).fields[0]}"][first:last].tobytes()))',
+            )]  # fmt: skip
+    return []
 
 
 def _python(*lines: str) -> Sequence[str]:

@@ -15,13 +15,15 @@ from kcache.places import Place
 from kcache.store.digests import Keys, content_key
 from kcache.store.formats.columns import Samples, counts_so_far
 from kcache.store.manifest import read_manifest
-from kcache.store.recipe import TEXT
+from kcache.store.recipe import TEXT, controls_of, kind_of
 from kcache.store.samples import Refusal, Sample, read_refused, samples_in_columns
 
 if TYPE_CHECKING:
     from kcache.build.survey import Survey
 
 _EXAMPLES = 3
+_SAID = ("name", "image_key", "caption_keys", "weight", "repeats", "control_keys")
+"""All that a source says of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +138,13 @@ def _earlier_refusals(folder: Place) -> list[Refusal]:
 
 def _check_kept(job: "Survey", kept: Samples) -> None:
     tables = job.committed().tables if len(kept) else {}
-    lacking = [name for name, state in tables.items() if not job.wants.keys(name, kept).among(state.stored.known).all()]
+    known = replace(job.wants, controls=controls_of(job.earlier))  # whether these have others nobody looked
+    lacking = [
+        name
+        for name, state in tables.items()
+        if (kind_of(name).per == "control" and kind_of(name).name not in known.controls)
+        or not known.keys(name, kept).among(state.stored.known).all()
+    ]
     if TEXT.name in tables and not np.diff(kept.caption_bounds).all():
         lacking.append(f"{TEXT.name} (no captions)")
     if lacking:
@@ -176,7 +184,7 @@ def united(earlier: Sequence[Sample], looked_at: Sequence[Sample]) -> Samples:
     """Those `looked_at` and, behind them, those that stay; in their old order all, where none is new."""
     before = Samples.of(earlier)
     together = Samples([*Samples.of(looked_at).tables, *kept_beyond(before, looked_at).tables])
-    known, found = (_keys(samples, "name", "image_key", "caption_keys").unique() for samples in (before, together))
+    known, found = (_keys(samples, *_SAID).unique() for samples in (before, together))
     if len(known) == len(before) == len(found) == len(together) and found.among(known).all():
         return before
     return together

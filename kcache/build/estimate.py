@@ -18,7 +18,7 @@ import torch
 from kcache.build.build import checked_survey
 from kcache.build.departures import Leaving
 from kcache.build.encode import encode_shards
-from kcache.build.joined_tars import plan_tars, tar_keys, tar_recipe
+from kcache.build.joined_tars import plan_tars, tar_keys
 from kcache.build.pictures.contents import fetcher
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, missing_rows, other_verdicts
@@ -28,13 +28,13 @@ from kcache.config import BuildConfig, Say, unheard
 from kcache.disk.pieces import Ahead, nobody
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.frozen import Encoder, load_encoder, load_tokenizer, shares_network
-from kcache.encoders.recipes import default_rows_per_shard
+from kcache.encoders.recipes import default_rows_per_shard, mean_tokens
 from kcache.machine import default_device, kept_to_groups
 from kcache.store.digests import KEY_BYTES, Keys
 from kcache.store.formats.columns import Samples
 from kcache.store.formats.side_files import SIZES, side_dtype
 from kcache.store.formats.zarr import CHECKSUM_BYTES, CHUNK_ROWS
-from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of, table_names
+from kcache.store.recipe import TEXT, Recipe, kind_of, table_names
 from kcache.store.rows import unit_bytes
 from kcache.store.samples import Sample, with_ids
 from kcache.store.shaped.wants import Wants
@@ -88,7 +88,7 @@ class BuildEstimate:
     tables: Mapping[str, TableEstimate]
     bytes: int
     """Size of all shards to write, within 5 % once they have a few hundred rows each; samples and index take about 200
-    bytes a sample more."""
+    bytes a sample more. Of control images, which are packed, nobody knows: half of what greys take unpacked."""
     seconds: float
     savings: Mapping[str, Saving]
     """By stage, "prior" and "decoder", where all that the stage reads was measured."""
@@ -162,7 +162,7 @@ def _spread(items: Sequence[Item], most: int) -> Sequence[Item]:
 
 def _tar_bytes(job: Survey, samples: Sequence[Sample], tokens: np.ndarray) -> int:
     named = with_ids(samples)
-    rows = job.config.rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, job.recipes))
+    rows = job.config.rows_per_shard or default_rows_per_shard(*job.recipes.values())
     plan = plan_tars(job.folder, job.recipes, named, rows, job.wants)
     new = named.where(Keys.of(tar_keys(named, job.wants)).among(plan.keys))
     return tar_bytes(job.recipes, job.wants, new, sum(len(table.shards) for table in plan.tables), tokens)
@@ -260,19 +260,19 @@ _INFO_BYTES = 240
 """About what a sample's JSON member has beside its name and its captions."""
 
 
-def zarr_bytes(plan: TablePlan, mean_tokens: float) -> int:
-    """Bytes of the zarr shards of `plan`, whose ragged rows have `mean_tokens` tokens on average.
+def zarr_bytes(plan: TablePlan, of_text: float) -> int:
+    """Bytes of the zarr shards of `plan`; captions have `of_text` tokens on average.
 
     Arrays are of whole chunks, each with a checksum and an entry in the index; a side row is a key and locators.
     """
     dtype, fields = np.dtype(plan.recipe.stored_dtype), plan.recipe.fields
-    size = 0
+    size, tokens = 0, mean_tokens(plan.recipe, of_text)
     beside = side_dtype(fields).itemsize + SIZES.itemsize * (kind_of(plan.recipe.table).per == "image")
     for shard in plan.shards:
         rows = len(shard.keys)
         size += _SHARD_BYTES + _array_bytes(rows, KEY_BYTES) + rows * beside
         for field in fields:
-            size += _array_bytes(round(rows * mean_tokens) if field.ragged else rows, unit_bytes(field, dtype))
+            size += _array_bytes(round(rows * tokens) if field.ragged else rows, unit_bytes(field, dtype))
     return size
 
 
@@ -299,7 +299,9 @@ def tar_bytes(
         for field in recipe.fields:
             unit = unit_bytes(field, np.dtype(recipe.stored_dtype))
             lengths = tokens.tolist() if field.ragged else [1]
-            size += round(rows * np.mean([_member_bytes(_NPY_HEADER_BYTES + length * unit) for length in lengths]))
+            if kind_of(recipe.table).per == "control":
+                lengths = [mean_tokens(recipe, 0.0)]
+            size += round(rows * np.mean([_member_bytes(_NPY_HEADER_BYTES + int(length * unit)) for length in lengths]))
     return size
 
 

@@ -28,7 +28,7 @@ from kcache.store.formats.side_files import side_dtype, side_name
 from kcache.store.formats.webdataset import JoinedSample, write_tar
 from kcache.store.index import TableState
 from kcache.store.manifest import shapes_to_note
-from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, kind_of
+from kcache.store.recipe import RESERVED, SAMPLES, Field, Recipe, controls_of, kind_of
 from kcache.store.rows import FieldFiles, field_files, gather
 from kcache.store.samples import Sample, identities_of
 from kcache.store.shaped.wants import Wants, squares_of
@@ -121,7 +121,7 @@ class TarWriter:
 
         `wants` says which of them a sample has, None being those of a cache of squares.
         """
-        self._wants = wants or Wants(squares_of(tables))
+        self._wants = wants or Wants(squares_of(tables), controls=controls_of(tables))
         self._cache = cache
         self._provenance = provenance
         self._recipes = {name: state.recipe for name, state in sorted(tables.items())}
@@ -166,7 +166,7 @@ class TarWriter:
         self._commit(tar_recipe(SAMPLES, self._recipes), shard.name, joined, keys, present, absent)
 
     def _write_reserved(self, name: str) -> None:
-        """The tar with the rows of the empty caption and of the all-zero image."""
+        """The tar with the rows of no input: of the empty caption, of the all-zero image, of no mask."""
         keys = {table: [key] if (key := kind_of(table).reserved) else [] for table in self._recipes}
         sample = JoinedSample(id=RESERVED, captions=("",), info={"reserved": True}, rows=self._rows([keys])[0])
         self._commit(tar_recipe(RESERVED, self._recipes), name, [sample], [keys], [RESERVED_KEY], ())

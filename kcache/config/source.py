@@ -1,6 +1,7 @@
 """How a source of images and captions is read: by a build, by a training run's encoders in the loop, by a check."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from kcache.errors import ConfigError
@@ -68,6 +69,14 @@ class SourceConfig:
         if self.loss_mask_alpha or self.loss_mask_column is not None:
             columns["loss_masks"] = self.loss_mask_column
         return dict(sorted(columns.items()))
+
+    def check_told(self, source: str, cache: object, controls: Collection[str]) -> None:
+        """Raise ConfigError where `source` is to give control images of `controls` and was not told where they are."""
+        if lacking := sorted({*controls} - {*self.controls}):
+            raise ConfigError(
+                f"{source} was not told where its {' and '.join(lacking)} are; expected the flags that {cache} was "
+                f"built with; give {' and '.join(map(flag_of, lacking))}"
+            )
 
     @property
     def counts(self) -> dict[str, str]:

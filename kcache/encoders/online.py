@@ -30,6 +30,7 @@ from kcache.store.cache import Cache
 from kcache.store.controls.given import ControlImage
 from kcache.store.controls.packed import unpacked_rows
 from kcache.store.digests import NO_CONTROL, content_key
+from kcache.store.formats.sample_extras import Counts
 from kcache.store.recipe import kind_of
 from kcache.store.rows import Empty
 from kcache.store.shards import OFFSETS
@@ -75,6 +76,11 @@ class OnlineEncoders:
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
         return self._cache.caption_bounds
+
+    @property
+    def counts(self) -> Counts:
+        """What the loss of each sample counts, and how often it comes in an epoch: as the cache says it."""
+        return self._cache.counts
 
     @property
     def shape(self) -> Shape | None:
@@ -182,7 +188,7 @@ class OnlineEncoders:
     def _unpacked(self, table: str, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         [name] = kind_of(table).fields
         bounds = np.cumsum([0, *map(len, rows)])
-        return {name: torch.from_numpy(unpacked_rows(name, np.concatenate(rows), bounds))}
+        return {name: torch.from_numpy(unpacked_rows(table, np.concatenate(rows), bounds))}
 
     def _encode(self, table: str, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Rows of prepared inputs, in their order; None stands for the reserved one."""

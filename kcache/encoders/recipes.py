@@ -24,6 +24,7 @@ CONTROL = "packing"
 """What stands for the network in the recipe of a table of control images, which has none."""
 _SHARD_BYTES = 256_000_000
 _ROWS_PER_CHUNK = 64
+_TOKENS = 16
 _TRIMMED_MULTIPLE = 8
 """Captions of up to 77 tokens fall into 10 lengths; what half-precision matrix products are fast at, too."""
 
@@ -81,18 +82,33 @@ def in_srgb(recipe: Recipe) -> Recipe:
     return replace(recipe, preprocess={**recipe.preprocess, "color": "srgb", "color_intent": INTENT})
 
 
-def default_rows_per_shard(recipe: Recipe, mean_tokens: int = 16) -> int:
+def default_rows_per_shard(*recipes: Recipe) -> int:
     """Rows that make a shard of about 256 MB: a multiple of 64, the rows of one chunk.
 
-    A row of a ragged field counts as `mean_tokens` tokens, what captions of a dozen words have.
+    Of several recipes it is samples of a tar, which have a row of each. A row of text counts as 16 tokens, what
+    captions of a dozen words have.
     """
+    return max(_SHARD_BYTES // (sum(map(_row_bytes, recipes)) * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
+
+
+def _row_bytes(recipe: Recipe) -> int:
+    """About what a row takes."""
     if recipe.encoder == CONTROL:
-        # Greys of half the size that they have unpacked, and less of what is as small as latents.
-        return max(2 * _SHARD_BYTES // (math.prod(recipe.batch_shape[2:]) * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
-    # Of tars, whose rows have several dtypes, the widest counts.
-    itemsize = max({"float16": 2, "float32": 4}.get(dtype, 1) for dtype in recipe.stored_dtype.split(","))
-    values = sum(math.prod(field.shape) * (mean_tokens if field.ragged else 1) for field in recipe.fields)
-    return max(_SHARD_BYTES // (values * itemsize * _ROWS_PER_CHUNK), 1) * _ROWS_PER_CHUNK
+        return int(mean_tokens(recipe, 0.0) * math.prod(recipe.fields[0].shape))
+    itemsize = {"float16": 2, "float32": 4}[recipe.stored_dtype]
+    return itemsize * sum(math.prod(field.shape) * (_TOKENS if field.ragged else 1) for field in recipe.fields)
+
+
+def mean_tokens(recipe: Recipe, of_text: float) -> float:
+    """About how many tokens a ragged row of a table has, `of_text` being those of captions.
+
+    Packed images count as greys, or masks of 1 bit, of half the size that they have unpacked.
+    """
+    if recipe.encoder != CONTROL:
+        return of_text
+    pixels = math.prod(recipe.batch_shape[2:]) // recipe.preprocess["cells"] ** 2
+    packed = pixels // (16 if kind_of(recipe.table).name == MASKS else 2)
+    return float(-(-packed // recipe.fields[0].shape[0]))
 
 
 _KEPT = {MASKS: "kept where no pixel of the latent is white", LOSS_MASKS: "mean of the latent's pixels"}

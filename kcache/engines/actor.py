@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kcache.build.pictures.contents import as_named
+from kcache.build.pictures.contents import as_named, control_as_named
 from kcache.disk.memo import DigestMemo
 from kcache.encoders.fit import enough_memory, workers_for
 from kcache.encoders.recipes import in_srgb, table_recipe
@@ -25,7 +25,8 @@ from kcache.errors import EngineError, ModelError
 from kcache.machine import default_device, kept_to_groups
 from kcache.places import place_of
 from kcache.sources import Source, open_source
-from kcache.store.recipe import Recipe, kind_of, recipe_differences
+from kcache.store.controls.given import ControlImage
+from kcache.store.recipe import LATENTS, Recipe, kind_of, recipe_differences
 
 if TYPE_CHECKING:
     from kcache.build.work.meter import Meter
@@ -175,15 +176,19 @@ class EncodingActor:
             given = self._under_way.pop(commit.name)
         given.result.set_result(None)
 
-    def _fetch(self, key: bytes) -> bytes | str | None:
+    def _fetch(self, key: bytes) -> bytes | str | ControlImage | None:
         """The content behind a key, None where the source no longer gives that content."""
         for given in list(self._under_way.values()):
             if key in given.task.captions:
                 return given.task.captions[key]
             if key in given.task.pictures:
                 number = self._number(*given.task.pictures[key])
-                content = b"" if self._source is None or number is None else self._source.image(number)
-                return as_named(content, key)
+                if self._source is None or number is None:
+                    return None
+                kind = kind_of(given.task.recipe.table)
+                if kind.per == "control":
+                    return control_as_named(self._source, number, kind.name, key)
+                return as_named(self._source.image(number), key)
         return None
 
     def _number(self, number: int, name: str) -> int | None:
@@ -223,7 +228,9 @@ class EncodingActor:
         config, kind = self._setup.config, kind_of(recipe.table)
         planned = self._setup.repositories[kind.role]
         name = planned.name if planned.revision else str(planned.path)
-        found = find_repository(name, planned.revision, (kind.component, *kind.with_it))
+        # What packs control images is no network; how many pixels a latent has, the latents' own says.
+        component = LATENTS.component if kind.per == "control" else kind.component
+        found = find_repository(name, planned.revision, (component, *kind.with_it))
         with DigestMemo() as memo:
             own = table_recipe(recipe.table, config, found, memo, say=self._said.append, known=recipe)
         own = in_srgb(own) if recipe.preprocess.get("color") == "srgb" else own  # as the build has decided

@@ -66,7 +66,8 @@ class Task:
     recipe: Recipe
     shard: PlannedShard
     pictures: Mapping[bytes, tuple[int, str]] = field(default_factory=dict)
-    """By key: where in the source the picture stood, and its name there, which stays when others are added."""
+    """By key: where in the source the picture stood, or the one that the control image goes with, and its name there,
+    which stays when others are added."""
     captions: Mapping[bytes, str] = field(default_factory=dict)
 
 
@@ -91,10 +92,13 @@ def task_maker(job: Survey, recipe: Recipe) -> Callable[[PlannedShard], Task]:
         samples = Samples.of(job.samples)
         return lambda shard: Task(recipe=recipe, shard=shard, captions=samples.texts(shard.keys))
 
+    kind = kind_of(recipe.table)
+    positions = job.controls[kind.name] if kind.per == "control" else job.positions
+
     def of_pictures(shard: PlannedShard) -> Task:
         # A mirror image is where its picture is.
         keys = Keys.of(shard.keys)
-        numbers = np.maximum(job.positions.find(keys), job.positions.find(mirrored_keys(keys)))
+        numbers = np.maximum(positions.find(keys), positions.find(mirrored_keys(keys)))
         standing = zip(shard.keys, numbers.tolist(), strict=True)
         pictures = {key: (number, job.source.name(number)) for key, number in standing if number >= 0}
         return Task(recipe=recipe, shard=shard, pictures=pictures)

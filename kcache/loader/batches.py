@@ -17,7 +17,7 @@ from kcache.loader.course import Share
 from kcache.loader.parts import Part, RowReader, parts_of, prepare
 from kcache.loader.residency import settle
 from kcache.loader.schedule import Pass, Schedule, Standing
-from kcache.loader.state import States, epoch_after
+from kcache.loader.state import States, epoch_after, turns_told
 from kcache.loader.streaming.stage import Arrival, Stage
 from kcache.loader.streaming.streamed import StreamShape
 from kcache.loader.upload import Upload
@@ -44,15 +44,16 @@ class CacheLoader:
     world_size samples, process `rank` takes its batch_size. Tensors are the caller's; their dtype is the stored one. Of
     a cache with several shapes each batch is of one, as `Schedule` has it: of the smallest resolution batch_size
     samples, of other shapes as many as have about as many pixels. Of a cache opened with its mirrored pictures half of
-    the turns take them. `draws` is called in the filling threads, two at a time, with the samples' turns (B,) int64, of
-    several shapes also with their part of the cache, and returns arrays that join the batch, e.g. noise. With the
-    probabilities `caption_dropout` and `image_dropout` a sample comes with the empty caption, or with the image_embeds
-    of the all-zero image, in place of its own. `residency` says where the rows wait: "gpu" uploads whole tables to the
-    device, "ram" reads them into memory, "mmap" maps the files, and "auto" takes the first of these that has room, see
-    `choose_residency`; the attribute tells what was taken. Each row's checksum is verified: by "gpu" and "ram" when
-    they read the tables, by "mmap" each time. With "stream" only some windows of the order that shuffle="stream" makes,
-    of the given `shape`, are in memory: `stage_bytes` at most. Given a folder of this machine as `stage_dir`, "auto"
-    copies shards there before it maps or streams, see `settle`.
+    the turns take them. A sample that has repeats has as many turns in an epoch, and a batch the `weight` (B,) float32
+    of its samples where any has another than 1. `draws` is called in the filling threads, two at a time, with the
+    samples' turns (B,) int64, of several shapes also with their part of the cache, and returns arrays that join the
+    batch, e.g. noise. With the probabilities `caption_dropout` and `image_dropout` a sample comes with the empty
+    caption, or with the image_embeds of the all-zero image, in place of its own. `residency` says where the rows wait:
+    "gpu" uploads whole tables to the device, "ram" reads them into memory, "mmap" maps the files, and "auto" takes the
+    first of these that has room, see `choose_residency`; the attribute tells what was taken. Each row's checksum is
+    verified: by "gpu" and "ram" when they read the tables, by "mmap" each time. With "stream" only some windows of the
+    order that shuffle="stream" makes, of the given `shape`, are in memory: `stage_bytes` at most. Given a folder of
+    this machine as `stage_dir`, "auto" copies shards there before it maps or streams, see `settle`.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class CacheLoader:
         folder = None if stage_dir is None else Path(stage_dir)
         self.residency, cache = settle(residency, cache, fields, world_size, on, shuffle, folder, stage_bytes)
         self._parts = parts_of(cache, fields, batch_size, seed=seed, shuffle=shuffle, stream=shape, dropouts=dropouts)
-        counts, batches = [len(part.rows) for part in self._parts], [part.batch for part in self._parts]
+        counts, batches = [len(part.course) for part in self._parts], [part.batch for part in self._parts]
         self._schedule = Schedule(counts, batches, seed, world_size)
         self._states = States(cache, self._parts, seed, shuffle)
         self._rank = rank
@@ -115,12 +116,25 @@ class CacheLoader:
 
     @property
     def shapes(self) -> list[dict[str, Any]]:
-        """What there is of each shape, where there are several: {"shape": [height, width], "samples", "batch"}."""
+        """What there is of each shape, where there are several: {"shape": [height, width], "samples", "batch"}.
+
+        Beside them stand the "turns" of an epoch, where these are more than the samples.
+        """
         several = self._parts if self._schedule.several else []
         return [
-            {"shape": list(part.shape or ()), "samples": len(part.rows), "batch": size}
+            {"shape": list(part.shape or ()), "samples": len(part.rows), "batch": size, **turns_told(part)}
             for part, size in zip(several, self._schedule.sizes, strict=False)
         ]
+
+    @property
+    def turns(self) -> int:
+        """Turns of an epoch: one for each sample, and more for those that have repeats."""
+        return sum(self._schedule.counts)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether batches have the weights of their samples."""
+        return any(part.is_weighted for part in self._parts)
 
     def __len__(self) -> int:
         """Batches per epoch and process, the last and shorter one included."""

@@ -1,6 +1,7 @@
 """The course of one bucket's samples: which sample has which place, which places a process takes, and in what windows.
 
-Places count on through all epochs: those of epoch e begin at e × samples.
+An epoch has a place for each sample, and for one that has repeats as many as these. Places count on through all epochs:
+those of epoch e begin at e × the places of one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,47 @@ def _joined(shares: list[Share]) -> Share:
     return Share(np.concatenate(turns), np.concatenate(places))
 
 
+class Repeats:
+    """What an epoch consists of, before it is shuffled, where some samples come several times in it.
+
+    All samples, each once; behind them, round by round, those that come once more. So the turns of one sample lie far
+    apart, also in orders that keep neighbours together, and neighbours in a round are neighbours in the cache: but for
+    those that come most often being first, so that those of any round are the first ones of one list.
+    """
+
+    def __init__(self, repeats: np.ndarray) -> None:
+        """`repeats` (N,) int32, 1 or more."""
+        self._samples = len(repeats)
+        again = np.flatnonzero(repeats > 1)
+        more = repeats[again] - 1
+        self._again = again[np.argsort(-more, kind="stable")].astype(np.int32 if len(repeats) < 1 << 31 else np.int64)
+        rounds, counts = np.unique(more, return_counts=True)
+        self._lengths = np.cumsum(counts[::-1])[::-1]
+        ends = np.cumsum(self._lengths * np.diff(rounds.astype(np.int64), prepend=0))
+        self._starts = np.concatenate([[0], ends])
+        """Where rounds of the same samples begin behind the first one, and where the last of them ends."""
+
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        return self._samples + int(self._starts[-1])
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """The samples at these `numbers` (n,) int64 of an epoch that is not shuffled: (n,) int64."""
+        samples, later = numbers.copy(), np.flatnonzero(numbers >= self._samples)
+        behind = numbers[later] - self._samples
+        which = np.searchsorted(self._starts, behind, "right") - 1
+        samples[later] = self._again[(behind - self._starts[which]) % self._lengths[which]]
+        return samples
+
+
+def repeats_of(repeats: np.ndarray | None) -> Repeats | None:
+    """What samples with these `repeats` (N,), or None, make of an epoch; None where each comes once."""
+    if repeats is None:
+        return None
+    found = repeats[:]  # of arrays that are read when they are asked
+    return Repeats(found) if (found > 1).any() else None
+
+
 class Course:
     """The order of a number of `samples`, which seed, shuffle and, of "stream", the shape decide.
 
@@ -45,16 +87,23 @@ class Course:
     """
 
     def __init__(
-        self, samples: int, seed: int, shuffle: str, shape: StreamShape | None = None, bucket: int = 0
+        self,
+        samples: int,
+        seed: int,
+        shuffle: str,
+        shape: StreamShape | None = None,
+        bucket: int = 0,
+        repeats: Repeats | None = None,
     ) -> None:
         """Raises ConfigError for a shuffle that is none."""
         if shuffle not in ("full", "block", "stream"):
             raise ConfigError(f"shuffle is {shuffle!r}; expected 'full', 'block' or 'stream'")
-        self._count = samples
+        self._count = samples if repeats is None else len(repeats)
+        self._repeats = repeats
         self._seed = seed
         self._bucket = bucket
         self.shuffle = shuffle
-        self.shape = shape or stream_shape(samples)
+        self.shape = shape or stream_shape(self._count)
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def _make_order(self, epoch: int) -> np.ndarray | StreamOrder:
@@ -62,17 +111,26 @@ class Course:
             return StreamOrder(self._seed, epoch, self._count, self.shape, self._bucket)
         return epoch_order(self._seed, epoch, self._count, self.shuffle, self._bucket)
 
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        return self._count
+
     def samples(self, places: np.ndarray) -> np.ndarray:
         """The samples at `places` (n,) int64, ascending, of one epoch or of several."""
+        numbers = self._numbers_at(places)
+        return numbers if self._repeats is None else self._repeats.samples(numbers)
+
+    def _numbers_at(self, places: np.ndarray) -> np.ndarray:
+        """The numbers of `places` (n,) in epochs that are not shuffled: of samples, where each comes once."""
         epoch = int(places[0]) // self._count
         if places[-1] < (epoch + 1) * self._count:  # nearly always, and worth its time
             return self._order(epoch)[places - epoch * self._count].astype(np.int64)
         epochs, inside = np.divmod(places, self._count)
-        samples = np.empty(len(places), np.int64)
+        numbers = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs).tolist():
             mine = epochs == epoch
-            samples[mine] = self._order(epoch)[inside[mine]]
-        return samples
+            numbers[mine] = self._order(epoch)[inside[mine]]
+        return numbers
 
     def share(self, given: Pass, rank: int, world_size: int) -> Share:
         """What process `rank` of `world_size` takes of a pass.

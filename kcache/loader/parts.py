@@ -8,7 +8,7 @@ import torch
 
 from kcache.errors import ConfigError
 from kcache.loader.chance import draw_choice, draw_dropout, draw_flip
-from kcache.loader.course import Course, Share
+from kcache.loader.course import Course, Share, repeats_of
 from kcache.loader.residency import DeviceTables
 from kcache.loader.schedule import batches_of
 from kcache.loader.streaming.beside import Streamed, make_stages
@@ -16,6 +16,7 @@ from kcache.loader.streaming.stage import Arrival, Stage, Wishes
 from kcache.loader.streaming.streamed import StreamShape, stream_shapes
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
+from kcache.store.formats.sample_extras import Counts
 from kcache.store.rows import Empty
 
 _MUCH = 256 << 20
@@ -30,6 +31,9 @@ class RowReader(Protocol):
 
     @property
     def caption_bounds(self) -> np.ndarray: ...
+
+    @property
+    def counts(self) -> Counts: ...
 
     def __len__(self) -> int: ...
 
@@ -73,8 +77,12 @@ class Part:
         seed: int,
         dropouts: Mapping[str, float],
         shape: tuple[int, int] | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
-        """`batch` is how many samples one process takes at a time; `shape` may be None where there is a single part."""
+        """`batch` is how many samples one process takes at a time; `shape` may be None where there is a single part.
+
+        With `weights` (N,) each batch has the `weight` (B,) of its samples.
+        """
         self.rows = rows
         self.shape = shape
         """Height and width of the pictures, in pixels."""
@@ -83,10 +91,16 @@ class Part:
         self.fields = fields
         self._seed = seed
         self._dropouts = dropouts
+        self._weights = weights
         self._tables: DeviceTables | None = None
         self._packed: Sequence[str] = ()
         self.new_stage: Callable[..., Stage] | None = None
         """What makes a stage, where rows are streamed."""
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether batches have the weights of their samples."""
+        return self._weights is not None
 
     def settle(self, residency: str, device: torch.device, *, stays: bool) -> None:
         """Have rows of a cache where `residency` says; those of encoders are nowhere."""
@@ -115,6 +129,14 @@ class Part:
         self, share: Share, stage: Stage | None, used: int, empty: Empty
     ) -> tuple[dict[str, Any], Arrival | None]:
         """What a batch of `share` has of each field; out of a stage, what comes after the first `used` samples."""
+        arrays, arrival = self._rows(share, stage, used, empty)
+        if self._weights is not None:
+            arrays["weight"] = self._weights[self.course.samples(share.places)]
+        return arrays, arrival
+
+    def _rows(
+        self, share: Share, stage: Stage | None, used: int, empty: Empty
+    ) -> tuple[dict[str, Any], Arrival | None]:
         if stage is not None:
             return stage.take(used, len(share), empty)
         samples, captions, dropped = self._chosen(share)
@@ -152,16 +174,26 @@ def parts_of(
     if not parts:
         raise ConfigError("no sample of the cache has rows at these resolutions; expected one at least; see cache-info")
     told = [(part.shape, part.resolution) if isinstance(part, ShapedReader) else (None, None) for part in parts]
-    counts, shapes, batches = [len(part) for part in parts], [shape for shape, _ in told], batches_of(batch_size, told)
-    streams = stream_shapes(counts) if stream is None else [stream] * len(parts)
+    shapes, batches, weights = [shape for shape, _ in told], batches_of(batch_size, told), _weights_of(parts)
+    repeats = [repeats_of(part.counts.repeats) for part in parts]
+    places = [len(part) if more is None else len(more) for part, more in zip(parts, repeats, strict=True)]
+    streams = stream_shapes(places) if stream is None else [stream] * len(parts)
     # By its shape, not its place in a list, which what else there is would change.
     numbers = [shape[0] << 16 | shape[1] if shape and len(parts) > 1 else 0 for shape in shapes]
-    return [
-        Part(part, fields, batch, Course(count, seed, shuffle, window, number), seed, dropouts, shape)
-        for part, batch, count, window, number, shape in zip(
-            parts, batches, counts, streams, numbers, shapes, strict=True
-        )
+    courses = [
+        Course(len(part), seed, shuffle, window, number, more)
+        for part, window, number, more in zip(parts, streams, numbers, repeats, strict=True)
     ]
+    return [
+        Part(part, fields, batch, course, seed, dropouts, shape, weight)
+        for part, batch, course, shape, weight in zip(parts, batches, courses, shapes, weights, strict=True)
+    ]
+
+
+def _weights_of(parts: Sequence[RowReader]) -> Sequence[np.ndarray | None]:
+    """The weights of the samples of each part; None of all where all are 1, and batches need none."""
+    weights = [part.counts.weights for part in parts]
+    return weights if any(found is not None and (found[:] != 1).any() for found in weights) else [None] * len(parts)
 
 
 def prepare(
@@ -172,6 +204,9 @@ def prepare(
     for part in parts:
         part.settle(residency, device, stays=size <= free_memory())
     if residency == "stream":
-        orders = [Streamed(cast("Cache", part.rows), part.fields, part.course.shape, part.batch) for part in parts]
+        orders = [
+            Streamed(cast("Cache", part.rows), part.fields, part.course.shape, part.batch, len(part.course))
+            for part in parts
+        ]
         for part, new_stage in zip(parts, make_stages(orders, world_size, stage_bytes), strict=True):
             part.new_stage = new_stage

@@ -63,7 +63,8 @@ class Pass(NamedTuple):
 class Schedule:
     """The passes of buckets that have `counts` samples, in batches of `batches`, for `world_size` processes.
 
-    A bucket that has fewer samples than its batch has passes of all of its samples.
+    A sample counts as often as it comes in an epoch: what is said of samples here is said of their turns. A bucket that
+    has fewer samples than its batch has passes of all of its samples.
     """
 
     def __init__(self, counts: Sequence[int], batches: Sequence[int], seed: int, world_size: int = 1) -> None:

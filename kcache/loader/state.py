@@ -29,7 +29,7 @@ def changed_samples(state: Mapping[str, Any], rows: RowReader) -> str | None:
     counts = [("samples", int(state["samples"]), len(rows))]
     counts.append(("captions", int(state["captions"]), int(rows.caption_bounds[-1])))
     told = [f"{then:,} {name} before, {now:,} now" for name, then, now in counts if then != now]
-    return ", ".join(told) or f"{len(rows):,} samples as before, but other pictures or captions"
+    return ", ".join(told) or f"{len(rows):,} samples as before, but other pictures, captions, weights or repeats"
 
 
 def changed_shapes(state: Mapping[str, Any], parts: Sequence[ShapedReader]) -> str | None:
@@ -87,7 +87,8 @@ class States:
             state["buckets"] = [bucket | {"batch": part.batch, "taken": place} for bucket, part, place in taken]
             state["passes"] = standing.passes
         else:
-            state["epoch"], state["samples_consumed"] = divmod(standing.taken[0], len(self._parts[0].rows))
+            state["epoch"], state["samples_consumed"] = divmod(standing.taken[0], len(self._parts[0].course))
+            state |= turns_told(self._parts[0])
             if self._shuffle == "stream":
                 state["stream"] = asdict(self._parts[0].course.shape)
         if self._flip:
@@ -116,8 +117,8 @@ class States:
         if state["version"] == SEVERAL:
             return self._of_several(state)
         epoch, consumed = _number(state, "epoch"), _number(state, "samples_consumed")
-        samples = len(self._parts[0].rows)
-        return self._standing(state, epoch + consumed // samples, (epoch * samples + consumed,), 0)
+        turns = len(self._parts[0].course)
+        return self._standing(state, epoch + consumed // turns, (epoch * turns + consumed,), 0)
 
     def _check_order(self, state: Mapping[str, Any]) -> None:
         """Check that the order would be the same."""
@@ -149,7 +150,7 @@ class States:
     def _buckets(self) -> list[dict[str, Any]]:
         """What the order of each bucket depends on."""
         buckets: list[dict[str, Any]] = [
-            {"shape": None if part.shape is None else list(part.shape), "samples": len(part.rows)}
+            {"shape": None if part.shape is None else list(part.shape), "samples": len(part.rows)} | turns_told(part)
             for part in self._parts
         ]
         if self._shuffle == "stream":
@@ -162,14 +163,14 @@ class States:
         taken = tuple(_number(bucket, "taken") for bucket in _buckets_of(state))
         standing = self._standing(state, epoch, taken, _number(state, "passes"))
         for part, place in zip(self._parts, taken, strict=True):
-            first, end = standing.first_epoch * len(part.rows), (epoch + 1) * len(part.rows)
+            first, end = standing.first_epoch * len(part.course), (epoch + 1) * len(part.course)
             if not first <= place <= end:
                 raise _broken(f"a bucket with {place:,} samples taken", f"{first:,} to {end:,} in epoch {epoch}")
         return standing
 
     def _standing(self, state: Mapping[str, Any], epoch: int, taken: tuple[int, ...], passes: int) -> Standing:
         first_turn, first_epoch = (_number(state, name, 0) for name in ("first_turn", "first_epoch"))
-        given = sum(taken) - first_epoch * sum(len(part.rows) for part in self._parts)
+        given = sum(taken) - first_epoch * sum(len(part.course) for part in self._parts)
         if given < 0 or first_turn + given >= _MOST:
             raise _broken(f"{given:,} samples since turn {first_turn:,}", f"0 or more, and less than {_MOST:,} in all")
         return Standing(first_turn + given, epoch, taken, passes, first_turn, first_epoch)
@@ -181,8 +182,17 @@ def epoch_after(state: Mapping[str, Any]) -> int:
         epoch = _number(state, "epoch")
         if state["version"] != SEVERAL:
             return epoch + (_number(state, "samples_consumed") > 0)
-        taken = [(_number(bucket, "taken"), _number(bucket, "samples")) for bucket in _buckets_of(state)]
-        return epoch + any(place > epoch * samples for place, samples in taken)
+        taken = [(_number(bucket, "taken"), _turns_of(bucket)) for bucket in _buckets_of(state)]
+        return epoch + any(place > epoch * turns for place, turns in taken)
+
+
+def turns_told(part: Part) -> dict[str, int]:
+    """How many turns an epoch has, where that is not one for each sample."""
+    return {} if len(part.course) == len(part.rows) else {"turns": len(part.course)}
+
+
+def _turns_of(bucket: Mapping[str, Any]) -> int:
+    return _number(bucket, "turns") if "turns" in bucket else _number(bucket, "samples")
 
 
 @contextmanager

@@ -74,9 +74,10 @@ class Objective(torch.nn.Module):
         """The `errors` as they are learnt from, (B,) float32; the arguments are those of `predict`.
 
         With `snr_gamma` each is weighted by min(SNR, gamma), over SNR if noise is predicted. Hang et al. 2023,
-        Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+        Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556. Where the batch has a `weight`
+        (B,) float32, each counts as much: all draws of noise of a sample by its one.
         """
-        errors = self.errors(batch, noise, timesteps)
+        errors = weighted(self.errors(batch, noise, timesteps), batch)
         return errors if snr_gamma is None else errors * self.snr_weights(timesteps, snr_gamma)
 
     def snr_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
@@ -86,8 +87,8 @@ class Objective(torch.nn.Module):
         return weight / snr if self.scheduler.config.prediction_type == "epsilon" else weight
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """The mean of `losses`, a float32 scalar."""
-        if snr_gamma is not None:
+        """The mean of `losses`, a float32 scalar: not divided by the sum of weights, where there are some."""
+        if snr_gamma is not None or "weight" in batch:
             return self.losses(batch, noise, timesteps, snr_gamma).mean()
         # In one sum over all numbers, as in the upstream scripts: a mean of means is rounded otherwise.
         prediction, target = self.predict(batch, noise, timesteps)
@@ -236,6 +237,14 @@ class DecoderObjective(Objective):
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObjective, DecoderObjective)}
 """By stage."""
+
+
+def weighted(errors: Tensor, batch: Batch) -> Tensor:
+    """The errors of all draws of noise (B K, …) times the `weight` (B,) of their samples, where the batch has it."""
+    if "weight" not in batch:
+        return errors
+    weight = batch["weight"].repeat_interleave(len(errors) // len(batch["weight"]))
+    return errors * weight.reshape(-1, *[1] * (errors.ndim - 1))
 
 
 def mean_errors(prediction: Tensor, target: Tensor, counted: Tensor | None = None, least: float = 0.0) -> Tensor:

@@ -8,7 +8,7 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from kcache.objectives.losses import Batch, PriorObjective
+from kcache.objectives.losses import Batch, PriorObjective, weighted
 
 CLASS = "class_"
 """What the names of a batch's fields begin with that are of class rows."""
@@ -17,8 +17,9 @@ CLASS = "class_"
 class PreservationObjective(PriorObjective):
     """The prior learns from the pictures of a batch, the instances, and from class rows that it drew before.
 
-    The loss of class rows is added `weight` times. A batch has them by the names of `PriorObjective.predict`, noise and
-    timesteps, too, each with `CLASS` in front; both go through the network together. Held-out samples have none.
+    The loss of class rows is added `weight` times, whatever the samples of the batch weigh. A batch has them by the
+    names of `PriorObjective.predict`, noise and timesteps, too, each with `CLASS` in front; both go through the network
+    together. Held-out samples have none.
     """
 
     logged = ("loss", "class_loss")
@@ -35,7 +36,7 @@ class PreservationObjective(PriorObjective):
         errors = functional.mse_loss(prediction.float(), target, reduction="none")
         if snr_gamma is not None:
             errors = errors * self.snr_weights(both, snr_gamma)[:, None]
-        instances, kept = errors[: len(noise)].mean(), errors[len(noise) :].mean()
+        instances, kept = weighted(errors[: len(noise)], batch).mean(), errors[len(noise) :].mean()
         self._parts = torch.stack([instances.detach(), kept.detach()])
         return instances + self._weight * kept
 

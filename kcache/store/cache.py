@@ -13,6 +13,7 @@ from kcache.errors import CacheCorruptError, ConfigError
 from kcache.places import Place, cache_place
 from kcache.places.fetching import missing
 from kcache.store.controls.packed import unpacked_rows
+from kcache.store.formats.sample_extras import Counts
 from kcache.store.index import bytes_of, open_index
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import TEXT, Field, Recipe, kind_of
@@ -61,8 +62,7 @@ class Cache:
 
         Where it holds several, `resolution` (pixels; one, or several to read one after another) picks the latents, and
         `buckets` whether those of shapes or of squares; `flip` False leaves mirrored pictures out, True asks for them.
-        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError, each
-        saying what is there, what was expected and what to do.
+        Raises CacheNotFoundError, CacheMismatchError, CacheIncompleteError, CacheCorruptError or CacheBusyError.
         """
         folder = cache_place(path)
         reading = Reading(folder)  # before anything is read: what is read next is not removed any more
@@ -125,19 +125,20 @@ class Cache:
         return self.held.caption_bounds
 
     @property
-    def index(self) -> Mapping[str, np.ndarray]:
-        """Where the rows of the samples stand, by table, and the bounds of their captions: what `open_index` gives.
+    def counts(self) -> Counts:
+        """What the loss of each sample counts, and how often it comes in an epoch, as far as any says either."""
+        return self.held.counts
 
-        Of tables that not all samples have a row in, only a part has the one it is of, see `by_shape`.
-        """
+    @property
+    def index(self) -> Mapping[str, np.ndarray]:
+        """What `open_index` gives of the samples; a table that not all have a row in only its part has: `by_shape`."""
         return self.held.index
 
     def where(self, expression: str) -> "Cache":
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
 
-        Columns are id, name, captions, width, height, n_captions (captions of the sample) and tokens (of its longest
-        caption). Nothing is written, nothing of the index copied. Raises ConfigError for an expression that is not
-        understood, see `kcache.store.selection`, or holds for no sample.
+        Columns: id, name, captions, width, height, weight, repeats, n_captions (of the sample), tokens (of its longest
+        caption). Raises ConfigError for what is not understood, see `kcache.store.selection`, or holds for no sample.
         """
         holds = np.zeros(len(self), np.bool_)
         for numbers, part in self.parts(columns_named(expression)):
@@ -240,9 +241,8 @@ class Cache:
         `caption` is the number of the caption to take, one for all or one per sample. Samples in `drop_caption` (B,)
         bool get the rows of the empty caption, those in `drop_image` the image_embeds of the all-zero image: the
         condition left out, as classifier-free guidance needs it. Those in `mirrored` get the rows of the mirror image
-        of their picture. `empty` makes the arrays from shape and dtype. Every row's checksum is verified: each time, or
-        once by `make_resident`. Raises CacheCorruptError, CacheIncompleteError for a field that is not there, and
-        IndexError for a sample or caption that is not there.
+        of their picture. `empty` makes the arrays. Checksums are verified: each time, or once by `make_resident`.
+        Raises CacheCorruptError, CacheIncompleteError for a field, IndexError for a sample or caption not there.
         """
         rows: dict[str, np.ndarray] = {}
         positions = self.positions(
@@ -315,7 +315,7 @@ class Cache:
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if self.is_packed(name):
-            return unpacked_rows(name, *self._stored(name, positions, np.empty), empty), None
+            return unpacked_rows(self.table_of(name), *self._stored(name, positions, np.empty), empty), None
         return self._stored(name, positions, empty)
 
     def _stored(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:

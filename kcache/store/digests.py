@@ -279,12 +279,17 @@ def control_row_keys(images: Keys, controls: Keys, without: bytes | None) -> Key
 
     Those of `NO_CONTROL` have the key `without`; a mirror image's is the `mirrored_keys` of these.
     """
-    pairs = np.concatenate([images.packed, controls.packed], axis=1)
-    keys = Keys(np.empty((len(pairs), KEY_BYTES), np.uint8))
-    for number, pair in enumerate(pairs):
-        absent = not pair[KEY_BYTES:].any()
-        keys.packed[number] = np.frombuffer(without or NO_CONTROL if absent else content_key(pair.tobytes()), np.uint8)
-    return keys
+    return Keys.joined(
+        _pair_keys(images.packed[span], controls.packed[span], without or NO_CONTROL)
+        for span in spans(len(images), _TOGETHER)
+    )
+
+
+def _pair_keys(images: np.ndarray, controls: np.ndarray, without: bytes) -> np.ndarray:
+    content, size = np.concatenate([images, controls], axis=1).tobytes(), 2 * KEY_BYTES
+    found = b"".join(content_key(content[at : at + size]) for at in range(0, len(content), size))
+    keys = np.frombuffer(found, np.uint8).reshape(-1, KEY_BYTES)
+    return np.where(controls.any(axis=1, keepdims=True), keys, np.frombuffer(without, np.uint8))
 
 
 NO_CONTROL = bytes(KEY_BYTES)

@@ -2,8 +2,9 @@
 
 `index-<digest>/<table>.npy` holds one entry per sample (per caption for `text`), in sample order: the shard's position
 in the manifest and a locator per field. The last entry of `image_embeds` is the all-zero image, that of `text` the
-empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1]. It is
-made of `TableState`s: what is committed of each table, read from the side files of its shards.
+empty caption. `captions.npy` (N + 1,) int64 says that sample i has the captions captions[i] to captions[i + 1]. What
+samples count is in `kcache.store.formats.sample_extras`. It is made of `TableState`s: what is committed of each table,
+read from the side files of its shards.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from kcache.store.formats.index_files import index_dtype as index_dtype
 from kcache.store.formats.index_files import open_index as open_index
 from kcache.store.formats.index_files import write_index as write_index
 from kcache.store.formats.parts import Rows, in_memory
+from kcache.store.formats.sample_extras import count_arrays
 from kcache.store.manifest import Manifest, ShardEntry
 from kcache.store.recipe import TEXT, Recipe, kind_of
 from kcache.store.rows import unit_bytes
@@ -187,7 +189,7 @@ def index_arrays(samples: Sequence[Sample], tables: Mapping[str, TableState], wa
         for array, keys in wants.indexed(name, columns).items():
             arrays[array] = Rows(state.stored.entries.dtype, len(keys), _entries(name, state.stored, keys))
     orders = order_arrays(wants.sets, columns)
-    return arrays | {name: in_memory(array) for name, array in orders.items()}
+    return arrays | {name: in_memory(array) for name, array in orders.items()} | count_arrays(columns)
 
 
 def _entries(name: str, stored: StoredRows, keys: Keys) -> Iterator[np.ndarray]:

@@ -112,6 +112,11 @@ def kind_of(table: str) -> TableKind:
     raise ValueError(f"{table!a} is no table; expected one of {', '.join(kind.name for kind in KINDS)}")
 
 
+def is_control(name: str) -> bool:
+    """Whether a kind of control images may be called so."""
+    return re.fullmatch(_CONTROL, name) is not None
+
+
 def controls_of(tables: Iterable[str]) -> tuple[str, ...]:
     """The names of the kinds of control images that there are tables of, sorted; tars and the like are passed over."""
     return tuple(sorted({control[1] for table in tables if (control := _CONTROL_TABLE.fullmatch(table))}))

@@ -8,9 +8,10 @@ from typing import Any
 from kcache.config import COMPUTE_DTYPES, BuildConfig
 from kcache.config.build import DEFAULT_RESOLUTION
 from kcache.config.shapes import resolutions_of
+from kcache.config.source import flag_of
 from kcache.places import Place
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import KINDS, stage_of
+from kcache.store.recipe import KINDS, LATENTS, LOSS_MASKS, is_control, kind_of, stage_of
 
 MODEL_SETTINGS = {
     "prior": "pretrained_prior_model_name_or_path",
@@ -29,7 +30,8 @@ def recorded_config(manifest: Manifest) -> BuildConfig:
 
     Shapes and mirrored pictures are not among them: a build that is not told of any keeps those that its cache has.
     """
-    recipes = [entry.recipe for entry in manifest.tables.values()]
+    # Of control images nothing is recorded: their recipes hold whatever the settings are.
+    recipes = [entry.recipe for name, entry in manifest.tables.items() if kind_of(name).per != "control"]
     alphas = [recipe.preprocess["alpha"] for recipe in recipes if "alpha" in recipe.preprocess]
     precisions = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
     settings: dict[str, Any] = {
@@ -57,7 +59,9 @@ def build_line(
 
     `more` are flags that it has beside these.
     """
-    tables = [*manifest.tables, *(kind.name for kind in KINDS if field in kind.fields)]
+    asked = [name for name in (field, field.replace("_", "-", 1)) if is_control(name)]
+    beside = LATENTS.fields[0] if asked else field
+    tables = [*manifest.tables, *(kind.name for kind in KINDS if beside in kind.fields)]
     # A resolution that is named joins those that there are; flags of shapes are for all that are named.
     had = [] if more and resolution is not None else resolutions_of(manifest.shape_sets)
     sides = {*had, *([] if resolution is None else [resolution])}
@@ -69,4 +73,16 @@ def build_line(
         if value != getattr(BuildConfig, name):
             for given in value if isinstance(value, tuple) else (value,):
                 words += ["--" + name.replace("_", "-"), str(given)]
-    return shlex.join([*words, *more])
+    return shlex.join([*words, *_control_words(manifest, asked), *more])
+
+
+def _control_words(manifest: Manifest, asked: Sequence[str]) -> list[str]:
+    """The flags that say where control images are: of the kinds that the cache holds, and of those `asked` for."""
+    words: list[str] = []
+    for name in sorted({*manifest.wants.controls, *asked}):
+        recipes = [entry.recipe for table, entry in manifest.tables.items() if kind_of(table).name == name]
+        if name == LOSS_MASKS and any(recipe.preprocess["from"] == "alpha" for recipe in recipes):
+            words.append("--loss-mask-alpha")
+        else:
+            words += flag_of(name).partition(" or ")[0].split()
+    return words

@@ -30,7 +30,7 @@ _COMPARISONS: Mapping[type[ast.cmpop], str] = {
     ast.GtE: "greater_equal",
 }
 """Their names in numpy and in Arrow, which orders strings as Python does: bytes of UTF-8 sort as code points do."""
-_TEXTS, _NUMBERS = ("id", "name", "captions"), ("width", "height")
+_TEXTS, _NUMBERS = ("id", "name", "captions"), ("width", "height", "weight", "repeats")
 
 
 def sample_numbers(samples: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
@@ -205,6 +205,8 @@ class _Reading:
             return self._encodable(inner, value)
         # Beyond 64 bits only the order counts, and infinity has it.
         number = float("inf") if isinstance(value, int) and value >= 1 << 63 else value
+        if isinstance(column, np.ndarray) and column.dtype == np.float32:  # 0.1 is what a weight of 0.1 was rounded to
+            number = float(np.float32(min(number, float(np.finfo(np.float32).max))))
         return number if inner is node else -number
 
     def _encodable(self, node: ast.expr, text: str) -> str:

@@ -134,6 +134,10 @@ class TrainingRun:
         if self.config.resume_from_checkpoint != "latest":
             self._leave_later_checkpoints()
         self._say_shapes()
+        if (turns := self.loader.turns) != (samples := len(self.cache)):
+            logger.warning("%s turns an epoch of %s, as some have repeats", f"{turns:,}", counted(samples, "sample"))
+        if self.loader.is_weighted:
+            logger.warning("samples have weights: the loss is the mean of weight × loss, validation is unweighted")
         told = {} if self.new_order is None else {"new_order": dict(self.new_order)}
         start_run(self.config, self._facts(), self.first_step, told)
         if self.class_rows is not None:
@@ -144,7 +148,7 @@ class TrainingRun:
         """Say what batches of several shapes there are, and that pictures are mirrored."""
         for each in self.loader.shapes:
             height, width = each["shape"]
-            passes = each["samples"] / each["batch"]
+            passes = each.get("turns", each["samples"]) / each["batch"]
             said = "%s high, %s wide: %s, %s at a time, %.1f passes an epoch"
             logger.warning(said, height, width, counted(each["samples"], "sample"), each["batch"], passes)
         if self.cache.flip:
@@ -178,6 +182,7 @@ class TrainingRun:
             "global_batch": self.global_batch,
             "max_steps": self.max_steps,
             **({"shapes": shapes} if (shapes := self.loader.shapes) else {}),
+            **({"turns": turns} if (turns := self.loader.turns) != len(cache) else {}),
             **({"mirrored": True} if self.cache.flip else {}),
             "residency": self.loader.residency,
             "machine": machine_facts(self.accelerator),

@@ -171,11 +171,8 @@ def control_fields(cache: Cache, config: TrainConfig) -> tuple[str, ...]:
                 f"rows: {has}; build it again with {flag_of(kind)}, or leave the flag out"
             )
     kinds = [kind for kind in asked.values() if kind is not None]
-    if config.online is not None and (lacking := [kind for kind in kinds if kind not in config.controls]):
-        raise ConfigError(
-            f"--online {config.online} was not told where its {' and '.join(lacking)} are; expected the flags that "
-            f"{cache.path} was built with; give {' and '.join(map(flag_of, lacking))}"
-        )
+    if config.online is not None:
+        config.check_told(f"--online {config.online}", cache.path, kinds)
     return tuple(control_kind(kind).fields[0] for kind in kinds)
 
 

@@ -8,6 +8,7 @@
 - `repair`: broken rows encoded again
 - `portions`: shards cut out of it, to be copied by whoever has a hand free
 - `copying`, `convert`, `merge`: other caches made of it
+- `united`: which samples one of several has
 - `garbage`: what is no part of it any more
 """
 

@@ -48,6 +48,7 @@ def compare_online(
     """
     check_device(device)
     whole = Cache.open(cache)
+    reading.check_told(f"--source {source}", cache, whole.manifest.wants.controls)
     opened = open_source(source, reading, need_captions=False)
     rng = np.random.default_rng(seed)
     samples = np.sort(rng.choice(len(whole), min(count, len(whole)), replace=False))

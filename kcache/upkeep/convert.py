@@ -109,8 +109,9 @@ def _of_stage(contents: CacheContents, stage: Stage, resolution: Collection[int]
         line = build_line(folder, manifest, "latents", lacking[0])
         raise ConfigError(f"--resolution {lacking[0]} asks for latents of that side, but {has}; add them to it: {line}")
     sets = [each for each in manifest.shape_sets if not resolution or each.resolution in resolution]
-    latents = tables_of(sets)
-    names = [n for n in manifest.tables if kind_of(n) in kinds and (not kind_of(n).sided or n in latents)]
+    sided = tables_of(sets, manifest.wants.controls)
+    read = [name for name in manifest.tables if stage in ("all", *kind_of(name).readers)]
+    names = [name for name in read if not kind_of(name).sided or name in sided]
     for kind in kinds:
         if stage != "all" and kind not in map(kind_of, names):
             line = build_line(folder, manifest, kind.fields[0])

@@ -22,10 +22,12 @@ from kcache.stopping import stop_here
 from kcache.store.cache import Cache
 from kcache.store.digests import Keys, Positions
 from kcache.store.formats.columns import Samples
+from kcache.store.formats.sample_extras import with_controls
 from kcache.store.index import TableState, table_state
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest, shapes_to_note
-from kcache.store.recipe import SAMPLES, TEXT, Recipe, kind_of
+from kcache.store.recipe import SAMPLES, TEXT, Recipe, controls_of, kind_of
 from kcache.store.samples import Refusal, columns_of, read_cut, read_refused
+from kcache.store.samples import samples_digest as digest_of
 from kcache.store.shaped.wants import Wants
 from kcache.upkeep.portions import PictureSizes, Portion, of_rows, of_samples
 
@@ -80,11 +82,16 @@ class CacheContents:
         """The same samples with the rows of some tables only, in which pictures have the shapes of these sets."""
         tables = {name: entry for name, entry in self.manifest.tables.items() if name in names}
         roles: set[str] = {kind_of(name).role for name in tables}
+        samples, digest, had = self.samples, self.manifest.samples_digest, self.wants.controls
+        if (controls := controls_of(tables)) != had:
+            samples = with_controls(samples, [had.index(name) for name in controls])
+            digest = digest_of(samples)
         shapes = shapes_to_note(sets if any(kind_of(name).sided for name in tables) else ())
         models = {role: model for role, model in self.manifest.models.items() if role in roles}
         return replace(
             self,
-            manifest=replace(self.manifest, tables=tables, models=models, shapes=shapes),
+            manifest=replace(self.manifest, tables=tables, models=models, shapes=shapes, samples_digest=digest),
+            samples=samples,
             tables={name: state for name, state in self.tables.items() if name in tables},
             cut=self.cut if TEXT.name in tables else {},
         )
@@ -174,7 +181,7 @@ class CacheCopier:
         """What the target lacks, cut into shards; `rows_per_shard` None takes what makes about 256 MB."""
         contents, tables = self._contents, []
         if self._form != "zarr":
-            rows = rows_per_shard or default_rows_per_shard(tar_recipe(SAMPLES, contents.recipes))
+            rows = rows_per_shard or default_rows_per_shard(*contents.recipes.values())
             return plan_tars(self._target, contents.recipes, contents.samples, rows, contents.wants)
         for recipe in self.recipes:
             there, rows = table_state(self._target, recipe), rows_per_shard or default_rows_per_shard(recipe)

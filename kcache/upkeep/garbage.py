@@ -251,7 +251,7 @@ def _rewrite_mixed(contents: CacheContents, report: CountReport | None) -> None:
         wanted = contents.tar_keys if recipe.of_tars else contents.wants.wanted(recipe.table, contents.samples)
         plan = TablePlan(
             recipe=recipe,
-            rows_per_shard=default_rows_per_shard(recipe),
+            rows_per_shard=default_rows_per_shard(*(contents.recipes.values() if recipe.of_tars else [recipe])),
             first_shard=next_shard(read_commits(folder, recipe)),
             keys=wanted[wanted.among(keys)].unique(),
         )

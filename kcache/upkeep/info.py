@@ -59,6 +59,9 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
         "resolutions": resolutions_of(manifest.shape_sets),
         "shapes": shape_counts(manifest, index, picture_sizes(folder, manifest)),
         "flip": manifest.flip,
+        "turns": int(index["repeats"][:].sum(dtype=np.int64)) if "repeats" in index else manifest.samples,
+        "repeats": statistics(index["repeats"][:]) if "repeats" in index else None,
+        "weights": _weights(index),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(recipes, index)),
         "losses": _losses(tally_of(folder, manifest, index)),
@@ -70,7 +73,8 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "shapes", "flip", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
+    "shapes", "flip", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected", "rejected_by",
+    "not_looked_at",
 )  # fmt: skip
 
 
@@ -125,6 +129,14 @@ def _cropped(shapes: ShapeSet, sizes: np.ndarray) -> float | None:
     runs = (sizes[first : first + _TOGETHER] for first in range(0, len(sizes), _TOGETHER))
     kept = sum(float(shapes.kept(run[:, 0], run[:, 1]).sum()) for run in runs)
     return round(1 - kept / len(sizes), 6) if len(sizes) else None
+
+
+def _weights(index: Mapping[str, np.ndarray]) -> dict[str, float] | None:
+    """Smallest, mean and largest weight of a sample; None where all are 1."""
+    if "weight" not in index:
+        return None
+    weights = index["weight"][:]
+    return {"min": float(weights.min()), "mean": float(weights.mean(dtype=np.float64)), "max": float(weights.max())}
 
 
 def _losses(tally: Tally) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Recipes that name the same weights or tokenizer by two digests, of files and of content, are equal where a repository
 that is at hand shows it; the new cache has the first one's.
 
-Samples are united by id. The same image with the same captions counts once, with other captions it gets them all, those
-of the first cache first. The new cache owns its files: removing an old one takes nothing from it.
+Samples are united as `kcache.upkeep.united` says. The new cache owns its files: removing an old one takes nothing from
+it.
 """
 
 import os
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,30 +33,35 @@ from kcache.places.effects import make_folder, publish, temporary_folder
 from kcache.places.fetching import reading
 from kcache.places.holds import exclusive, knows_readers, remove_leftovers
 from kcache.stopping import stop_here, stopped_when_safe
-from kcache.store.digests import Keys, content_key, pack_keys
-from kcache.store.formats.columns import Samples, sample_list, table_of
+from kcache.store.digests import Keys
 from kcache.store.formats.shard_files import DRAFT, content_name
 from kcache.store.index import TableState
 from kcache.store.manifest import SCHEMA_VERSION, Manifest
 from kcache.store.recipe import Recipe, kind_of, recipe_differences
-from kcache.store.samples import Sample, samples_digest, with_ids
+from kcache.store.samples import samples_digest
 from kcache.store.shards import Commit, read_commits, read_side_files, write_commit
 from kcache.upkeep.copying import CacheContents, CacheCopier, check_new_cache, read_contents, with_progress
 from kcache.upkeep.garbage import LiveShard, live_shards
-
-if TYPE_CHECKING:
-    import pyarrow
+from kcache.upkeep.united import first_alike, multiplied, united
 
 _BLOCK_BYTES = 8 << 20
 
 
-def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: CountReport | None = None) -> Manifest:
+def merge_caches(
+    new: str | Place,
+    caches: Sequence[str | Place],
+    *,
+    weights: Sequence[float] | None = None,
+    repeats: Sequence[int] | None = None,
+    report: CountReport | None = None,
+) -> Manifest:
     """Write into the folder `new` a cache of all samples of `caches`, which stay as they are.
 
-    `new` is a cache once all of it is there; after an interruption the same call finishes it. `report` is called with
-    the table, the shards linked and their number, then as by `convert`. Raises CacheMismatchError, field by field, for
-    caches of other tables, recipes or another form, and for a `new` that holds something else, and the errors of
-    `Cache.open`.
+    `weights` and `repeats`, one for each cache, multiply what its samples have already. `new` is a cache once all of it
+    is there; after an interruption the same call finishes it. `report` is called with the table, the shards linked and
+    their number, then as by `convert`. Raises CacheMismatchError, field by field, for caches of other tables, recipes
+    or another form, and for a `new` that holds something else, ConfigError for numbers that are no weights or repeats,
+    and the errors of `Cache.open`.
     """
     if not caches:
         raise ConfigError("no cache to merge given; expected at least one")
@@ -65,7 +69,7 @@ def merge_caches(new: str | Place, caches: Sequence[str | Place], *, report: Cou
     first = parts[0]
     for part in parts[1:]:
         _check_alike(first, part)
-    samples = _united(parts)
+    samples = united(multiplied([part.samples for part in parts], weights, repeats))
     form, recipes = first.manifest.format, first.recipes
     check_new_cache(target, form, recipes, samples_digest(samples))
     check_store(target)
@@ -163,63 +167,6 @@ def _has_both(name: str, revision: str | None, recipe: Recipe, other: Recipe) ->
         )
 
 
-def _united(parts: Sequence[CacheContents]) -> Samples:
-    """All samples in the order of the caches, of each id one, with all its captions."""
-    import pyarrow as pa
-
-    starts = np.cumsum([0, *(len(part.samples) for part in parts)])
-    first = _first_alike(Keys(np.concatenate([_id_keys(table) for part in parts for table in part.samples.tables])))
-    again = np.flatnonzero(first != np.arange(len(first)))
-    again = again[np.argsort(first[again], kind="stable")]  # by what each is the same as, and then in their order
-
-    def tables() -> "Iterator[pyarrow.Table]":
-        end = 0
-        for table in (table for part in parts for table in part.samples.tables):
-            start, end = end, end + len(table)
-            lo, hi = np.searchsorted(first[again], (start, end))
-            more = again[lo:hi]
-            if len(more):
-                table = _with_captions(table, first[more] - start, _samples_at(parts, starts, more))
-            yield table.filter(pa.array(first[start:end] == np.arange(start, end)))
-
-    return with_ids(Samples(tables()))
-
-
-def _id_keys(table: "pyarrow.Table") -> np.ndarray:
-    """A key for the id of each sample, (n, 16) uint8."""
-    return pack_keys(content_key(identity.encode()) for identity in table["id"].to_pylist())
-
-
-def _first_alike(keys: Keys) -> np.ndarray:
-    """(n,) int64: the number of the first of `keys` that is equal to each."""
-    order, new = keys.in_order()
-    first = np.empty(len(keys), np.int64)
-    first[order] = order[new][np.cumsum(new) - 1]
-    return first
-
-
-def _samples_at(parts: Sequence[CacheContents], starts: np.ndarray, numbers: np.ndarray) -> list[Sample]:
-    """Of the samples of all `parts`, those with `numbers`, in that order."""
-    found = dict[int, Sample]()
-    for part, start, end in zip(parts, starts[:-1], starts[1:], strict=True):
-        inside = numbers[(numbers >= start) & (numbers < end)]
-        found.update(zip(inside.tolist(), part.samples.at(inside - start), strict=True))
-    return [found[number] for number in numbers.tolist()]
-
-
-def _with_captions(table: "pyarrow.Table", rows: np.ndarray, others: Sequence[Sample]) -> "pyarrow.Table":
-    """The samples of a `table`, those in `rows` with the captions that the `others` have beside theirs."""
-    samples = sample_list(table)
-    for row, other in zip(rows.tolist(), others, strict=True):
-        known = samples[row]
-        captions = dict(zip(other.caption_keys, other.captions, strict=True))
-        captions |= zip(known.caption_keys, known.captions, strict=True)
-        order = tuple(dict.fromkeys((*known.caption_keys, *other.caption_keys)))
-        if len(order) > len(known.caption_keys):
-            samples[row] = replace(known, captions=tuple(captions[key] for key in order), caption_keys=order)
-    return table_of(samples)
-
-
 def _states(parts: Sequence[CacheContents], target: Place) -> dict[str, TableState]:
     """What is committed in `target`, with all that the tables of `parts` have rejected."""
     states = read_committed(target, parts[0].manifest.format, parts[0].recipes)
@@ -278,7 +225,7 @@ def _with_new_keys(shards: Iterable[Keys]) -> np.ndarray:
     del keys
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     new = np.zeros(len(sizes), np.bool_)
-    new[shard_of[_first_alike(together)]] = True
+    new[shard_of[first_alike(together)]] = True
     return new
 
 

@@ -17,6 +17,7 @@ from kcache.places import Place
 from kcache.places.fetching import at_once, listed
 from kcache.store.formats.columns import Samples
 from kcache.store.formats.parts import PARTS
+from kcache.store.formats.sample_extras import COUNTS
 from kcache.store.index import CAPTION_BOUNDS, open_index
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, read_manifest, shard_number
 from kcache.store.recipe import kind_of
@@ -106,7 +107,7 @@ def _read_derived(records: Records) -> None:
     if manifest is None:
         return
     arrays = (manifest.wants.arrays(table) for table in manifest.tables)
-    names = [CAPTION_BOUNDS, *order_dtypes(manifest.shape_sets), *chain.from_iterable(arrays)]
+    names = [CAPTION_BOUNDS, *COUNTS, *order_dtypes(manifest.shape_sets), *chain.from_iterable(arrays)]
     records.known |= {manifest.samples_file, "rejected.jsonl", f"{manifest.index_folder}/{PARTS}"}
     records.known |= {f"{manifest.index_folder}/{name}.npy" for name in names}
     try:

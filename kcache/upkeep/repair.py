@@ -6,7 +6,7 @@ nothing, as long as those behind the broken rows are there.
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from kcache.errors import CacheCorruptError, CacheMismatchError, SourceError
 from kcache.machine import check_device
 from kcache.places import Place, place_of
 from kcache.places.effects import make_folder, remove
-from kcache.store.digests import Keys
+from kcache.store.digests import NO_CONTROL, Keys, Positions, control_row_keys
 from kcache.store.formats.columns import Samples
 from kcache.store.index import StoredRows
 from kcache.store.manifest import MANIFEST, SHARD_NAME, Manifest, TableEntry, shard_number
@@ -35,6 +35,8 @@ from kcache.store.shards import Commit
 from kcache.upkeep.portions import PictureSizes, of_rows
 from kcache.upkeep.records import Records, entries_of, read_records, sample_of
 from kcache.upkeep.verify import VerifyProgress, VerifyResult, verify_cache
+
+_PICTURES = "pictures"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,10 +134,12 @@ def _rejections(job: Survey) -> list[Refusal]:
     """The source's inputs that commit records name as rejected."""
     tables = job.committed().tables
     rejected = {key: rejection for state in tables.values() for key, rejection in state.rejected.items()}
+    samples = Samples.of(job.samples)
+    inputs = zip(*(keys for _, keys, _ in _inputs(job, samples)), strict=True)
     return [
         Refusal(name=s.name, stage=rejected[key].stage, reason=rejected[key].reason)
-        for s in job.samples
-        for key in (s.image_key, *s.caption_keys)
+        for s, own in zip(samples, inputs, strict=True)
+        for key in (*own, *s.caption_keys)
         if key in rejected
     ]
 
@@ -147,21 +151,38 @@ def _samples(
     if records.samples is None:
         return _offered_samples(job, records, refused or ())
     samples = records.samples
-    needed = range(len(samples)) if records.index is None else _needed_samples(manifest, records.index, before)
-    pictures = np.array(needed, np.int64)
-    missing = pictures[job.positions.find(samples.image_keys[pictures]) < 0]
-    if len(missing):
-        raise SourceError(
-            f"{job.source.description}: of the pictures behind broken rows it lacks {len(missing)}, such as "
-            f"{samples[int(missing[0])].name}; give the source that the cache was built from, or build again without "
-            "them"
-        )
+    for what, keys, positions in _inputs(job, samples):
+        numbers = np.arange(len(samples))
+        if records.index is not None:
+            numbers = np.array(_needed_samples(manifest, records.index, before, what), np.int64)
+        numbers = numbers[~keys[numbers].among([NO_CONTROL])]
+        missing = numbers[positions.find(keys[numbers]) < 0]
+        if len(missing):
+            raise SourceError(
+                f"{job.source.description}: of the {what} behind broken rows it lacks {len(missing)}, such as "
+                f"{samples[int(missing[0])].name}; give the source that the cache was built from, or build again "
+                "without them"
+            )
     return samples
 
 
-def _needed_samples(manifest: Manifest, index: Mapping[str, np.ndarray], before: VerifyResult) -> list[int]:
-    """Numbers of the samples whose picture has to be encoded again."""
-    of = {sample_of(manifest, index, row.table, row.entry) for row in before.rows if kind_of(row.table).per == "image"}
+def _inputs(job: Survey, samples: Samples) -> Iterator[tuple[str, Keys, Positions]]:
+    """The keys of the pictures, and of each kind of control images, of `samples`, and where the source has which."""
+    yield _PICTURES, samples.image_keys, job.positions
+    for number, name in enumerate(job.wants.controls):
+        keys = control_row_keys(samples.image_keys, samples.control_keys(number), NO_CONTROL)
+        yield name, keys, job.controls[name]
+
+
+def _input_of(table: str) -> str | None:
+    """What of a sample a row of a table is made of, as `_inputs` calls it; None for its captions."""
+    kind = kind_of(table)
+    return {"image": _PICTURES, "control": kind.name}.get(kind.per)
+
+
+def _needed_samples(manifest: Manifest, index: Mapping[str, np.ndarray], before: VerifyResult, what: str) -> list[int]:
+    """Numbers of the samples whose picture, or control image of a kind, has to be encoded again."""
+    of = {sample_of(manifest, index, row.table, row.entry) for row in before.rows if _input_of(row.table) == what}
     return sorted(sample for sample in of if sample is not None)
 
 

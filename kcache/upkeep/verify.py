@@ -18,7 +18,7 @@ from kcache.places import Place, cache_place
 from kcache.places.fetching import AT_ONCE, FETCHES, listed
 from kcache.store.formats import format_of
 from kcache.store.formats.shard_files import CommittedFile
-from kcache.store.recipe import Field
+from kcache.store.recipe import Field, kind_of
 from kcache.store.rows import unit_bytes
 from kcache.upkeep.records import BrokenFile, Records, entries_of, read_records, sample_of
 from kcache.upkeep.scan import RowSpans, Scan, scan_file
@@ -261,7 +261,8 @@ def _user(records: Records, table: str, entry: int) -> tuple[str | None, str]:
         return None, "a sample that is not known"
     sample = sample_of(records.manifest, records.index, table, entry)
     if sample is None:
-        return None, "the empty caption" if table == "text" else "the all-zero image"
+        reserved = {"caption": "the empty caption", "image": "the all-zero image", "control": "no mask"}
+        return None, reserved[kind_of(table).per]
     if records.samples is None:
         return None, f"sample {sample}"
     return records.samples[sample].id, records.samples[sample].name

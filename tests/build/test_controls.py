@@ -1,5 +1,6 @@
 """Builds with control images: hints, masks and loss masks in the latents' own crop, never stale, and none lost."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from controlled import FLAGS, SHAPED, SIZES, build_controlled, controlled_source
+from documents import ROOT, blocks_of
 from PIL import Image
 from small_builds import encoded
 
@@ -17,6 +19,7 @@ from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.pixels import movq_pixels
 from kcache.errors import ConfigError, SourceError
 from kcache.store.samples import read_refused
+from kcache.upkeep.convert import convert_cache
 
 FIELDS = ["hint_own", "hint_edges", "masks", "loss_masks", "latents"]
 
@@ -58,6 +61,29 @@ def test_rows_are_cropped_as_the_picture_behind_the_latents_is(controlled: Path,
     assert len(seen) == len(SIZES)
 
 
+def test_the_documented_reader_reads_both_forms(controlled: Path, tmp_path: Path) -> None:
+    """That of docs/cache-format.md, which knows nothing of kcache."""
+    read, look = (each for each in python_of("cache-format.md") if "class Reader" in each or "control_image" in each)
+    names: dict[str, Any] = {"io": io}
+    exec(read.partition("\n\n\nfor folder")[0] + "\n" + look, names)  # noqa: S102
+    convert_cache(controlled / "cache", tmp_path / "tars", "webdataset")
+    for folder in (controlled / "cache", tmp_path / "tars"):
+        reader = names["Reader"](folder)
+        for part in Cache.open(folder, buckets=True).by_shape("latents"):
+            numbers, mirrored = part.held.selected, np.ones(len(part), np.bool_)
+            expected = part.read(range(len(part)), FIELDS[:4], mirrored=mirrored)
+            for at, number in enumerate([] if numbers is None else numbers.tolist()):
+                found = reader.sample(number, 0, True)
+                for field in FIELDS[:4]:
+                    picture = np.asarray(names["control_image"](found, part.table_of(field), field))
+                    picture = picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
+                    assert np.array_equal(np.broadcast_to(picture, expected[field][at].shape), expected[field][at])
+
+
+def python_of(document: str) -> list[str]:
+    return [block.text for block in blocks_of(ROOT / "docs" / document) if block.language == "python"]
+
+
 def test_a_hole_is_every_latent_with_white_in_it(controlled: Path, oracle: Path, tmp_path: Path) -> None:
     source = shutil.copytree(controlled / "source", tmp_path / "source")
     thin = Image.new("L", (128, 128))
@@ -70,33 +96,35 @@ def test_a_hole_is_every_latent_with_white_in_it(controlled: Path, oracle: Path,
     assert (mask[0, :, 1:] == 1).all()
 
 
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
 def test_they_join_a_cache_that_is_there_and_nothing_else_is_encoded(
-    controlled: Path, oracle: Path, tmp_path: Path
+    controlled: Path, oracle: Path, tmp_path: Path, form: str
 ) -> None:
     source, cache = shutil.copytree(controlled / "source", tmp_path / "source"), tmp_path / "cache"
-    none = {"hint_column": (), "mask_column": None, "loss_mask_alpha": False}
+    few: dict[str, Any] = {"format": form, "max_train_samples": 3}
+    none = few | {"hint_column": (), "mask_column": None, "loss_mask_alpha": False}
     for path in source.glob("*.*.*"):  # a build that is not told of them would take them for pictures
         path.rename(tmp_path / path.name)
     build_controlled(source, cache, oracle, **none)
     before = {path: path.stat().st_mtime_ns for path in cache.glob("latents-*/**/*") if path.is_file()}
     for path in tmp_path.glob("p*.*.*"):
         path.rename(source / path.name)
-    assert encoded(build_controlled(source, cache, oracle)) == {
-        "hint-own-64": 6, "hint-edges-64": 6, "masks-64": 4, "loss_masks-64": 7
+    assert encoded(build_controlled(source, cache, oracle, **few)) == {
+        "hint-own-64": 3, "hint-edges-64": 3, "masks-64": 2, "loss_masks-64": 4
     }  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert encoded(build_controlled(source, cache, oracle)) == {}
-    first = Cache.open(cache).read(range(6), FIELDS)
+    assert encoded(build_controlled(source, cache, oracle, **few)) == {}
+    first = Cache.open(cache).read(range(3), FIELDS)
     # Another image under the same name is another row, and the only one that is made.
     Image.new("L", (160, 100), 77).save(source / "p0.edges.tif")
-    assert encoded(build_controlled(source, cache, oracle)) == {"hint-edges-64": 1}
-    now = Cache.open(cache).read(range(6), FIELDS)
+    assert encoded(build_controlled(source, cache, oracle, **few)) == {"hint-edges-64": 1}
+    now = Cache.open(cache).read(range(3), FIELDS)
     assert (now["hint_edges"][0] == 77).all()
     assert all(np.array_equal(now[name][1:], first[name][1:]) for name in FIELDS)
     # And the same picture edited has all of its rows made anew.
     with Image.open(source / "p1.png") as picture:
         picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(source / "p1.png")
-    assert encoded(build_controlled(source, cache, oracle)) == {
+    assert encoded(build_controlled(source, cache, oracle, **few)) == {
         "image_embeds": 1, "latents-64": 1, "hint-own-64": 1, "hint-edges-64": 1, "masks-64": 1, "loss_masks-64": 1
     }  # fmt: skip
 

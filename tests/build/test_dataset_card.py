@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 from small_builds import build, copy_pictures
 
 from kcache import Cache
@@ -19,7 +21,13 @@ def source(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_datasets_loads_a_webdataset_cache_by_its_card(source: Path, oracle: Path, tmp_path: Path) -> None:
-    build(source, tmp_path / "cache", oracle, format="webdataset", resolution=(64, 32), rows_per_shard=4)
+    pictures = Path(shutil.copytree(source, tmp_path / "pictures"))
+    for i, path in enumerate(sorted(pictures.glob("*.png"))):
+        with Image.open(path) as picture:
+            picture.convert("L").save(path.with_suffix(".grey.png"))
+            Image.new("L", picture.size, 255 * (i % 2)).save(path.with_suffix(".hole.png"))
+    settings: dict[str, Any] = {"hint_column": ("grey=grey",), "mask_column": "hole", "flip": True}
+    build(pictures, tmp_path / "cache", oracle, format="webdataset", resolution=(64, 32), rows_per_shard=4, **settings)
     loaded = datasets.load_dataset(str(tmp_path / "cache"), split="train", cache_dir=str(tmp_path / "hf"))
     cache = Cache.open(tmp_path / "cache", resolution=32)
     ids = cache.samples["id"].to_pylist()
@@ -33,6 +41,9 @@ def test_datasets_loads_a_webdataset_cache_by_its_card(source: Path, oracle: Pat
         np.testing.assert_array_equal(found, cache.read([i], ["text_embeds"], last)["text_embeds"][0])
         found = np.array(member["latents-32.npy"], np.float32)
         np.testing.assert_array_equal(found, cache.read([i], ["latents"])["latents"][0])
+        mirrored = cache.read([i], ["hint_grey", "masks"], mirrored=np.ones(1, np.bool_))
+        np.testing.assert_array_equal(np.asarray(member["hint-grey-32.1.png"]), mirrored["hint_grey"][0, 0])
+        np.testing.assert_array_equal(np.asarray(member["masks-32.1.png"]), mirrored["masks"][0, 0] == 1)
 
 
 def test_datasets_loads_the_samples_of_a_zarr_cache_by_its_card(source: Path, oracle: Path, tmp_path: Path) -> None:

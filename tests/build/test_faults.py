@@ -43,7 +43,7 @@ def refused_build(
 ) -> str | None:
     """Run `kcache cache-build`; returns what it says when it is refused, None when it is done."""
     config = small_config(oracle, rows_per_shard=4)
-    flags = {name: value for name, value in vars(config).items() if value not in (None, False)} | {"resolution": 64}
+    flags = {name: value for name, value in vars(config).items() if value not in (None, False, ())} | {"resolution": 64}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     patch.setattr(sys, "argv", ["kcache", "cache-build", str(source), str(cache), *arguments])
     with pytest.raises(SystemExit) as end:

@@ -329,7 +329,7 @@ def test_the_command_builds_at_a_url_and_takes_it_up_again(
     kcache_command: Callable[..., int], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     config = small_config(oracle, rows_per_shard=4)
-    flags = {name: value for name, value in vars(config).items() if value not in (None, False)} | {"resolution": 64}
+    flags = {name: value for name, value in vars(config).items() if value not in (None, False, ())} | {"resolution": 64}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     assert kcache_command("cache-build", str(source), bucket, *arguments, "--dry-run") == 0
     assert listed(key_of(bucket)) == []

@@ -169,6 +169,18 @@ def test_caches_are_converted_merged_and_cleaned(run: Any, inputs: Path, tmp_pat
     run(*build_arguments(inputs, tmp_path / "cache"))
     assert run("cache-convert", cache, tars, "--format", "webdataset").out.startswith(f"{tars}: 4 samples")
     assert json.loads(run("cache-merge", merged, cache, cache, "--json").out)["samples"] == 4
+    counted = run(
+        "cache-merge", str(tmp_path / "counted"), cache, "--weight", f"{cache}=0.5", "--repeats", f"{cache}=3"
+    )
+    assert counted.status == 0
+    said = run("cache-info", str(tmp_path / "counted")).out
+    assert "  12 turns an epoch: a sample comes 3 times\n  weights of samples: 0.5 to 0.5, mean 0.5\n" in said
+    assert "turns" not in run("cache-info", cache).out
+    for wrong, told in {
+        "elsewhere=2": "names none of the caches", f"{cache}=0.5": "has no such number; expected a whole number",
+        cache: "names none", f"{cache}=0": "repeats of a cache are 0",
+    }.items():  # fmt: skip
+        assert told in run("cache-merge", str(tmp_path / "new"), cache, f"--repeats={wrong}").err
     (tmp_path / "merged" / ".tmp-1-dead").write_bytes(b"half a file")
     assert "1 path would be removed" in run("cache-gc", merged, "--dry-run").out
     assert json.loads(run("cache-gc", merged, "--json").out)["paths"] == [".tmp-1-dead"]

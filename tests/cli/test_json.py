@@ -103,7 +103,9 @@ def test_caches(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     table = plan_table(recipe, [bytes(16)], (), (), rows_per_shard=64, first_shard=0)
     freeze_plan(unfinished, Plan(tables=(table,)))
     far = put(cache, f"memory://json/{tmp_path.name}")
-    info = [printed("cache-info", str(folder), "--json") for folder in (cache, unfinished, far)]
+    counts = f"--weight={cache}=0.5", f"--repeats={cache}=2"
+    printed("cache-merge", str(tmp_path / "counted"), str(cache), *counts, "--json")
+    info = [printed("cache-info", str(each), "--json") for each in (cache, unfinished, far, tmp_path / "counted")]
     assert_as_said("cache-info", *info)
 
     new, merged = str(tmp_path / "new"), str(tmp_path / "merged")

@@ -222,6 +222,20 @@ def test_a_huge_row_still_fills_a_chunk(oracle: Path) -> None:
     assert default_rows_per_shard(recipe) == 64
 
 
+CONTROLS = ("hint-own-64", "hint-own-48x80", "masks-64", "loss_masks-64")
+
+
+@pytest.mark.parametrize("table", CONTROLS)
+def test_control_images_are_the_same_whatever_networks_run_in(oracle: Path, table: str) -> None:
+    """Settings of encoders, and how transparent pictures are taken, decide nothing of them."""
+    recipe, others = recipe_of(table, oracle), {"mixed_precision": "bf16", "dtype": "float32", "alpha": "drop"}
+    assert recipe_of(table, oracle, replace(TINY, batch_size=7, **others)) == recipe  # type: ignore[arg-type]
+    assert (recipe.stored_dtype, recipe.weights, recipe.config) == ("uint8", "", "")
+    alpha = recipe_of(table, oracle, replace(TINY, loss_mask_alpha=True))
+    assert (alpha == recipe) == (table != "loss_masks-64")
+    assert 0 < default_rows_per_shard(recipe, recipe_of("latents-64", oracle)) <= default_rows_per_shard(recipe)
+
+
 def test_recipes_need_no_torch() -> None:
     code = (
         "import sys, kcache.encoders.recipes; sys.exit(bool({'torch', 'transformers', 'diffusers'} & set(sys.modules)))"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bucketed_builds import BUCKETED, SIZES, bucketed_source
+from controlled import FLAGS, SHAPED, controlled_source
 from small_builds import build, copy_pictures, digests, small_config
 
 from kcache.build.pictures.sizes import sized
@@ -85,12 +85,14 @@ def test_what_it_commits_is_what_a_build_does_to_the_byte(
     assert {name: digest for name, digest in digests(job.folder).items() if "/0000" in name} == alone
 
 
-def test_what_it_commits_of_shapes_and_mirror_images_is_what_a_build_does(
+def test_what_it_commits_of_shapes_mirror_images_and_control_images_is_what_a_build_does(
     actor_of: Callable[..., EncodingActor], oracle: Path, tmp_path: Path
 ) -> None:
-    source, cache = bucketed_source(tmp_path / "shapes", SIZES[:4]), tmp_path / "cache"
+    source, cache = controlled_source(tmp_path / "controlled"), tmp_path / "cache"
     cache.mkdir()
-    job = sized(survey(str(source), cache, small_config(oracle, **BUCKETED), lambda _: None), lambda _: None)
+    settings: dict[str, Any] = {**SHAPED, "hint_column": FLAGS["hint_column"][:1], "mask_column": FLAGS["mask_column"]}
+    config = small_config(oracle, max_train_samples=4, **settings)
+    job = sized(survey(str(source), cache, config, lambda _: None), lambda _: None)
     plan = missing_rows(job, job.committed().tables, retry=False, seen={})
     freeze_plan(cache, plan)
     for table in plan.tables:
@@ -98,7 +100,7 @@ def test_what_it_commits_of_shapes_and_mirror_images_is_what_a_build_does(
     actor = actor_of((job, plan), source)
     for task in tasks(job, plan):
         actor.build(task)
-    build(source, tmp_path / "alone", oracle, **BUCKETED)
+    build(source, tmp_path / "alone", oracle, max_train_samples=4, **settings)
     alone = {name: digest for name, digest in digests(tmp_path / "alone").items() if "/0000" in name}
     assert {name: digest for name, digest in digests(cache).items() if "/0000" in name} == alone
 

@@ -31,6 +31,7 @@ class Reread:
 
     def __init__(self, cache: Cache) -> None:
         self.read, self.samples_digest, self.caption_bounds = cache.read, cache.samples_digest, cache.caption_bounds
+        self.counts = cache.counts
 
     def __len__(self) -> int:
         return SAMPLES
@@ -180,7 +181,7 @@ def test_another_order_is_refused(cache: Cache) -> None:
     state = CacheLoader(cache, ["latents"], 4, seed=1).state_dict()
     with pytest.raises(CacheMismatchError, match="has seed 1, this loader has 2"):
         CacheLoader(cache, ["latents"], 4, seed=2).load_state_dict(state)
-    with pytest.raises(CacheMismatchError, match="23 samples as before, but other pictures or captions"):
+    with pytest.raises(CacheMismatchError, match="23 samples as before, but other pictures, captions, w"):
         CacheLoader(cache, ["latents"], 4, seed=1).load_state_dict({**state, "samples_digest": "0"})
 
 

@@ -342,7 +342,7 @@ def test_a_program_that_ends_waits_for_no_rows(path: Path, monkeypatch: pytest.M
     cache = Cache.open(put(path, "memory://ends/cache"))
     monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
     wishes = (np.arange(8), np.zeros(8, np.int64), {})
-    [new_stage] = make_stages([Streamed(cache, FIELDS, SHAPE, 8)], 1, 1 << 24)
+    [new_stage] = make_stages([Streamed(cache, FIELDS, SHAPE, 8, len(cache))], 1, 1 << 24)
     stage = new_stage(iter([wishes]))
     with closing(stage), pytest.raises(RuntimeError, match="shutdown"):
         stage.take(0, 8, np.empty)

@@ -144,6 +144,9 @@ def test_the_loss_is_over_all_latents_or_over_the_hole(oracle: Path, hole_loss: 
         weighted = (learnt * snr.clamp(max=GAMMA) / snr).mean()
         assert objective(batch, noise, timesteps).item() == pytest.approx(learnt.mean().item(), rel=1e-5)
         assert objective(batch, noise, timesteps, GAMMA).item() == pytest.approx(weighted.item(), rel=1e-5)
+        counted = {**batch, "weight": torch.tensor([0.5, 2.0])}
+        halves = (learnt * counted["weight"]).mean()
+        assert objective(counted, noise, timesteps).item() == pytest.approx(halves.item(), rel=1e-5)
         measured = objective.measure(batch, noise, timesteps)
     assert objective.measures == ("loss", "hole")
     assert torch.allclose(measured, torch.stack([overall, inside]), rtol=1e-5)

@@ -58,6 +58,25 @@ def test_the_loss_is_the_mean_of_the_losses(oracle: Path, stage: str) -> None:
     assert torch.equal(measured[objective.measures.index("loss")], losses)
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_a_sample_counts_its_weight_and_is_measured_without(oracle: Path, stage: str, snr_gamma: float | None) -> None:
+    """The mean of weight × loss, not divided by the sum of the weights."""
+    objective = load_objective(oracle, stage)
+    step = recorded_steps(oracle, stage)[0]
+    draws = 2 if stage == "prior" else 1
+    noise, timesteps = (step[name].repeat_interleave(draws, 0) for name in ("noise", "timesteps"))
+    weight = torch.tensor([0.25, 3.0])
+    with torch.no_grad():
+        losses = objective.losses(step, noise, timesteps, snr_gamma).reshape(2, draws)
+        weighted = objective.loss({**step, "weight": weight}, noise, timesteps, snr_gamma)
+        assert weighted.item() == pytest.approx((losses * weight[:, None]).mean().item(), rel=1e-5)
+        assert objective.loss({**step, "weight": torch.zeros(2)}, noise, timesteps, snr_gamma).item() == 0
+        assert objective.loss({**step, "weight": 2 * torch.ones(2)}, noise, timesteps, snr_gamma).item() == (
+            pytest.approx(2 * losses.mean().item(), rel=1e-5)
+        )
+
+
 def one_sample(step: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     sample = {name: array[i : i + 1] for name, array in step.items() if name != "text_encoder_hidden_states"}
     if "text_mask" in sample:

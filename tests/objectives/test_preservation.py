@@ -27,13 +27,17 @@ def together(own: dict[str, Tensor], kept: dict[str, Tensor]) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("snr_gamma", "draws"), [(None, 1), (5.0, 1), (None, 3)])
+@pytest.mark.parametrize(
+    ("snr_gamma", "draws", "weigh"), [(None, 1, False), (5.0, 1, False), (None, 3, False), (5.0, 3, True)]
+)
 def test_the_loss_is_that_of_the_instances_and_weight_times_that_of_the_class_rows(
-    oracle: Path, packed: bool, snr_gamma: float | None, draws: int
+    oracle: Path, packed: bool, snr_gamma: float | None, draws: int, weigh: bool
 ) -> None:
+    """Samples may have weights, class rows have none."""
     network = load_objective(oracle, "prior").network
     plain, objective = PriorObjective(network), PreservationObjective(network, weight=0.25, packed=packed)
     own, kept = halves(oracle, draws)
+    own |= {"weight": torch.tensor([0.5, 3.0])} if weigh else {}
     parts = [plain.loss(each, each["noise"], each["timesteps"], snr_gamma) for each in (own, kept)]
     (expected,) = torch.autograd.grad(parts[0] + 0.25 * parts[1], [network.proj_in.weight])
     loss = objective(together(own, kept), own["noise"], own["timesteps"], snr_gamma)

@@ -24,7 +24,9 @@ from kcache.places.effects import remove, write_bytes
 from kcache.store import index
 from kcache.store.digests import Keys
 from kcache.store.formats import index_files, parts
+from kcache.store.formats.columns import Sample, Samples
 from kcache.store.formats.parts import PARTS, Parts, Rows, in_memory, write_rows
+from kcache.store.formats.sample_extras import count_arrays
 from kcache.store.formats.shard_files import CommittedFile
 from kcache.store.formats.side_files import side_dtype
 from kcache.store.index import (
@@ -319,3 +321,27 @@ def test_an_index_of_a_bucket_is_not_swept_away_while_it_is_opened(
     monkeypatch.setattr(index_files, "_index_digest", swept_meanwhile)
     opened = open_index(cache, manifest)
     assert all(np.array_equal(opened[name], array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("mark", ["-0123456789abcdef", ""], ids=["in parts", "whole"])
+def test_what_samples_count_is_there_where_any_says_it(cache: Place, mark: str) -> None:
+    """In the samples' order, checked: by the digests, and by what a weight and repeats can be."""
+    samples = [
+        Sample(name=f"{i}", image_key=bytes(16), captions=(), caption_keys=(), weight=0.1 * (i == 3), repeats=1 + i % 3)
+        for i in range(SAMPLES)
+    ]
+    arrays = some_arrays()
+    counts = {name: np.concatenate(list(rows.runs)) for name, rows in count_arrays(Samples.of(samples)).items()}
+    assert (counts["weight"].dtype, counts["repeats"].dtype) == (np.float32, np.int32)
+    found = open_index(cache, written(cache, arrays | counts, mark))
+    assert np.asarray(found["weight"]).tolist() == [np.float32(sample.weight) for sample in samples]
+    assert np.asarray(found["repeats"]).tolist() == [sample.repeats for sample in samples]
+    for name, wrong in {"weight": [np.nan, -1, np.inf], "repeats": [0, -1]}.items():
+        for value in wrong:
+            broken = counts[name].copy()
+            broken[5] = value
+            with pytest.raises(CacheCorruptError, match=f"{name}.npy has {value}.*build the cache again"):
+                np.asarray(open_index(cache, written(cache, arrays | {name: broken}, mark))[name])
+    with pytest.raises(CacheCorruptError, match=r"weight.npy has shape \(99,\)"):
+        open_index(cache, written(cache, arrays | {"weight": counts["weight"][1:]}, mark))
+    assert count_arrays(Samples.of([replace(each, weight=1.0, repeats=1) for each in samples])) == {}

@@ -44,4 +44,4 @@ def controlled_source(folder: Path, *, captions: bool = True) -> Path:
 
 
 def build_controlled(source: Path, cache: Path, oracle: Path, **changes: Any) -> Any:
-    return build(source, cache, oracle, **{"format": "zarr", "stage": "decoder", **FLAGS, **changes})
+    return build(source, cache, oracle, **{"stage": "decoder", **FLAGS, **changes})

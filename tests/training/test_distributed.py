@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted import counted_cache
 from filling import MODEL, decoder_like, fills_holes
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course, tensor_names
 
@@ -25,6 +26,8 @@ NETWORKS = {("prior", False): range(1, STEPS), ("decoder", False): [3], ("prior"
 """By stage, and whether adapters are trained, the steps to go on from: where samples stand is the same for all."""
 SHAPED: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
 """Squares at 32 pixels seven at a time, five shapes at 64 two at a time at most, half of the turns mirrored."""
+COUNTED: dict[str, Any] = {"snr_gamma": 5.0}
+"""From a cache whose samples have weights and repeats."""
 AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
@@ -33,6 +36,7 @@ AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("decoder", {"inpaint": True, "hole_loss": True}),
     ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
     ("decoder", SHAPED),
+    ("decoder", COUNTED),
 ]
 """Stage, and what saves time or memory, draws masks or class rows, or reads pictures of several shapes."""
 WATCHED = {
@@ -66,9 +70,9 @@ def watch(objective):
     objective.predict = watched
 
 watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
-cache, bucketed, *runs = sys.argv[1:]
+cache, bucketed, counted, *runs = sys.argv[1:]
 for run in map(json.loads, runs):
-    train(bucketed if run["resolution"] else cache, TrainConfig(**run))
+    train(bucketed if run["resolution"] else counted if run["snr_gamma"] else cache, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
 """
@@ -152,8 +156,9 @@ def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.T
     for name, (stage, order) in BEGUN.items():
         runs.append(settings(folder / name, stage, max_train_steps=2, checkpointing_steps=2, **order))
     (folder / "script.py").write_text(SCRIPT)
+    caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted")]
     subprocess.run(
-        [*LAUNCHER, str(folder / "script.py"), cache, str(bucketed / "cache"), *map(json.dumps, runs)],
+        [*LAUNCHER, str(folder / "script.py"), *caches, *map(json.dumps, runs)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
@@ -165,7 +170,9 @@ def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to
     cache: str, bucketed: Path, trained: Path, tmp_path: Path, number: int
 ) -> None:
     stage, fast = AS_ONE[number]
-    path = str(bucketed / "cache") if fast == SHAPED else cache
+    path = {"resolution": str(bucketed / "cache"), "snr_gamma": str(trained / "counted")}.get(
+        next(iter(fast), ""), cache
+    )
     plain = WATCHED | given(fast, trained) | {"compile": False, "gradient_checkpointing": False}
     two, one = trained / f"as-one-{number}", tmp_path / "one"
     train(path, config(one, stage, **plain))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import upstream_loop
+from counted import COUNTS, counted_cache
 from diffusers import AutoPipelineForText2Image, ModelMixin, PriorTransformer
 from safetensors.torch import load_file
 from short_runs import STAGES, WEIGHTS, assert_equal_weights, config, course
@@ -219,6 +220,34 @@ def test_epochs_are_counted_in_samples(cache: str, tmp_path: Path) -> None:
     samples = len(Cache.open(cache))
     result = train(cache, config(tmp_path, max_train_steps=None, num_train_epochs=3))
     assert result.step == -(-3 * samples // 4)
+
+
+def test_what_samples_count_is_learnt_from_and_gone_on_with_bit_for_bit(
+    oracle: Path, cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Epochs count turns; the encoders in the loop do as the cache; held-out samples are measured as without."""
+    counted, samples = counted_cache(cache, tmp_path / "counted"), len(Cache.open(cache))
+    turns = sum(COUNTS[i % len(COUNTS)][1] for i in range(samples))
+    asked: dict[str, Any] = {"max_train_steps": None, "num_train_epochs": 2, "shuffle": "stream"}
+    with caplog.at_level("WARNING"):
+        whole = train(counted, config(tmp_path / "whole", **asked, checkpointing_steps=3))
+    assert whole.step == -(-2 * turns // 4)
+    assert f"{turns} turns an epoch of {samples} samples" in caplog.text
+    assert "samples have weights" in caplog.text
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["turns"] == turns
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    train(counted, config(tmp_path / "parts", **asked, resume_from_checkpoint=checkpoint))
+    assert course(tmp_path / "parts") == course(tmp_path / "whole")[3:]
+    assert_equal_weights(tmp_path / "parts", tmp_path / "whole", "prior")
+    train(counted, config(tmp_path / "online", **asked, online=str(oracle / "data")))
+    assert course(tmp_path / "online") == course(tmp_path / "whole")
+    with pytest.raises(CacheMismatchError, match="other pictures, captions, weights or repeats"):
+        train(cache, config(tmp_path / "other", **asked, resume_from_checkpoint=checkpoint))
+    looked: dict[str, Any] = {"max_train_steps": 1, "val_fraction": 0.3, "learning_rate": 0.0, "validation_steps": 1}
+    for name, path in (("weighted", counted), ("plain", cache)):
+        train(path, config(tmp_path / name, **looked))
+    seen = [(tmp_path / name / "validation.jsonl").read_text() for name in ("weighted", "plain")]
+    assert seen[0] == seen[1]
 
 
 def test_nothing_is_left_to_do_at_the_last_step(cache: str, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("form")
 
 KEYS = {
     "cache", "build", "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables",
-    "resolutions", "shapes", "flip", "captions", "tokens", "losses", "rejected", "rejected_by", "not_looked_at",
+    "resolutions", "shapes", "flip", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected",
+    "rejected_by", "not_looked_at",
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def test_everything_is_said_under_names_that_stay(built: tuple[Path, Path], form
     assert about["tables"].keys() == {"image_embeds", "text", "latents-32", "latents-64"}
     assert about["tables"]["text"]["recipe"] == cache.recipes["text"].to_json()
     assert about["build"] == {"unfinished": False, "tables": {}}
+    assert (about["turns"], about["repeats"], about["weights"]) == (4, None, None)
     assert about["provenance"]["device"].startswith("cpu")
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from small_builds import build, copy_pictures, digests, encoded
 
 from kcache import Cache
 from kcache.encoders.repositories import find_repository
-from kcache.errors import CacheMismatchError, CacheNotFoundError, ModelError
+from kcache.errors import CacheMismatchError, CacheNotFoundError, ConfigError, ModelError
 from kcache.places import place_of
 from kcache.store.recipe import json_digest
 from kcache.store.shards import Commit, write_commit
+from kcache.upkeep.convert import convert_cache
+from kcache.upkeep.info import describe_cache
 from kcache.upkeep.merge import merge_caches
 from kcache.upkeep.verify import verify_cache
 
@@ -103,6 +106,58 @@ def test_other_captions_of_the_same_image_are_united(built: Path, oracle: Path, 
         found = new.read([i], FIELDS, caption)
         for name in FIELDS:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_a_cache_may_count_more_than_others_and_the_first_of_a_sample_decides(built: Path, tmp_path: Path) -> None:
+    parts = [built / "one-cache", built / "two-cache"]
+    merge_caches(tmp_path / "new", parts, weights=[1, 0.1], repeats=[3, 1])
+    new = Cache.open(tmp_path / "new")
+    first = set(Cache.open(parts[0]).samples["id"].to_pylist())
+    expected = {
+        each: (1.0, 3) if each in first else (float(np.float32(0.1)), 1) for each in new.samples["id"].to_pylist()
+    }
+    assert set(expected.values()) == {(1.0, 3), (float(np.float32(0.1)), 1)}
+
+    def said(cache: Cache) -> dict[str, tuple[float, int]]:
+        columns = (cache.samples[name].to_pylist() for name in ("id", "weight", "repeats"))
+        return {identity: (weight, repeats) for identity, weight, repeats in zip(*columns, strict=True)}
+
+    assert said(new) == expected
+    assert not verify_cache(tmp_path / "new").corrupt
+    merge_caches(tmp_path / "again", [tmp_path / "new"], weights=[10.0], repeats=[2])
+    again = Cache.open(tmp_path / "again")
+    assert said(again) == {identity: (weight * 10, times * 2) for identity, (weight, times) in expected.items()} | {
+        identity: (1.0, 2) for identity, (_, times) in expected.items() if times == 1
+    }
+    about = describe_cache(tmp_path / "again")
+    assert (about["turns"], about["repeats"]["max"]) == (sum(times for _, times in said(again).values()), 6)
+    assert about["weights"] == pytest.approx({"min": 1.0, "mean": again.counts.weights[:].mean(), "max": 10.0})
+    convert_cache(tmp_path / "again", tmp_path / "other", "webdataset" if new.manifest.format == "zarr" else "zarr")
+    assert said(Cache.open(tmp_path / "other")) == said(again)
+    assert np.array_equal(Cache.open(tmp_path / "other").counts.repeats, again.counts.repeats)
+    plain = [
+        merge_caches(tmp_path / name, parts, weights=w, repeats=r)
+        for name, w, r in (("a", None, None), ("b", [1, 1], [1, 1]))
+    ]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"weights": [1.0]}, "1 weights and 2 repeats were given for 2 caches"),
+        ({"weights": [1.0, -1.0]}, "weight of a cache is -1.0; expected a number, 0 or more"),
+        ({"weights": [float("nan"), 1.0]}, "weight of a cache is nan"),
+        ({"weights": [1e39, 1.0]}, "a sample would have weight 1e.39"),
+        ({"repeats": [1, 0]}, "repeats of a cache are 0; expected a whole number"),
+        ({"repeats": [1, 1.5]}, "repeats of a cache are 1.5"),
+        ({"repeats": [1, 1 << 31]}, "repeats of a cache are 2147483648"),
+    ],
+)
+def test_what_a_cache_cannot_count_is_refused(built: Path, tmp_path: Path, numbers: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        merge_caches(tmp_path / "new", [built / "one-cache", built / "two-cache"], **numbers)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_interrupted_merge_is_no_cache_and_is_finished(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from kcache.sources import Source
 from kcache.store.controls.given import ControlImage
 from kcache.store.digests import EMPTY_CAPTION_KEY, Keys, content_key, control_row_keys, mirrored_key
 from kcache.store.formats.columns import Samples
@@ -46,18 +47,22 @@ def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | Contro
     return fetch
 
 
+def control_as_named(source: Source, number: int, name: str, key: bytes) -> ControlImage | None:
+    """The control image called `name` of a sample of a source as `key` names it; None where it or its picture changed.
+
+    The key is that of the row, or of its mirror image's.
+    """
+    picture, content = source.image(number), source.control(number, name)
+    pair = control_row_keys(Keys.of([content_key(picture)]), Keys.of([content_key(content)]), None)[0]
+    return ControlImage(content, picture, mirrored=pair != key) if key in (pair, mirrored_key(pair)) else None
+
+
 def _control_fetcher(job: "Survey", name: str) -> Callable[[bytes], ControlImage | None]:
     positions = job.controls[name]
 
     def fetch(key: bytes) -> ControlImage | None:
-        own, mirrored = positions.find((key, mirrored_key(key))).tolist()
-        if (number := max(own, mirrored)) < 0:
-            return None
-        picture, content = job.source.image(number), job.source.control(number, name)
-        pair = control_row_keys(Keys.of([content_key(picture)]), Keys.of([content_key(content)]), None)[0]
-        if pair not in (key, mirrored_key(key)):
-            return None
-        return ControlImage(content, picture, mirrored=pair != key)
+        number = max(positions.find((key, mirrored_key(key))).tolist())
+        return None if number < 0 else control_as_named(job.source, number, name, key)
 
     positions.find(())  # sorted now
     return fetch

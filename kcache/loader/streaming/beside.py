@@ -18,6 +18,8 @@ class Streamed(NamedTuple):
     fields: Sequence[str]
     shape: StreamShape
     batch_size: int
+    places: int
+    """Of an epoch: one for each turn of a sample."""
 
 
 def make_stages(orders: Sequence[Streamed], world_size: int, asked: int | None) -> "list[Callable[..., Stage]]":
@@ -28,7 +30,7 @@ def make_stages(orders: Sequence[Streamed], world_size: int, asked: int | None) 
     sharers = world_size if len(orders) == 1 else 1
     layouts = [Layout(each.cache, each.fields, each.shape) for each in orders]
     needed = [
-        needs(layout, each.shape, len(each.cache), each.batch_size, sharers)
+        needs(layout, each.shape, each.places, each.batch_size, sharers)
         for layout, each in zip(layouts, orders, strict=True)
     ]
     return [

@@ -143,7 +143,7 @@ class Stage:
                 lengths = np.concatenate([np.diff(each) for each in bounds])
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
                 if packed:
-                    rows[name] = unpacked_rows(name, rows[name], offsets, empty)
+                    rows[name] = unpacked_rows(self._cache.table_of(name), rows[name], offsets, empty)
                 else:
                     rows[OFFSETS] = offsets
             taken.append(slots)

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from kcache.config.shapes import Shape
 from kcache.errors import CacheCorruptError
-from kcache.store.recipe import HINT, MASKS, Field
+from kcache.store.recipe import HINT, LOSS_MASKS, MASKS, Field, kind_of, shape_of
 
 TOKEN_BYTES = {True: 4096, False: 64}
 """Bytes of a token, of hints and of what is as small as latents."""
+_MODES = {MASKS: ("1",), LOSS_MASKS: ("L",)}
+"""Pillow's modes of the images in rows; hints are greys or have colours."""
 
 
 def packed_field(kind: str) -> Field:
@@ -32,19 +35,19 @@ def packed_row(image: Image.Image, token_bytes: int) -> np.ndarray:
 
 
 def unpacked_rows(
-    field: str, tokens: np.ndarray, bounds: np.ndarray | None, empty: Callable[..., np.ndarray] = np.empty
+    table: str, tokens: np.ndarray, bounds: np.ndarray | None, empty: Callable[..., np.ndarray] = np.empty
 ) -> np.ndarray:
-    """The images in rows, tokens bounds[i] to bounds[i + 1] of (T, n) being row i: (B, C, H, W) uint8.
+    """The images in rows of a table, tokens bounds[i] to bounds[i + 1] of (T, n) being row i: (B, C, H, W) uint8.
 
     Three channels if any of them has; masks are 0 where the hole is, and 1. Raises CacheCorruptError for what is no
     such row.
     """
     images = [
-        _unpacked(field, tokens[first:last]) for first, last in pairwise([] if bounds is None else bounds.tolist())
+        _unpacked(table, tokens[first:last]) for first, last in pairwise([] if bounds is None else bounds.tolist())
     ]
     shapes = {image.shape[:2] for image in images}
     if len(shapes) > 1:
-        raise CacheCorruptError(f"rows of {field} are images of {sorted(shapes)}; expected one size; build again")
+        raise CacheCorruptError(f"rows of {table} are images of {sorted(shapes)}; expected one size; build again")
     channels = max((image.shape[2] for image in images), default=1)
     height, width = shapes.pop() if shapes else (0, 0)
     out = empty((len(images), channels, height, width), np.dtype(np.uint8))
@@ -53,17 +56,32 @@ def unpacked_rows(
     return out
 
 
-def _unpacked(field: str, tokens: np.ndarray) -> np.ndarray:
+def _unpacked(table: str, tokens: np.ndarray) -> np.ndarray:
     """(H, W, C) uint8."""
+    kind = kind_of(table).name
     try:
         with Image.open(io.BytesIO(tokens.tobytes()), formats=("PNG",)) as image:
+            # Before it is decoded: a file of a few bytes may say that it has any size.
+            _check(image, kind, shape_of(table) or (0, 0))
             pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = "it is no PNG file" if isinstance(error, UnidentifiedImageError) else error
         raise CacheCorruptError(
-            f"a row of {field} is no packed image ({error}); build the cache again with its source"
+            f"a row of {table} is no packed image ({why}); build the cache again with its source"
         ) from error
-    pixels = pixels.astype(np.uint8) if field == MASKS else pixels
+    pixels = pixels.astype(np.uint8) if kind == MASKS else pixels
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _check(image: Image.Image, kind: str, shape: Shape) -> None:
+    """Raise ValueError for what no table of a kind and of pictures of this shape holds."""
+    modes = _MODES.get(kind, ("L", "RGB"))
+    cells = 1 if kind.startswith(HINT) else shape[1] // image.width
+    if image.mode not in modes or (image.height * cells, image.width * cells) != shape:
+        raise ValueError(
+            f"it is {image.height}×{image.width} of mode {image.mode}; expected a part of {shape[0]}×{shape[1]} of "
+            f"{' or '.join(modes)}"
+        )
 
 
 def images_in(rows: Sequence[np.ndarray]) -> list[Image.Image]:

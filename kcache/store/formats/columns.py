@@ -165,7 +165,7 @@ class Samples(Sequence[Sample]):
 
     def control_keys(self, number: int) -> Keys:
         """The key of the control image of each sample that has this number in all of their lists, which are alike."""
-        lists = (_whole(table["control_keys"]) for table in self.each())
+        lists = (_whole(table["control_keys"]) for table in self.each() if len(table))
         return Keys.joined(packed(each.flatten()).reshape(len(each), -1, KEY_BYTES)[:, number] for each in lists)
 
     @cached_property

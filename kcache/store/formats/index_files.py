@@ -26,6 +26,7 @@ from kcache.store.formats.checksums import crc32c
 from kcache.store.formats.chosen import CAPTION_BOUNDS as CAPTION_BOUNDS
 from kcache.store.formats.chosen import Chosen
 from kcache.store.formats.parts import PARTS, Parts, Rows, list_parts, read_parts, write_rows
+from kcache.store.formats.sample_extras import COUNTS, check_counts
 from kcache.store.formats.side_files import LOCATOR
 from kcache.store.manifest import Manifest, TableEntry
 from kcache.store.recipe import TEXT, Field, json_digest, kind_of
@@ -107,7 +108,8 @@ def bytes_of(entries: np.ndarray, field: str) -> int:
 
 
 def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
-    names = sorted([*manifest.tables, CAPTION_BOUNDS])
+    counts = [name for name in COUNTS if (folder / f"{name}.npy").exists()]
+    names = sorted([*manifest.tables, CAPTION_BOUNDS, *counts])
     folder = _at_hand(folder, names, manifest.index_digest)
     digest = _index_digest(folder, names)
     if digest != manifest.index_digest:
@@ -119,6 +121,8 @@ def _open_whole(folder: Place, manifest: Manifest) -> dict[str, np.ndarray]:
         raise ValueError(f"{CAPTION_BOUNDS}.npy holds {bounds.shape} of {bounds.dtype}")
     _check_lengths(manifest, {name: array.shape for name, array in arrays.items()}, int(bounds[-1]), arrays)
     _check_bounds(manifest, bounds, 0)
+    for name in counts:
+        check_counts(name, 0, arrays[name])
     for name, entry in manifest.tables.items():
         if arrays[name].dtype != index_dtype(entry.recipe.fields):
             raise ValueError(f"{name}.npy has dtype {arrays[name].dtype}, not {index_dtype(entry.recipe.fields)}")
@@ -172,6 +176,8 @@ def _open_parts(folder: Place, manifest: Manifest, do: str) -> dict[str, Parts]:
             arrays[array] = parts(array, index_dtype(entry.recipe.fields), check)
     for name, dtype in order_dtypes(manifest.shape_sets).items():
         arrays[name] = parts(name, dtype, partial(check_order, name, manifest.samples))
+    for name in COUNTS.keys() & listed.keys():
+        arrays[name] = parts(name, COUNTS[name], partial(check_counts, name))
     _check_lengths(manifest, {name: array.shape for name, array in arrays.items()}, bounds[-1], arrays)
     return arrays
 
@@ -185,6 +191,7 @@ def _check_lengths(
     """Raise ValueError when there are not as many entries as the numbers of samples and captions say."""
     standing = Standing(manifest.shape_sets, arrays, manifest.samples)
     expected = {CAPTION_BOUNDS: manifest.samples + 1, **standing.lengths()}
+    expected |= dict.fromkeys(COUNTS.keys() & arrays.keys(), manifest.samples)
     for name in manifest.tables:
         kind = kind_of(name)
         rows = captions if kind.per == "caption" else standing.rows(name)

@@ -1,25 +1,61 @@
-"""Columns of samples that few say anything by: a file lacks them where no sample does, as all did at first."""
+"""Columns of samples that few say anything by: a file lacks them where no sample does, as all did at first.
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+Weights and repeats are arrays of the index as well, on the same condition: `weight.npy` and `repeats.npy`, (N,) each.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kcache.store.formats.columns import Samples, sample_schema
+from kcache.store.formats.parts import Rows
 
 if TYPE_CHECKING:
     import pyarrow
 
 _EXTRAS: Mapping[str, Any] = {"weight": 1.0, "repeats": 1, "control_keys": []}
 """What a sample that has nothing there means."""
+COUNTS: Mapping[str, np.dtype[Any]] = {"weight": np.dtype("<f4"), "repeats": np.dtype("<i4")}
+"""The columns that are arrays of the index."""
+
+
+class Counts(NamedTuple):
+    """What samples count; None where the index has no such array, so that it is 1 of all of them."""
+
+    weights: np.ndarray | None = None
+    """(N,) float32: what the loss of each counts."""
+    repeats: np.ndarray | None = None
+    """(N,) int32: how often each comes in an epoch."""
 
 
 def file_schema(samples: "Samples") -> "pyarrow.Schema":
     """The columns that a file of these samples has: those that any of them says something by."""
     import pyarrow as pa
 
-    said = {name for table in samples.each() for name in _EXTRAS if extra_rows(table, name).any()}
+    said = _said(samples, _EXTRAS)
     return pa.schema([field for field in sample_schema() if field.name not in _EXTRAS or field.name in said])
+
+
+def count_arrays(samples: "Samples") -> dict[str, Rows]:
+    """The arrays of the index of what samples count: those that any of them says something by."""
+    said = sorted(_said(samples, COUNTS))
+    return {name: Rows(COUNTS[name], len(samples), _column(samples, name)) for name in said}
+
+
+def _column(samples: "Samples", name: str) -> Iterator[np.ndarray]:
+    yield from (table[name].to_numpy() for table in samples.each())
+
+
+def check_counts(name: str, _: int, part: np.ndarray) -> None:
+    """Raise ValueError for a part of such an array that cannot be one."""
+    fits = np.isfinite(part) & (part >= 0) if name == "weight" else part >= 1
+    if not fits.all():
+        raise ValueError(f"{name}.npy has {part[~fits][0]}")
+
+
+def _said(samples: "Samples", names: Collection[str]) -> set[str]:
+    return {name for table in samples.each() for name in names if extra_rows(table, name).any()}
 
 
 def is_file_schema(schema: "pyarrow.Schema") -> bool:
@@ -48,6 +84,18 @@ def extra_rows(table: "pyarrow.Table", name: str) -> np.ndarray:
     if name == "control_keys":
         return np.diff(np.asarray(column.offsets)) > 0
     return column.to_numpy(zero_copy_only=False) != _EXTRAS[name]
+
+
+def with_controls(samples: Samples, numbers: Sequence[int]) -> Samples:
+    """The samples with those of their control images only that have these `numbers`, ascending, in their lists."""
+    import pyarrow as pa
+
+    def kept(table: "pyarrow.Table", _: slice) -> "pyarrow.Table":
+        field = table.schema.field("control_keys")
+        lists = [[keys[number] for number in numbers] for keys in table["control_keys"].to_pylist()]
+        return table.set_column(table.schema.get_field_index(field.name), field, pa.array(lists, field.type))
+
+    return samples.changed(kept)
 
 
 def extras_of(table: "pyarrow.Table") -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Joined samples in plain tar files, as `webdataset.WebDataset` and `datasets.load_dataset("webdataset")` read them.
 
-The members of a sample stand together: `{id}.json`, `{id}.txt` with its caption, and a `{id}.{field}.npy` per row.
-Captions after the first are `{id}.1.txt`, `{id}.text_embeds.1.npy` and so on. Owner, group and times are fixed, so
-equal samples give equal bytes. kcache reads rows at the offsets in the side files and never parses a tar.
+The members of a sample stand together: `{id}.json`, `{id}.txt` with its caption, and a `{id}.{field}.npy` per row, or
+a `{id}.{field}.png` where rows are packed images. Captions after the first are `{id}.1.txt`, `{id}.text_embeds.1.npy`
+and so on. Owner, group and times are fixed, so equal samples give equal bytes. kcache reads rows at the offsets in the
+side files and never parses a tar.
 """
 
 import io
@@ -58,7 +59,8 @@ def write_tar(path: Path, samples: Iterable[JoinedSample]) -> list[dict[str, lis
             placed.append(
                 {
                     name: [
-                        _add_row(tar, _member(sample.id, name, number, "npy"), row) for number, row in enumerate(rows)
+                        _add_row(tar, _member(sample.id, name, number, suffix_of(row.dtype)), row)
+                        for number, row in enumerate(rows)
                     ]
                     for name, rows in sample.rows.items()
                 }
@@ -70,7 +72,14 @@ def _member(sample_id: str, name: str, number: int, suffix: str) -> str:
     return ".".join(part for part in (sample_id, name, str(number) if number else "", suffix) if part)
 
 
+def suffix_of(dtype: "np.dtype[Any]") -> str:
+    """What kind of file a row of this dtype is: bytes are those of a packed image, all others numbers."""
+    return "png" if dtype == np.uint8 else "npy"
+
+
 def _add_row(tar: tarfile.TarFile, name: str, row: np.ndarray) -> int:
+    if row.dtype == np.uint8:
+        return _add(tar, name, row.tobytes())
     content = io.BytesIO()
     np.save(content, row, allow_pickle=False)
     start = _add(tar, name, content.getvalue())

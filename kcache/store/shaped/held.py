@@ -10,6 +10,7 @@ import numpy as np
 from kcache.config.shapes import NO_SHAPE, Shape
 from kcache.errors import ConfigError
 from kcache.store.formats.chosen import CAPTION_BOUNDS, Chosen, chosen_bounds, chosen_index
+from kcache.store.formats.sample_extras import COUNTS, Counts
 from kcache.store.recipe import TEXT, kind_of, shape_of
 from kcache.store.selection import sample_numbers
 from kcache.store.shaped.choice import Reads
@@ -42,6 +43,15 @@ class Held:
     def caption_bounds(self) -> np.ndarray:
         """(N + 1,) int64: sample i has the captions caption_bounds[i] to caption_bounds[i + 1]."""
         return self.index[CAPTION_BOUNDS]
+
+    @property
+    def counts(self) -> Counts:
+        """What the samples count."""
+        found = [self.reads.arrays.get(name) for name in COUNTS]
+        if self.selected is not None:
+            chosen = [None if array is None else Chosen(array, len(array), self.selected) for array in found]
+            found = cast("list[np.ndarray | None]", chosen)
+        return Counts(*found)
 
     def digest(self, digest: str) -> str:
         """sha256 (hex) of these samples and their order, `digest` being that of all samples."""
