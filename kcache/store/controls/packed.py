@@ -7,13 +7,16 @@ tool decodes it, as what follows the end of a PNG file is passed over.
 import io
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from kcache.config.shapes import Shape
 from kcache.errors import CacheCorruptError
 from kcache.store.recipe import HINT, LOSS_MASKS, MASKS, Field, kind_of, shape_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TOKEN_BYTES = {True: 4096, False: 64}
 """Bytes of a token, of hints and of what is as small as latents."""
@@ -26,7 +29,7 @@ def packed_field(kind: str) -> Field:
     return Field(name=kind.replace("-", "_"), shape=(TOKEN_BYTES[kind.startswith(HINT)],), ragged=True)
 
 
-def packed_row(image: Image.Image, token_bytes: int) -> np.ndarray:
+def packed_row(image: "Image.Image", token_bytes: int) -> np.ndarray:
     """An image of 1 bit, greys or RGB as a row: (n, token_bytes) uint8."""
     content = io.BytesIO()
     image.save(content, "PNG", compress_level=6)
@@ -58,6 +61,8 @@ def unpacked_rows(
 
 def _unpacked(table: str, tokens: np.ndarray) -> np.ndarray:
     """(H, W, C) uint8."""
+    from PIL import Image, UnidentifiedImageError  # not at the top: whoever opens a cache may have no need of it
+
     kind = kind_of(table).name
     try:
         with Image.open(io.BytesIO(tokens.tobytes()), formats=("PNG",)) as image:
@@ -73,7 +78,7 @@ def _unpacked(table: str, tokens: np.ndarray) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _check(image: Image.Image, kind: str, shape: Shape) -> None:
+def _check(image: "Image.Image", kind: str, shape: Shape) -> None:
     """Raise ValueError for what no table of a kind and of pictures of this shape holds."""
     modes = _MODES.get(kind, ("L", "RGB"))
     cells = 1 if kind.startswith(HINT) else shape[1] // image.width
@@ -84,6 +89,8 @@ def _check(image: Image.Image, kind: str, shape: Shape) -> None:
         )
 
 
-def images_in(rows: Sequence[np.ndarray]) -> list[Image.Image]:
+def images_in(rows: Sequence[np.ndarray]) -> "list[Image.Image]":
     """The image in each row, (n, token_bytes) uint8, to be looked at."""
+    from PIL import Image
+
     return [Image.open(io.BytesIO(row.tobytes()), formats=("PNG",)) for row in rows]
