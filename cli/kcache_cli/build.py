@@ -65,7 +65,8 @@ def cache_build(
     from kcache.engines import ahead_of, engine_of
 
     check_lasting(cache)
-    config = BuildConfig(**{**settings, "resolution": tuple(settings["resolution"])})
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    config = BuildConfig(**settings | lists)
     if dry_run:
         from kcache.build.estimate import estimate_build
 

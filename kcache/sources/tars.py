@@ -17,7 +17,7 @@ from kcache.errors import InputRejected, SourceError, StoreError
 from kcache.places import Place
 from kcache.places.bucket import BucketPath
 from kcache.places.fetching import AT_ONCE, Windows, listed
-from kcache.sources.archives import content_at, fetch_listings, image_at
+from kcache.sources.archives import content_at, fetch_listings, image_at, listing_of
 from kcache.sources.further.numbers import counts_at
 from kcache.sources.in_tars.members import SHOWN_COLUMNS
 from kcache.sources.in_tars.offers import (
@@ -149,8 +149,7 @@ class TarPiece:
 
     def look(self, memo: DigestMemo) -> None:
         for offsets, sizes in self._places(memo):
-            if not isinstance(self.path, BucketPath):  # those of which are known as it was listed
-                memo.digest(self.path, keys_part(offsets, sizes), partial(self._digested, offsets, sizes))
+            memo.digest(self.path, keys_part(offsets, sizes), partial(self._digested, offsets, sizes, memo))
 
     def _places(self, memo: DigestMemo) -> list[tuple[np.ndarray, np.ndarray]]:
         """The offsets and sizes of images of each kind."""
@@ -159,7 +158,11 @@ class TarPiece:
         columns = (place_columns(kind)[:2] for kind in kinds)
         return [(table[offset].to_numpy(), table[size].to_numpy()) for offset, size in columns]
 
-    def _digested(self, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
+    def _digested(self, offsets: np.ndarray, sizes: np.ndarray, memo: DigestMemo) -> bytes:
+        if isinstance(self.path, BucketPath):  # as it was listed
+            members = {member.offset: member.key for member in listing_of(self.path, memo).members if member.size}
+            return b"".join(members.get(offset) or NO_KEY for offset in offsets.tolist())
+
         def read(number: int) -> bytes:
             if offsets[number] < 0:
                 raise InputRejected("source", "there is none")

@@ -111,6 +111,7 @@ def test_every_setting_is_a_flag() -> None:
     given = {"source", "cache", "config", "sweep", "dry_run", "strict", "as_json"}
     of_prior = {"caption_dropout", "packing", "noise_draws", "class_prompt", "num_class_rows", "prior_loss_weight"}
     of_decoder = {"aspect_ratio_buckets", "resolution", "image_dropout", "inpaint", "mask_growth", "hole_loss"}
+    of_decoder |= {"hint", "loss_mask", "mask_share"}
     assert set(flags["cache-build"]) - given == {field.name for field in dataclasses.fields(BuildConfig)}
     assert set(flags["train-decoder"]) - given == train_fields - of_prior
     assert set(flags["train-prior"]) - given == train_fields - of_decoder
