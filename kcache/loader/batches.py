@@ -116,10 +116,7 @@ class CacheLoader:
 
     @property
     def shapes(self) -> list[dict[str, Any]]:
-        """What there is of each shape, where there are several: {"shape": [height, width], "samples", "batch"}.
-
-        Beside them stand the "turns" of an epoch, where these are more than the samples.
-        """
+        """What there is of each shape, if several: {"shape": [height, width], "samples", "batch"}, and more "turns"."""
         several = self._parts if self._schedule.several else []
         return [
             {"shape": list(part.shape or ()), "samples": len(part.rows), "batch": size, **turns_told(part)}

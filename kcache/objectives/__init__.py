@@ -1,6 +1,7 @@
 """Batch → loss, for each thing that can be learnt. Knows no file of a cache.
 
 - `losses`: the objectives, and what the training loop asks each of them
+- `errors`: how much the error of each draw of noise counts
 - `inpainting`, `hinting`: the decoders that fill holes, and that follow a hint
 - `widening`: such decoders made of a plain one
 - `preservation`: the prior beside what it drew before

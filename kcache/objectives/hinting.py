@@ -5,7 +5,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from kcache.errors import ModelError
-from kcache.objectives.losses import Batch, DecoderObjective
+from kcache.objectives.errors import Batch
+from kcache.objectives.losses import DecoderObjective
 
 HINT_CHANNELS = 4
 """Channels that the UNet's own block makes of a hint (diffusers' ImageHintTimeEmbedding)."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kcache.errors import ModelError
-from kcache.objectives.losses import Batch, DecoderObjective, mean_errors
+from kcache.objectives.errors import Batch, mean_errors
+from kcache.objectives.losses import DecoderObjective
 
 OWN_MASKS = "masks"
 """The field of masks that samples have of their own."""

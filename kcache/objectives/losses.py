@@ -5,25 +5,17 @@ data-parallel training) sees the network too. Noise and timesteps are arguments:
 nothing here waits for the device. All that the training loop knows of what is learnt, it asks of an `Objective`.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, PriorTransformer, UNet2DConditionModel
-from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn import functional
 
 from kcache.errors import ModelError
+from kcache.objectives.errors import LEAST_COUNTED, LOSS_MASKS, Batch, mean_errors, snr_weights, weighted
 from kcache.objectives.packing import allow_packing, predict_packed, predict_padded
-
-Batch = Mapping[str, Tensor]
-
-LOSS_MASKS = "loss_masks"
-"""The field of loss masks."""
-_LEAST_COUNTED = 0.02
-"""Share of the picture that less of it counts as, where not all counts: its few latents would outweigh all others."""
 
 
 class Objective(torch.nn.Module):
@@ -78,13 +70,7 @@ class Objective(torch.nn.Module):
         (B,) float32, each counts as much: all draws of noise of a sample by its one.
         """
         errors = weighted(self.errors(batch, noise, timesteps), batch)
-        return errors if snr_gamma is None else errors * self.snr_weights(timesteps, snr_gamma)
-
-    def snr_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
-        """What each draw of noise counts by Min-SNR weighting, (B,) float32."""
-        snr = compute_snr(self.scheduler, timesteps)
-        weight = snr.clamp(max=snr_gamma)
-        return weight / snr if self.scheduler.config.prediction_type == "epsilon" else weight
+        return errors if snr_gamma is None else errors * snr_weights(self.scheduler, timesteps, snr_gamma)
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
         """The mean of `losses`, a float32 scalar: not divided by the sum of weights, where there are some."""
@@ -212,7 +198,7 @@ class DecoderObjective(Objective):
 
     def errors(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The mean squared error of each sample, (B,) float32, over its latents as much as they count."""
-        return mean_errors(*self.predict(batch, noise, timesteps), self.counted(batch), _LEAST_COUNTED)
+        return mean_errors(*self.predict(batch, noise, timesteps), self.counted(batch), LEAST_COUNTED)
 
     def loss(self, batch: Batch, noise: Tensor, timesteps: Tensor, snr_gamma: float | None = None) -> Tensor:
         """The mean of `losses`, a float32 scalar."""
@@ -237,23 +223,3 @@ class DecoderObjective(Objective):
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.stage: kind for kind in (PriorObjective, DecoderObjective)}
 """By stage."""
-
-
-def weighted(errors: Tensor, batch: Batch) -> Tensor:
-    """The errors of all draws of noise (B K, …) times the `weight` (B,) of their samples, where the batch has it."""
-    if "weight" not in batch:
-        return errors
-    weight = batch["weight"].repeat_interleave(len(errors) // len(batch["weight"]))
-    return errors * weight.reshape(-1, *[1] * (errors.ndim - 1))
-
-
-def mean_errors(prediction: Tensor, target: Tensor, counted: Tensor | None = None, least: float = 0.0) -> Tensor:
-    """The mean squared error of each row, (B,) float32.
-
-    Of rows (C, h, w) it may be the mean over what is `counted` (B, h, w), as if that were a share `least` or more.
-    """
-    errors = functional.mse_loss(prediction.float(), target, reduction="none")
-    if counted is None:
-        return errors.flatten(1).mean(1)
-    share = counted.mean((1, 2)).clamp(min=max(least, 1 / counted[0].numel()))
-    return (errors.mean(1) * counted).mean((1, 2)) / share

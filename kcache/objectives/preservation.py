@@ -8,7 +8,8 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from kcache.objectives.losses import Batch, PriorObjective, weighted
+from kcache.objectives.errors import Batch, snr_weights, weighted
+from kcache.objectives.losses import PriorObjective
 
 CLASS = "class_"
 """What the names of a batch's fields begin with that are of class rows."""
@@ -35,7 +36,7 @@ class PreservationObjective(PriorObjective):
         prediction, target = self.predict(joined(batch), torch.cat([noise, batch[f"{CLASS}noise"]]), both)
         errors = functional.mse_loss(prediction.float(), target, reduction="none")
         if snr_gamma is not None:
-            errors = errors * self.snr_weights(both, snr_gamma)[:, None]
+            errors = errors * snr_weights(self.scheduler, both, snr_gamma)[:, None]
         instances, kept = weighted(errors[: len(noise)], batch).mean(), errors[len(noise) :].mean()
         self._parts = torch.stack([instances.detach(), kept.detach()])
         return instances + self._weight * kept

@@ -20,10 +20,11 @@ from kcache.places import Place
 from kcache.places.bucket import BucketPath
 from kcache.plainly import plainly_at
 from kcache.sources.folder import FolderSource, open_pictures
+from kcache.sources.further.asked import COLUMNS, CONTROLS, refuse_unused
 from kcache.sources.hub import is_saved_dataset, open_hub_dataset, open_saved_dataset
 from kcache.sources.in_tars.braces import expand_braces
 from kcache.sources.listing import FolderListing, is_image_name, leftovers, list_bucket, list_folder, unlike_pictures
-from kcache.sources.protocol import COLUMNS, CONTROLS, Request, Source, refuse_unused
+from kcache.sources.protocol import Request, Source
 from kcache.sources.reading import MAX_TEXT_BYTES, read_file, readable
 from kcache.sources.splits import (
     COUNTED_FILES,

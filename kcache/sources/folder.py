@@ -13,11 +13,12 @@ from kcache.config.source import flag_of
 from kcache.disk.memo import DigestMemo
 from kcache.errors import InputRejected, SourceError
 from kcache.plainly import plainly_at, shown
+from kcache.sources.further.asked import column_of, may_lack
 from kcache.sources.further.beside import ControlFiles, expected_file
 from kcache.sources.further.numbers import counts_at, number_fields
 from kcache.sources.listing import FolderListing, kind_of, leftovers, one_form, unlike_pictures
 from kcache.sources.metadata import Said, read_metadata
-from kcache.sources.protocol import Request, column_of, may_lack, refusals
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_file, read_file, readable, stem_of
 from kcache.store.digests import NO_CONTROL, content_key
 from kcache.store.formats.records import Records

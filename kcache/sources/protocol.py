@@ -5,19 +5,16 @@ notes why anything else is refused, and ends in `refusals`; `open_source` calls 
 """
 
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 from kcache.config import SourceConfig
-from kcache.config.source import flag_of, is_said
 from kcache.disk.memo import DigestMemo
 from kcache.disk.pieces import Ahead, Piece, nobody
 from kcache.errors import SourceError
 from kcache.plainly import printable
 from kcache.sources.reading import readable
 from kcache.store.samples import Refusal
-
-_Column = TypeVar("_Column")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,50 +90,10 @@ class Source(Protocol):
         """How much sample `i` counts beside 1 of others, and how often it comes in an epoch: (1.0, 1) unless told."""
 
     def control(self, i: int, name: str) -> bytes:
-        """The bytes of the file of the control image of a kind called `name`, likewise.
-
-        Raises SourceError for a kind that was not asked for.
-        """
+        """The bytes of the file of a control image of the kind `name`; SourceError where that was not asked for."""
 
     def control_keys(self, i: int, memo: DigestMemo, rehash: bool) -> tuple[bytes, ...]:
-        """The `content_key` of each kind of control image that was asked for, by name; raises InputRejected.
-
-        `NO_CONTROL` where the sample has none and may lack it, as it may lack masks.
-        """
-
-
-def may_lack(control: str) -> bool:
-    """Whether a sample may be without a control image of a kind called so: without a mask, but not without its hint."""
-    return not control.startswith("hint-")
-
-
-def column_of(controls: Mapping[str, _Column], name: str) -> _Column:
-    """That of a kind of control images, of those that were asked for; raises SourceError for another one."""
-    if name not in controls:
-        raise SourceError(
-            f"the source was not told where {name} are; expected what the cache was built with; give {flag_of(name)}"
-        )
-    return controls[name]
-
-
-CONTROLS = ("hint_column", "mask_column", "loss_mask_column")
-"""Settings that say where control images are: what they are called where they are files, a column elsewhere."""
-COLUMNS = ("image_column", "caption_column", "weight_column", "repeats_column", *CONTROLS)
-"""Settings that name columns, or members of tars."""
-_ANYWHERE = ("loss_mask_alpha",)
-"""Settings that are of the pictures, wherever these are."""
-
-
-def refuse_unused(config: SourceConfig, what: str, *used: str) -> None:
-    """Raise SourceError for a setting that was given and means nothing for `what`, a kind that has the `used` ones."""
-    for each in fields(SourceConfig):
-        value = getattr(config, each.name)
-        if is_said(value) and each.name not in (*used, *_ANYWHERE):
-            flag = f"--{each.name.replace('_', '-')}"
-            has = ", ".join(f"--{name.replace('_', '-')}" for name in used) or "no such flag"
-            raise SourceError(
-                f"{flag} {value!a} was given, but means nothing for {what}; expected {has}; leave {flag} out"
-            )
+        """The `content_key` of each kind of control image that was asked for, `NO_CONTROL` of a mask it lacks."""
 
 
 def refusals(place: str, samples: Sized, reasons: Mapping[str, str], *, expected: str) -> tuple[Refusal, ...]:

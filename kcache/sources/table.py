@@ -27,10 +27,11 @@ from kcache.sources.arrow_files import (
     pieces_of,
     readable_as,
 )
+from kcache.sources.further.asked import column_of, may_lack
 from kcache.sources.further.fitting import misfit
 from kcache.sources.further.numbers import counts_at, decode_numbers, is_number_type, number_fields, number_in
 from kcache.sources.listing import link_roots
-from kcache.sources.protocol import Request, column_of, may_lack, refusals
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import MAX_IMAGE_BYTES, caption_tuple, locate, read_file, readable
 from kcache.store.digests import KEY_BYTES, NO_CONTROL, content_key
 from kcache.store.formats.records import Records

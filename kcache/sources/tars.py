@@ -18,6 +18,7 @@ from kcache.places import Place
 from kcache.places.bucket import BucketPath
 from kcache.places.fetching import AT_ONCE, Windows, listed
 from kcache.sources.archives import content_at, fetch_listings, image_at, listing_of
+from kcache.sources.further.asked import column_of
 from kcache.sources.further.numbers import counts_at
 from kcache.sources.in_tars.members import SHOWN_COLUMNS
 from kcache.sources.in_tars.offers import (
@@ -33,7 +34,7 @@ from kcache.sources.in_tars.offers import (
     place_columns,
     said_by,
 )
-from kcache.sources.protocol import Request, column_of, refusals
+from kcache.sources.protocol import Request, refusals
 from kcache.sources.reading import readable
 from kcache.store.digests import KEY_BYTES, NO_CONTROL, content_key
 from kcache.store.formats.records import Records

@@ -22,7 +22,8 @@ from kcache.errors import ConfigError
 from kcache.loader.batches import POLL_SECONDS
 from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
-from kcache.objectives.losses import Batch, Objective
+from kcache.objectives.errors import Batch
+from kcache.objectives.losses import Objective
 from kcache.report.drawn.sizes import shown_shapes
 from kcache.report.figures import plot_run
 from kcache.stopping import Crew, signal_asked

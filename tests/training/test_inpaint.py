@@ -18,7 +18,7 @@ from kcache.encoders.repositories import find_repository
 from kcache.errors import ModelError, RunError
 from kcache.loader import draw_masks
 from kcache.objectives import InpaintObjective
-from kcache.objectives.losses import Batch
+from kcache.objectives.errors import Batch
 from kcache.objectives.widening import widen, widen_for_hints
 from kcache.store.cache import Cache
 from kcache.store.run_directory import AVERAGE_FILE, read_validation

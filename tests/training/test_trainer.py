@@ -21,7 +21,8 @@ import kcache.disk.memo
 import kcache.encoders.weights
 import kcache.training.run
 from kcache.errors import CacheIncompleteError, CacheMismatchError, CacheWriteError, ConfigError, ModelError, RunError
-from kcache.objectives.losses import Batch, DecoderObjective, Objective, PriorObjective
+from kcache.objectives.errors import Batch
+from kcache.objectives.losses import DecoderObjective, Objective, PriorObjective
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
 from kcache.training.trainer import Progress, train

@@ -7,8 +7,9 @@ import pyarrow as pa
 
 from kcache.config.source import flag_of
 from kcache.sources.arrow_files import RowFile, is_caption_type, is_image_type
+from kcache.sources.further.asked import may_lack
 from kcache.sources.further.numbers import is_number_type
-from kcache.sources.protocol import Request, may_lack
+from kcache.sources.protocol import Request
 from kcache.sources.reading import readable
 
 _IMAGES = "image bytes, or datasets' struct of them"

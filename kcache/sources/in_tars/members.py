@@ -10,8 +10,9 @@ from kcache.config.source import flag_of
 from kcache.errors import InputRejected
 from kcache.places import Place
 from kcache.sources.archives import Member, text_of
+from kcache.sources.further.asked import may_lack
 from kcache.sources.listing import IMAGE_SUFFIXES
-from kcache.sources.protocol import Request, may_lack
+from kcache.sources.protocol import Request
 from kcache.sources.reading import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, caption_lines, caption_tuple, readable
 
 SHOWN_COLUMNS = 20
