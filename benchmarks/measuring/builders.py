@@ -183,7 +183,7 @@ class Bench:
     def start_command(self, cache: Path | str, form: str) -> Builder:
         """Start `kcache cache-build` as it is typed."""
         config = dataclasses.asdict(self.config(form))
-        flags = {name: value for name, value in config.items() if value not in (None, False)}
+        flags = {name: value for name, value in config.items() if value not in (None, False, ())}
         flags |= {"resolution": self._resolution}
         sys.argv = ["kcache", "cache-build", str(self.pictures), str(cache)]
         sys.argv += [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]

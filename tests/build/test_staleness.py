@@ -58,7 +58,7 @@ ELSEWHERE = {
     "revision", "prior_revision", "decoder_revision",
     "image_column", "caption_column", "split", "follow_links", "engine", "address",
     "aspect_ratio_buckets", "max_upscale", "flip",
-    "hint_column", "mask_column", "loss_mask_column", "loss_mask_alpha",
+    "hint_column", "mask_column", "loss_mask_column", "loss_mask_alpha", "weight_column", "repeats_column",
 }  # fmt: skip
 """Settings with a test of their own."""
 
