@@ -1,16 +1,28 @@
 """The CRC-32C of bytes, and that of many rows behind each other from each row's own: one check for all of them."""
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-# It takes 1.7 µs for 74 kB where the crc32c and google-crc32c packages take 3.0, and 10 for 512 kB where they take 19.
-from awscrt.checksums import combine_crc32c
-from awscrt.checksums import crc32c as crc32c
-
 _BLOCK_BYTES = 4 << 20
+
+
+def crc32c(content: Any, before: int = 0) -> int:
+    """The CRC-32C of a buffer's bytes, `before` being that of what precedes them."""
+    return _computing()(content, before)
+
+
+@cache
+def _computing() -> Callable[[Any, int], int]:
+    # It takes 1.7 µs for 74 kB where the crc32c and google-crc32c packages take 3.0, and 10 for 512 kB where they take
+    # 19; loading it is a seventh of what importing kcache would take, and many commands check nothing.
+    from awscrt.checksums import crc32c as computed
+
+    return computed
 
 
 def file_sums(path: Path) -> tuple[int, int, str]:
@@ -40,6 +52,8 @@ def joined_crc32c(checksums: np.ndarray, length: int) -> int:
 @lru_cache(maxsize=16)
 def _terms(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """What each value of each byte of `count` checksums adds to that of all, and where each byte's 256 values start."""
+    from awscrt.checksums import combine_crc32c
+
     # What each bit of the i-th checksum becomes when the rows behind it are appended.
     advances = [[combine_crc32c(1 << bit, 0, i * length) for bit in range(32)] for i in reversed(range(count))]
     bits = (np.arange(256)[:, None] >> np.arange(8)).astype(np.uint32) & 1
