@@ -1,27 +1,22 @@
 """The demo of prior preservation: a prior taught a new style from a few pictures, with class rows and without."""
 
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
 from kcache.build.build import build_cache
-from kcache.config import BuildConfig, Say, TrainConfig
+from kcache.config import Say, TrainConfig
 from kcache.demo.digits import SIDE, write_lesson
-from kcache.demo.folder import take_folder
 from kcache.demo.keeping.exam import ALL, ONE, ask, judge, questions, write_style
 from kcache.demo.keeping.picture import picture_of
 from kcache.demo.result import Score
-from kcache.demo.stages import stage_config, train
+from kcache.demo.stages import PRIOR_BATCH_SIZE, Stage, Work, begin, build_config, stage_config, train
 from kcache.demo.tiny import demo_models
 from kcache.disk.durable import write_bytes
 
 BEFORE, WITHOUT, WITH_ONE, WITH_ALL = "before", "after, alone", "after, one class prompt", "after, ten class prompts"
-PRIOR_BATCH_SIZE = 64
 STYLE_PICTURES = 20
 
 
@@ -87,60 +82,46 @@ def run_keeping(output: Path, size: KeepingSize, *, say: Say, seed: int = 0) -> 
     `output` is removed first; no network is needed. `seed` decides first weights, order and noise. Raises ConfigError
     when `output` holds anything else.
     """
-    take_folder(output)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    seconds: dict[str, float] = {}
-    begun = time.perf_counter()
-
-    def spent(name: str) -> None:
-        seconds[name] = time.perf_counter() - begun - sum(seconds.values())
-
-    runs = output / "runs"
-    say(f"writing {size.pictures:,} pictures of digits and a tiny Kandinsky 2.2 to {output}; building")
-    prior, decoder = demo_models(output / "models", seed=seed)
-    write_lesson(output / "pictures", size.pictures)
-    _build(output / "pictures", output / "cache", prior, decoder)
-    spent("cache")
-    say(f"training the prior for {size.prior_steps} steps and a decoder for {size.decoder_steps}")
-    train(output / "cache", stage_config("prior", runs / "prior", size.prior_steps, PRIOR_BATCH_SIZE, seed))
-    train(
-        output / "cache", stage_config("decoder", runs / "decoder", size.decoder_steps, size.decoder_batch_size, seed)
-    )
-    spent("prior and decoder")
+    begin(output)
+    work, runs = Work(say=say), output / "runs"
+    said = f"writing {size.pictures:,} pictures of digits and a tiny Kandinsky 2.2 to {output}; building"
+    with work.spending("cache", said):
+        prior, decoder = demo_models(output / "models", seed=seed)
+        write_lesson(output / "pictures", size.pictures)
+        _build(output / "pictures", output / "cache", prior, decoder)
+    stages: dict[Stage, tuple[int, int]] = {
+        "prior": (size.prior_steps, PRIOR_BATCH_SIZE),
+        "decoder": (size.decoder_steps, size.decoder_batch_size),
+    }
+    said = f"training the prior for {size.prior_steps} steps and a decoder for {size.decoder_steps}"
+    with work.spending("prior and decoder", said):
+        for stage, (steps, batch_size) in stages.items():
+            train(output / "cache", stage_config(stage, runs / stage, steps, batch_size, seed))
     write_style(output / "style", STYLE_PICTURES)
     _build(output / "style", output / "style-cache", runs / "prior", decoder)
     priors = {BEFORE: runs / "prior"}
     for way, prompts in {WITHOUT: (), WITH_ONE: ONE, WITH_ALL: ALL}.items():
-        say(f"teaching it a new style from {STYLE_PICTURES} pictures for {size.further_steps} steps: {way}")
         priors[way] = runs / f"style-{len(prompts)}"
-        train(output / "style-cache", _style_config(priors[way], runs / "prior", prompts, size, seed))
-        spent(way)
+        said = f"teaching it a new style from {STYLE_PICTURES} pictures for {size.further_steps} steps: {way}"
+        with work.spending(way, said):
+            train(output / "style-cache", _style_config(priors[way], runs / "prior", prompts, size, seed))
     asked = questions(size.samples)
-    say(f"drawing {len(priors) * sum(map(len, asked.values()))} pictures of old and new; judging them")
-    drawn = {
-        way: ask(asked, run, runs / "decoder", steps=size.sampling_steps, seed=1_000_000 * seed)
-        for way, run in priors.items()
-    }
-    scores = {way: judge(pictures, asked) for way, pictures in drawn.items()}
-    _save(output / "samples", drawn)
-    spent("drawing")
-    result = KeepingResult(size=size, seed=seed, scores=scores, seconds=seconds)
+    count = len(priors) * sum(map(len, asked.values()))
+    with work.spending("drawing", f"drawing {count} pictures of old and new; judging them"):
+        drawn = {
+            way: ask(asked, run, runs / "decoder", steps=size.sampling_steps, seed=1_000_000 * seed)
+            for way, run in priors.items()
+        }
+        scores = {way: judge(pictures, asked) for way, pictures in drawn.items()}
+        _save(output / "samples", drawn)
+    result = KeepingResult(size=size, seed=seed, scores=scores, seconds=work.seconds)
     write_bytes(output / "preserve.json", result.to_json().encode())
     write_bytes(output / "preserve.png", picture_of(scores, asked, drawn))
     return result
 
 
 def _build(pictures: Path, cache: Path, prior: Path, decoder: Path) -> None:
-    config = BuildConfig(
-        resolution=(SIDE,),
-        dtype="float32",
-        batch_size=32,
-        pretrained_prior_model_name_or_path=str(prior),
-        pretrained_decoder_model_name_or_path=str(decoder),
-    )
-    build_cache(str(pictures), str(cache), config)
+    build_cache(str(pictures), str(cache), build_config((prior, decoder), SIDE))
 
 
 def _style_config(run_dir: Path, prior: Path, prompts: tuple[str, ...], size: KeepingSize, seed: int) -> TrainConfig:

@@ -15,6 +15,7 @@ from PIL import Image
 from kcache.config import DEPTH_REPO, INPAINT_REPO
 from kcache.config.shapes import Shape, crop_box
 from kcache.encoders.decoding import Decoding, decode_image
+from kcache.encoders.pixels import WHITE
 from kcache.encoders.repositories import FOLLOWING, INPAINTING
 from kcache.errors import ConfigError, InputRejected
 from kcache.foreign import within_memory
@@ -23,8 +24,6 @@ from kcache.urls import remote
 
 STRENGTH = 0.3
 """Share of the steps that a picture is drawn over with, where no mask says what: the pipeline's own default."""
-_WHITE = 128
-"""From this grey on a pixel of a mask is white."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +58,15 @@ class Original:
         fitted: dict[str, Image.Image | torch.Tensor] = {"image": resized}
         if self.mask is None:
             return fitted
-        white = np.asarray(self.mask.crop(crop_box(*self.mask.size, shape))) >= _WHITE
+        white = np.asarray(self.mask.crop(crop_box(*self.mask.size, shape))) >= WHITE
         latents = _any_of(white, (height // downsampling, width // downsampling))
         if not latents.any():
             lightest = np.asarray(self.mask).max()
             where = f"has no white: its lightest pixel is {lightest} of 255"
-            if lightest >= _WHITE:
+            if lightest >= WHITE:
                 where = f"has no white in what is drawn: its middle, cropped to {height}×{width} pixels"
             raise ConfigError(
-                f"the --mask {where}; expected white, {_WHITE} or more, where the picture is drawn anew, black where "
+                f"the --mask {where}; expected white, {WHITE} or more, where the picture is drawn anew, black where "
                 "it is kept; give another mask"
             )
         if latents.all():

@@ -5,7 +5,7 @@ tool decodes it, as what follows the end of a PNG file is passed over.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -87,10 +87,3 @@ def _check(image: "Image.Image", kind: str, shape: Shape) -> None:
             f"it is {image.height}×{image.width} of mode {image.mode}; expected a part of {shape[0]}×{shape[1]} of "
             f"{' or '.join(modes)}"
         )
-
-
-def images_in(rows: Sequence[np.ndarray]) -> "list[Image.Image]":
-    """The image in each row, (n, token_bytes) uint8, to be looked at."""
-    from PIL import Image
-
-    return [Image.open(io.BytesIO(row.tobytes()), formats=("PNG",)) for row in rows]
