@@ -1,9 +1,7 @@
 """A setting: all that is said of it in one place, the check of its value, and its value from a TOML table."""
 
 import codecs
-import difflib
 import math
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -115,6 +113,8 @@ def idle(settings: Any) -> dict[str, str]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """What the TOML file at `path` says; raises ConfigError, naming the line, when it cannot be read."""
+    import tomllib  # not at the top: few commands have a use for it
+
     try:
         content = path.read_bytes()
         encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
@@ -136,6 +136,8 @@ def settings_from(table: Mapping[str, Any], settings: type, allowed: Collection[
     whole number passes for a list of one, and nothing else is converted. Raises ConfigError, which begins with `where`,
     for a key that is not `allowed`, for one that is given twice, and for a value of another type.
     """
+    import difflib  # not at the top: few commands have a use for it
+
     hints = get_type_hints(settings)
     given: dict[str, Any] = {}
     for key, value in table.items():
