@@ -35,7 +35,7 @@ from kcache.store.recipe import LATENTS, table_name
 from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
 from kcache.tally import counted
 from kcache.training.accelerator import check_others, machine_facts
-from kcache.training.network import network_bytes, save_network, save_tensors
+from kcache.training.network.saved import network_bytes, save_network, save_tensors
 from kcache.training.optimizer import (
     go_on,
     optimizer_tensors,

@@ -27,7 +27,10 @@ from kcache.store.recipe import HINT, KINDS, LOSS_MASKS, MASKS, TEXT, control_ki
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
-from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
+from kcache.training.network.decoder import check_decoder
+from kcache.training.network.limits import check_batch
+from kcache.training.network.objective import load_objective
+from kcache.training.network.saved import find_adapted
 from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
 from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import (

@@ -23,7 +23,7 @@ from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
 from kcache.training.accelerator import wait_for_all
 from kcache.training.log import Progress, RunLog
-from kcache.training.network import within_run_memory
+from kcache.training.network.limits import within_run_memory
 from kcache.training.publish import check_publishing, publish_run
 from kcache.training.result import room_kept, write_result
 from kcache.training.resume import check_output_dir
