@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from controlled import FLAGS, SHAPED, build_controlled, controlled_source
+from controlled import FLAGS
 from diffusers import KandinskyV22ControlnetPipeline
-from filling import MODEL, decoder_like, sees_hints
+from filling import MODEL
 from PIL import Image
 from short_runs import LORA_WEIGHTS, WEIGHTS, assert_equal_tensors, config, course
 
@@ -21,17 +21,6 @@ from kcache.loader.chance import draw_noise
 from kcache.objectives import InpaintObjective
 from kcache.training.trainer import train
 from kcache.training.validation import first_looked_at, split_by_key
-
-
-@pytest.fixture(scope="module")
-def controlled(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, and `cache`, of three shapes with mirror images, and `following`, a decoder: to read from."""
-    folder = tmp_path_factory.mktemp("controlled")
-    source = controlled_source(folder / "source")
-    build_controlled(source, folder / "cache", oracle, **SHAPED)
-    build_controlled(source, folder / "squares", oracle)
-    decoder_like(folder / "following", oracle, sees_hints)
-    return folder
 
 
 def online(folder: Path) -> dict[str, Any]:
