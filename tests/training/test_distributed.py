@@ -28,8 +28,10 @@ SHAPED: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
 """Squares at 32 pixels seven at a time, five shapes at 64 two at a time at most, half of the turns mirrored."""
 COUNTED: dict[str, Any] = {"snr_gamma": 5.0}
 """From a cache whose samples have weights and repeats."""
-HINTED: dict[str, Any] = {"hint": "edges", "loss_mask": True, MODEL: "following", "num_validation_images": 0}
-"""From a cache whose samples have control images."""
+HINTED: dict[str, Any] = {
+    "hint": "edges", "loss_mask": True, MODEL: "following", "num_validation_images": 0, "val_fraction": 0.1
+}  # fmt: skip
+"""From a cache whose samples have control images, and of which the usual share would leave one to train on."""
 AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
