@@ -128,6 +128,21 @@ def bucketed(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def controlled(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To read from: `source`, whose pictures have control images; `cache`, built of it, of three shapes and mirror
+    images, `squares`, of one shape, and `following`, a decoder that reads hints."""
+    from controlled import SHAPED, build_controlled, controlled_source
+    from filling import decoder_like, sees_hints
+
+    folder = tmp_path_factory.mktemp("controlled")
+    source = controlled_source(folder / "source")
+    build_controlled(source, folder / "cache", oracle, **SHAPED, format="zarr")
+    build_controlled(source, folder / "squares", oracle, format="zarr")
+    decoder_like(folder / "following", oracle, sees_hints)
+    return folder
+
+
 @pytest.fixture
 def kcache_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the `kcache` command in this process and returns its exit status."""

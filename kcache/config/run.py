@@ -151,10 +151,10 @@ class RunConfig(SourceConfig):
     )
     num_validation_images: int | None = setting(
         None,
-        "Pictures per validation prompt, one when left out; with --inpaint held-out pictures that are filled at each "
-        "validation, four when left out, none with 0.",
+        "Pictures per validation prompt, one when left out; with --inpaint or --hint held-out pictures that are drawn "
+        "anew at each validation, four when left out, none with 0.",
         least=0,
-        beside=("validation_prompts", "inpaint"),
+        beside=("validation_prompts", "inpaint", "hint"),
         lenient=True,
     )
     report_to: str = setting(

@@ -105,7 +105,8 @@ def _check_stage(config: "TrainConfig") -> None:
     if config.hint is not None and config.validation_prompts:
         raise ConfigError(
             f"--validation-prompts with --hint {config.hint}: the decoder that draws by a hint draws no picture from a "
-            "prompt alone; expected held-out samples to look at; give --val-fraction"
+            "prompt alone; expected held-out samples to look at, drawn by their own hints at each validation; give "
+            "--val-fraction"
         )
     if config.inpaint and config.validation_prompts:
         raise ConfigError(

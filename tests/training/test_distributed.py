@@ -28,17 +28,22 @@ SHAPED: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
 """Squares at 32 pixels seven at a time, five shapes at 64 two at a time at most, half of the turns mirrored."""
 COUNTED: dict[str, Any] = {"snr_gamma": 5.0}
 """From a cache whose samples have weights and repeats."""
+HINTED: dict[str, Any] = {
+    "hint": "edges", "loss_mask": True, MODEL: "following", "num_validation_images": 0, "val_fraction": 0.1
+}  # fmt: skip
+"""From a cache whose samples have control images, and of which the usual share would leave one to train on."""
 AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
     ("prior", {"compile": True, "noise_draws": 2, "class_prompt": ("a fox",), "num_class_rows": 3}),
     ("decoder", {"compile": True, "gradient_checkpointing": True}),
-    ("decoder", {"inpaint": True, "hole_loss": True}),
-    ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
+    ("decoder", {"inpaint": True, "hole_loss": True, "num_validation_images": 0}),
+    ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling", "num_validation_images": 1}),
     ("decoder", SHAPED),
     ("decoder", COUNTED),
+    ("decoder", HINTED),
 ]
-"""Stage, and what saves time or memory, draws masks or class rows, or reads pictures of several shapes."""
+"""Stage, and what saves time or memory, draws masks or class rows, or reads hints or pictures of several shapes."""
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip
@@ -70,9 +75,10 @@ def watch(objective):
     objective.predict = watched
 
 watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
-cache, bucketed, counted, *runs = sys.argv[1:]
+cache, bucketed, counted, controlled, *runs = sys.argv[1:]
 for run in map(json.loads, runs):
-    train(bucketed if run["resolution"] else counted if run["snr_gamma"] else cache, TrainConfig(**run))
+    path = bucketed if run["resolution"] else counted if run["snr_gamma"] else controlled if run["hint"] else cache
+    train(path, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
 """
@@ -143,20 +149,23 @@ def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    oracle: Path, cache: str, bucketed: Path, controlled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """All that two processes train here, one run after another: to start them takes longer than the runs.
 
     Each run leaves the samples that its processes saw in seen-RANK.json.
     """
     folder = tmp_path_factory.mktemp("two")
     decoder_like(folder / "filling", oracle, fills_holes)
+    (folder / "following").symlink_to(controlled / "following")
     as_one = [(stage, WATCHED | given(fast, folder)) for stage, fast in AS_ONE]
     runs = [settings(folder / f"as-one-{number}", stage, **asked) for number, (stage, asked) in enumerate(as_one)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
     for name, (stage, order) in BEGUN.items():
         runs.append(settings(folder / name, stage, max_train_steps=2, checkpointing_steps=2, **order))
     (folder / "script.py").write_text(SCRIPT)
-    caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted")]
+    caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted"), str(controlled / "squares")]
     subprocess.run(
         [*LAUNCHER, str(folder / "script.py"), *caches, *map(json.dumps, runs)],
         check=True,
@@ -167,12 +176,11 @@ def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("number", range(len(AS_ONE)))
 def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to_it(
-    cache: str, bucketed: Path, trained: Path, tmp_path: Path, number: int
+    cache: str, bucketed: Path, controlled: Path, trained: Path, tmp_path: Path, number: int
 ) -> None:
     stage, fast = AS_ONE[number]
-    path = {"resolution": str(bucketed / "cache"), "snr_gamma": str(trained / "counted")}.get(
-        next(iter(fast), ""), cache
-    )
+    others = {"resolution": bucketed / "cache", "snr_gamma": trained / "counted", "hint": controlled / "squares"}
+    path = str(others.get(next(iter(fast), ""), cache))
     plain = WATCHED | given(fast, trained) | {"compile": False, "gradient_checkpointing": False}
     two, one = trained / f"as-one-{number}", tmp_path / "one"
     train(path, config(one, stage, **plain))
