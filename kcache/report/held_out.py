@@ -19,10 +19,11 @@ from torch import Tensor
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained, without_advice
 from kcache.encoders.repositories import Repository
-from kcache.loader.chance import draw_noise
+from kcache.loader.chance import draw_noise, draw_own_mask
 from kcache.loader.masks import draw_masks, grow
 from kcache.objectives.blocks import evaluating
 from kcache.objectives.hinting import as_fed
+from kcache.objectives.inpainting import OWN_MASKS
 from kcache.report.grid import HELD_OUT
 from kcache.report.pictures import DECODER_STEPS, GUIDANCE_SCALE, on_device, unless_stopped
 from kcache.report.sampling import Embeds, draw_pictures
@@ -52,22 +53,29 @@ class HeldOut:
     """(1, 1 or 3, H, W) uint8 of the latents' own picture; None where a hole is filled."""
 
 
-def read_held_out(part: Cache, sample: int, turn: int, seed: int, hint: str | None = None) -> HeldOut:
+def read_held_out(
+    part: Cache, sample: int, turn: int, seed: int, hint: str | None = None, own_share: float = 0.0
+) -> HeldOut:
     """A sample of a part of a cache in which all latents have one shape, with what the seed and its turn draw.
 
-    `hint` is the field of the hint that it is drawn by; None has a hole filled.
+    `hint` is the field of the hint that it is drawn by; None has a hole filled: for a share `own_share` of the turns
+    that of the sample's own mask, where it has one.
     """
     # Its own embedding, and the one that guidance leads away from.
     embeds = part.read([sample, sample], ["image_embeds"], drop_image=np.array([False, True]))["image_embeds"]
-    read = part.read([sample], ["latents", *([] if hint is None else [hint])])
+    fields = ["latents", *([] if hint is None else [hint]), *([OWN_MASKS] if own_share else [])]
+    read = part.read([sample], fields)
     rows = {name: torch.from_numpy(array) for name, array in read.items()}
     turns, shape = np.array([turn]), read["latents"].shape[1:]
+    mask = draw_masks(seed, turns, *shape[1:], growth=False)[0, 0]  # which the pipeline grows
+    if own_share and draw_own_mask(seed, turns, own_share)[0] and not read[OWN_MASKS].all():
+        mask = read[OWN_MASKS][0, 0].astype(mask.dtype)
     return HeldOut(
         name=part.told(sample, "name"),
         embeds=(torch.from_numpy(embeds[:1]).float(), torch.from_numpy(embeds[1:]).float()),
         latents=rows["latents"].float(),
         noise=torch.from_numpy(draw_noise(seed, turns, shape)),
-        mask=draw_masks(seed, turns, *shape[1:], growth=False)[0, 0],  # which the pipeline grows
+        mask=mask,
         hint=None if hint is None else rows[hint],
     )
 

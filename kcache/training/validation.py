@@ -314,5 +314,6 @@ def _make_held_out(run: TrainingRun) -> "HeldOutPictures | None":
     hint = None if config.hint is None else hint_field(config.hint)
     # At the noise and the masks that they are measured with.
     chosen = first_looked_at(run.held_out, tuple(objective.row_shapes), count)
-    samples = [read_held_out(part, sample, turn, config.seed, hint) for part, sample, turn in chosen]
+    own = objective.own_share
+    samples = [read_held_out(part, sample, turn, config.seed, hint, own) for part, sample, turn in chosen]
     return HeldOutPictures(samples, config, run.base, objective.scheduler, run.accelerator.device)

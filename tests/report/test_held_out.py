@@ -22,7 +22,7 @@ from kcache.encoders.decoding import Decoding, decode_image
 from kcache.encoders.pixels import movq_pixels
 from kcache.encoders.repositories import PIPELINES, find_repository
 from kcache.loader import draw_masks
-from kcache.loader.chance import draw_noise
+from kcache.loader.chance import draw_noise, draw_own_mask
 from kcache.report import held_out
 from kcache.report.held_out import GREY, HeldOut, HeldOutPictures, read_held_out
 from kcache.store.cache import Cache
@@ -156,3 +156,21 @@ def test_pictures_have_the_shapes_that_they_have_in_the_cache(
     expected = [(width, height) for height, width in (part.shape or (0, 0) for part in parts) for _ in range(3)]
     assert [picture.size for picture in drawn] == expected
     assert len(set(expected)) > 2
+
+
+def test_the_hole_is_the_samples_own_where_its_turn_takes_that(controlled: Path) -> None:
+    part, turns = Cache.open(controlled / "squares"), range(40)
+    own = [part.read([sample], ["masks"])["masks"][0, 0] for sample in range(len(part))]
+    sample = next(number for number, mask in enumerate(own) if not mask.all())
+    whole = next(number for number, mask in enumerate(own) if mask.all())
+
+    def takes(number: int, turn: int, share: float) -> bool:
+        drawn, taken = (read_held_out(part, number, turn, SEED, own_share=each).mask for each in (0.0, share))
+        assert np.array_equal(taken, drawn) or np.array_equal(taken, own[number])
+        return not np.array_equal(taken, drawn)
+
+    assert all(takes(sample, turn, 1.0) for turn in turns)
+    assert not any(takes(whole, turn, 1.0) for turn in turns)
+    assert 0 < sum(takes(sample, turn, 0.5) for turn in turns) < len(turns)
+    as_measured = [bool(draw_own_mask(SEED, np.array([turn]), 0.5)[0]) for turn in turns]
+    assert [takes(sample, turn, 0.5) for turn in turns] == as_measured

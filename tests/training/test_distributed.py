@@ -214,7 +214,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(
 
 
 @pytest.mark.parametrize("number", [0, 2, 5, 6])
-def test_two_processes_hand_over_to_one(cache: str, bucketed: Path, trained: Path, tmp_path: Path, number: int) -> None:
+def test_two_processes_hand_over_to_one(caches: dict[str, str], trained: Path, tmp_path: Path, number: int) -> None:
     path, stage, plain = alone(number, caches, trained)
     two = trained / f"as-one-{number}"
     train(path, config(tmp_path, stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
