@@ -2,7 +2,6 @@
 
 - `learning`: the parameters that learn
 - `libraries`: which optimizer, of which library, and what its state takes
-- `low_bits`: torchao's optimizers, whose states are tensors of their own kinds
 - `one_by_one`: one parameter moved at a time: bfloat16 rounded stochastically, gradients freed, states on the host
 - `schedule`: the learning rate by step
 - `kept`: an optimizer's state as named tensors

@@ -1,6 +1,6 @@
 """An optimizer's state as named tensors, and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ _FOUND = ("d", "d_max", "d_numerator", "k")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of `optimizer`, each tensor named "parameter.entry", or "parameter.entry.part" where it has several."""
+    """The state of `optimizer`, each tensor named "parameter.entry"."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, parameter in trainable_parameters(network).items():
         for entry, value in optimizer.state.get(parameter, {}).items():
-            for key, tensor in _parts(f"{name}.{entry}", value):
-                # bitsandbytes shares its quantisation tables between parameters, which safetensors does not write.
-                tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-                seen.add(tensor.data_ptr())
+            tensor = _as_tensor(value)
+            # bitsandbytes shares its quantisation tables between parameters, which safetensors does not write.
+            tensors[f"{name}.{entry}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
     (group,) = optimizer.param_groups
     found = {entry: group[entry] for entry in _FOUND if entry in group}
     return tensors | {f"{_GROUP}.{entry}": _as_tensor(value) for entry, value in found.items()}
@@ -39,14 +39,10 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: tor
     of the parameters that learn.
     """
     parameters = trainable_parameters(network)
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(path).items():
-        name, entry = _named(key, parameters)
-        entry, _, part = entry.partition(".")
-        if part:
-            stored.setdefault(name, {}).setdefault(entry, {})[part] = tensor
-        else:
-            stored.setdefault(name, {})[entry] = tensor
+        name, _, entry = key.rpartition(".")
+        stored.setdefault(name, {})[entry] = tensor
     (group,) = optimizer.param_groups
     group |= {entry: tensor.item() for entry, tensor in stored.pop(_GROUP, {}).items() if entry in _FOUND}
     check_names(path, stored, parameters, network)
@@ -54,8 +50,7 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: tor
     for name, entries in stored.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            entry: _placed(entry, _whole(entry, value, parameter), parameter, optimizer)
-            for entry, value in entries.items()
+            entry: _placed(entry, tensor, parameter, optimizer) for entry, tensor in entries.items()
         }
 
 
@@ -69,14 +64,6 @@ def check_names(path: Path, stored: Iterable[str], names: Iterable[str], network
         )
 
 
-def _parts(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if hasattr(value, "__tensor_flatten__"):
-        for part in value.__tensor_flatten__()[0]:
-            yield f"{key}.{part}", getattr(value, part)
-    else:
-        yield key, _as_tensor(value)
-
-
 def _as_tensor(value: Any) -> torch.Tensor:
     """Some count steps in a Python int, others in a float tensor; what Prodigy finds are Python's floats."""
     if isinstance(value, torch.Tensor):
@@ -84,27 +71,12 @@ def _as_tensor(value: Any) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
-def _named(key: str, names: Iterable[str]) -> tuple[str, str]:
-    """The parameter and the entry that `key` is of; of no parameter that learns, what may have been one."""
-    name, _, entry = key.rpartition(".")
-    while name and name not in names and name != _GROUP:
-        name, _, part = name.rpartition(".")
-        entry = f"{part}.{entry}"
-    return (name, entry) if name else key.rpartition(".")[::2]
-
-
-def _whole(entry: str, value: Any, parameter: torch.Tensor) -> Any:
-    if isinstance(value, dict):
-        from kcache.training.optimizer.low_bits import low_bit_state  # not at the top: torchao may not be there
-
-        return low_bit_state(entry, value, parameter)
-    return int(value) if value.ndim == 0 and value.dtype == torch.int64 else value
-
-
-def _placed(entry: str, value: Any, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
-    """`value` where `optimizer` keeps it: beside its parameter, but counts of steps that torch keeps on the host."""
+def _placed(
+    entry: str, tensor: torch.Tensor, parameter: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> torch.Tensor | int:
+    """`tensor` where `optimizer` keeps it: beside its parameter, but counts of steps that torch keeps on the host."""
+    if tensor.ndim == 0 and tensor.dtype == torch.int64:
+        return int(tensor)
     on_host = entry == "step" and not optimizer.param_groups[0].get("fused")
     moves = one_by_one_in(optimizer)
-    if not isinstance(value, torch.Tensor) or on_host or (moves is not None and moves.offloaded):
-        return value
-    return value.to(parameter.device)
+    return tensor if on_host or (moves is not None and moves.offloaded) else tensor.to(parameter.device)

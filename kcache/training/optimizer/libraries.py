@@ -111,12 +111,6 @@ def _adamw_8bit(parameters: Parameters, config: TrainConfig, _: torch.device) ->
     return AdamW8bit(parameters, **_adam(config))
 
 
-def _adamw_4bit(parameters: Parameters, config: TrainConfig, _: torch.device) -> torch.optim.Optimizer:
-    from kcache.training.optimizer.low_bits import SteppedAdamW4bit
-
-    return SteppedAdamW4bit(parameters, compiled=config.compile, **_adam(config))
-
-
 def _adafactor(parameters: Parameters, config: TrainConfig, _: torch.device) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
@@ -135,26 +129,21 @@ def _prodigy(parameters: Parameters, config: TrainConfig, _: torch.device) -> to
     return Prodigy(parameters, **_adam(config))
 
 
-def _in_codes(bits: int, block: int) -> Callable[[torch.Size], int]:
-    """Two numbers of `bits` each for each weight, and a float32 scale for each `block`; small tensors in float32."""
-
-    def state(shape: torch.Size) -> int:
-        numbers = shape.numel()
-        return 8 * numbers if numbers < 4096 else 2 * (numbers * bits // 8 + 4 * math.ceil(numbers / block))
-
-    return state
+def _in_8_bits(shape: torch.Size) -> int:
+    """Two codes for each weight, and a float32 scale for each 256; of small tensors two float32 numbers."""
+    numbers = shape.numel()
+    return 8 * numbers if numbers < 4096 else 2 * (numbers + 4 * math.ceil(numbers / 256))
 
 
 def _of_adafactor(shape: torch.Size) -> int:
-    """A mean of squares for each row and column of a matrix, or for each number of a vector."""
+    """A mean of squares for each row and each column of the last two sides; of vectors for each number."""
     numbers = shape.numel()
     return 4 * (numbers // shape[-1] + numbers // shape[-2]) if len(shape) > 1 else 4 * numbers
 
 
 OPTIMIZERS: dict[OptimizerName, Kind] = {
     "adamw": Kind(make=_adamw, state=lambda shape: 8 * shape.numel()),
-    "adamw-8bit": Kind(make=_adamw_8bit, state=_in_codes(8, 256), library="bitsandbytes", extra="bitsandbytes"),
-    "adamw-4bit": Kind(make=_adamw_4bit, state=_in_codes(4, 128), library="torchao.optim", extra="torchao"),
+    "adamw-8bit": Kind(make=_adamw_8bit, state=_in_8_bits, library="bitsandbytes", extra="bitsandbytes"),
     "adafactor": Kind(make=_adafactor, state=_of_adafactor, unread=("adam_beta1", "adam_beta2", "adam_epsilon")),
     "prodigy": Kind(make=_prodigy, state=lambda shape: 16 * shape.numel(), library="prodigyopt", extra="prodigy"),
 }
