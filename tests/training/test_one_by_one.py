@@ -46,6 +46,20 @@ def test_updates_that_rounding_to_the_nearest_would_lose_are_learnt() -> None:
     assert float(weights.detach().float().mean()) == pytest.approx(1 - 50 * 1e-4, abs=2e-4)  # half a bfloat16 is 2e-3
 
 
+def test_what_watches_for_gradients_still_does_after_a_step() -> None:
+    """As data parallelism does, to sum them up."""
+    weights = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    accumulator = weights.expand_as(weights).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    seen: list[int] = []
+    accumulator.register_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
+    optimizer = OneByOne(torch.optim.AdamW([weights]))
+    for step in range(3):
+        weights.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert len(seen) == step + 1
+
+
 def test_a_gradient_is_used_and_freed_in_the_backward_pass_to_the_same_weights() -> None:
     torch.manual_seed(0)
     layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) for _ in range(2)]

@@ -76,32 +76,30 @@ class OneByOne(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _move(self, number: int, parameter: torch.Tensor) -> None:
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
             return
-        stored, gradient = parameter.data, parameter.grad
-        if stored.dtype != torch.float32:
-            parameter.grad = None  # a parameter's gradient has its dtype
-            parameter.data = stored.float()
-            parameter.grad = gradient.float()
-        self._bring_state(parameter, parameter.device)
+        low = parameter.dtype != torch.float32
+        # In the place of the parameter, whose dtype stays: what sums gradients of several processes up holds on to it.
+        moved = torch.nn.Parameter(parameter.float(), requires_grad=True) if low else parameter
+        moved.grad = gradient.float()
+        state = self._on(parameter.device, self.state.pop(parameter, {}))
         (group,) = self.made.param_groups
         try:
-            group["params"] = [parameter]
+            self.state[moved], group["params"] = state, [moved]
             self.made.step()
         finally:
             group["params"] = self._parameters
-        if self.offloaded:
-            self._bring_state(parameter, torch.device("cpu"))
-        if stored.dtype != torch.float32:
-            moved, parameter.grad = parameter.data, None
+            self.state[parameter] = self._on(torch.device("cpu"), self.state.pop(moved))
+        if low:
             generator = torch.Generator(parameter.device).manual_seed(draw_rounding(self._seed, self.steps, number))
-            parameter.data = stored.copy_(round_stochastically(moved, generator))
+            parameter.copy_(round_stochastically(moved.detach(), generator))
 
-    def _bring_state(self, parameter: torch.Tensor, device: torch.device) -> None:
-        state = self.state.get(parameter, {})
-        for entry, value in state.items():
-            if self.offloaded and isinstance(value, torch.Tensor):
-                state[entry] = value.to(device)
+    def _on(self, device: torch.device, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` on `device`, where states are offloaded; else as it is."""
+        if not self.offloaded:
+            return state
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def one_by_one_in(optimizer: torch.optim.Optimizer) -> OneByOne | None:
