@@ -120,6 +120,18 @@ class RunConfig(SourceConfig):
         kept=True,
         beside=("lora_rank",),
     )
+    use_dora: bool = setting(
+        False,
+        "Let adapters learn the length of each row of a weight beside its direction: DoRA.",
+        kept=True,
+        beside=("lora_rank",),
+    )
+    use_rslora: bool = setting(
+        False,
+        "Scale adapters by alpha / √rank, which keeps large ranks learning: rsLoRA.",
+        kept=True,
+        beside=("lora_rank",),
+    )
     lora_dropout: float = setting(
         0.0,
         "Share of the adapters' inputs that are zeroed in training.",

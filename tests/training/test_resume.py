@@ -40,7 +40,8 @@ ALL = {
 def test_every_step_is_one_to_go_on_from(
     cache: str, tmp_path: Path, stage: str, lora_rank: int | None, steps: Sequence[int]
 ) -> None:
-    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank}
+    variant = bool(lora_rank)
+    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank, "use_dora": variant, "use_rslora": variant}
     whole, last = tmp_path / "whole", f"checkpoint-{STEPS}"
     train(cache, config(whole, stage, **settings, checkpointing_steps=1))
     weights = WEIGHTS[stage] if lora_rank is None else LORA_WEIGHTS

@@ -45,6 +45,8 @@ def load_objective(
                 target_modules=config.lora_target_modules,
                 seed=config.seed,
                 whole=whole,
+                use_dora=config.use_dora,
+                use_rslora=config.use_rslora,
             )
             say_whole(network, whole)
     elif config.weights == "bf16":
