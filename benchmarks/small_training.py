@@ -1,6 +1,6 @@
 """What a step of training the whole decoder takes in memory, with what takes less of it, and that it learns.
 
-    python benchmarks/small_training.py --output benchmarks/results
+    python benchmarks/small_training.py
     python benchmarks/small_training.py --model-size full --resolution 256 --ways "bf16, adamw-8bit" \\
         "bf16, adamw-8bit, fused backward" --output benchmarks/results
 
@@ -148,7 +148,7 @@ def main() -> None:
         sizes = ", ".join(f"{name} {row[f'{name}_bytes'] / 1e9:.2f} GB" for name in ("weights", "state", "peak"))
         losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
         print(f"{way}: losses {losses}; {sizes}; {row['step_seconds']} s a step", flush=True)
-    write_outcome(arguments.output, "small_training", vars(arguments), results, arguments.model_size)
+    write_outcome(arguments.output, "small_training", vars(arguments), results)
 
 
 if __name__ == "__main__":
