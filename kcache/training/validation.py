@@ -33,7 +33,7 @@ from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.columns import packed
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.log import RunLog
-from kcache.training.optimizer import averaged
+from kcache.training.optimizer.average import averaged
 from kcache.training.run import TrainingRun
 
 if TYPE_CHECKING:
