@@ -82,7 +82,7 @@ def take_step(
         torch.nn.utils.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def peak_of(work: Any, held: int) -> tuple[float, int]:
