@@ -48,6 +48,21 @@ from kcache.training.preservation.rows import ClassRows, keep_rows
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
+def checkpoint_files(config: TrainConfig, network: ModelMixin) -> dict[str, int]:
+    """The files of a checkpoint of a run that trains `network`, and about how many bytes each will have."""
+    parameters = trainable_parameters(network)
+    learning = sum(parameter.nbytes for parameter in parameters.values())
+    # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
+    small = sum(parameter.nbytes for parameter in parameters.values() if parameter.numel() < 4096)
+    moments = small + (learning - small) // 4 * 65 // 64 if config.use_8bit_adam else learning
+    adapts = config.lora_rank is not None
+    files = {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(network), CONFIG_NAME: 0}
+    files |= {OPTIMIZER_FILE: 2 * moments, STATE_FILE: 0, **({AVERAGE_FILE: learning} if config.use_ema else {})}
+    # Of each there are headers and names, too.
+    names = sum(map(len, parameters)) + 256 * len(parameters)
+    return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
+
+
 @dataclass(kw_only=True)
 class TrainingRun:
     """All that the training loop works with."""
@@ -192,21 +207,7 @@ class TrainingRun:
     @property
     def checkpoint_files(self) -> dict[str, int]:
         """The files of a checkpoint and about how many bytes each has, before the optimizer has made its state."""
-        adapts, learning = self.config.lora_rank is not None, sum(parameter.nbytes for parameter in self.learning)
-        # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
-        small = sum(parameter.nbytes for parameter in self.learning if parameter.numel() < 4096)
-        moments = small + (learning - small) // 4 * 65 // 64 if self.config.use_8bit_adam else learning
-        files = (
-            {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(self.network), CONFIG_NAME: 0}
-        )
-        files |= {
-            OPTIMIZER_FILE: 2 * moments,
-            STATE_FILE: 0,
-            **({AVERAGE_FILE: learning} if self.average is not None else {}),
-        }
-        # Of each there are headers and names, too.
-        names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
-        return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
+        return checkpoint_files(self.config, self.network)
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
