@@ -39,17 +39,23 @@ def empty_network(stage: str, folder: Path) -> ModelMixin:
 
 
 def rehearse(
-    objective: Objective, config: TrainConfig, batch: Mapping[str, torch.Tensor], device: torch.device
+    objective: Objective,
+    config: TrainConfig,
+    batch: Mapping[str, torch.Tensor],
+    device: torch.device,
+    *,
+    scratch: bool = True,
 ) -> Ledger:
     """Count the memory of training `objective` on batches like `batch` by the settings of `config`, on `device`.
 
     The objective's network comes from `empty_network`, and is one of fake tensors afterwards. Of `batch`, what lies on
     the meta device has no data, either; what does not, captions' offsets (B + 1,) and timesteps (B,), is computed with.
+    Without `scratch` nothing is added for what a CPU's operations take for themselves.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # not at the top: it brings the compiler with it
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    ledger = Ledger(fake, cpu_scratch if device.type == "cpu" else no_scratch)
+    ledger = Ledger(fake, cpu_scratch if scratch and device.type == "cpu" else no_scratch)
 
     def hollow(tensor: torch.Tensor) -> torch.Tensor:
         with fake:
