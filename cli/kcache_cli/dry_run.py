@@ -96,8 +96,8 @@ def _lines(forecast: "Forecast") -> Iterator[str]:
         f"rows: {bytes_text(forecast.row_bytes)}, residency {forecast.residency}; "
         f"{counted(forecast.steps, 'step')} of {counted(forecast.global_batch, 'sample')}, {forecast.epochs:.3g} epochs"
     )
-    size = bytes_text(forecast.checkpoint_bytes)
-    yield f"{counted(forecast.checkpoints, 'checkpoint')} in the end, of {size} each"
+    each = bytes_text(forecast.checkpoint_bytes)
+    yield f"{counted(forecast.checkpoints, 'checkpoint')} in the end, of {each} each"
     if forecast.step_seconds is None:
         yield "time: not known, as no step of this run was measured yet"
     else:
