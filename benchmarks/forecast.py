@@ -86,7 +86,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def compared(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rehearsed and real peak of each setting, and their ratio."""
-    bases = {stage: write_base(folder / stage, stage, options.model_size) for stage in ("prior", "decoder")}
+    networks = read_configs(options.model_size)
+    bases = {
+        stage: write_base(folder / stage, stage, networks[PIPELINES[stage].network]) for stage in ("prior", "decoder")
+    }
     resolution = options.resolution or (128 if options.model_size == "tiny" else 256)
     for name, (stage, size, settings) in settings_of(options.model_size).items():
         if options.only and not name.startswith(tuple(options.only)):
@@ -111,11 +114,11 @@ def compared(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, An
         yield result
 
 
-def write_base(folder: Path, stage: str, size: str) -> Repository:
+def write_base(folder: Path, stage: str, network: dict[str, Any]) -> Repository:
     """A pipeline of configurations alone."""
     component = PIPELINES[stage].network
     (folder / component).mkdir(parents=True)
-    (folder / component / "config.json").write_text(json.dumps(read_configs(size)[component]))
+    (folder / component / "config.json").write_text(json.dumps(network))
     DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012).save_pretrained(folder / "scheduler")
     return Repository(name=stage, path=folder, revision=None)
 

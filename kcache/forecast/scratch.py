@@ -20,6 +20,8 @@ _FORWARD = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 _FEW = 20_480
 """Numbers of a single input up to which torch unfolds it."""
+_TINY = 2
+"""Pixels along a side up to which oneDNN has each thread make parts of the weights' gradient of its own."""
 
 
 def cpu_scratch(operation: Any, arguments: tuple[Any, ...]) -> int:
@@ -45,7 +47,10 @@ def _backward(gradient: Tensor, inputs: Tensor, weight: Tensor, *, stride: Seque
     reordered = weight.nbytes + (0 if _channels_last(gradient) else gradient.nbytes) if last else 0
     if _unfolds(inputs, weight, stride):
         return reordered + (_unfolded(inputs, weight, gradient.shape[2:]) if wants[1] else 0)
-    if last:
+    if max(gradient.shape[2:]) <= _TINY and min(weight.shape[2:]) > 1:
+        for_input = weight.nbytes + (reordered or gradient.nbytes)
+        for_weight = reordered + 4 * (torch.get_num_threads() * weight.nbytes + gradient.nbytes + inputs.nbytes)
+    elif last:
         for_input, for_weight = reordered + weight.nbytes, reordered + 2 * weight.nbytes
     else:
         for_input = max(gradient.nbytes + weight.nbytes, inputs.nbytes)

@@ -1,56 +1,45 @@
-"""A step without data takes, by the ledger, what torch's allocator gives out in a step with data."""
+"""A step without data takes, by the ledger, what torch's allocator gives out in the trainer's own steps with data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import forecast as benchmark
 import pytest
 import torch
-from measuring.allocated import allocated_peak
-from short_runs import config
+from short_runs import STAGES, config
 
-from kcache.encoders.repositories import PIPELINES, find_repository
+from kcache.encoders.repositories import PIPELINES, Repository
 from kcache.forecast.rehearsal import empty_network, rehearse
 from kcache.training.network.objective import load_objective
-from kcache.training.optimizer import make_optimizer
-
-BATCH = 4
 
 
-def batch_on(device: str) -> dict[str, torch.Tensor]:
-    """A batch of the recorded decoder's."""
-    shapes = {"image_embeds": (BATCH, 32), "latents": (BATCH, 4, 16, 16), "noise": (BATCH, 4, 16, 16)}
-    rows = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-    return rows | {"timesteps": torch.zeros(BATCH, dtype=torch.int64)}
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, oracle: Path) -> dict[str, Repository]:
+    """Pipelines of the recorded configurations alone, by stage."""
+    folder, found = tmp_path_factory.mktemp("bases"), {}
+    for stage in STAGES:
+        network = json.loads((oracle / stage / PIPELINES[stage].network / "config.json").read_text())
+        found[stage] = benchmark.write_base(folder / stage, stage, network)
+    return found
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("stage", "settings"),
     [
-        {"gradient_accumulation_steps": 1},
-        {"gradient_checkpointing": True},
-        {"lora_rank": 4},
-        {"mixed_precision": "bf16"},
+        ("decoder", {"use_ema": True}),
+        ("decoder", {"lora_rank": 4, "gradient_checkpointing": True, "gradient_accumulation_steps": 1}),
+        ("decoder", {"mixed_precision": "bf16", "gradient_accumulation_steps": 1}),
+        ("prior", {}),
+        ("prior", {"lora_rank": 4, "mixed_precision": "bf16", "gradient_checkpointing": True}),
     ],
 )
-def test_what_is_counted_is_what_is_allocated(oracle: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    run = config(tmp_path, "decoder", **settings)
-    base = find_repository(str(oracle / "decoder"), None, PIPELINES["decoder"].components)
-    counted = rehearse(load_objective(run, base, None, load=empty_network), run, batch_on("meta"), torch.device("cpu"))
-    objective = load_objective(run, base, None).train()
-    optimizer = make_optimizer(objective.network, run, torch.device("cpu"))
-    batch = batch_on("cpu")
-
-    def step() -> None:
-        for _ in range(run.gradient_accumulation_steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.mixed_precision == "bf16"):
-                loss = objective(batch, batch["noise"], batch["timesteps"])
-            (loss / 2).backward()
-            del loss
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    weights = sum(tensor.nbytes for tensor in objective.state_dict().values())
-    measured = weights + allocated_peak(lambda: [step() for _ in range(2)])
-    assert counted.peak - counted.most["batch"] == pytest.approx(measured, rel=0.03)
-    assert counted.most["weights"] == weights
+def test_what_is_counted_is_what_is_allocated(
+    bases: dict[str, Repository], tmp_path: Path, stage: str, settings: dict[str, Any]
+) -> None:
+    run = config(tmp_path, stage, **settings)
+    objective = load_objective(run, bases[stage], None, load=empty_network)
+    batch = benchmark.make_batch(objective, 4, 64, run.noise_draws)
+    ledger = rehearse(objective, run, batch, torch.device("cpu"))
+    measured = benchmark.real_peak(run, bases[stage], batch)
+    assert ledger.peak - ledger.most["batch"] == pytest.approx(measured, rel=0.03)
