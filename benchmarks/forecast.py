@@ -31,7 +31,11 @@ from kcache.forecast.rehearsal import empty_network, rehearse
 from kcache.objectives.losses import Objective
 from kcache.training.accelerator import make_accelerator
 from kcache.training.network.objective import load_objective
-from kcache.training.optimizer import make_average, make_optimizer, make_schedule, trainable_parameters
+from kcache.training.optimizer.average import make_average
+from kcache.training.optimizer.learning import trainable_parameters
+from kcache.training.optimizer.libraries import make_optimizer
+from kcache.training.optimizer.one_by_one import one_by_one_in
+from kcache.training.optimizer.schedule import make_schedule
 from kcache.training.trainer import take_step
 
 LEVERS: dict[str, dict[str, Any]] = {
@@ -46,6 +50,12 @@ LEVERS: dict[str, dict[str, Any]] = {
         "use_ema": True,
     },
 }
+SMALL: dict[str, dict[str, Any]] = {
+    "weights-bf16": {"mixed_precision": "bf16", "weights": "bf16"},
+    "fused": {"fused_backward": True},
+    "adafactor": {"optimizer": "adafactor"},
+}
+"""What takes less memory in training a whole network."""
 OF_THE_PRIOR: dict[str, dict[str, Any]] = {
     "padded": {"packing": False},
     "draws4": {"noise_draws": 4},
@@ -53,7 +63,7 @@ OF_THE_PRIOR: dict[str, dict[str, Any]] = {
 
 
 def settings_of(size: str) -> dict[str, tuple[str, int, dict[str, Any]]]:
-    """Name → stage, samples of a batch and settings: thirty of the scale model, six of the published networks."""
+    """Name → stage, samples of a batch and settings: of the scale model, or six of the published networks."""
     found: dict[str, tuple[str, int, dict[str, Any]]] = {}
     if size == "full":
         for stage, batches in {"prior": (1, 16), "decoder": (1,)}.items():
@@ -65,7 +75,7 @@ def settings_of(size: str) -> dict[str, tuple[str, int, dict[str, Any]]]:
         for batch, lora, lean in product(batches, (None, 16), (False, True)):
             words = [stage, f"b{batch}", *(["lora16"] if lora else []), *(["checkpointing"] if lean else [])]
             found["-".join(words)] = stage, batch, {"lora_rank": lora, "gradient_checkpointing": lean}
-        levers = LEVERS | (OF_THE_PRIOR if stage == "prior" else {})
+        levers = LEVERS | SMALL | (OF_THE_PRIOR if stage == "prior" else {})
         for name, lever in levers.items():
             found[f"{stage}-b{batches[1]}-{name}"] = stage, batches[1], lever
     return found
@@ -164,6 +174,7 @@ def real_peak(config: TrainConfig, base: Repository, batch: dict[str, torch.Tens
         optimizer=optimizer,
         lr_scheduler=make_schedule(optimizer, config, 2),
         average=average,
+        one_by_one=one_by_one_in(optimizer),
         learning=list(trainable_parameters(raw.network).values()),
         loader=SimpleNamespace(consumed=0, weight=1.0),
         kept_on_failure=nullcontext,

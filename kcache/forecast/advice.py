@@ -1,6 +1,6 @@
 """The least change of flags by which a run would fit: tried by rehearsing the run with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -9,12 +9,20 @@ from kcache.errors import KcacheError
 from kcache.settings import marks_of
 
 TAKE_LESS: tuple[tuple[str, object], ...] = (
+    ("ema_device", "cpu"),
+    ("offload_optimizer", True),
     ("gradient_checkpointing", True),
+    ("fused_backward", True),
     ("mixed_precision", "bf16"),
-    ("use_8bit_adam", True),
+    ("optimizer", "adamw-8bit"),
+    ("weights", "bf16"),
     ("lora_rank", 16),
 )
 """Settings that take less memory, beside smaller batches: first what changes nothing of the result, last what most."""
+_OF_WHOLE_NETWORKS = ("offload_optimizer", "fused_backward", "weights")
+"""Those that do not go with adapters."""
+_TO_THE_HOST = ("ema_device", "offload_optimizer")
+"""Those that change nothing where the run computes on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,9 @@ class Advice:
     """Bytes that it would take with them."""
 
 
-def least_change(config: TrainConfig, available: int, peak: Callable[[TrainConfig], int]) -> Advice | None:
+def least_change(
+    config: TrainConfig, available: int, peak: Callable[[TrainConfig], int], *, on_host: bool = False
+) -> Advice | None:
     """The flags by which a run of `config` would take no more than `available` bytes; None where none do.
 
     `peak` gives the bytes that a run of some settings takes. What changes the result least is tried first: smaller
@@ -40,23 +50,32 @@ def least_change(config: TrainConfig, available: int, peak: Callable[[TrainConfi
             known[changed] = peak(changed)
         return known[changed] <= available
 
-    found = _first_that_fits(config, fits)
+    ways = [way for way in TAKE_LESS if not (on_host and way[0] in _TO_THE_HOST)]
+    found = _first_that_fits(config, ways, fits)
     if found is None:
         return None
     found = _with_larger_batches(config, found, fits)
-    for name, _ in reversed(TAKE_LESS):
+    for name, _ in reversed(ways):
         undone = _changed(found, name, getattr(config, name))
         if undone is not None and undone != found and fits(undone):
             found = undone
     return Advice(flags=_flags(config, found), peak=known[found])
 
 
-def _first_that_fits(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:
+def _first_that_fits(
+    config: TrainConfig, ways: Sequence[tuple[str, object]], fits: Callable[[TrainConfig], bool]
+) -> TrainConfig | None:
     """By as few kinds of changes as it takes, of each as much as there is."""
     smallest = _in_batches_of(config, _halves(config)[-1])
-    for name, value in TAKE_LESS:
-        smallest = _changed(smallest, name, value) or smallest
-        if fits(smallest):
+    for name, value in ways:
+        if name == "lora_rank":
+            smallest = replace(smallest, **{each: getattr(config, each) for each in _OF_WHOLE_NETWORKS})
+        changed = _changed(smallest, name, value)
+        if changed is None:
+            continue
+        smallest = changed
+        # What comes before checkpointing is tried with it.
+        if name not in _TO_THE_HOST and fits(smallest):
             return smallest
     return None
 
@@ -88,7 +107,7 @@ def _changed(config: TrainConfig, name: str, value: object) -> TrainConfig | Non
         return None
     if name == "mixed_precision" and value == "bf16" and old == "fp16":
         return None
-    if name == "use_8bit_adam" and value and not _has_bitsandbytes():
+    if name == "optimizer" and value == "adamw-8bit" and (config.use_8bit_adam or not _has_bitsandbytes()):
         return None
     try:
         return replace(config, **{name: value})  # type: ignore[arg-type]

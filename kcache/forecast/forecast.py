@@ -13,7 +13,7 @@ from kcache.forecast.plan import RunPlan, plan_run
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
-from kcache.training.optimizer import trainable_parameters
+from kcache.training.optimizer.learning import trainable_parameters
 from kcache.training.run import checkpoint_files
 
 
@@ -81,7 +81,7 @@ def forecast_run(cache: str | Path | Cache, config: TrainConfig, *, device_memor
     fits = None if available is None else max(peak, least) <= available
     advice = None
     if available is not None and peak > available >= least:
-        advice = least_change(config, available, lambda changed: sum(plan.memory(changed)[0].values()))
+        advice = least_change(config, available, lambda changed: sum(plan.memory(changed)[0].values()), on_host=on_host)
     saved = math.ceil(plan.steps / config.checkpointing_steps)
     return Forecast(
         parameters=sum(each.numel() for each in network.parameters()),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 KINDS = ("weights", "gradients", "optimizer", "average", "batch", "activations")
 """What memory is for. Activations are all that has no other name: also what an operation needs for itself."""
 
+HOST = "host"
+"""The kind of what lies in the host's memory, and is not counted among a device's."""
+
 Scratch = Callable[[Any, tuple[Any, ...]], int]
 """Bytes that an operation takes for itself, beyond what it gives: of the operation and its arguments."""
 
@@ -27,6 +30,10 @@ Scratch = Callable[[Any, tuple[Any, ...]], int]
 def no_scratch(operation: Any, arguments: tuple[Any, ...]) -> int:
     """Of a device whose operations are not known to take anything for themselves."""
     return 0
+
+
+_UNSEEDED = {torch.ops.aten.randint.generator: torch.ops.aten.randint.default}
+"""Operations that draw from a generator, and the same without."""
 
 
 class Ledger(TorchDispatchMode):
@@ -77,13 +84,16 @@ class Ledger(TorchDispatchMode):
         self.now[kind] -= size
 
     def _look(self, scratch: int = 0) -> None:
-        if sum(self.now.values()) + scratch > self.peak:
-            self.most = dict(self.now + Counter({"activations": scratch}))
+        if sum(self.now.values()) - self.now[HOST] + scratch > self.peak:
+            self.most = dict(self.now + Counter({"activations": scratch, HOST: -self.now[HOST]}))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, without data where one of its arguments has none, and count what it gives."""
         given = kwargs or {}
         is_fake = any(_has_no_data(leaf) for leaf in tree_leaves((args, given)))
+        if given.get("generator") is not None:  # nobody looks at what is drawn
+            is_fake, given = True, {name: value for name, value in given.items() if name != "generator"}
+            func = _UNSEEDED.get(func, func)
         with self._fake if is_fake else nullcontext():
             made = func(*args, **given)
         for leaf in tree_leaves(made):

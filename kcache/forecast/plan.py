@@ -21,7 +21,7 @@ from kcache.objectives.losses import Objective
 from kcache.store.cache import Cache
 from kcache.training.choice import Choice, check_cache_fits, choose_run, tables_read
 from kcache.training.network.objective import load_objective
-from kcache.training.optimizer import trainable_parameters
+from kcache.training.optimizer.learning import trainable_parameters
 from kcache.training.publish import check_publishing
 from kcache.training.resume import check_output_dir, check_same_run, last_step
 
@@ -62,7 +62,7 @@ class RunPlan:
         """Bytes on the device when there are most, by kind, of a run with these settings; and in which batch."""
         objective, accelerator = self.objective(config), self.choice.accelerator
         largest = largest_batch(objective, self.choice.parts, config, weighted=self.weighted)
-        ledger = rehearse(objective, config, largest.tensors, accelerator.device, scratch=not self.elsewhere)
+        ledger = rehearse(objective, config, largest.tensors, accelerator.device, elsewhere=self.elsewhere)
         found = {kind: ledger.most.get(kind, 0) for kind in KINDS}
         found["batch"] *= 1 + PREFETCH_BATCHES  # those that wait ready lie on the device, too
         if accelerator.num_processes > 1:

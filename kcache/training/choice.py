@@ -26,7 +26,7 @@ from kcache.training.accelerator import make_accelerator
 from kcache.training.network.decoder import check_decoder
 from kcache.training.network.limits import check_batch
 from kcache.training.network.saved import find_adapted
-from kcache.training.optimizer import check_optimizer
+from kcache.training.optimizer.libraries import check_optimizer, check_placement
 from kcache.training.resume import (
     NewOrder,
     adapted_weights,
@@ -70,6 +70,7 @@ def choose_run(cache: str | Path | Cache, config: TrainConfig, *, unread: bool =
     check_optimizer(config)
     check_attention(config.attention, OBJECTIVES[config.stage].network_class)
     accelerator = make_accelerator(config)
+    check_placement(config, accelerator.device, accelerator.num_processes)
     if config.residency == "gpu" and accelerator.device.type == "cpu":
         raise ConfigError(
             "--residency gpu was given, but the run computes on the CPU; expected a GPU that can hold the rows; give "

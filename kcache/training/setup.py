@@ -18,7 +18,9 @@ from kcache.store.checkpoint import Checkpoint
 from kcache.training.accelerator import wait_for_all
 from kcache.training.choice import check_cache_fits, choose_run, tables_read
 from kcache.training.network.objective import load_objective
-from kcache.training.optimizer import make_average, make_optimizer, make_schedule
+from kcache.training.optimizer.average import make_average
+from kcache.training.optimizer.libraries import make_optimizer
+from kcache.training.optimizer.schedule import make_schedule
 from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import check_same_run, last_step, take_place
 from kcache.training.run import TrainingRun

@@ -188,7 +188,10 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
                 loss = loss * run.loader.weight  # a sample of a rare shape counts as much as any other
                 accelerator.backward(loss)
             losses.append(run.raw_objective.told(loss))
-        grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
+        if run.one_by_one is not None and config.fused_backward:
+            grad_norm = run.one_by_one.take_norm()
+        else:
+            grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
     run.optimizer.step()
     run.lr_scheduler.step()
     run.optimizer.zero_grad()

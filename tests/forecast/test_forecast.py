@@ -86,7 +86,7 @@ def test_the_largest_batch_has_captions_that_there_are(cache: str, tmp_path: Pat
 def test_a_device_that_has_too_little_is_answered_with_flags(
     unread: tuple[str, dict[str, Any]], tmp_path: Path, said: Callable[..., Forecast], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advice, "TAKE_LESS", advice.TAKE_LESS[:1])
+    monkeypatch.setattr(advice, "TAKE_LESS", (("gradient_checkpointing", True),))
     run, room = config(tmp_path / "run", **unread[1]), said().peak - said().memory["rows"] - 1
     found = forecast_run(unread[0], run, device_memory=room)
     assert (found.fits, found.device) == (False, "another device")
@@ -97,13 +97,13 @@ def test_a_device_that_has_too_little_is_answered_with_flags(
     assert (nothing.fits, nothing.advice) == (False, None)
 
 
-SIZES = {"gradient_checkpointing": 30, "mixed_precision": 20, "use_8bit_adam": 5, "lora_rank": 15}
+SIZES = {"gradient_checkpointing": 30, "mixed_precision": 20, "weights": 7, "lora_rank": 15}
 
 
 def taken(changed: TrainConfig) -> int:
     """Bytes that a run of these settings takes, as the tests of advice have it."""
     size = 100 + changed.train_batch_size
-    return size - sum(less for name, less in SIZES.items() if getattr(changed, name) not in (False, None, "no"))
+    return size - sum(less for name, less in SIZES.items() if getattr(changed, name) not in (False, None, "no", "fp32"))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,17 @@ def taken(changed: TrainConfig) -> int:
         (104, {}, ("--gradient-checkpointing",)),
         (76, {}, ("--train-batch-size 4", "--gradient-accumulation-steps 4", "--gradient-checkpointing")),
         (58, {}, ("--gradient-checkpointing", "--mixed-precision bf16")),
+        (
+            50,
+            {},
+            (
+                "--train-batch-size 4",
+                "--gradient-accumulation-steps 4",
+                "--gradient-checkpointing",
+                "--mixed-precision bf16",
+                "--weights bf16",
+            ),
+        ),
         (43, {}, ("--gradient-checkpointing", "--mixed-precision bf16", "--lora-rank 16")),
         (45, {"gradient_checkpointing": True, "mixed_precision": "bf16"}, ("--lora-rank 16",)),
         (20, {}, None),

@@ -4,4 +4,5 @@
 - `originals`: the picture that is drawn onto, with the mask of its hole, or that is drawn by
 - `sizes`: the height and width, by what was trained on
 - `reconstructions`: samples decoded from their rows
+- `strips`: what a run drew, for its report
 """

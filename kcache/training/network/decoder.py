@@ -10,7 +10,7 @@ from kcache.encoders.repositories import FOLLOWING, INPAINTING, PIPELINES, Repos
 from kcache.errors import ModelError
 from kcache.objectives.widening import is_plain, learnt_whole, widen_for_hints, widen_for_masks
 from kcache.store.run_directory import logger
-from kcache.training.optimizer import trainable_parameters
+from kcache.training.optimizer.learning import trainable_parameters
 
 _BASE = "--pretrained-decoder-model-name-or-path"
 

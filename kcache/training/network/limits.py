@@ -30,7 +30,9 @@ def _what_takes_less(config: TrainConfig) -> str:
         "--gradient-checkpointing": not config.gradient_checkpointing,
         "--mixed-precision bf16": config.mixed_precision == "no",
         "--lora-rank 16": config.lora_rank is None,
-        "--use-8bit-adam": not config.use_8bit_adam and config.lora_rank is None,
+        "--optimizer adamw-8bit": config.chosen_optimizer in ("adamw", "prodigy") and config.lora_rank is None,
+        "--weights bf16 with --mixed-precision bf16": config.weights == "fp32" and config.lora_rank is None,
+        "--ema-device cpu": config.use_ema and config.ema_device is None,
         "--residency mmap": config.residency not in ("mmap", "stream"),
         "no --validation-prompts": bool(config.validation_prompts),
     }

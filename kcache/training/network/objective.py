@@ -36,15 +36,15 @@ def load_objective(
 ) -> Objective:
     """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
 
-    The parameters that learn are float32. With adapters the others never change, and are kept in the dtype that mixed
-    precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are of pictures
-    of several shapes; with `own_masks` samples have such. `load` is what gives the network of a stage in a pipeline's
-    folder. Raises the KcacheError of what does not fit the network.
+    The parameters that learn have the dtype of --weights. With adapters, float32, the others never change, and are kept
+    in the dtype that mixed precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are
+    of pictures of several shapes; with `own_masks` samples have such. `load` is what gives the network of a stage in a
+    pipeline's folder. Raises the KcacheError of what does not fit the network.
     """
     network = load(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     whole = begin(network, config, base) if saved is None else ()
     if config.lora_rank is not None:
-        _keep_frozen(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
+        _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
         if saved is not None:
             load_lora(network, saved, trainable=True, dropout=config.lora_dropout)
         else:
@@ -56,8 +56,12 @@ def load_objective(
                 target_modules=config.lora_target_modules,
                 seed=config.seed,
                 whole=whole,
+                use_dora=config.use_dora,
+                use_rslora=config.use_rslora,
             )
             say_whole(network, whole)
+    elif config.weights == "bf16":
+        _keep_in(network, torch.bfloat16, ())
     choose_attention(network, config.attention)
     if config.gradient_checkpointing:
         recompute_blocks(network)
@@ -96,8 +100,8 @@ def _decoder_objective(config: TrainConfig, network: ModelMixin, base: Repositor
     )
 
 
-def _keep_frozen(network: ModelMixin, dtype: torch.dtype, whole: Sequence[str]) -> None:
-    """Bring what never changes beside adapters into `dtype`: not what the target is normalised by, nor what learns."""
+def _keep_in(network: ModelMixin, dtype: torch.dtype, whole: Sequence[str]) -> None:
+    """Bring all weights into `dtype`, but those that the target is normalised by, and those of the modules `whole`."""
     kept = ("clip_mean", "clip_std", *(f"{module}." for module in whole))
     for name, parameter in network.named_parameters():
         if not name.startswith(kept):
