@@ -14,6 +14,7 @@ from kcache.errors import ConfigError, RunError
 from kcache.tally import counted
 from kcache.urls import hub_cache
 from kcache_cli.config_file import ConfigOption
+from kcache_cli.dry_run import Asked, DeviceMemoryOption, DryRunOption, JsonOption, dry_run_text
 from kcache_cli.flags import with_flags
 from kcache_cli.progress import Report, say, show_training
 
@@ -36,6 +37,9 @@ def train_prior(
     *,
     config: ConfigOption = None,
     sweep: SweepOption = None,
+    dry_run: DryRunOption = False,
+    device_memory: DeviceMemoryOption = None,
+    as_json: JsonOption = False,
     **settings: Any,
 ) -> None:
     """Train the prior: from caption to image embedding.
@@ -50,10 +54,12 @@ def train_prior(
       kcache train-prior caches/photos-768 --output-dir runs/prior --resume-from-checkpoint latest
       kcache train-prior caches/photos-768 --output-dir runs/lora --lora-rank 16 --validation-prompts "a red fox"
       kcache train-prior --config run.toml --learning-rate 3e-5
+      kcache train-prior caches/photos-768 --output-dir runs/prior --train-batch-size 64 --dry-run
       kcache train-prior caches/photos-768 --output-dir runs/rates --sweep rates.toml --val-fraction 0.02
       kcache train-prior caches/photos-768 --output-dir runs/baseline --online photos/ --max-train-steps 100
     """
-    _train("prior", context, cache, sweep, settings)
+    asked = Asked(dry_run, device_memory, as_json)
+    _train("prior", context, cache, sweep, asked, settings)
 
 
 @with_flags(TrainConfig, "decoder")
@@ -63,6 +69,9 @@ def train_decoder(
     *,
     config: ConfigOption = None,
     sweep: SweepOption = None,
+    dry_run: DryRunOption = False,
+    device_memory: DeviceMemoryOption = None,
+    as_json: JsonOption = False,
     **settings: Any,
 ) -> None:
     """Train the decoder: from image embedding to picture.
@@ -77,14 +86,21 @@ def train_decoder(
       kcache train-decoder caches/photos --output-dir runs/decoder-512 --resolution 512 --mixed-precision bf16
       kcache train-decoder caches/photos-768 --output-dir runs/lora --lora-rank 16 --validation-prompts "a red fox"
       kcache train-decoder --config run.toml --learning-rate 3e-5
+      kcache train-decoder caches/photos-768 --output-dir runs/decoder --dry-run --device-memory 24GB
       kcache train-decoder caches/photos-768 --output-dir runs/rates --sweep rates.toml --val-fraction 0.02
       kcache train-decoder caches/photos-768 --output-dir runs/decoder --resume-from-checkpoint latest
     """
-    _train("decoder", context, cache, sweep, settings)
+    asked = Asked(dry_run, device_memory, as_json)
+    _train("decoder", context, cache, sweep, asked, settings)
 
 
 def _train(
-    stage: Literal["prior", "decoder"], context: typer.Context, cache: str, sweep: Path | None, settings: dict[str, Any]
+    stage: Literal["prior", "decoder"],
+    context: typer.Context,
+    cache: str,
+    sweep: Path | None,
+    asked: Asked,
+    settings: dict[str, Any],
 ) -> None:
     if context.args:
         raise typer.BadParameter(
@@ -96,7 +112,9 @@ def _train(
     _check_launcher(config)
     _check_cache(cache)
     _check_stage(cache, config)
-    if sweep is None:
+    if asked.check(sweep):
+        _say_once(dry_run_text(cache, config, asked))
+    elif sweep is None:
         _run(cache, config)
     else:
         _sweep(cache, config, sweep)

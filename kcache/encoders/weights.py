@@ -57,7 +57,7 @@ def weights_digest(
     record, it stays. `say` is told of large files that are not remembered and have to be read. Raises ModelError when
     there are no such files.
     """
-    index, files = _weights_files(repository, component)
+    index, files = weights_files(repository, component)
 
     def of_file(path: Path) -> bytes:
         size = path.stat().st_size
@@ -146,8 +146,8 @@ def _blocks(tensors: Iterable[_Tensor]) -> Iterator[bytes]:
                 yield block
 
 
-def _weights_files(repository: Repository, component: str) -> tuple[Path | None, list[Path]]:
-    """The index of the shards, if there are several, and the files."""
+def weights_files(repository: Repository, component: str) -> tuple[Path | None, list[Path]]:
+    """The index of the shards, if there are several, and the files; raises ModelError when there are no such files."""
     folder = repository.path / component
     whole = [folder / f"{stem}.safetensors" for stem in _STEMS]
     indexes = [folder / f"{stem}.safetensors.index.json" for stem in _STEMS]

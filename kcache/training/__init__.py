@@ -1,7 +1,8 @@
 """The training loop, what it works with, and what it leaves.
 
 - `trainer`: the loop, and when it validates, draws and saves
-- `setup`, `resume`: a run found possible, its parts loaded, fresh or from a checkpoint; its loader and what that draws
+- `choice`, `setup`, `resume`: a run found possible, its parts loaded, fresh or from a checkpoint; its loader and what
+  that draws
 - `run`: all that the loop works with, and what a checkpoint keeps of it
 - `network/`: what learns
 - `optimizer`, `accelerator`: what moves it, where

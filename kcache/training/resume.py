@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -207,14 +207,15 @@ def take_place(loader: CacheLoader, checkpoint: Checkpoint, new_order: NewOrder 
         raise _unknown(checkpoint, error) from error
 
 
-def last_step(loader: CacheLoader, config: TrainConfig, checkpoint: Checkpoint | None) -> int:
+def last_step(batches_until: Callable[[int], int], config: TrainConfig, checkpoint: Checkpoint | None) -> int:
     """The optimizer step that the run ends with, those before `checkpoint` counted as they were.
 
+    `batches_until` says how many batches are left before an epoch, as the loader's method does.
     Where that is another than the run was begun with, a schedule that leads there goes on as that of a run which had
     always been so long; it is said. Raises RunError when the checkpoint does not say.
     """
     step = 0 if checkpoint is None else checkpoint.step
-    left = loader.batches_until(config.num_train_epochs)
+    left = batches_until(config.num_train_epochs)
     last = config.max_train_steps or step + math.ceil(left / config.gradient_accumulation_steps)
     if checkpoint is None or config.lr_scheduler in ("constant", "constant_with_warmup"):
         return last

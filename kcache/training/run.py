@@ -47,6 +47,25 @@ from kcache.training.preservation.rows import ClassRows, keep_rows
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
+def checkpoint_files(config: TrainConfig, network: ModelMixin) -> dict[str, int]:
+    """The files of a checkpoint of a run that trains `network`, and about how many bytes each will have."""
+    parameters = trainable_parameters(network)
+    learning = list(parameters.values())
+    files = (
+        {SAFETENSORS_WEIGHTS_NAME: network_bytes(network), CONFIG_NAME: 0}
+        if config.lora_rank is None
+        else {LORA_FILE: sum(parameter.nbytes for parameter in learning)}
+    )
+    files |= {
+        OPTIMIZER_FILE: state_bytes(learning, config),
+        STATE_FILE: 0,
+        **({AVERAGE_FILE: 4 * sum(each.numel() for each in learning)} if config.use_ema else {}),
+    }
+    # Of each there are headers and names, too.
+    names = sum(map(len, parameters)) + 256 * len(parameters)
+    return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
+
+
 @dataclass(kw_only=True)
 class TrainingRun:
     """All that the training loop works with."""
@@ -196,18 +215,7 @@ class TrainingRun:
     @property
     def checkpoint_files(self) -> dict[str, int]:
         """The files of a checkpoint and about how many bytes each has, before the optimizer has made its state."""
-        adapts, learning = self.config.lora_rank is not None, sum(parameter.nbytes for parameter in self.learning)
-        files = (
-            {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(self.network), CONFIG_NAME: 0}
-        )
-        files |= {
-            OPTIMIZER_FILE: state_bytes(self.learning, self.config),
-            STATE_FILE: 0,
-            **({} if self.average is None else {AVERAGE_FILE: 4 * sum(each.numel() for each in self.learning)}),
-        }
-        # Of each there are headers and names, too.
-        names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
-        return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
+        return checkpoint_files(self.config, self.network)
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:

@@ -111,6 +111,23 @@ def test_the_document_on_streaming_runs(place_with_cache: Path, kcache_command: 
     assert {"wait_store", "wait_verification", "wait_copying"} <= read_metrics(Path("runs/prior"))[-1].keys()
 
 
+def test_a_dry_run_prints_what_its_document_shows(
+    place_with_cache: Path, kcache_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = ROOT / "docs" / "before-you-start.md"
+    run_document(document, kcache_command)
+    shown = next(block.text for block in blocks_of(document) if block.language == "text")
+    printed = capsys.readouterr().out
+    # What would have to change depends on what there is, and there is enough for the tiny pair.
+    as_words = [
+        re.sub(r"[\d.,]+|\b[kMG]?B\b|: it (does not fit; .*|fits)", "", text).split() for text in (shown, printed)
+    ]
+    kinds = {"rows:", "optimizer", "weights", "activations", "checkpoints", "not"}
+    assert kinds <= set(as_words[0]) & set(as_words[1])
+    assert sorted(set(as_words[0]) - set(as_words[1])) == []
+    assert not Path("runs").exists()
+
+
 def test_the_readme_runs(place: Path, kcache_command: Callable[..., int]) -> None:
     *_, names = run_document(README, kcache_command, together=True)
     assert set(names["batch"]) >= {"image_embeds", "latents"}

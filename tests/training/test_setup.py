@@ -8,7 +8,7 @@ from short_runs import config
 
 from kcache.errors import ConfigError, ModelError
 from kcache.store.cache import Cache
-from kcache.training import setup
+from kcache.training import choice
 from kcache.training.setup import prepare_run
 
 BOTH = {"pretrained_prior_model_name_or_path": "o/prior", "pretrained_decoder_model_name_or_path": "o/decoder"}
@@ -42,10 +42,10 @@ def test_a_revision_is_of_its_own_repository(
     def find(name: str, revision: str | None, *rest: Any) -> None:
         asked[name.removeprefix("o/")] = revision
 
-    monkeypatch.setattr(setup, "find_repository", find)
+    monkeypatch.setattr(choice, "find_repository", find)
     given, opened = config(tmp_path, stage, **BOTH, **settings), Cache.open(cache)
-    setup._find_base(opened, given)
-    setup._find_counterpart(opened, given)
+    choice._find_base(opened, given)
+    choice._find_counterpart(opened, given)
     assert asked == found
 
 

@@ -345,7 +345,7 @@ def test_a_resumed_run_keeps_its_settings_and_its_cache(cache: str, build: Calla
 def test_a_cache_without_a_table_is_refused_before_a_network_is_looked_for(
     build: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, other: str, field: str
 ) -> None:
-    monkeypatch.setattr(kcache.training.setup, "find_repository", lambda *_: pytest.fail("looked for"))
+    monkeypatch.setattr(kcache.training.choice, "find_repository", lambda *_: pytest.fail("looked for"))
     with pytest.raises(CacheIncompleteError, match=f"holds no '{field}'"):
         train(build(stage=other), config(tmp_path, stage))
 

@@ -1,6 +1,6 @@
 """The network that learns, as a run's settings want it: with adapters or whole, lean or quick, in which dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +20,28 @@ from kcache.objectives.preservation import PreservationObjective
 from kcache.training.network.decoder import begin, say_whole
 
 
+def load_network(stage: str, folder: Path) -> ModelMixin:
+    """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
+    return load_pretrained(OBJECTIVES[stage].network_class, folder / PIPELINES[stage].network, torch.float32)
+
+
 def load_objective(
-    config: TrainConfig, base: Repository, saved: Path | None, *, shaped: bool = False, own_masks: bool = False
+    config: TrainConfig,
+    base: Repository,
+    saved: Path | None,
+    *,
+    shaped: bool = False,
+    own_masks: bool = False,
+    load: Callable[[str, Path], ModelMixin] = load_network,
 ) -> Objective:
     """The objective of `config.stage` with its network from `base`, or as `save_network` put it into `saved`.
 
     The parameters that learn have the dtype of --weights. With adapters, float32, the others never change, and are kept
     in the dtype that mixed precision computes in, as the upstream scripts keep them. Where it is `shaped`, batches are
-    of pictures of several shapes; with `own_masks` samples have such. Raises the KcacheError of what does not
-    fit the network.
+    of pictures of several shapes; with `own_masks` samples have such. `load` is what gives the network of a stage in a
+    pipeline's folder. Raises the KcacheError of what does not fit the network.
     """
-    network = load_network(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
+    network = load(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
     whole = begin(network, config, base) if saved is None else ()
     if config.lora_rank is not None:
         _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
@@ -95,8 +106,3 @@ def _keep_in(network: ModelMixin, dtype: torch.dtype, whole: Sequence[str]) -> N
     for name, parameter in network.named_parameters():
         if not name.startswith(kept):
             parameter.data = parameter.data.to(dtype)
-
-
-def load_network(stage: str, folder: Path) -> ModelMixin:
-    """The network of `stage` ("prior" or "decoder") in a pipeline's `folder`, float32 on the CPU; raises ModelError."""
-    return load_pretrained(OBJECTIVES[stage].network_class, folder / PIPELINES[stage].network, torch.float32)

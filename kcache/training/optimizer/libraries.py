@@ -16,6 +16,7 @@ from kcache.training.optimizer.learning import trainable_parameters
 from kcache.training.optimizer.one_by_one import OneByOne
 
 Parameters = Iterable[torch.nn.Parameter]
+Make = Callable[[Parameters, TrainConfig, torch.device], torch.optim.Optimizer]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _SMALLEST_RATE = 0.1
 class Kind:
     """An optimizer of a library."""
 
-    make: Callable[[Parameters, TrainConfig, torch.device], torch.optim.Optimizer]
+    make: Make
     state: Callable[[torch.Size], int]
     """Bytes of the state of a parameter by its shape."""
     library: str = "torch"
@@ -76,10 +77,12 @@ def check_placement(config: TrainConfig, device: torch.device, processes: int) -
             logger.warning("%s changes nothing here, as the run computes on the CPU", flag)
 
 
-def make_optimizer(network: torch.nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `config` asks for over the parameters of `network` that learn."""
+def make_optimizer(
+    network: torch.nn.Module, config: TrainConfig, device: torch.device, make: Make | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer that `config` asks for over the parameters of `network` that learn; `make` may make another."""
     parameters = trainable_parameters(network).values()
-    made = OPTIMIZERS[config.chosen_optimizer].make(parameters, config, device)
+    made = (make or OPTIMIZERS[config.chosen_optimizer].make)(parameters, config, device)
     if config.weights == "fp32" and not config.fused_backward and not config.offload_optimizer:
         return made
     return OneByOne(made, seed=config.seed, fused_backward=config.fused_backward, offloaded=config.offload_optimizer)
