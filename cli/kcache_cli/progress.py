@@ -71,7 +71,7 @@ def duration_text(seconds: float) -> str:
 
 
 def rate_text(rate: float, what: str = "") -> str:
-    """How many `what` ("row") a second, for people, or how long one takes: "500 rows/s", "12.3 s/row", "20.0 s each"."""
+    """How many of `what`, a "row", a second, for people, or how long one takes: "500 rows/s", "12.3 s/row"."""
     if 0 < rate < 1:
         return duration_text(1 / rate) + (f"/{what}" if what else " each")
     return (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") + (f" {what}s/s" if what else "/s")

@@ -1,6 +1,5 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from kcache.encoders.decoding import Decoding, decode_image, one_if_large
-from kcache.encoders.pixels import ControlEncoder, clip_pixels, clip_processor, movq_pixels
+from kcache.encoders.pixels import ClipProcessor, ControlEncoder, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
 from kcache.errors import InputRejected, ModelError
@@ -80,8 +79,7 @@ class PictureEncoder:
             self._pixels: Callable[[Image.Image], np.ndarray] = lambda picture: movq_pixels(picture, (height, width))
             self._output: Callable[[Any, Tensor], Tensor] = lambda network, pixels: network.encode(pixels).latents
         else:
-            processor = clip_processor(recipe.preprocess["processor"])
-            self._pixels = lambda picture: clip_pixels(picture, processor)
+            self._pixels = ClipProcessor(recipe.preprocess["processor"]).pixels
             self._output = lambda network, pixels: network(pixels).image_embeds
         self._network = network or _Frozen(recipe, repository, device)
 
@@ -131,21 +129,20 @@ class TextEncoder:
         self.recipe = recipe
         self.device = device
         self.batch_size = recipe.batch_shape[0]
-        self._tokenizer = load_tokenizer(repository)
-        # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
-        self._lock = threading.Lock()
+        tokenizer = load_tokenizer(repository)
+        # Sets padding and truncation on the Rust tokenizer, once for all: then threads may share it, and need not go
+        # through what transformers does around it, which takes longer.
+        tokenizer("", max_length=recipe.batch_shape[1], padding="max_length", truncation=True)
+        self._tokenizer = tokenizer.backend_tokenizer
         self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: str) -> tuple[np.ndarray, int]:
         """Token ids (77,) int64 of a caption, padded or cut to that length, and how many of them are valid."""
         try:
-            with self._lock:
-                tokens = self._tokenizer(
-                    content, max_length=self.recipe.batch_shape[1], padding="max_length", truncation=True
-                )
+            tokens = self._tokenizer.encode(content)
         except (TypeError, ValueError) as error:
             raise InputRejected("tokenize", f"the tokenizer cannot take this caption: {error}") from error
-        return np.array(tokens["input_ids"], np.int64), sum(tokens["attention_mask"])
+        return np.array(tokens.ids, np.int64), sum(tokens.attention_mask)
 
     def reserved(self) -> tuple[np.ndarray, int]:
         """The empty caption, which stands for "no text" in guidance."""

@@ -25,24 +25,45 @@ from kcache.store.shards import OFFSETS
 _EXPECTED = "expected those of CLIP's image processor; fetch or export the repository again"
 
 
-def clip_processor(settings: Mapping[str, Any]) -> CLIPImageProcessorPil:
-    """CLIP's image processor with the settings of a recipe.
+class ClipProcessor:
+    """CLIP's image processor with the settings of a recipe: what CLIP's image encoder sees of a picture.
 
     Always the Pillow one: what `CLIPImageProcessor` means depends on whether torchvision is installed, and torchvision
     resizes to other values.
     """
-    with told(ModelError, "image_processor/preprocessor_config.json gives settings that do not work", _EXPECTED):
-        processor = CLIPImageProcessorPil(**settings)
-        # What is wrong in it is no picture's fault.
-        if not np.isfinite(clip_pixels(Image.new("RGB", (2, 2)), processor)).all():
-            raise ValueError(f"pixels come out as NaN or infinity (image_std is {processor.image_std})")
-    return processor
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Raises ModelError for settings that do not work."""
+        with told(ModelError, "image_processor/preprocessor_config.json gives settings that do not work", _EXPECTED):
+            self._whole = CLIPImageProcessorPil(**settings)
+            levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2))
+            self._values = self._as_transformers(levels, do_resize=False, do_center_crop=False)[:, 0]
+            # What is wrong in it is no picture's fault.
+            if not np.isfinite(self.pixels(Image.new("RGB", (2, 2)))).all():
+                raise ValueError(f"pixels come out as NaN or infinity (image_std is {self._whole.image_std})")
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """(3, S, S) float32, normalised, of an RGB picture: bit for bit what transformers makes of it.
+
+        But transformers copies the whole picture to and fro between Pillow and numpy, and computes each value anew,
+        though there are only 256 in a channel.
+        """
+        size, crop = self._whole.size, self._whole.crop_size
+        edge = size.shortest_edge if self._whole.do_resize and not size.longest_edge else None
+        if not edge or not self._whole.do_center_crop or max(crop.height, crop.width) > edge:  # not as CLIP's are
+            return self._as_transformers(picture)
+        short = min(picture.size)
+        width, height = (int(edge * side / short) for side in picture.size)
+        resized = np.asarray(picture.resize((width, height), self._whole.resample))
+        top, left = (height - crop.height) // 2, (width - crop.width) // 2
+        return _looked_up(self._values, resized[top : top + crop.height, left : left + crop.width])
+
+    def _as_transformers(self, picture: Image.Image, **otherwise: bool) -> np.ndarray:
+        pixels = self._whole(images=picture, return_tensors="np", **otherwise)["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
-def clip_pixels(image: Image.Image, processor: CLIPImageProcessorPil) -> np.ndarray:
-    """What CLIP's image encoder sees of an RGB picture: (3, S, S) float32, normalised."""
-    pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
-    return np.ascontiguousarray(pixels, dtype=np.float32)
+_MOVQ_VALUES = np.tile(np.arange(256, dtype=np.float32) / 127.5 - 1, (3, 1))
 
 
 def movq_pixels(image: Image.Image, shape: Shape) -> np.ndarray:
@@ -54,8 +75,15 @@ def movq_pixels(image: Image.Image, shape: Shape) -> np.ndarray:
     height, width = shape
     middle = image.crop(crop_box(*image.size, shape))
     resized = middle.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
-    pixels = np.asarray(resized, dtype=np.float32) / 127.5 - 1
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return _looked_up(_MOVQ_VALUES, np.asarray(resized))
+
+
+def _looked_up(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """(3, h, w) float32: what `values` (3, 256) has for each channel of `pixels` (h, w, 3) uint8."""
+    found = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel, into in enumerate(found):
+        np.take(values[channel], pixels[..., channel], out=into, mode="clip")  # other modes would copy
+    return found
 
 
 WHITE = 128

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from kcache.encoders.decoding import Decoding, decode_image
-from kcache.encoders.pixels import clip_pixels, clip_processor, movq_pixels
+from kcache.encoders.pixels import ClipProcessor, movq_pixels
 from kcache.encoders.recipes import MAX_PIXELS
 from kcache.errors import InputRejected, ModelError
 
@@ -201,21 +201,25 @@ def test_threads_decode_alike(oracle: Path) -> None:
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 def test_settings_that_do_not_work_are_no_pictures_fault(setting: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=f"preprocessor_config.json gives settings that do not work: .*{words}"):
-        clip_processor({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | setting)
+        ClipProcessor({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | setting)
 
 
-def test_clip_pixels_are_those_of_the_pillow_processor() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 301, 3), np.uint8))
-    pixels = clip_pixels(
-        image, clip_processor({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
-    )
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.dtype == np.float32
-    resized = np.asarray(image.resize((int(32 * 301 / 90), 32), Image.Resampling.BICUBIC), np.float64)
-    left = (resized.shape[1] - 32) // 2
-    crop = resized[:, left : left + 32] / 255
-    expected = (crop - CLIPImageProcessorPil.image_mean) / CLIPImageProcessorPil.image_std
-    np.testing.assert_allclose(pixels, expected.transpose(2, 0, 1), atol=1e-6)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {}, {"resample": 2, "do_rescale": False}, {"do_normalize": False, "crop_size": {"height": 30, "width": 17}},
+        {"size": {"shortest_edge": 20}}, {"size": {"height": 40, "width": 33}}, {"do_center_crop": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_clip_pixels_are_those_of_the_pillow_processor(setting: dict[str, Any]) -> None:
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | setting
+    ours, theirs = ClipProcessor(settings), CLIPImageProcessorPil(**settings)
+    for size in ((301, 90), (31, 33), (45, 200), (32, 32)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+        expected = theirs(images=image, return_tensors="np")["pixel_values"][0]
+        assert ours.pixels(image).dtype == np.float32
+        np.testing.assert_array_equal(ours.pixels(image), expected.astype(np.float32))
 
 
 def test_movq_pixels_are_the_central_square_in_minus_one_to_one() -> None:
