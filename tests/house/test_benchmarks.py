@@ -25,7 +25,7 @@ from measuring.models import make_network, read_configs
 from measuring.record import write_outcome
 from measuring.roofline import KINDS, kind_of
 from measuring.summaries import SUMMARIES, command
-from measuring.upstream import time_upstream
+from measuring.upstream import fastest, time_upstream
 from measuring.workload import open_workload
 from report import TITLES, demo_lines, name_of, one_line
 from train_step import speed_ups
@@ -197,7 +197,9 @@ def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
         "image_embeds": 5, "text": 5, "latents-64": 4
     }  # fmt: skip
     for table in found["tables"].values():
-        assert table["rows_per_second"].keys() == {"encoder alone", "decoding alone", "build"}
+        for per_row in ("rows_per_second", "cpu_milliseconds_per_row"):
+            assert table[per_row].keys() == {"encoder alone", "decoding alone", "build"}
+            assert min(table[per_row].values()) > 0
         assert sum(table["shares"].values()) == pytest.approx(1, abs=1e-3)
         assert 0 <= table["held_up"] <= table["shares"]["decode"] + 1e-3
     ways = {f"{work}, {padding}" for work in ("encoder alone", "build") for padding in ("full", "trimmed")}
@@ -364,8 +366,18 @@ def test_upstream_is_timed_by_its_progress_bar(last: int, tmp_path: Path) -> Non
     )  # fmt: skip
     with open_workload(arguments) as workload:
         told = time_upstream(arguments, workload, 64, 2)
-    assert ("images_per_second" in told) == (last == 99)
     assert ("no more steps" in str(told)) == (last == 2)
+    if last == 99:
+        rates = told["images_per_second_by_workers"]
+        assert rates.keys() == {"0", "1", "2"}  # the one that was asked for among them
+        assert told["images_per_second"] == max(rates.values()) == rates[str(told["dataloader_num_workers"])]
+
+
+def test_upstream_is_as_fast_as_with_the_workers_that_suit_it() -> None:
+    assert fastest({0: 80.0, 2: 2000.0, 16: 90.0}, 1) == {
+        "images_per_second": 12.5, "step_milliseconds": 80.0, "dataloader_num_workers": 0,
+        "images_per_second_by_workers": {"0": 12.5, "2": 0.5, "16": 11.11},
+    }  # fmt: skip
 
 
 def test_a_case_that_does_not_fit_into_memory_is_reported(
