@@ -222,6 +222,17 @@ def test_clip_pixels_are_those_of_the_pillow_processor(setting: dict[str, Any]) 
         np.testing.assert_array_equal(ours.pixels(image), expected.astype(np.float32))
 
 
+def test_a_pillow_processor_that_does_otherwise_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8))
+    plain, process = ClipProcessor(settings).pixels(image), CLIPImageProcessorPil.resize
+    monkeypatch.setattr(CLIPImageProcessorPil, "resize", lambda *given, **named: 255 - process(*given, **named))
+    changed = ClipProcessor(settings).pixels(image)
+    assert not np.array_equal(changed, plain)
+    processor = CLIPImageProcessorPil(**settings)
+    np.testing.assert_array_equal(changed, processor(images=image, return_tensors="np")["pixel_values"][0])
+
+
 def test_movq_pixels_are_the_central_square_in_minus_one_to_one() -> None:
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
