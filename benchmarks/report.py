@@ -323,6 +323,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for benchmark, draw in (("train_step", draw_train_steps), ("loader", draw_loader), ("growth", draw_growth)):
         for kind in ("gpu", "cpu"):
             reports = [report for path, report in found.items() if is_of(path, report, benchmark, kind)]
+            reports = [report for report in reports if not report["settings"].get("cold")]
             if reports:
                 pictures.append(folder / f"{benchmark}-{kind}.png")
                 draw(reports, pictures[-1])

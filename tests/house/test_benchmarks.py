@@ -46,6 +46,7 @@ RUNS = {
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
     "shapes": "--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1",
+    "published-prior": f"--stage prior --model-size tiny --mixed-precision no {SMALL} --batch-size 2 --steps 1",
     "growth-5000": "--sizes 500 5000 --batches 2 --rounds 1",
 }
 UPSTREAM = """
@@ -73,6 +74,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = "--rows 256 --batch-size 8 --batches 2 --slow-batches 1 --rounds 1 --format zarr"
     command = [sys.executable, BENCHMARKS / "loader.py", *size.split(), "--output", folder / "loader-cpu.json"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: None)  # others' tests keep theirs
+        importlib.import_module("loader").main(f"{size} --rows 64 --cold --output {folder}".split())
     (folder / "parity-cpu.json").write_bytes((BENCHMARKS / "results" / "parity-cpu.json").read_bytes())
     importlib.import_module("report").main([str(folder)])
     return folder
@@ -208,6 +212,15 @@ def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
     assert {form: build["samples"] for form, build in found["builds"].items()} == {"zarr": 4, "webdataset": 4}
 
 
+def test_short_runs_of_published_sizes_are_compared(results: Path) -> None:
+    found = outcome(results, "published-prior")["results"]
+    cached, online = found["ways"].values()
+    assert cached["loss"] == pytest.approx(online["loss"], rel=1e-3)
+    for row in (cached, online):
+        assert 0 < row["steps_seconds"] < row["seconds"]
+    assert found["speed_up"] == pytest.approx(online["steps_seconds"] / cached["steps_seconds"], rel=0.02, abs=0.02)
+
+
 def test_a_whole_training_is_extrapolated_linearly(results: Path) -> None:
     found = outcome(results, "end_to_end-prior")["results"]
     for way, row in found["ways"].items():
@@ -250,6 +263,14 @@ def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
     assert [size["samples"] for size in found["sizes"]] == [500, 5000]
     assert len(found["growth"]) == 9
     assert found["growth"]["bytes"]["grows"] == "linear"
+
+
+def test_reads_from_the_disk_are_told_as_a_share_of_its_rate(results: Path) -> None:
+    found = json.loads((results / f"loader-cold-{device_kind()}.json").read_text())
+    (ways,) = found["results"].values()
+    assert {name: row["ratio"] for name, row in ways.items() if row["ratio"] == 1} == {"files in sequence": 1.0}
+    assert ways["loader, mmap, random"]["rows_per_second"] > 0
+    assert "| loader, mmap, random |" in (results / "README.md").read_text()
 
 
 def test_report_shows_every_benchmark(results: Path) -> None:
