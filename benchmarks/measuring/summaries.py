@@ -130,8 +130,8 @@ def small_training(report: Report) -> str:
     )
     settings = report["settings"]
     return (
-        f"Steps of the whole {settings['model_size']} decoder on one picture of {settings['resolution']} pixels: "
-        f"{'; '.join(ways)}."
+        f"Steps of the whole decoder, {settings['model_size']} size, on one picture of {settings['resolution']} "
+        f"pixels: {'; '.join(ways)}."
     )
 
 
