@@ -13,8 +13,8 @@ from kcache.forecast.plan import RunPlan, plan_run
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
+from kcache.training.network.saved import checkpoint_files
 from kcache.training.optimizer.learning import trainable_parameters
-from kcache.training.run import checkpoint_files
 
 
 @dataclass(frozen=True, kw_only=True)
