@@ -13,8 +13,8 @@ from kcache.forecast.plan import RunPlan, plan_run
 from kcache.machine import free_memory
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_metrics
+from kcache.training.network.saved import checkpoint_files
 from kcache.training.optimizer.learning import trainable_parameters
-from kcache.training.run import checkpoint_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,8 @@ def _notes(config: TrainConfig, on_host: bool, plan: RunPlan) -> Iterator[str]:
         yield "gradients are counted twice, as several processes exchange copies of them"
     if config.compile:
         yield "counted as without --compile, which keeps other activations"
+    if config.chosen_optimizer in ("adamw-8bit", "prodigy"):
+        yield f"of --optimizer {config.chosen_optimizer} the state is counted, not what a step of it takes beside that"
     if config.attention == "xformers":
         yield "counted with torch's own attention in place of xformers"
     if config.validation_prompts:

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import kcache
 from kcache.config import TrainConfig
@@ -30,40 +29,18 @@ from kcache.loader.batches import CacheLoader
 from kcache.objectives.losses import Objective
 from kcache.stopping import shielded
 from kcache.store.cache import Cache
-from kcache.store.checkpoint import STATE_FILE, Checkpoint, checkpoint_steps, save_checkpoint
+from kcache.store.checkpoint import Checkpoint, checkpoint_steps, save_checkpoint
 from kcache.store.recipe import LATENTS, table_name
-from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
+from kcache.store.run_directory import AVERAGE_FILE, logger, set_aside, start_run
 from kcache.tally import counted
 from kcache.training.accelerator import check_others, machine_facts
-from kcache.training.network.saved import network_bytes, save_network, save_tensors
+from kcache.training.network.saved import OPTIMIZER_FILE, checkpoint_files, save_network, save_tensors
 from kcache.training.optimizer.average import restore_average
 from kcache.training.optimizer.kept import optimizer_tensors, restore_optimizer
 from kcache.training.optimizer.learning import trainable_parameters
-from kcache.training.optimizer.libraries import state_bytes
 from kcache.training.optimizer.one_by_one import OneByOne, one_by_one_in
 from kcache.training.optimizer.schedule import go_on
 from kcache.training.preservation.rows import ClassRows, keep_rows
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-
-
-def checkpoint_files(config: TrainConfig, network: ModelMixin) -> dict[str, int]:
-    """The files of a checkpoint of a run that trains `network`, and about how many bytes each will have."""
-    parameters = trainable_parameters(network)
-    learning = list(parameters.values())
-    files = (
-        {SAFETENSORS_WEIGHTS_NAME: network_bytes(network), CONFIG_NAME: 0}
-        if config.lora_rank is None
-        else {LORA_FILE: sum(parameter.nbytes for parameter in learning)}
-    )
-    files |= {
-        OPTIMIZER_FILE: state_bytes(learning, config),
-        STATE_FILE: 0,
-        **({AVERAGE_FILE: 4 * sum(each.numel() for each in learning)} if config.use_ema else {}),
-    }
-    # Of each there are headers and names, too.
-    names = sum(map(len, parameters)) + 256 * len(parameters)
-    return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
 
 
 @dataclass(kw_only=True)

@@ -124,7 +124,7 @@ def taken(changed: TrainConfig) -> int:
             ),
         ),
         (43, {}, ("--gradient-checkpointing", "--mixed-precision bf16", "--lora-rank 16")),
-        (45, {"gradient_checkpointing": True, "mixed_precision": "bf16"}, ("--lora-rank 16",)),
+        (43, {"gradient_checkpointing": True, "mixed_precision": "bf16"}, ("--lora-rank 16",)),
         (20, {}, None),
         (58, {"resume_from_checkpoint": "latest"}, None),
         (85, {"resume_from_checkpoint": "latest"}, ("--gradient-checkpointing",)),

@@ -16,6 +16,12 @@ from kcache.disk.room import Reserve, write_file
 from kcache.encoders.repositories import PIPELINES, Repository
 from kcache.encoders.weights import weights_digest
 from kcache.objectives.lora import save_lora
+from kcache.store.checkpoint import STATE_FILE
+from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE
+from kcache.training.optimizer.learning import trainable_parameters
+from kcache.training.optimizer.libraries import state_bytes
+
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -84,3 +90,22 @@ def save_tensors(
 def network_bytes(network: ModelMixin) -> int:
     """What a whole network's weights take, in memory and on the disk."""
     return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def checkpoint_files(config: TrainConfig, network: ModelMixin) -> dict[str, int]:
+    """The files of a checkpoint of a run that trains `network`, and about how many bytes each will have."""
+    parameters = trainable_parameters(network)
+    learning = list(parameters.values())
+    files = (
+        {SAFETENSORS_WEIGHTS_NAME: network_bytes(network), CONFIG_NAME: 0}
+        if config.lora_rank is None
+        else {LORA_FILE: sum(parameter.nbytes for parameter in learning)}
+    )
+    files |= {
+        OPTIMIZER_FILE: state_bytes(learning, config),
+        STATE_FILE: 0,
+        **({AVERAGE_FILE: 4 * sum(each.numel() for each in learning)} if config.use_ema else {}),
+    }
+    # Of each there are headers and names, too.
+    names = sum(map(len, parameters)) + 256 * len(parameters)
+    return {name: size + 4 * names + (1 << 14) for name, size in files.items()}
