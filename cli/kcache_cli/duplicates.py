@@ -15,7 +15,7 @@ def cache_duplicates(
     *,
     cosine: Annotated[
         float, typer.Option(help="Cosine of the image_embeds of two pictures from which on they are nearly the same.")
-    ] = 0.95,
+    ] = 0.97,
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write all groups there, each a line of JSON.")
     ] = None,

@@ -17,13 +17,13 @@ from kcache.store.likeness.cosines import IMAGE, ROWS_PER_READ, Done, unit
 if TYPE_CHECKING:
     from kcache.store.cache import Cache
 
-DUPLICATE = 0.95
+DUPLICATE = 0.97
 """The cosine from which on a picture is a duplicate, where nothing else is said."""
 FOUND = np.dtype([("cosine", "<f4"), ("sample", "<i8")])
 """Of each sample the largest cosine to one before it, and which that is; -1 and itself where none was compared."""
 COMPARED = 32_768
 """Samples up to which every pair is compared."""
-CELLS_TRIED = 4
+CELLS_TRIED = 6
 """Cells that each row is compared in: those that it is nearest to."""
 _SAMPLED, _ROUNDS = 32_768, 3
 """Rows that decide the cells, and how often those are moved."""
