@@ -46,7 +46,7 @@ def far_apart(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
     chosen = [int(rng.integers(len(rows)))]
     distances = np.ones(len(rows))
     while len(chosen) < count:
-        distances = np.minimum(distances, 1 - rows @ rows[chosen[-1]].astype(np.float64)).clip(0)
+        distances = np.minimum(distances, 1 - (rows @ rows[chosen[-1]]).astype(np.float64)).clip(0)
         distances[distances < 1e-6] = 0  # rounding: these are the same
         if not (total := distances.sum()):
             break
