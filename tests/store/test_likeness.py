@@ -164,7 +164,7 @@ def by_force(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("together", [7, 64, 1000])
-def test_the_nearest_one_before_each_in_parts_of_any_size(together: int) -> None:
+def test_the_nearest_one_before_each_in_parts_of_any_size(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(together)
     rows = planted(rng, 150, 30, 0.1)
     order = rng.permutation(len(rows))
@@ -179,6 +179,10 @@ def test_the_nearest_one_before_each_in_parts_of_any_size(together: int) -> None
     assert (near["sample"][is_near] == expected["sample"][is_near]).all()
     assert is_near.sum() >= 30
     assert told[-1] == (180, 180)
+    # Where each row is compared in every cell, all pairs are.
+    monkeypatch.setattr("kcache.store.likeness.duplicates.CELLS_TRIED", 1000)
+    everywhere = nearest_before(rows, order, compared=0, together=together)
+    assert (everywhere["sample"] == expected["sample"]).all()
 
 
 def test_one_of_each_group_is_kept_whatever_the_order() -> None:
