@@ -91,6 +91,23 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Runs leave an empty picture instead of their curves, whose drawing takes most of a short run's time."""
+    from PIL import Image
+
+    from kcache.store.run_directory import CURVES_FILE
+
+    def plot_run(run_dir: Path) -> Path:
+        Image.new("L", (1, 1)).save(run_dir / CURVES_FILE)
+        return run_dir / CURVES_FILE
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("result", "validation"):
+            patch.setattr(f"kcache.training.{module}.plot_run", plot_run)
+        yield
+
+
 @pytest.fixture(scope="session")
 def build(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Builds a cache of the recorded pictures, with the settings it is given, and returns its path."""
@@ -125,6 +142,21 @@ def bucketed(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("bucketed")
     build_bucketed(bucketed_source(folder / "source"), folder / "cache", oracle, format="zarr")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def controlled(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To read from: `source`, whose pictures have control images; `cache`, built of it, of three shapes and mirror
+    images, `squares`, of one shape, and `following`, a decoder that reads hints."""
+    from controlled import SHAPED, build_controlled, controlled_source
+    from filling import decoder_like, sees_hints
+
+    folder = tmp_path_factory.mktemp("controlled")
+    source = controlled_source(folder / "source")
+    build_controlled(source, folder / "cache", oracle, **SHAPED, format="zarr")
+    build_controlled(source, folder / "squares", oracle, format="zarr")
+    decoder_like(folder / "following", oracle, sees_hints)
     return folder
 
 

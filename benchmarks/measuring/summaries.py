@@ -122,6 +122,19 @@ def streaming(report: Report) -> str:
     )
 
 
+def small_training(report: Report) -> str:
+    ways = (
+        f"{way}: weights {row['weights_bytes'] / 1e9:.2f} GB, state {row['state_bytes'] / 1e9:.2f}, peak "
+        f"{row['peak_bytes'] / 1e9:.2f}, losses {', '.join(f'{loss:.4f}' for loss in row['losses'])}"
+        for way, row in report["results"].items()
+    )
+    settings = report["settings"]
+    return (
+        f"Steps of the whole {settings['model_size']} decoder on one picture of {settings['resolution']} pixels: "
+        f"{'; '.join(ways)}."
+    )
+
+
 def engine(report: Report) -> str:
     rows = (
         f"{slots} at {row['of_linear']:.3f} of linear, {'the same' if row['same_bytes'] else 'OTHER'} bytes"
@@ -152,6 +165,7 @@ SUMMARIES: dict[str, Callable[[Report], str]] = {
         integrity,
         read_checks,
         streaming,
+        small_training,
         engine,
         many_samples,
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kcache.config.source import SourceConfig
-from kcache.config.words import LrScheduler, MixedPrecision
+from kcache.config.words import LrScheduler, MixedPrecision, OptimizerName
 from kcache.settings import marked, setting
 
 
@@ -57,7 +57,7 @@ class RunConfig(SourceConfig):
         swept=False,
         beside=("resume_from_checkpoint",),
     )
-    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.", least=0, kept=True, shown="always")
+    learning_rate: float = setting(1e-4, "Peak learning rate.", least=0, kept=True, shown="always")
     lr_scheduler: LrScheduler = setting("constant", "Schedule by its name in diffusers.", kept=True, shown="always")
     lr_warmup_steps: int = setting(
         500,
@@ -67,15 +67,31 @@ class RunConfig(SourceConfig):
         beside=("lr_scheduler",),
         lenient=True,
     )
-    adam_beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", least=0, below=1, kept=True)
-    adam_beta2: float = setting(0.999, "Decay of AdamW's mean of squared gradients.", least=0, below=1, kept=True)
-    adam_weight_decay: float = setting(0.0, "Weight decay of AdamW.", least=0, kept=True)
-    adam_epsilon: float = setting(1e-8, "Added to AdamW's denominator.", least=0, kept=True)
+    adam_beta1: float = setting(0.9, "Decay of the mean of gradients.", least=0, below=1, kept=True)
+    adam_beta2: float = setting(0.999, "Decay of the mean of squared gradients.", least=0, below=1, kept=True)
+    adam_weight_decay: float = setting(0.0, "Weight decay, of every optimizer.", least=0, kept=True)
+    adam_epsilon: float = setting(1e-8, "Added to the denominator of an update.", least=0, kept=True)
     # No gradient is scaled down to nothing, as 0 would have it: whoever wants none scaled gives a large one.
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this norm before each optimizer step.", above=0, kept=True
     )
-    use_8bit_adam: bool = setting(False, "Keep AdamW's state in 8 bits; needs the package bitsandbytes.", kept=True)
+    optimizer: OptimizerName = setting(
+        "adamw",
+        "What moves the weights: AdamW, or one whose state takes less memory, or that finds its learning rate.",
+        kept=True,
+    )
+    use_8bit_adam: bool = setting(False, "The same as --optimizer adamw-8bit.", kept=True)
+    weights: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        "Dtype of what learns when a whole network does. bf16 takes half the memory, and is rounded stochastically.",
+        kept=True,
+    )
+    fused_backward: bool = setting(
+        False,
+        "Move each weight as soon as the backward pass has its gradient, and free that. Gradients are not scaled down.",
+        kept=True,
+    )
+    offload_optimizer: bool = setting(False, "Keep the optimizer's state in the memory of the machine.")
     use_ema: bool = setting(
         False,
         "Average the weights over the steps. The average is the result, and the raw weights stay beside it.",
@@ -88,6 +104,9 @@ class RunConfig(SourceConfig):
         kept=True,
         beside=("use_ema",),
     )
+    ema_device: Literal["cpu"] | None = setting(
+        None, "Where the average lies: cpu. Where the network is when left out.", beside=("use_ema",)
+    )
     lora_rank: int | None = setting(
         None,
         "Train low-rank adapters of this rank. The network's own weights are trained when left out.",
@@ -98,6 +117,18 @@ class RunConfig(SourceConfig):
         None,
         "The adapters' output is scaled by alpha / rank. As large as the rank when left out.",
         above=0,
+        kept=True,
+        beside=("lora_rank",),
+    )
+    use_dora: bool = setting(
+        False,
+        "Let adapters learn the length of each row of a weight beside its direction: DoRA.",
+        kept=True,
+        beside=("lora_rank",),
+    )
+    use_rslora: bool = setting(
+        False,
+        "Scale adapters by alpha / √rank, which keeps large ranks learning: rsLoRA.",
         kept=True,
         beside=("lora_rank",),
     )
@@ -122,7 +153,7 @@ class RunConfig(SourceConfig):
         kept=True,
     )
     mixed_precision: MixedPrecision = setting(
-        "no", "Autocast dtype of forward and backward; weights and optimizer stay float32.", kept=True
+        "no", "Autocast dtype of forward and backward; --weights has that of what learns.", kept=True
     )
     allow_tf32: bool = setting(False, "Let float32 matrix products use TF32 on CUDA.")
     gradient_checkpointing: bool = setting(
@@ -151,10 +182,10 @@ class RunConfig(SourceConfig):
     )
     num_validation_images: int | None = setting(
         None,
-        "Pictures per validation prompt, one when left out; with --inpaint held-out pictures that are filled at each "
-        "validation, four when left out, none with 0.",
+        "Pictures per validation prompt, one when left out; with --inpaint or --hint held-out pictures that are drawn "
+        "anew at each validation, four when left out, none with 0.",
         least=0,
-        beside=("validation_prompts", "inpaint"),
+        beside=("validation_prompts", "inpaint", "hint"),
         lenient=True,
     )
     validation_clip_score: bool = setting(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kcache.config.run import RunConfig
 from kcache.config.train_checks import check_run
+from kcache.config.words import OptimizerName
 from kcache.settings import check, setting
 from kcache.urls import check_local
 
@@ -127,6 +128,11 @@ class TrainConfig(RunConfig):
         for path in filter(None, (self.output_dir, self.logging_dir, self.cache_dir, self.stage_dir)):
             check_local(path)
         check_run(self)
+
+    @property
+    def chosen_optimizer(self) -> OptimizerName:
+        """The optimizer, by whichever flag it was asked for."""
+        return "adamw-8bit" if self.use_8bit_adam else self.optimizer
 
     @property
     def own_share(self) -> float:

@@ -56,8 +56,55 @@ def check_run(config: "TrainConfig") -> None:
             "--num-validation-images 0 with --validation-prompts, of which nothing would be drawn; expected 1 or more "
             "beside them; leave one of the two out"
         )
+    _check_memory(config)
     _check_class_prompts(config)
     _check_revisions(config)
+
+
+def _check_memory(config: "TrainConfig") -> None:
+    """What takes less memory in training a whole network."""
+    if config.use_8bit_adam and config.optimizer not in ("adamw", "adamw-8bit"):
+        raise ConfigError(
+            f"--use-8bit-adam with --optimizer {config.optimizer}; expected one optimizer, and --use-8bit-adam is "
+            "--optimizer adamw-8bit; leave one of the two out"
+        )
+    flags = {
+        "--weights bf16": config.weights == "bf16",
+        "--fused-backward": config.fused_backward,
+        "--offload-optimizer": config.offload_optimizer,
+    }
+    asked = " and ".join(flag for flag, is_on in flags.items() if is_on)
+    if asked and config.lora_rank is not None:
+        raise ConfigError(
+            f"{asked} with --lora-rank {config.lora_rank}: adapters are small, and their base has the dtype of "
+            "--mixed-precision already; expected it with a whole network; leave one of the two out"
+        )
+    if asked and config.chosen_optimizer == "prodigy":
+        raise ConfigError(
+            f"{asked} with --optimizer prodigy, which looks at all weights at once: one at a time cannot be moved; "
+            "expected an optimizer that looks at each alone; give --optimizer adafactor, or another"
+        )
+    if config.weights == "bf16" and config.mixed_precision != "bf16":
+        raise ConfigError(
+            f"--weights bf16 with --mixed-precision {config.mixed_precision}; expected bf16 for both, as nothing can "
+            "be computed more precisely than the weights are; give --mixed-precision bf16"
+        )
+    if config.fused_backward:
+        _check_fused_backward(config)
+
+
+def _check_fused_backward(config: "TrainConfig") -> None:
+    at_odds = {
+        f"--gradient-accumulation-steps {config.gradient_accumulation_steps}": config.gradient_accumulation_steps > 1,
+        f"--max-grad-norm {config.max_grad_norm}": config.max_grad_norm != 1.0,
+        "--mixed-precision fp16": config.mixed_precision == "fp16",
+    }
+    for flag, is_on in at_odds.items():
+        if is_on:
+            raise ConfigError(
+                f"--fused-backward with {flag}: each gradient is used and freed as soon as it is there, and that would "
+                f"need all of them together; expected one of the two; leave {flag.split()[0]} out, or --fused-backward"
+            )
 
 
 def _check_class_prompts(config: "TrainConfig") -> None:
@@ -105,7 +152,8 @@ def _check_stage(config: "TrainConfig") -> None:
     if config.hint is not None and config.validation_prompts:
         raise ConfigError(
             f"--validation-prompts with --hint {config.hint}: the decoder that draws by a hint draws no picture from a "
-            "prompt alone; expected held-out samples to look at; give --val-fraction"
+            "prompt alone; expected held-out samples to look at, drawn by their own hints at each validation; give "
+            "--val-fraction"
         )
     if config.inpaint and config.validation_prompts:
         raise ConfigError(

@@ -7,6 +7,7 @@ from kcache.errors import ConfigError
 
 Stage = Literal["prior", "decoder", "all"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
+OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "prodigy"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 PRIOR_REPO = "kandinsky-community/kandinsky-2-2-prior"

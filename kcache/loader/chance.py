@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 _ORDER, _NOISE, _TIMESTEP, _CAPTION, _CAPTION_DROPOUT, _IMAGE_DROPOUT, _SEED, _STREAM, _PASS, _FLIP, _MASK = range(11)
-_OWN_MASK = 11
+_OWN_MASK, _ROUNDING = 11, 12
 """What is drawn, by its number in the key: one is never used for two things."""
 
 BLOCK_ROWS = 16
@@ -119,6 +119,11 @@ def draw_own_mask(seed: int, turns: np.ndarray, share: float) -> np.ndarray:
 def draw_seed(seed: int, turn: int) -> int:
     """A seed below 2⁶³ for a generator that the network itself draws from, as the dropout of adapters does."""
     return int(_stream(seed, _SEED, turn).integers(2**63))
+
+
+def draw_rounding(seed: int, step: int, number: int) -> int:
+    """A seed below 2⁶³ for rounding parameter `number` after optimizer step `step`."""
+    return int(_stream(seed, _ROUNDING, step, number).integers(2**63))
 
 
 def _stream(seed: int, purpose: int, turn: int, number: int = 0, window: int = 0) -> np.random.Generator:

@@ -17,6 +17,15 @@ def hint_field(name: str) -> str:
     return f"hint_{name}"
 
 
+def as_fed(hint: Tensor) -> Tensor:
+    """Hints as `KandinskyV22ControlnetPipeline` feeds them, (B, 3, H, W) float32 in [0, 1].
+
+    They come in one channel or three, as uint8 of 255 or as floating-point numbers in [0, 1].
+    """
+    scaled = hint.float() / 255 if hint.dtype == torch.uint8 else hint.float()
+    return scaled.expand(-1, 3, -1, -1)
+
+
 class HintObjective(DecoderObjective):
     """The decoder learns to predict the noise in a picture's latents, given its embedding and a hint.
 
@@ -44,7 +53,5 @@ class HintObjective(DecoderObjective):
         return super().row_shapes | {self.hint: (None, None, None)}
 
     def conditions(self, batch: Batch) -> dict[str, Tensor]:
-        """The embedding and the hint, as `KandinskyV22ControlnetPipeline` gives it: (B, 3, H, W) in [0, 1]."""
-        hint = batch[self.hint]
-        scaled = hint.float() / 255 if hint.dtype == torch.uint8 else hint.float()
-        return super().conditions(batch) | {"hint": scaled.expand(-1, 3, -1, -1)}
+        """The embedding, and the hint `as_fed`."""
+        return super().conditions(batch) | {"hint": as_fed(batch[self.hint])}

@@ -1,7 +1,9 @@
 """LoRA: low-rank adapters beside the frozen linear layers of a network, by PEFT, and what learns whole with them.
 
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685: a layer with input x has
-B·A·x · alpha / rank added to its output, with A (rank, inputs) and B (outputs, rank). Adapters are kept in a file that
+B·A·x · alpha / rank added to its output, with A (rank, inputs) and B (outputs, rank). rsLoRA (Kalajdzievski 2023, arXiv
+2312.03732) scales by alpha / √rank; DoRA (Liu et al. 2024, arXiv 2402.09353) learns the length of each row of the sum
+beside its direction. Adapters are kept in a file that
 diffusers reads by `network.load_lora_adapter(folder, prefix=None, weight_name=WEIGHTS_FILE)`; without `prefix=None` it
 finds nothing in it and only warns. Modules that learn whole, as a decoder has that was widened, stand in the same file
 under their own names, as PEFT's `modules_to_save` do: diffusers takes them, too, into a network that is as wide.
@@ -9,8 +11,9 @@ under their own names, as PEFT's `modules_to_save` do: diffusers takes them, too
 
 import json
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -44,6 +47,8 @@ def add_lora(
     target_modules: Sequence[str],
     seed: int,
     whole: Sequence[str] = (),
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> None:
     """Freeze `network` and give it adapters that learn, float32 whatever its own dtype; its output stays the same.
 
@@ -69,7 +74,8 @@ def add_lora(
             f"--lora-rank is {rank}; the widest layer that would get adapters has rank {widest} itself; expected at "
             f"most {widest}; give less, or train the whole network without --lora-rank"
         )
-    _inject(network, rank, rank if alpha is None else alpha, dropout, targets, seed, whole)
+    scaled = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "use_dora": use_dora, "use_rslora": use_rslora}
+    _inject(network, scaled, dropout, targets, seed, whole)
 
 
 def save_lora(network: ModelMixin, folder: Path, save: Callable[..., None] = save_file) -> None:
@@ -105,12 +111,16 @@ def load_lora(network: ModelMixin, path: Path, *, trainable: bool = False, dropo
     own = network.dtype
     whole = _widen(network, adapters)
     # What is drawn here is replaced at once.
-    _inject(network, adapters.rank, adapters.alpha, dropout, tuple(adapters.pairs), seed=0, whole=whole)
+    scaled = {"r": adapters.rank, "lora_alpha": adapters.alpha, "use_rslora": adapters.rslora}
+    scaled |= {"use_dora": bool(adapters.magnitudes)}
+    _inject(network, scaled, dropout, tuple(adapters.pairs), seed=0, whole=whole)
     for name, tensor in adapters.whole.items():
         network.get_parameter(name).data.copy_(tensor)
     for layer, pair in adapters.pairs.items():
         for half, tensor in zip("AB", pair, strict=True):
             network.get_submodule(f"{layer}.lora_{half}.{_ADAPTER}").weight.data.copy_(tensor)
+    for layer, magnitude in adapters.magnitudes.items():
+        network.get_submodule(f"{layer}.lora_magnitude_vector.{_ADAPTER}").weight.data.copy_(magnitude)
     if not trainable:
         network.requires_grad_(False)
         for module in whole:  # unlike adapters, they take inputs of their own dtype alone
@@ -141,8 +151,7 @@ def _linear_layers(network: ModelMixin) -> list[str]:
 
 def _inject(
     network: ModelMixin,
-    rank: int,
-    alpha: float,
+    scaled: Mapping[str, Any],
     dropout: float,
     targets: Sequence[str],
     seed: int,
@@ -150,12 +159,12 @@ def _inject(
 ) -> None:
     """Freeze `network` and put adapters that learn on `targets`, the random generators left as they were.
 
-    The modules called `whole` learn as they are.
+    `scaled` are PEFT's settings of their rank, and of what they are scaled by. The modules called `whole` learn as they
+    are.
     """
     network.requires_grad_(False)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
+        **scaled,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=list(targets),
@@ -208,6 +217,11 @@ def _check_fit(network: ModelMixin, adapters: Adapters) -> None:
     for layer, (a, b) in adapters.pairs.items():
         outputs, inputs = network.get_submodule(layer).weight.shape
         found, expected = (tuple(a.shape), tuple(b.shape)), ((rank, inputs), (outputs, rank))
+        if layer in adapters.magnitudes and tuple(adapters.magnitudes[layer].shape) != (outputs,):
+            raise ModelError(
+                f"{adapters.file} does not fit {name}: found the magnitudes of {layer} with shape "
+                f"{tuple(adapters.magnitudes[layer].shape)}; expected ({outputs},); give a LoRA trained on this network"
+            )
         if found != expected or rank == 0:
             raise ModelError(
                 f"{adapters.file} does not fit {name}: found lora_A and lora_B of {layer} with shapes {found}; "

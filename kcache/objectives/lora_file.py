@@ -35,6 +35,7 @@ _PRIOR_PARTS = {
 }
 _UNET_PARTS = {"add_embedding", "down_blocks", "encoder_hid_proj", "mid_block", "up_blocks"}
 _KEY = re.compile(r"(.+)\.lora_([AB])\.weight")
+_MAGNITUDE = "lora_magnitude_vector"
 _IS_WHOLE = re.compile("|".join(re.escape(f"{module}.") for module in LEARNT_WHOLE))
 _LEGACY_KEY = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 
@@ -48,6 +49,10 @@ class Adapters:
     """A (rank, inputs) and B (outputs, rank), by the name of the layer they adapt."""
     rank: int
     alpha: float
+    rslora: bool
+    """Whether they are scaled by alpha / √rank instead of alpha / rank."""
+    magnitudes: Mapping[str, Tensor]
+    """Of DoRA the length of each row of an adapted weight, (outputs,), by the name of its layer; else empty."""
     whole: Mapping[str, Tensor]
     """What a decoder that was widened has learnt whole, by the name of the parameter; else empty."""
 
@@ -84,6 +89,8 @@ def read_adapters(path: Path) -> Adapters:
         ) from error
     layers = sorted({match[1] for match in map(_KEY.fullmatch, tensors) if match})
     halves = {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
+    if any(key.endswith(f".{_MAGNITUDE}") for key in tensors):
+        halves |= {f"{layer}.{_MAGNITUDE}" for layer in layers}
     whole = {key: tensor for key, tensor in tensors.items() if _IS_WHOLE.match(key) and key not in halves}
     wrong = sorted((tensors.keys() - whole.keys()) ^ halves)
     if whole and ("conv_in.weight" not in whole or whole["conv_in.weight"].ndim != 4):
@@ -97,7 +104,9 @@ def read_adapters(path: Path) -> Adapters:
     pairs = {layer: (tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]) for layer in layers}
     first, _ = pairs[layers[0]]
     rank = len(first) if first.ndim else 0
-    return Adapters(file=file, pairs=pairs, rank=rank, alpha=_alpha(file, metadata, rank), whole=whole)
+    magnitudes = {layer: tensors[key] for layer in layers if (key := f"{layer}.{_MAGNITUDE}") in tensors}
+    alpha, rslora = _scale(file, metadata, rank, bool(magnitudes))
+    return Adapters(file=file, pairs=pairs, rank=rank, alpha=alpha, rslora=rslora, magnitudes=magnitudes, whole=whole)
 
 
 def adapted_network(path: Path) -> Literal["prior", "unet"]:
@@ -138,23 +147,32 @@ def _peft_key(key: str) -> str:
     return f"{attention}.{projection}.lora_{'A' if half == 'down' else 'B'}.weight"
 
 
-def _alpha(file: Path, metadata: Mapping[str, str], rank: int) -> float:
-    """The alpha that the metadata of `file` state; without metadata it is the rank, as in the older scripts."""
+def _scale(file: Path, metadata: Mapping[str, str], rank: int, dora: bool) -> tuple[float, bool]:
+    """The alpha and use_rslora that the metadata of `file` state; without metadata the rank, as in the older scripts.
+
+    Raises ModelError for what cannot be read or is no scale, and where they say otherwise than the tensors of `dora`.
+    """
     if METADATA_KEY not in metadata:
-        return rank
-    # Of PEFT's settings only alpha is followed: it would take orders from the others, such as a module to import.
+        return rank, False
+    # Of PEFT's settings only these are followed: it would take orders from the others, such as a module to import.
     try:
         settings = json.loads(metadata[METADATA_KEY])
         alpha = float(settings["lora_alpha"])
-        odd = [name for name in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if settings.get(name)]
+        odd = [name for name in ("alpha_pattern", "rank_pattern") if settings.get(name)]
+        rslora, told = bool(settings.get("use_rslora")), bool(settings.get("use_dora"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(
             f"the metadata of {file} cannot be read ({error!r}); expected PEFT's settings with a lora_alpha; save it "
             "again with save_lora_adapter"
         ) from error
+    if told is not dora:
+        raise ModelError(
+            f"{file} says use_dora {str(told).lower()}; found {'' if dora else 'no '}magnitudes beside its adapters; "
+            "expected both or neither; save it again with save_lora_adapter"
+        )
     if odd or not math.isfinite(alpha):
         raise ModelError(
-            f"{file} was made with {', '.join(odd) or f'lora_alpha {alpha}'}; expected plain LoRA, all adapters of one "
+            f"{file} was made with {', '.join(odd) or f'lora_alpha {alpha}'}; expected all adapters of one "
             "rank and one finite alpha; fuse it into its network by the tool that made it"
         )
-    return alpha
+    return alpha, rslora

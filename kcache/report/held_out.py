@@ -1,11 +1,13 @@
-"""Held-out pictures that a decoder which fills holes draws anew on the way: each as it is, its hole, and that filled.
+"""Held-out pictures that a decoder which fills holes, or draws by hints, draws anew on the way.
 
-The stock pipeline fills it. It gets the latents of the cache where it would encode pixels: nothing is encoded again,
-and pictures may have any size that the network takes.
+Each is shown as it is, then its hole and that filled, or its hint and what is drawn by it. The stock pipelines draw
+them. Where one would encode pixels it gets the latents of the cache: nothing is encoded again, and pictures may have
+any size that the network takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,18 @@ from torch import Tensor
 from kcache.config import COMPUTE_DTYPES, TrainConfig
 from kcache.encoders.pretrained import load_pretrained, without_advice
 from kcache.encoders.repositories import Repository
-from kcache.loader.chance import draw_noise
+from kcache.loader.chance import draw_noise, draw_own_mask
 from kcache.loader.masks import draw_masks, grow
 from kcache.objectives.blocks import evaluating
+from kcache.objectives.hinting import as_fed
+from kcache.objectives.inpainting import OWN_MASKS
 from kcache.report.grid import HELD_OUT
 from kcache.report.pictures import DECODER_STEPS, GUIDANCE_SCALE, on_device, unless_stopped
 from kcache.report.sampling import Embeds, draw_pictures
 from kcache.store.cache import Cache
 
 with without_advice():
-    from diffusers import KandinskyV22InpaintPipeline
+    from diffusers import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline
 
 GREY = 128
 """Level of the hole's pixels, 0 to 255, where it is shown."""
@@ -34,7 +38,7 @@ GREY = 128
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A held-out sample, and what is drawn with its rows: all of it on the CPU, in float32."""
+    """A held-out sample, and what is drawn with its rows: on the CPU, in float32 but for the hint."""
 
     name: str
     embeds: Embeds
@@ -45,27 +49,42 @@ class HeldOut:
     """(1, 4, h, w): what drawing begins with."""
     mask: np.ndarray
     """(h, w): 1 is kept, 0 is the hole, which has not grown yet."""
+    hint: Tensor | None
+    """(1, 1 or 3, H, W) uint8 of the latents' own picture; None where a hole is filled."""
 
 
-def read_held_out(part: Cache, sample: int, turn: int, seed: int) -> HeldOut:
-    """A sample of a part of a cache in which all latents have one shape, with what the seed and its turn draw."""
+def read_held_out(
+    part: Cache, sample: int, turn: int, seed: int, hint: str | None = None, own_share: float = 0.0
+) -> HeldOut:
+    """A sample of a part of a cache in which all latents have one shape, with what the seed and its turn draw.
+
+    `hint` is the field of the hint that it is drawn by; None has a hole filled: for a share `own_share` of the turns
+    that of the sample's own mask, where it has one.
+    """
     # Its own embedding, and the one that guidance leads away from.
-    read = part.read([sample, sample], ["image_embeds", "latents"], drop_image=np.array([False, True]))
-    rows = {name: torch.from_numpy(array).float() for name, array in read.items()}
+    embeds = part.read([sample, sample], ["image_embeds"], drop_image=np.array([False, True]))["image_embeds"]
+    fields = ["latents", *([] if hint is None else [hint]), *([OWN_MASKS] if own_share else [])]
+    read = part.read([sample], fields)
+    rows = {name: torch.from_numpy(array) for name, array in read.items()}
     turns, shape = np.array([turn]), read["latents"].shape[1:]
+    mask = draw_masks(seed, turns, *shape[1:], growth=False)[0, 0]  # which the pipeline grows
+    if own_share and draw_own_mask(seed, turns, own_share)[0] and not read[OWN_MASKS].all():
+        mask = read[OWN_MASKS][0, 0].astype(mask.dtype)
     return HeldOut(
         name=part.told(sample, "name"),
-        embeds=(rows["image_embeds"][:1], rows["image_embeds"][1:]),
-        latents=rows["latents"][:1],
+        embeds=(torch.from_numpy(embeds[:1]).float(), torch.from_numpy(embeds[1:]).float()),
+        latents=rows["latents"].float(),
         noise=torch.from_numpy(draw_noise(seed, turns, shape)),
-        mask=draw_masks(seed, turns, *shape[1:], growth=False)[0, 0],  # which the pipeline grows
+        mask=mask,
+        hint=None if hint is None else rows[hint],
     )
 
 
 class HeldOutPictures:
     """Draws three pictures of each sample: as MoVQ has it, with its hole in grey, and with the hole filled.
 
-    The same at each call, but for what the network has learned. One process of a run is enough for it.
+    With a hint it is that, and what is drawn by it, in place of the last two. The same at each call, but for what the
+    network has learned. One process of a run is enough for it.
     """
 
     files = HELD_OUT
@@ -86,20 +105,24 @@ class HeldOutPictures:
         self._movq: Any = movq.eval().requires_grad_(False)
         # One of its own: a pipeline sets the steps of its scheduler.
         own = DDPMScheduler.from_config(scheduler.config)
-        self._decoder: Any = KandinskyV22InpaintPipeline(unet=None, scheduler=own, movq=movq)
+        kind = KandinskyV22InpaintPipeline if config.hint is None else KandinskyV22ControlnetPipeline
+        self._decoder: Any = kind(unet=None, scheduler=own, movq=movq)
         self._decoder.set_progress_bar_config(disable=True)
-        # The pictures that it gets, and whose sides it looks at, are latents.
+        # It is told the sides of latents, and the pictures that it gets are latents.
         self._decoder.movq_scale_factor = 1
 
     @property
     def prompts(self) -> list[str]:
         """What stands below each picture that `draw` returns, once for the three of a sample."""
-        told = [f"{number}. {each.name}: as it is, its hole, filled" for number, each in enumerate(self._samples, 1)]
-        return [text for text in told for _ in range(3)]
+        return [
+            f"{number}. {each.name}: as it is, its {'hole, filled' if each.hint is None else 'hint, drawn by it'}"
+            for number, each in enumerate(self._samples, 1)
+            for _ in range(3)
+        ]
 
     @torch.no_grad()
     def draw(self, network: torch.nn.Module) -> list[Image.Image]:
-        """The pictures, in the order of `prompts`, filled by `network`, a UNet2DConditionModel on the device.
+        """The pictures, in the order of `prompts`, drawn by `network`, a UNet2DConditionModel on the device.
 
         It runs in evaluation mode, in the precision of training, and is left as it was; no global generator of random
         numbers is touched.
@@ -112,27 +135,41 @@ class HeldOutPictures:
     def _drawn(self, number: int) -> tuple[Image.Image, Image.Image, Image.Image]:
         sample = self._samples[number]
         latents = sample.latents.to(self._device)
-        pixels = self._movq.decode(latents, force_not_quantize=True).sample[0] * 0.5 + 0.5
-        whole = np.asarray((pixels.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu())
-        return Image.fromarray(whole), _greyed(whole, grow(sample.mask)), self._filled(sample, latents, number)
+        whole = _pixels(self._movq.decode(latents, force_not_quantize=True).sample[0] * 0.5 + 0.5)
+        if sample.hint is None:
+            return Image.fromarray(whole), _greyed(whole, grow(sample.mask)), self._filled(sample, latents, number)
+        hint = as_fed(sample.hint)[0]
+        drawn = self._draw(sample, number, {"hint": hint}, callback=partial(unless_stopped, self._decoder))
+        return Image.fromarray(whole), Image.fromarray(_pixels(hint)), drawn
 
     def _filled(self, sample: HeldOut, latents: Tensor, number: int) -> Image.Image:
         self._movq.encode = lambda pixels: {"latents": latents}
-        height, width = sample.mask.shape
         hole = Image.fromarray(np.uint8(255) * (sample.mask == 0))
-        [filled] = draw_pictures(
+        onto = {"image": Image.new("RGB", hole.size), "mask_image": hole}
+        return self._draw(sample, number, onto, callback_on_step_end=unless_stopped)
+
+    def _draw(
+        self, sample: HeldOut, number: int, onto: Mapping[str, Image.Image | Tensor], **settings: Any
+    ) -> Image.Image:
+        height, width = sample.mask.shape
+        [drawn] = draw_pictures(
             self._decoder,
             [sample.embeds],
             [torch.Generator().manual_seed(self._seed + number)],
             latents=[sample.noise],
-            onto={"image": Image.new("RGB", hole.size), "mask_image": hole},
+            onto=onto,
             height=height,
             width=width,
             num_inference_steps=DECODER_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            callback_on_step_end=unless_stopped,
+            **settings,
         )
-        return filled
+        return drawn
+
+
+def _pixels(values: Tensor) -> np.ndarray:
+    """A picture (3, H, W) of values in [0, 1], or a little beyond, as (H, W, 3) uint8."""
+    return np.asarray((values.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu())
 
 
 def _greyed(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:

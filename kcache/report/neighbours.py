@@ -14,9 +14,10 @@ from kcache.encoders.frozen import PictureEncoder
 from kcache.encoders.repositories import find_repository
 from kcache.encoders.weights import weights_digest
 from kcache.errors import KcacheError, ModelError
+from kcache.report.drawn.strips import drawn_prompts
 from kcache.report.grid import grids_of, open_picture, pictures_of, png_bytes
 from kcache.report.page import Block, Section, Table, Text
-from kcache.report.run import Run, drawn_prompts
+from kcache.report.run import Run
 from kcache.store.cache import Cache
 from kcache.store.samples import read_some_samples
 

@@ -15,7 +15,6 @@ from kcache.places.fetching import missing
 from kcache.store.controls.packed import unpacked_rows
 from kcache.store.formats.sample_extras import Counts
 from kcache.store.index import bytes_of, open_index
-from kcache.store.likeness.columns import Columns
 from kcache.store.manifest import Manifest, read_manifest
 from kcache.store.recipe import Field, Recipe, kind_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
@@ -142,6 +141,9 @@ class Cache:
         caption), and by rows, see `kcache.store.likeness`, caption_cosine (of its least fitting caption), duplicate and
         duplicate_cosine. Raises ConfigError for what is not understood, see `kcache.store.selection`, or never holds.
         """
+        # Not at the top: `import kcache` is quick, and few expressions are asked.
+        from kcache.store.likeness.columns import Columns
+
         holds, columns = np.zeros(len(self), np.bool_), Columns(self)
         for numbers, part in self.parts(columns_named(expression)):
             holds[numbers[matching_samples(expression, columns.of(numbers, part))]] = True

@@ -3,7 +3,8 @@
 - `trainer`: the loop, and when it validates, draws and saves
 - `setup`, `resume`: a run found possible, its parts loaded, fresh or from a checkpoint; its loader and what that draws
 - `run`: all that the loop works with, and what a checkpoint keeps of it
-- `network`, `optimizer`, `accelerator`: what learns, what moves it, where
+- `network/`: what learns
+- `optimizer`, `accelerator`: what moves it, where
 - `preservation/`: class rows, by which a prior keeps what it knew
 - `validation`, `log`: how it goes
 - `result`, `publish`: what is left of it, and for whom

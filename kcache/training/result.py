@@ -32,8 +32,9 @@ from kcache.report.model_card import model_card
 from kcache.stopping import shielded
 from kcache.store.checkpoint import checkpoint_steps
 from kcache.store.run_directory import CARD_FILE, CURVES_FILE, PIPELINE_FILE, RAW_FOLDER, read_metrics
-from kcache.training.network import load_network, network_bytes, save_network
-from kcache.training.optimizer import averaged
+from kcache.training.network.objective import load_network
+from kcache.training.network.saved import network_bytes, save_network
+from kcache.training.optimizer.average import averaged
 from kcache.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)

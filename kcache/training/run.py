@@ -35,14 +35,13 @@ from kcache.store.recipe import LATENTS, table_name
 from kcache.store.run_directory import AVERAGE_FILE, LORA_FILE, logger, set_aside, start_run
 from kcache.tally import counted
 from kcache.training.accelerator import check_others, machine_facts
-from kcache.training.network import network_bytes, save_network, save_tensors
-from kcache.training.optimizer import (
-    go_on,
-    optimizer_tensors,
-    restore_average,
-    restore_optimizer,
-    trainable_parameters,
-)
+from kcache.training.network.saved import network_bytes, save_network, save_tensors
+from kcache.training.optimizer.average import restore_average
+from kcache.training.optimizer.kept import optimizer_tensors, restore_optimizer
+from kcache.training.optimizer.learning import trainable_parameters
+from kcache.training.optimizer.libraries import state_bytes
+from kcache.training.optimizer.one_by_one import OneByOne, one_by_one_in
+from kcache.training.optimizer.schedule import go_on
 from kcache.training.preservation.rows import ClassRows, keep_rows
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -111,6 +110,11 @@ class TrainingRun:
     def learning(self) -> list[torch.nn.Parameter]:
         """The parameters that learn."""
         return list(trainable_parameters(self.network).values())
+
+    @cached_property
+    def one_by_one(self) -> OneByOne | None:
+        """What moves the parameters one after the other, where they are moved so."""
+        return one_by_one_in(self.optimizer)
 
     @contextmanager
     def run_directory_held(self) -> Iterator[None]:
@@ -193,16 +197,13 @@ class TrainingRun:
     def checkpoint_files(self) -> dict[str, int]:
         """The files of a checkpoint and about how many bytes each has, before the optimizer has made its state."""
         adapts, learning = self.config.lora_rank is not None, sum(parameter.nbytes for parameter in self.learning)
-        # Two moments of each number: in 8 bits, with the scales of its blocks, but for small tensors.
-        small = sum(parameter.nbytes for parameter in self.learning if parameter.numel() < 4096)
-        moments = small + (learning - small) // 4 * 65 // 64 if self.config.use_8bit_adam else learning
         files = (
             {LORA_FILE: learning} if adapts else {SAFETENSORS_WEIGHTS_NAME: network_bytes(self.network), CONFIG_NAME: 0}
         )
         files |= {
-            OPTIMIZER_FILE: 2 * moments,
+            OPTIMIZER_FILE: state_bytes(self.learning, self.config),
             STATE_FILE: 0,
-            **({AVERAGE_FILE: learning} if self.average is not None else {}),
+            **({} if self.average is None else {AVERAGE_FILE: 4 * sum(each.numel() for each in self.learning)}),
         }
         # Of each there are headers and names, too.
         names = sum(map(len, trainable_parameters(self.network))) + 256 * len(self.learning)
@@ -231,7 +232,9 @@ class TrainingRun:
         if not self.accelerator.is_main_process or self._saved == self.step:
             return
         try:
-            if all(bool(torch.isfinite(parameter).all()) for parameter in self.learning):
+            if self.one_by_one is not None and self.one_by_one.midway:
+                logger.warning("NO CHECKPOINT after step %d: some of the weights are those of the next", self.step)
+            elif all(bool(torch.isfinite(parameter).all()) for parameter in self.learning):
                 self.save(last=True)
                 logger.warning("%s, and checkpoint-%d holds all that was learned until then", why, self.step)
         except Exception as error:  # noqa: BLE001 - the device may be gone as well
@@ -322,4 +325,6 @@ class TrainingRun:
                 f"{checkpoint.path} does not hold the state of such a run ({error!r}); expected what a run with these "
                 "settings writes; resume from another checkpoint"
             ) from error
+        if self.one_by_one is not None:
+            self.one_by_one.steps = checkpoint.step
         self.first_step = self.step = self._saved = checkpoint.step

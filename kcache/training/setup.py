@@ -27,8 +27,13 @@ from kcache.store.recipe import HINT, KINDS, LOSS_MASKS, MASKS, TEXT, control_ki
 from kcache.store.recorded import MODEL_SETTINGS
 from kcache.store.run_directory import logger
 from kcache.training.accelerator import make_accelerator, wait_for_all
-from kcache.training.network import check_batch, check_decoder, find_adapted, load_objective
-from kcache.training.optimizer import check_optimizer, make_average, make_optimizer, make_schedule
+from kcache.training.network.decoder import check_decoder
+from kcache.training.network.limits import check_batch
+from kcache.training.network.objective import load_objective
+from kcache.training.network.saved import find_adapted
+from kcache.training.optimizer.average import make_average
+from kcache.training.optimizer.libraries import check_optimizer, check_placement, make_optimizer
+from kcache.training.optimizer.schedule import make_schedule
 from kcache.training.preservation.rows import TABLE, ClassRows
 from kcache.training.resume import (
     adapted_weights,
@@ -53,6 +58,7 @@ def prepare_run(cache: str | Path | Cache, config: TrainConfig) -> TrainingRun:
     check_optimizer(config)
     check_attention(config.attention, OBJECTIVES[config.stage].network_class)
     accelerator = make_accelerator(config)
+    check_placement(config, accelerator.device, accelerator.num_processes)
     if config.residency == "gpu" and accelerator.device.type == "cpu":
         raise ConfigError(
             "--residency gpu was given, but the run computes on the CPU; expected a GPU that can hold the rows; give "

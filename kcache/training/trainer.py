@@ -23,7 +23,7 @@ from kcache.stopping import signal_asked, stop_here, stopped_when_safe
 from kcache.store.cache import Cache
 from kcache.training.accelerator import wait_for_all
 from kcache.training.log import Progress, RunLog
-from kcache.training.network import within_run_memory
+from kcache.training.network.limits import within_run_memory
 from kcache.training.publish import check_publishing, publish_run
 from kcache.training.result import room_kept, write_result
 from kcache.training.resume import check_output_dir
@@ -188,7 +188,10 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
                 loss = loss * run.loader.weight  # a sample of a rare shape counts as much as any other
                 accelerator.backward(loss)
             losses.append(run.raw_objective.told(loss))
-        grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
+        if run.one_by_one is not None and config.fused_backward:
+            grad_norm = run.one_by_one.take_norm()
+        else:
+            grad_norm = accelerator.clip_grad_norm_(run.objective.parameters(), config.max_grad_norm)
     run.optimizer.step()
     run.lr_scheduler.step()
     run.optimizer.zero_grad()

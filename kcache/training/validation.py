@@ -23,6 +23,7 @@ from kcache.loader.batches import POLL_SECONDS
 from kcache.loader.turns import draw_turns
 from kcache.objectives.blocks import evaluating, uncompiled
 from kcache.objectives.errors import Batch
+from kcache.objectives.hinting import hint_field
 from kcache.objectives.losses import Objective
 from kcache.report.drawn.sizes import shown_shapes
 from kcache.report.figures import plot_run
@@ -32,7 +33,7 @@ from kcache.store.digests import KEY_BYTES
 from kcache.store.formats.columns import packed
 from kcache.store.run_directory import CURVES_FILE, VALIDATION_FILE, append_validation
 from kcache.training.log import RunLog
-from kcache.training.optimizer import averaged
+from kcache.training.optimizer.average import averaged
 from kcache.training.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -315,11 +316,13 @@ def _make_pictures(run: TrainingRun) -> "PromptPictures | HeldOutPictures | None
 def _make_held_out(run: TrainingRun) -> "HeldOutPictures | None":
     config, objective = run.config, run.raw_objective
     count = HELD_OUT_PICTURES if config.num_validation_images is None else config.num_validation_images
-    if run.held_out is None or not config.inpaint or count == 0:
+    if run.held_out is None or not (config.inpaint or config.hint is not None) or count == 0:
         return None
     from kcache.report.held_out import HeldOutPictures, read_held_out
 
+    hint = None if config.hint is None else hint_field(config.hint)
     # At the noise and the masks that they are measured with.
     chosen = first_looked_at(run.held_out, tuple(objective.row_shapes), count)
-    samples = [read_held_out(part, sample, turn, config.seed) for part, sample, turn in chosen]
+    own = objective.own_share
+    samples = [read_held_out(part, sample, turn, config.seed, hint, own) for part, sample, turn in chosen]
     return HeldOutPictures(samples, config, run.base, objective.scheduler, run.accelerator.device)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from controlled import FLAGS, SHAPED, SIZES, build_controlled, controlled_source
+from controlled import FLAGS, SHAPED, SIZES, build_controlled
 from documents import ROOT, blocks_of
 from PIL import Image
 from small_builds import encoded
@@ -22,14 +22,6 @@ from kcache.store.samples import read_refused
 from kcache.upkeep.convert import convert_cache
 
 FIELDS = ["hint_own", "hint_edges", "masks", "loss_masks", "latents"]
-
-
-@pytest.fixture(scope="module")
-def controlled(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, and `cache`, of three shapes with mirror images: to read from."""
-    folder = tmp_path_factory.mktemp("controlled")
-    build_controlled(controlled_source(folder / "source"), folder / "cache", oracle, **SHAPED)
-    return folder
 
 
 def refusals(cache: Path) -> dict[str, str]:

@@ -136,6 +136,10 @@ def test_numbers_at_the_ends_of_their_range_are_taken() -> None:
             "--no-mask-growth changes nothing without --inpaint; .* or leave --no-mask-growth out",
         ),
         (DECODER | {"inpaint": True, "validation_prompts": ("x",)}, "--validation-prompts with --inpaint: .* val_hole"),
+        (
+            DECODER | {"hint": "edges", "validation_prompts": ("x",)},
+            "--validation-prompts with --hint edges: .* drawn by",
+        ),
         ({"validation_prompts": ("x",), "num_validation_images": 0}, "of which nothing would be drawn"),
         ({"stage": "decoder", "noise_draws": 2}, "--noise-draws is for the prior"),
         ({"num_class_rows": 5}, "--num-class-rows changes nothing without --class-prompt"),

@@ -24,7 +24,7 @@ from kcache.objectives.blocks import check_compiler, compile_blocks, recompute_b
 from kcache.objectives.packing import allow_packing, predict_packed
 from kcache.store.run_directory import read_validation
 from kcache.training import setup
-from kcache.training.network import load_network
+from kcache.training.network.objective import load_network
 from kcache.training.trainer import train
 
 pytestmark = [

@@ -29,6 +29,9 @@ PROJECTIONS = {
 }
 
 
+MAGNITUDE = "lora_magnitude_vector"
+
+
 def add(network: ModelMixin, **changes: object) -> None:
     settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": (), "seed": 3}
     add_lora(network, **(settings | changes))  # type: ignore[arg-type]
@@ -154,9 +157,19 @@ def test_ten_steps_are_those_of_a_loop_of_peft(oracle: Path, stage: str) -> None
     assert abs(losses[0][-1] - without[-1]) > 1e-3
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_is_saved_is_loaded_the_same_here_and_by_diffusers(oracle: Path, tmp_path: Path, stage: str) -> None:
-    objective = trained(oracle, stage)
+VARIANTS: dict[str, dict[str, bool]] = {"plain": {}, "DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "variant"), [("prior", "plain"), ("decoder", "plain"), ("prior", "DoRA"), ("decoder", "rsLoRA")]
+)
+def test_what_is_saved_is_loaded_the_same_here_and_by_diffusers(
+    oracle: Path, tmp_path: Path, stage: str, variant: str
+) -> None:
+    objective = trained(oracle, stage, **VARIANTS[variant])
+    if variant == "rsLoRA":  # alpha / √rank, 8 / √4
+        scales = [layer.scaling["default"] for layer in objective.network.modules() if hasattr(layer, "scaling")]
+        assert set(scales) == {4.0}
     save_lora(objective.network, tmp_path)
     expected = predict(objective, oracle, stage)
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
@@ -236,9 +249,9 @@ def test_files_of_the_older_scripts_load(oracle: Path, tmp_path: Path, stage: st
     assert torch.equal(predict(again, oracle, stage), predict(objective, oracle, stage))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_fused_network_is_an_ordinary_one(oracle: Path, tmp_path: Path, stage: str) -> None:
-    objective = trained(oracle, stage)
+@pytest.mark.parametrize(("stage", "variant"), [("prior", "plain"), ("decoder", "DoRA")])
+def test_a_fused_network_is_an_ordinary_one(oracle: Path, tmp_path: Path, stage: str, variant: str) -> None:
+    objective = trained(oracle, stage, **VARIANTS[variant])
     expected = predict(objective, oracle, stage)
     fuse_lora(objective.network)
     assert torch.allclose(predict(objective, oracle, stage), expected, atol=1e-5)
@@ -263,6 +276,9 @@ def test_names_and_shapes_that_do_not_fit_are_refused(oracle: Path, tmp_path: Pa
     _, tensors, metadata = saved(oracle, tmp_path)
     network = load_objective(oracle, "prior", packed=False).network
     half, whole = "transformer_blocks.0.attn1.to_k.lora_A.weight", "transformer_blocks.0.attn1.to_k.lora_B.weight"
+    settings = json.loads(metadata["lora_adapter_metadata"]) | {"use_dora": True}
+    dora = metadata | {"lora_adapter_metadata": json.dumps(settings)}
+    every = {key.rpartition(".lora_")[0] + f".{MAGNITUDE}" for key in tensors}
     cases: list[tuple[dict[str, Tensor], str]] = [
         ({}, "holds no LoRA: found 0 tensors"),
         ({"prefix." + key: tensor for key, tensor in tensors.items()}, "such as prefix.transformer_blocks.0"),
@@ -270,12 +286,18 @@ def test_names_and_shapes_that_do_not_fit_are_refused(oracle: Path, tmp_path: Pa
         ({**tensors, "transformer_blocks.0.attn1.to_k.lora_magnitude": tensors[half]}, "such as .*magnitude"),
         ({**tensors, half: tensors[half][:, :5]}, r"to_k with shapes \(\(4, 5\), \(32, 4\)\); expected \(\(4, 32\)"),
         ({**tensors, half: tensors[half][:2], whole: tensors[whole][:, :2]}, "all adapters being of one rank"),
+        ({**tensors, half.replace("lora_A.weight", MAGNITUDE): torch.ones(32)}, "without their other half"),
+        (
+            {**tensors, **dict.fromkeys(every, torch.ones(31))},
+            r"magnitudes of .* with shape \(31,\); expected \(\d+,\)",
+        ),
         ({half: torch.tensor(1.0), whole: torch.tensor(1.0)}, "to_k with shapes"),
         ({half: torch.zeros(0, 32), whole: torch.zeros(32, 0)}, "to_k with shapes"),
     ]
     for number, (case, message) in enumerate(cases):
+        told = dora if "magnitudes" in message else metadata
         with pytest.raises(ModelError, match=message):
-            load_lora(network, rewrite(tmp_path / f"{number}.safetensors", case, metadata))
+            load_lora(network, rewrite(tmp_path / f"{number}.safetensors", case, told))
         assert not hasattr(network, "peft_config")
     load_lora(network, rewrite(tmp_path / "whole.safetensors", tensors, metadata))
 
@@ -289,7 +311,8 @@ def test_settings_that_are_not_plain_lora_are_refused(oracle: Path, tmp_path: Pa
         (json.dumps(settings | {"lora_alpha": "many"}), "cannot be read"),
         (json.dumps(settings | {"lora_alpha": 10**400}), "cannot be read"),
         (json.dumps(settings | {"lora_alpha": float("inf")}), "lora_alpha inf"),
-        (json.dumps(settings | {"use_rslora": True, "alpha_pattern": {"to_q": 1}}), "alpha_pattern, use_rslora"),
+        (json.dumps(settings | {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_q": 1}}), "alpha_.*, rank_pattern"),
+        (json.dumps(settings | {"use_dora": True}), "says use_dora true; found no magnitudes"),
     ]  # fmt: skip
     for text, message in cases:
         with pytest.raises(ModelError, match=message):

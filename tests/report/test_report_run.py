@@ -17,10 +17,11 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from kcache.config import TrainConfig
 from kcache.errors import RunError
+from kcache.report.drawn.strips import STEPS, drawn_blocks, drawn_prompts, spread
 from kcache.report.grid import HELD_OUT, pictures_of, save_pictures
 from kcache.report.neighbours import nearest, neighbours_section
 from kcache.report.page import Figure, Section, Table, Text, write_page
-from kcache.report.run import STEPS, drawn_blocks, drawn_prompts, read_run, run_sections, spread
+from kcache.report.run import read_run, run_sections
 from kcache.store.cache import Cache
 from kcache.training.trainer import train
 
@@ -232,8 +233,17 @@ def test_pictures_over_the_steps_stand_beside_each_other(tmp_path: Path) -> None
             assert np.asarray(picture)[76, 76].tolist() == [10 * number] * 3
 
 
-def test_of_held_out_pictures_only_what_was_filled_is_shown_step_by_step(tmp_path: Path) -> None:
-    config: dict[str, Any] = {"inpaint": True, "val_fraction": 0.1}
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [({"inpaint": True}, "its hole, and that filled"), ({"hint": "depth"}, "its hint, and what is drawn by it")],
+)
+def test_of_held_out_pictures_only_what_was_drawn_is_shown_step_by_step(
+    tmp_path: Path, kind: dict[str, Any], said: str
+) -> None:
+    config = {"val_fraction": 0.1, **kind}
+    (text,) = drawn_blocks(tmp_path, {"config": config | {"num_validation_images": 0}})
+    assert isinstance(text, Text)
+    assert "was not asked for any (--num-validation-images)" in text.text
     (text,) = drawn_blocks(tmp_path, {"config": config})
     assert isinstance(text, Text)
     assert "not come to drawing any yet" in text.text
@@ -243,7 +253,7 @@ def test_of_held_out_pictures_only_what_was_filled_is_shown_step_by_step(tmp_pat
         save_pictures(tmp_path, step, drawn, ["a"] * 3 + ["b"] * 3, HELD_OUT)
     text, *strips = drawn_blocks(tmp_path, {"config": config})
     assert isinstance(text, Text)
-    assert "its hole, and that filled after step 1, 2" in text.text
+    assert f"{said} after step 1, 2" in text.text
     for strip, levels in zip(strips, [(10, 20, 100, 200), (30, 40, 50, 100)], strict=True):
         assert isinstance(strip, Figure)
         with Image.open(io.BytesIO(strip.png)) as picture:

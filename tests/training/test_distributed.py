@@ -22,23 +22,30 @@ from kcache.training.trainer import train
 
 STEPS = 7
 """Of 4 of the 10 samples each: the first epoch ends within a step, the second with one."""
-NETWORKS = {("prior", False): range(1, STEPS), ("decoder", False): [3], ("prior", True): [3]}
-"""By stage, and whether adapters are trained, the steps to go on from: where samples stand is the same for all."""
+NETWORKS = {("prior", False): (2, 3, 5), ("decoder", False): (3,), ("prior", True): (3,)}
+"""By stage, and whether adapters are trained, the steps to go on from: where samples stand is the same for all.
+
+They are the last whole one of an epoch, one that ends in the next, and one with which an epoch ends."""
 SHAPED: dict[str, Any] = {"resolution": (32, 64), "train_batch_size": 7}
 """Squares at 32 pixels seven at a time, five shapes at 64 two at a time at most, half of the turns mirrored."""
 COUNTED: dict[str, Any] = {"snr_gamma": 5.0}
 """From a cache whose samples have weights and repeats."""
+HINTED: dict[str, Any] = {
+    "hint": "edges", "loss_mask": True, MODEL: "following", "num_validation_images": 0, "val_fraction": 0.1
+}  # fmt: skip
+"""From a cache whose samples have control images, and of which the usual share would leave one to train on."""
 AS_ONE: list[tuple[str, dict[str, Any]]] = [
     ("prior", {}),
     ("decoder", {}),
     ("prior", {"compile": True, "noise_draws": 2, "class_prompt": ("a fox",), "num_class_rows": 3}),
     ("decoder", {"compile": True, "gradient_checkpointing": True}),
-    ("decoder", {"inpaint": True, "hole_loss": True}),
-    ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling"}),
+    ("decoder", {"inpaint": True, "hole_loss": True, "num_validation_images": 0}),
+    ("decoder", {"inpaint": True, "lora_rank": 2, MODEL: "filling", "num_validation_images": 1}),
     ("decoder", SHAPED),
     ("decoder", COUNTED),
+    ("decoder", HINTED),
 ]
-"""Stage, and what saves time or memory, draws masks or class rows, or reads pictures of several shapes."""
+"""Stage, and what saves time or memory, draws masks or class rows, or reads hints or pictures of several shapes."""
 WATCHED = {
     "lr_scheduler": "linear", "lr_warmup_steps": 1, "val_fraction": 0.3, "validation_steps": 2, "checkpointing_steps": 2
 }  # fmt: skip
@@ -57,8 +64,10 @@ import hashlib, json, os, sys
 from pathlib import Path
 from kcache.objectives import blocks as compilation, losses as objectives
 from kcache.config import TrainConfig
+from kcache.training import result, validation
 from kcache.training.trainer import train
 
+result.plot_run = validation.plot_run = lambda run_dir: run_dir  # takes longer than the run
 compilation.BACKEND = "eager"  # runs graphs as they are
 seen = []
 
@@ -70,9 +79,10 @@ def watch(objective):
     objective.predict = watched
 
 watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
-cache, bucketed, counted, *runs = sys.argv[1:]
+cache, bucketed, counted, controlled, *runs = sys.argv[1:]
 for run in map(json.loads, runs):
-    train(bucketed if run["resolution"] else counted if run["snr_gamma"] else cache, TrainConfig(**run))
+    path = bucketed if run["resolution"] else counted if run["snr_gamma"] else controlled if run["hint"] else cache
+    train(path, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
 """
@@ -143,20 +153,23 @@ def whole_and_parts(folder: Path, stage: str, lora: bool) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    oracle: Path, cache: str, bucketed: Path, controlled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """All that two processes train here, one run after another: to start them takes longer than the runs.
 
     Each run leaves the samples that its processes saw in seen-RANK.json.
     """
     folder = tmp_path_factory.mktemp("two")
     decoder_like(folder / "filling", oracle, fills_holes)
+    (folder / "following").symlink_to(controlled / "following")
     as_one = [(stage, WATCHED | given(fast, folder)) for stage, fast in AS_ONE]
     runs = [settings(folder / f"as-one-{number}", stage, **asked) for number, (stage, asked) in enumerate(as_one)]
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
     for name, (stage, order) in BEGUN.items():
         runs.append(settings(folder / name, stage, max_train_steps=2, checkpointing_steps=2, **order))
     (folder / "script.py").write_text(SCRIPT)
-    caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted")]
+    caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted"), str(controlled / "squares")]
     subprocess.run(
         [*LAUNCHER, str(folder / "script.py"), *caches, *map(json.dumps, runs)],
         check=True,
@@ -165,15 +178,25 @@ def trained(oracle: Path, cache: str, bucketed: Path, tmp_path_factory: pytest.T
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(AS_ONE)))
-def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to_it(
-    cache: str, bucketed: Path, trained: Path, tmp_path: Path, number: int
-) -> None:
+@pytest.fixture(scope="module")
+def caches(cache: str, bucketed: Path, controlled: Path, trained: Path) -> dict[str, str]:
+    """By the setting that a case begins with, the cache that its run reads."""
+    others = {"resolution": bucketed / "cache", "snr_gamma": trained / "counted", "hint": controlled / "squares"}
+    return {"": cache} | {setting: str(path) for setting, path in others.items()}
+
+
+def alone(number: int, caches: dict[str, str], folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """What one process trains as two do: the cache, the stage and the settings, without what saves time or memory."""
     stage, fast = AS_ONE[number]
-    path = {"resolution": str(bucketed / "cache"), "snr_gamma": str(trained / "counted")}.get(
-        next(iter(fast), ""), cache
-    )
-    plain = WATCHED | given(fast, trained) | {"compile": False, "gradient_checkpointing": False}
+    path = caches.get(next(iter(fast), ""), caches[""])
+    return path, stage, WATCHED | given(fast, folder) | {"compile": False, "gradient_checkpointing": False}
+
+
+@pytest.mark.parametrize("number", range(len(AS_ONE)))
+def test_two_processes_train_as_one_with_twice_the_accumulation(
+    caches: dict[str, str], trained: Path, tmp_path: Path, number: int
+) -> None:
+    path, stage, plain = alone(number, caches, trained)
     two, one = trained / f"as-one-{number}", tmp_path / "one"
     train(path, config(one, stage, **plain))
     for of_two, of_one in zip(course(two), course(one), strict=True):
@@ -182,15 +205,21 @@ def test_two_processes_train_as_one_with_twice_the_accumulation_and_hand_over_to
     assert lines_of_two
     for line_of_two, line_of_one in zip(lines_of_two, lines_of_one, strict=True):
         assert json.loads(line_of_two) == pytest.approx(json.loads(line_of_one), rel=1e-4)
-    if fast == SHAPED:
+    if AS_ONE[number][1] == SHAPED:
         entry = json.loads(lines_of_two[-1])
         assert entry["val_loss_32px"] < entry["val_loss"] < entry["val_loss_64px"] or (
             entry["val_loss_64px"] < entry["val_loss"] < entry["val_loss_32px"]
         )
     assert tensor_names(two) == tensor_names(one)
-    train(path, config(tmp_path / "on", stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
-    for of_two, of_one in zip(course(tmp_path / "on"), course(one)[2:], strict=True):
-        assert of_two == pytest.approx(of_one, rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 6])
+def test_two_processes_hand_over_to_one(caches: dict[str, str], trained: Path, tmp_path: Path, number: int) -> None:
+    path, stage, plain = alone(number, caches, trained)
+    two = trained / f"as-one-{number}"
+    train(path, config(tmp_path, stage, resume_from_checkpoint=str(two / "checkpoint-2"), **plain))
+    for of_one, of_two in zip(course(tmp_path), course(two)[2:], strict=True):
+        assert of_one == pytest.approx(of_two, rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "lora"), NETWORKS)

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from kcache.encoders.repositories import PIPELINES, Repository
-from kcache.training.network import load_network
+from kcache.training.network.objective import load_network
 from kcache.training.result import export_components, export_network, make_pipeline
 
 

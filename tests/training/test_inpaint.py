@@ -23,7 +23,8 @@ from kcache.objectives.widening import widen, widen_for_hints
 from kcache.store.cache import Cache
 from kcache.store.run_directory import AVERAGE_FILE, read_validation
 from kcache.training import setup
-from kcache.training.network import check_decoder, load_objective
+from kcache.training.network.decoder import check_decoder
+from kcache.training.network.objective import load_objective
 from kcache.training.trainer import train
 from kcache.training.validation import key_numbers, split_by_key
 

@@ -19,7 +19,8 @@ from kcache.encoders.repositories import COMPONENTS, PIPELINES, Repository
 from kcache.errors import ConfigError, ModelError
 from kcache.objectives import blocks as compilation
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
-from kcache.training.network import load_network, load_objective, save_network
+from kcache.training.network.objective import load_network, load_objective
+from kcache.training.network.saved import save_network
 
 CONSTANTS = {"clip_mean", "clip_std"}
 

@@ -11,18 +11,11 @@ from safetensors.torch import save_file
 
 from kcache.config import LrScheduler, TrainConfig
 from kcache.errors import ConfigError, RunError
-from kcache.training.optimizer import (
-    averaged,
-    check_optimizer,
-    go_on,
-    make_average,
-    make_optimizer,
-    make_schedule,
-    optimizer_tensors,
-    restore_average,
-    restore_optimizer,
-    trainable_parameters,
-)
+from kcache.training.optimizer.average import averaged, make_average, restore_average
+from kcache.training.optimizer.kept import optimizer_tensors, restore_optimizer
+from kcache.training.optimizer.learning import trainable_parameters
+from kcache.training.optimizer.libraries import check_optimizer, make_optimizer
+from kcache.training.optimizer.schedule import go_on, make_schedule
 
 CPU = torch.device("cpu")
 
@@ -147,6 +140,9 @@ def test_weights_are_averaged_within_the_block_and_their_own_after_it() -> None:
 
 def test_an_optimizer_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"--use-8bit-adam needs bitsandbytes .* pip install bitsandbytes,"):
-        check_optimizer(config(use_8bit_adam=True))
+    wanted = r" needs bitsandbytes .* pip install 'kcache\[bitsandbytes\]',"
+    asked = {"--use-8bit-adam": {"use_8bit_adam": True}, "--optimizer adamw-8bit": {"optimizer": "adamw-8bit"}}
+    for flag, settings in asked.items():
+        with pytest.raises(ConfigError, match=flag + wanted):
+            check_optimizer(config(**settings))
     check_optimizer(config())

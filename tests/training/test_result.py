@@ -23,6 +23,7 @@ from short_runs import LORA_WEIGHTS, STAGES, WEIGHTS, config
 from torch import Tensor
 
 from kcache.report.drawn.halves import class_of, find_half
+from kcache.report.figures import plot_run
 from kcache.training.trainer import train
 
 NAMES = {"prior": "prior", "decoder": "unet"}
@@ -102,7 +103,10 @@ def test_half_precision_in_training_does_not_reach_the_fused_pipeline(oracle: Pa
         torch.testing.assert_close(tensor, base.state_dict()[name], rtol=0, atol=1e-6)
 
 
-def test_the_curves_are_drawn_whether_or_not_there_is_a_validation(cache: str, tmp_path: Path) -> None:
+def test_the_curves_are_drawn_whether_or_not_there_is_a_validation(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcache.training.result.plot_run", plot_run)
     train(cache, config(tmp_path / "first", checkpointing_steps=4))
     with Image.open(tmp_path / "first" / "loss.png") as curves:
         assert curves.size == (1800, 1200)

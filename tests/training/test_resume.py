@@ -40,7 +40,8 @@ ALL = {
 def test_every_step_is_one_to_go_on_from(
     cache: str, tmp_path: Path, stage: str, lora_rank: int | None, steps: Sequence[int]
 ) -> None:
-    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank}
+    variant = bool(lora_rank)
+    settings: dict[str, Any] = ALL | {"lora_rank": lora_rank, "use_dora": variant, "use_rslora": variant}
     whole, last = tmp_path / "whole", f"checkpoint-{STEPS}"
     train(cache, config(whole, stage, **settings, checkpointing_steps=1))
     weights = WEIGHTS[stage] if lora_rank is None else LORA_WEIGHTS
@@ -52,6 +53,51 @@ def test_every_step_is_one_to_go_on_from(
             assert_equal_tensors(part / name, whole / name)
         assert_equal_tensors(part / "raw" / weights, whole / "raw" / weights)
         shutil.rmtree(part)
+
+
+BF16: dict[str, Any] = {"weights": "bf16", "mixed_precision": "bf16"}
+KEPT = {
+    "adamw": ".exp_avg",
+    "adamw-8bit": ".absmax1",
+    "adafactor": ".exp_avg_sq_row",
+    "prodigy": "param_groups.0.d_numerator",
+}
+"""Of what each keeps, what the others do not."""
+ALONE: dict[str, Any] = {"fused_backward": True, "offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "settings"),
+    [
+        ("decoder", "adamw-8bit", BF16 | {"gradient_accumulation_steps": 2}),
+        ("prior", "adafactor", {"fused_backward": True, "ema_device": "cpu"}),
+        ("prior", "prodigy", {"learning_rate": 1.0, "gradient_accumulation_steps": 2}),
+        ("prior", "adamw", BF16 | ALONE),
+    ],
+)
+def test_every_optimizer_goes_on_bit_for_bit(
+    cache: str, tmp_path: Path, stage: str, optimizer: str, settings: dict[str, Any]
+) -> None:
+    settings = {**ALL, "max_train_steps": 4, "checkpointing_steps": 2, "optimizer": optimizer} | settings
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(cache, config(whole, stage, **settings))
+    train(cache, config(part, stage, **settings, resume_from_checkpoint=str(whole / "checkpoint-2")))
+    assert course(part) == course(whole)[2:]
+    states = "checkpoint-4/optimizer.safetensors"
+    for name in (f"checkpoint-4/{WEIGHTS[stage]}", states, "checkpoint-4/ema.safetensors", WEIGHTS[stage]):
+        assert_equal_tensors(part / name, whole / name)
+    dtypes = {str(tensor.dtype) for tensor in load_file(whole / "raw" / WEIGHTS[stage]).values()}
+    assert ("torch.bfloat16" in dtypes) is ("weights" in settings)
+    assert {str(tensor.dtype) for tensor in load_file(whole / "checkpoint-4/ema.safetensors").values()} == {
+        "torch.float32"
+    }
+    entries = set(load_file(whole / states))
+    assert any(name.endswith(KEPT[optimizer]) for name in entries)
+    with pytest.raises(AssertionError):  # something was learnt between the two
+        assert_equal_tensors(whole / f"checkpoint-2/{WEIGHTS[stage]}", whole / f"checkpoint-4/{WEIGHTS[stage]}")
+    other = config(part, stage, **(settings | {"optimizer": "adamw" if optimizer != "adamw" else "adafactor"}))
+    with pytest.raises(RunError, match=rf"made with other settings .*optimizer: {optimizer} → "):
+        checkpoint_to_resume(replace(other, resume_from_checkpoint="latest"))
 
 
 def test_the_average_is_the_result_and_the_raw_weights_stay_beside_it(cache: str, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_what_changes_nothing_is_said(cache: str, tmp_path: Path, caplog: pytest
     prepare_run(cache, config(tmp_path, **idle))
     assert [record.getMessage() for record in caplog.records] == [
         "--lr-warmup-steps changes nothing without --lr-scheduler; expected that beside it",
-        "--num-validation-images changes nothing without --validation-prompts or --inpaint; expected that beside it",
+        "--num-validation-images changes nothing without --validation-prompts or --inpaint or --hint; expected that "
+        "beside it",
         "--hub-model-id changes nothing without --push-to-hub; expected that beside it",
     ]
 

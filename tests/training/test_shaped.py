@@ -16,7 +16,7 @@ from short_runs import assert_equal_weights, config, course
 from kcache.errors import CacheMismatchError
 from kcache.store.cache import Cache
 from kcache.store.run_directory import read_config, read_starts
-from kcache.training import network
+from kcache.training.network import objective
 from kcache.training.setup import _choose_samples, prepare_run
 from kcache.training.sweep import run_sweep
 from kcache.training.trainer import Progress, take_step, train
@@ -156,6 +156,6 @@ def test_compiled_blocks_are_for_any_shape_where_there_are_several(
 ) -> None:
     found: list[bool] = []
     monkeypatch.setattr("kcache.training.setup.check_compiler", lambda device: None)
-    monkeypatch.setattr(network, "compile_blocks", lambda _, *, packed, shaped: found.append(shaped))
+    monkeypatch.setattr(objective, "compile_blocks", lambda _, *, packed, shaped: found.append(shaped))
     prepare_run(path, config(tmp_path, "decoder", resolution=resolution, compile=True))
     assert found == [shaped]

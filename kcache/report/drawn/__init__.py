@@ -5,4 +5,5 @@
 - `sizes`: the height and width, by what was trained on
 - `scores`: how well what was drawn fits the prompts
 - `reconstructions`, `shown`: samples decoded from their rows, beside originals, and those as small pictures
+- `strips`: what a run drew, for its report
 """

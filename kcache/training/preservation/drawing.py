@@ -26,7 +26,7 @@ from kcache.store.checkpoint import Checkpoint
 from kcache.store.recipe import json_digest
 from kcache.tally import counted
 from kcache.training.accelerator import wait_for_all
-from kcache.training.network import load_network
+from kcache.training.network.objective import load_network
 from kcache.training.preservation.rows import TABLE, ClassRows, keep_rows, path_of, read_rows
 
 logger = logging.getLogger(__name__)
