@@ -32,7 +32,7 @@ from kcache_cli.sample import file_name
 from kcache_cli.verify import show_verify
 
 COMMANDS = (
-    "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
+    "cache-build", "cache-info", "cache-duplicates", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
     "train-prior", "train-decoder", "sample", "report", "demo",
 )  # fmt: skip
 

@@ -13,6 +13,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+import know_your_data
+import numpy as np
 import pytest
 import shapes
 import torch
@@ -312,6 +314,13 @@ def test_results_without_a_table_are_told_in_a_line() -> None:
     assert f"{killed:,} builders killed" in lines["kills"][0]
     assert kills["commit"] in lines["kills"][1]
     assert " > benchmarks/results/kills-cpu.json" in lines["kills"][2]
+
+
+def test_near_duplicates_among_drawn_rows_are_counted() -> None:
+    found = know_your_data.measure_scale(500, 32, 20)
+    assert (found["rows"], found["planted"], found["planted_found"], found["nearest_found"]) == (500, 5, 1, 1)
+    true, false = np.array([0.5, 0.7]), np.array([0.1, 0.5])
+    assert know_your_data.area_under_curve(true, false) == pytest.approx(7 / 8)
 
 
 def test_report_shows_what_demos_reached() -> None:
