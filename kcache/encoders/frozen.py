@@ -1,6 +1,5 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from kcache.encoders.decoding import Decoding, decode_image, one_if_large
 from kcache.encoders.pixels import ControlEncoder, clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
+from kcache.encoders.tokenizers import CaptionTokenizer
 from kcache.errors import InputRejected, ModelError
 from kcache.foreign import told
 from kcache.store.recipe import LATENTS, Recipe, kind_of
@@ -27,9 +27,6 @@ _CLASSES: dict[str, type[Any]] = {
 
 _OF_NETWORK = ("encoder", "weights", "config", "compute_dtype")
 """What of a recipe decides the network."""
-
-_TRIALS = "", "Two  RED balls,\n naïve 猫 👩‍🚀!", "<|endoftext|> it's 1234", "a word " * 99
-"""Captions on trial: none, of all kinds of characters, with special tokens, and longer than any text encoder takes."""
 
 
 class Encoder(Protocol):
@@ -257,30 +254,6 @@ class _Frozen:
             # Only the encoder half is used.
             del network.decoder, network.quantize, network.post_quant_conv
         return network.eval().requires_grad_(False).to(self.device)
-
-
-class CaptionTokenizer:
-    """A caption → token ids, padded or cut to a length, and how many of them are valid; for several threads.
-
-    The Rust tokenizer behind transformers' does it in half of the time; but only where both agree on captions on trial.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, length: int) -> None:
-        self._tokenizer = tokenizer
-        self._length = length
-        # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
-        self._lock = threading.Lock()
-        agree = all(self._as_transformers(caption) == self._as_rust(caption) for caption in _TRIALS)
-        self.tokens = self._as_rust if agree else self._as_transformers
-
-    def _as_rust(self, caption: str) -> tuple[list[int], int]:
-        tokens = self._tokenizer.backend_tokenizer.encode(caption)  # padded and cut as it was last told
-        return tokens.ids, sum(tokens.attention_mask)
-
-    def _as_transformers(self, caption: str) -> tuple[list[int], int]:
-        with self._lock:
-            tokens = self._tokenizer(caption, max_length=self._length, padding="max_length", truncation=True)
-        return tokens["input_ids"], sum(tokens["attention_mask"])
 
 
 def load_tokenizer(repository: Repository) -> CLIPTokenizer:
