@@ -44,6 +44,8 @@ full)
     step --stage decoder --resolution 512 768 --batch-size 8 --lora-rank 16
     run build.py "${model[@]}" --batch-size 32 --rounds 2 --output "$results"
     run inpaint.py "${model[@]}" --resolution 512 --batch-size 8 --steps "$steps" --rounds 4 --output "$results"
+    run small_training.py --model-size full --resolution 512 --ways "fp32, adamw-8bit" "bf16, adamw-8bit" \
+        "bf16, adamw-8bit, fused backward" --output "$results"
     shapes=(--model-size full --mixed-precision bf16 --resolution 512 768 --images 48 --rounds 2 --passes 4)
     streaming=(--seconds 10)
     loader=() parity=() levers=(--resolution 512 --batch-size 8)
@@ -61,6 +63,7 @@ tiny)
     step --stage decoder --resolution 64 128 --batch-size 2 --lora-rank 16
     run build.py "${model[@]}" --batch-size 2 --rounds 1 --output "$results"
     run inpaint.py "${model[@]}" --resolution 64 --batch-size 2 --steps 1 --rounds 2 --output "$results"
+    run small_training.py --steps 2 --ways "fp32, adamw-8bit" "bf16, adamw-8bit" --output "$results"
     shapes=(--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1)
     streaming=(--samples 512 --seconds 1)
     loader=(--rows 512 --batches 4 --slow-batches 1 --rounds 1) parity=(--images 16 --steps 2)
