@@ -91,7 +91,8 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = list(compared(Path(folder), options))
     print(f"farthest off: {max((abs(each['ratio'] - 1) for each in results), default=0):.2%}")
-    write_outcome(options.output, "forecast", vars(options), results, options.model_size)
+    name = "forecast" if options.model_size == "tiny" else "forecast_full"
+    write_outcome(options.output, name, vars(options), results)
 
 
 def compared(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -166,6 +166,19 @@ def know_your_data(report: Report) -> str:
     )
 
 
+def forecast(report: Report) -> str:
+    ratios = [row["ratio"] for row in report["results"]]
+    seconds = [row["rehearsal_processor_seconds"] for row in report["results"]]
+    return (
+        f"Of {len(ratios)} settings dry runs foretold {min(ratios):.1%} to {max(ratios):.1%} of the memory of a step, "
+        f"in {min(seconds):.0f} to {max(seconds):.0f} s of a processor's time each."
+    )
+
+
+def forecast_full(report: Report) -> str:
+    return forecast(report)
+
+
 SUMMARIES: dict[str, Callable[[Report], str]] = {
     function.__name__: function
     for function in (
@@ -174,6 +187,8 @@ SUMMARIES: dict[str, Callable[[Report], str]] = {
         kills,
         bucket_kills,
         estimate,
+        forecast,
+        forecast_full,
         integrity,
         read_checks,
         streaming,
