@@ -14,6 +14,9 @@ For every table, three ways take turns:
 Two levers take turns with what they change: captions trimmed to their own length (`--text-padding trimmed`), and MoVQ
 with its weights in channels-last order, which no build uses, as it changes the last bits of rows.
 
+CPU time of a row is that of all threads: it hardly moves with the machine's load, and says what decoding takes from an
+encoder that runs on the same cores. There a build cannot reach the encoder alone: its limit is their share of the CPU.
+
 A build begins with nothing decoded and ends with a shard to write, so that few images make it look slower than it is.
 Then whole builds are timed, once for each form of a cache: loading of the encoders, index and all, but with digests of
 files remembered from before. Their limit
@@ -29,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import VQModel
@@ -61,6 +64,8 @@ class Table:
     name: str
     encoder: Encoder
     meter: Meter
+    scratch: Path
+    """Where builds write."""
 
     @property
     def keys(self) -> Sequence[bytes]:
@@ -83,25 +88,31 @@ class Table:
             return list(pool.map(prepare, self.keys))
 
     def build(self) -> None:
-        """Decode, encode and write all inputs, as a build does."""
-        fetch = fetcher(self.job, self.name)
-        with tempfile.TemporaryDirectory(dir=str(self.job.folder.parent)) as folder:
-            encode_shards(
-                self.encoder, Path(folder), cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
-                workers=self.workers, meter=self.meter, done=lambda _: None,
-            )  # fmt: skip
+        """Decode, encode and write all inputs, as a build does; what is written is removed later, in nobody's time."""
+        fetch, folder = fetcher(self.job, self.name), Path(tempfile.mkdtemp(dir=self.scratch))
+        encode_shards(
+            self.encoder, folder, cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
+            workers=self.workers, meter=self.meter, done=lambda _: None,
+        )  # fmt: skip
 
 
-def load_table(job: Survey, name: str) -> Table:
+class Turn(NamedTuple):
+    """What a way took in a round: seconds, and CPU seconds of all threads."""
+
+    seconds: float
+    cpu: float
+
+
+def load_table(job: Survey, name: str, scratch: Path) -> Table:
     """The table `name` of `job`, its encoder loaded."""
     encoder = load_encoder(job.recipes[name], job.repository(name), torch.device(default_device()))
-    return Table(job=job, name=name, encoder=encoder, meter=Meter())
+    return Table(job=job, name=name, encoder=encoder, meter=Meter(), scratch=scratch)
 
 
-def measure_table(job: Survey, name: str, rounds: int) -> dict[str, Any]:
+def measure_table(job: Survey, name: str, rounds: int, scratch: Path) -> dict[str, Any]:
     """All ways for one table, in turns."""
     start = time.perf_counter()
-    table = load_table(job, name)
+    table = load_table(job, name, scratch)
     loading = time.perf_counter() - start
     prepared = table.decode()
     encode_all(table.encoder, prepared[: 2 * table.encoder.batch_size])  # the first batches choose kernels
@@ -110,21 +121,25 @@ def measure_table(job: Survey, name: str, rounds: int) -> dict[str, Any]:
         "decoding alone": table.decode,
         "build": table.build,
     }
-    seconds = take_turns(ways, rounds)
-    ratios = [alone / built for alone, built in zip(seconds["encoder alone"], seconds["build"], strict=True)]
+    turns = take_turns(ways, rounds)
+    ratios = [
+        alone.seconds / built.seconds for alone, built in zip(turns["encoder alone"], turns["build"], strict=True)
+    ]
+    cpu = {way: statistics.median(turn.cpu for turn in taken) / len(prepared) for way, taken in turns.items()}
     return {
         "rows": len(prepared),
         "loading_seconds": round(loading, 2),
-        "rows_per_second": rates(seconds, len(prepared)),
+        "rows_per_second": rates(turns, len(prepared)),
+        "cpu_milliseconds_per_row": {way: round(seconds * 1e3, 3) for way, seconds in cpu.items()},
         "of_encoder_alone": round(statistics.median(ratios), 3),
         "shares": {stage: round(share, 4) for stage, share in table.meter.shares().items()},
         "held_up": round(table.meter.held_up / sum(table.meter.seconds.values()), 4),
     }
 
 
-def measure_text_padding(full: Survey, trimmed: Survey, rounds: int) -> dict[str, Any]:
+def measure_text_padding(full: Survey, trimmed: Survey, rounds: int, scratch: Path) -> dict[str, Any]:
     """Captions a second, padded to the whole length and trimmed, by the encoder alone and in a build."""
-    tables = {"full": load_table(full, "text"), "trimmed": load_table(trimmed, "text")}
+    tables = {"full": load_table(full, "text", scratch), "trimmed": load_table(trimmed, "text", scratch)}
     prepared = tables["full"].decode()
     ways: dict[str, Callable[[], Any]] = {}
     for padding, table in tables.items():
@@ -157,16 +172,16 @@ def measure_channels_last(job: Survey, name: str, rounds: int) -> dict[str, Any]
     return {"rows_per_second": rates(take_turns(ways, 3 * rounds), len(pixels)), "largest_difference": float(moved)}
 
 
-def measure_levers(job: Survey, trimmed: Survey, rounds: int) -> dict[str, Any]:
+def measure_levers(job: Survey, trimmed: Survey, rounds: int, scratch: Path) -> dict[str, Any]:
     """What could be faster, against what is."""
     latents = next((name for name in job.recipes if name.startswith("latents-")), None)
-    found = {"text_padding": measure_text_padding(job, trimmed, rounds)} if "text" in job.recipes else {}
+    found = {"text_padding": measure_text_padding(job, trimmed, rounds, scratch)} if "text" in job.recipes else {}
     return found | ({"channels_last": measure_channels_last(job, latents, rounds)} if latents else {})
 
 
-def rates(seconds: dict[str, list[float]], rows: int) -> dict[str, float]:
+def rates(turns: Mapping[str, Sequence[Turn]], rows: int) -> dict[str, float]:
     """Rows per second of each way, by its median round."""
-    return {way: round(rows / statistics.median(taken), 2) for way, taken in seconds.items()}
+    return {way: round(rows / statistics.median(turn.seconds for turn in taken), 2) for way, taken in turns.items()}
 
 
 def encode_all(encoder: Encoder, prepared: Sequence[Any]) -> None:
@@ -182,15 +197,15 @@ def cut(keys: Sequence[bytes], rows: int) -> Iterator[PlannedShard]:
         yield PlannedShard(name=f"{number:05d}", keys=tuple(keys[start : start + rows]))
 
 
-def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Turn]]:
+    """What each way took in each round."""
+    turns: dict[str, list[Turn]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, work in ways.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             work()
-            seconds[way].append(time.perf_counter() - start)
-    return seconds
+            turns[way].append(Turn(time.perf_counter() - start, time.process_time() - cpu))
+    return turns
 
 
 def measure_build(workload: Workload, arguments: argparse.Namespace, form: str, limit: float) -> dict[str, Any]:
@@ -224,7 +239,8 @@ def show(results: dict[str, Any]) -> None:
         rates = "".join(f"{rate:>10,.1f}" for rate in row["rows_per_second"].values())
         print(
             f"{name:16}{rates}{row['of_encoder_alone']:>12}   {', '.join(f'{s:.1%}' for s in row['shares'].values())}"
-            f"; {row['held_up']:.1%}"
+            f"; {row['held_up']:.1%}; CPU ms a row "
+            + ", ".join(f"{way} {ms:.2f}" for way, ms in row["cpu_milliseconds_per_row"].items())
         )
     for lever, row in results["levers"].items():
         print(f"{lever}: {', '.join(f'{way} {rate:,.1f}' for way, rate in row['rows_per_second'].items())} a second")
@@ -251,11 +267,14 @@ def main(given: Sequence[str] | None = None) -> None:
             survey(str(workload.pictures), workload.folder / "none", settings, lambda _: None)
             for settings in (config, replace(config, text_padding="trimmed"))
         )
-        tables = {name: measure_table(job, name, arguments.rounds) for name in job.recipes}
+        with tempfile.TemporaryDirectory(dir=workload.folder) as folder:
+            scratch = Path(folder)
+            tables = {name: measure_table(job, name, arguments.rounds, scratch) for name in job.recipes}
+            levers = measure_levers(job, trimmed, arguments.rounds, scratch)
         limit = sum(row["rows"] / row["rows_per_second"]["encoder alone"] for row in tables.values())
         results = {
             "tables": tables,
-            "levers": measure_levers(job, trimmed, arguments.rounds),
+            "levers": levers,
             "builds": {form: measure_build(workload, arguments, form, limit) for form in FORMS},
         }
     show(results)

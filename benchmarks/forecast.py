@@ -1,7 +1,7 @@
 """How well `--dry-run` foretells memory: the peak of a rehearsed step beside that of the trainer's own, on the CPU.
 
     python benchmarks/forecast.py --output benchmarks/results
-    python benchmarks/forecast.py --model-size full --only prior-lora16-b1 --output /tmp/prior.json
+    python benchmarks/forecast.py --model-size full --only prior-lora16-b1 --output prior.json
 
 What is measured is what torch's allocator gives out during two real steps, and what lies there before: weights and
 average, which are counted exactly. Batches, which are numpy's, are left out of both. The published networks are made

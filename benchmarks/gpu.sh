@@ -43,6 +43,11 @@ full)
     step --stage prior --batch-size 64 --lora-rank 16
     step --stage decoder --resolution 512 768 --batch-size 8 --lora-rank 16
     run build.py "${model[@]}" --batch-size 32 --rounds 2 --output "$results"
+    run inpaint.py "${model[@]}" --resolution 512 --batch-size 8 --steps "$steps" --rounds 4 --output "$results"
+    run small_training.py --model-size full --resolution 512 --ways "fp32, adamw-8bit" "bf16, adamw-8bit" \
+        "bf16, adamw-8bit, fused backward" --output "$results"
+    shapes=(--model-size full --mixed-precision bf16 --resolution 512 768 --images 48 --rounds 2 --passes 4)
+    streaming=(--seconds 10)
     loader=() parity=() levers=(--resolution 512 --batch-size 8)
     ;;
 tiny)
@@ -57,6 +62,10 @@ tiny)
     step --stage prior --batch-size 2 --lora-rank 16
     step --stage decoder --resolution 64 128 --batch-size 2 --lora-rank 16
     run build.py "${model[@]}" --batch-size 2 --rounds 1 --output "$results"
+    run inpaint.py "${model[@]}" --resolution 64 --batch-size 2 --steps 1 --rounds 2 --output "$results"
+    run small_training.py --steps 2 --ways "fp32, adamw-8bit" "bf16, adamw-8bit" --output "$results"
+    shapes=(--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1)
+    streaming=(--samples 512 --seconds 1)
     loader=(--rows 512 --batches 4 --slow-batches 1 --rounds 1) parity=(--images 16 --steps 2)
     levers=(--resolution 64 --batch-size 2)
     ;;
@@ -68,7 +77,10 @@ esac
 device=$(test "$kind" = gpu && echo cuda || echo cpu)
 run parity.py "${parity[@]}" --device "$device" --output "$results/parity-$kind.json"
 run loader.py "${loader[@]}" --device "$device" --output "$results/loader-$kind.json"
-# Last, as the decoder has many blocks to compile.
+run shapes.py "${shapes[@]}" --folder "$folder" --output "$results"
+# Late, as the decoder has many blocks to compile.
 step --stage decoder "${levers[@]}" --levers
+# Last, as it uses no GPU, and a line of limited rate is waited for however fast the machine is.
+run streaming.py "${streaming[@]}" --output "$results"
 "$python" benchmarks/report.py "$results"
 exit $failed

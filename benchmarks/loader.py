@@ -1,6 +1,7 @@
 """How fast the loader is, against a plain in-memory gather of the same rows, and other readers, in the same run.
 
     python benchmarks/loader.py --output loader.json
+    python benchmarks/loader.py --cold --output loader-cold.json
 
 Writes a synthetic cache of float16 latents at 768 pixels (73,728 bytes a row) in each format, reads it once so that it
 lies in the page cache, then takes turns: gathers from an array in memory, the loader in each residency, and what else
@@ -9,19 +10,19 @@ reads such files. "gpu" uploads its tables to --device, which is the CPU unless 
 through one epoch. "plain copy of mapped files" copies their rows with nothing else done, in one thread. All give
 batches in random order, but for webdataset, which has none: it streams through a shuffle buffer. zarr-python and
 tensorstore verify the checksums of chunks of 64 rows, webdataset none. --cold drops the files from the page cache
-before each round (Linux) and compares with reading them in sequence. Prints tables and writes JSON with the hardware
+before each turn (Linux): its first way reads the same files in sequence, and the loader's share of that rate is what it
+makes of the disk. Prints tables and writes JSON with the hardware
 and the versions.
 """
 
 import argparse
 import gc
 import io
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring.record import machine
+from measuring.record import write_outcome
 from measuring.synthetic import write_synthetic_cache
 
 from kcache import Cache
@@ -239,7 +240,7 @@ def show(title: str, results: dict[str, Any]) -> None:
         print(f"{row['cpu_seconds_per_gigabyte']:>10}{row['ratio']:>8.3f}")
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("zarr", "webdataset", "both"), default="both")
     parser.add_argument("--rows", type=int, default=8192, help="rows of the cache (default 8192: 604 MB)")
@@ -249,8 +250,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="where residency gpu keeps its tables")
     parser.add_argument("--cold", action="store_true", help="read from the disk instead")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="where to write the JSON: a file or a folder")
+    arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -269,9 +270,7 @@ def main() -> None:
         name: getattr(arguments, name)
         for name in ("rows", "batch_size", "batches", "slow_batches", "rounds", "device", "cold")
     }
-    report = {"benchmark": "loader", "machine": machine(), "settings": settings, "results": results}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_outcome(arguments.output, "loader", settings, results, "cold" if arguments.cold else "")
 
 
 if __name__ == "__main__":

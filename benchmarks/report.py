@@ -84,7 +84,8 @@ def way_lines(case: Report) -> list[str]:
         rows.append(cells)
     if upstream := case.get("upstream"):
         told = [number(upstream.get("images_per_second")), number(upstream.get("step_milliseconds"))]
-        rows.append(["upstream's script", *told, *[""] * (len(head) - 3)])
+        workers = f", {counted} workers" if (counted := upstream.get("dataloader_num_workers")) is not None else ""
+        rows.append([f"upstream's script{workers}", *told, *[""] * (len(head) - 3)])
     note = "Ways are compared by draws of noise, images times draws of each; the draws of an image share its caption."
     return table(head, rows) + ([note, ""] if several else [])
 
@@ -131,11 +132,12 @@ def build_lines(report: Report) -> list[str]:
         [
             name, *(number(rate) for rate in row["rows_per_second"].values()), number(row["of_encoder_alone"], ".3f"),
             *(number(share, ".1%") for share in row["shares"].values()),
+            ", ".join(number(spent, ",.2f") for spent in row.get("cpu_milliseconds_per_row", {}).values()),
         ]
         for name, row in report["results"]["tables"].items()
     ]  # fmt: skip
     head = ["rows/s", "encoder alone", "decoding alone", "build", "of encoder alone", "waits for inputs", "encodes"]
-    lines = table([*head, "waits for the disk"], rows)
+    lines = table([*head, "waits for the disk", "CPU of a row, ms: encoder, decoding, build"], rows)
     rows = [
         [form, number(row["seconds"], ".2f"), number(row["images_per_second"]), number(row["of_encoders_alone"], ".3f")]
         for form, row in report["results"]["builds"].items()
@@ -321,6 +323,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for benchmark, draw in (("train_step", draw_train_steps), ("loader", draw_loader), ("growth", draw_growth)):
         for kind in ("gpu", "cpu"):
             reports = [report for path, report in found.items() if is_of(path, report, benchmark, kind)]
+            reports = [report for report in reports if not report["settings"].get("cold")]
             if reports:
                 pictures.append(folder / f"{benchmark}-{kind}.png")
                 draw(reports, pictures[-1])

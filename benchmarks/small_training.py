@@ -1,7 +1,7 @@
 """What a step of training the whole decoder takes in memory, with what takes less of it, and that it learns.
 
     python benchmarks/small_training.py
-    python benchmarks/small_training.py --model-size full --resolution 256 --ways "bf16, adamw-8bit" \\
+    python benchmarks/small_training.py --model-size full --resolution 64 --ways "bf16, adamw-8bit" \\
         "bf16, adamw-8bit, fused backward" --output benchmarks/results
 
 Each way takes a few steps on one sample, one noise and one timestep, with random weights and gradient checkpointing, so
@@ -82,7 +82,7 @@ def take_step(
         torch.nn.utils.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def peak_of(work: Any, held: int) -> tuple[float, int]:

@@ -311,7 +311,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--levers", action="store_true", help="measure what may make the cached step faster")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for --levers; known of some GPUs")
-    parser.add_argument("--upstream-script", type=Path, help="your copy of diffusers' script for the stage: timed too")
+    parser.add_argument(
+        "--upstream-script", type=Path,
+        help="your copy of diffusers' script for the stage: timed too, with the best of 0, 2 and --workers workers",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="where to write the JSON: a file or a folder")
     arguments = parser.parse_args(given)
     default = [RESOLUTIONS[arguments.model_size]]

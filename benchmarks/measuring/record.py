@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def write_outcome(
     report = {
         "benchmark": benchmark,
         "machine": facts(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "settings": plain,
         "results": results,
     }

@@ -17,6 +17,7 @@ from kcache_cli.build import cache_build
 from kcache_cli.convert import cache_convert
 from kcache_cli.demo import demo
 from kcache_cli.doctor import doctor
+from kcache_cli.duplicates import cache_duplicates
 from kcache_cli.garbage import cache_gc
 from kcache_cli.info import cache_info
 from kcache_cli.merge import cache_merge
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.command("cache-build", no_args_is_help=True)(cache_build)
 app.command("cache-info", no_args_is_help=True)(cache_info)
+app.command("cache-duplicates", no_args_is_help=True)(cache_duplicates)
 app.command("cache-verify", no_args_is_help=True)(cache_verify)
 app.command("cache-convert", no_args_is_help=True)(cache_convert)
 app.command("cache-merge", no_args_is_help=True)(cache_merge)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kcache.tally import counted
-from kcache_cli.progress import bytes_text, say
+from kcache_cli.progress import Report, bytes_text, say, show_counts
 
 SHOWN_REJECTED = 10
 """Rejected inputs that are named one by one; more are counted by reason, and --json names them all."""
@@ -15,6 +15,10 @@ SHOWN_REJECTED = 10
 def cache_info(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")],
     *,
+    caption_cosine: Annotated[
+        bool,
+        typer.Option("--caption-cosine", help="Also read the embeddings, and say how well captions fit pictures."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what is in a cache, and what was rejected and why.
@@ -24,10 +28,12 @@ def cache_info(
       kcache cache-info caches/photos-768
       kcache cache-info caches/photos-768 --json | jq .tables
       kcache cache-info s3://bucket/photos-768
+      kcache cache-info caches/photos-768 --caption-cosine
     """
     from kcache.upkeep.info import describe_cache
 
-    about = describe_cache(cache)
+    with Report() as report:
+        about = describe_cache(cache, show_counts(report, "samples") if caption_cosine else None)
     if as_json:
         say(json.dumps(about, indent=2, ensure_ascii=False))
     else:
@@ -48,6 +54,18 @@ def _print(about: dict[str, Any]) -> None:
         say(f"  captions of a sample: {_statistics_text(about['captions'])}")
     if about["tokens"]:
         say(f"  tokens of a caption: {_statistics_text(about['tokens'])}")
+    if about["caption_cosine"]:
+        names = {
+            "min": "least",
+            "p1": "1 %",
+            "p10": "10 %",
+            "p50": "median",
+            "p90": "90 %",
+            "p99": "99 %",
+            "max": "most",
+        }
+        spread = ", ".join(f"{text} {about['caption_cosine'][name]:.3f}" for name, text in names.items())
+        say(f"  caption_cosine, of each sample's least fitting caption: {spread}")
     _print_pictures(about)
     for sentence in about["losses"]["sentences"]:
         say(f"  {sentence}")

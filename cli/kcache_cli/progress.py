@@ -71,10 +71,10 @@ def duration_text(seconds: float) -> str:
 
 
 def rate_text(rate: float, what: str = "") -> str:
-    """How many a second, for people, or how long each takes: "500 rows/s", "0.3/s", "20.0 s each"."""
-    if 0 < rate < 0.1:
-        return f"{duration_text(1 / rate)} each"
-    return (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") + (f" {what}/s" if what else "/s")
+    """How many of `what`, a "row", a second, for people, or how long one takes: "500 rows/s", "12.3 s/row"."""
+    if 0 < rate < 1:
+        return duration_text(1 / rate) + (f"/{what}" if what else " each")
+    return (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") + (f" {what}s/s" if what else "/s")
 
 
 def left_text(done: float, total: float, rate: float) -> str:
@@ -141,20 +141,22 @@ def show_build(report: Report, progress: "BuildProgress") -> None:
     if progress.total:
         rate = progress.done / progress.seconds if progress.seconds else 0.0
         busy = ", ".join(f"{name} {share:.0%}" for name, share in progress.busy.items())
-        detail = rate_text(rate, "rows") + (f" ({busy})" if busy else "")
+        detail = rate_text(rate, "row") + (f" ({busy})" if busy else "")
         detail += left_text(progress.done, progress.total, rate) + (f", by {progress.who}" if progress.who else "")
         report.show(progress.table, progress.done, progress.total, detail)
 
 
 def show_training(report: Report, stage: str, progress: "TrainProgress") -> None:
-    """Per optimizer step: loss, learning rate, samples per second, what was waited for, from 1 % on, and time left."""
-    rate = rate_text(progress.samples_per_second, "samples")
+    """Per optimizer step: loss, learning rate, speed, what was waited for, from 1 % on, and time left."""
+    rate = rate_text(progress.samples_per_second, "sample")
     detail = f"loss {progress.loss:.4f}, lr {progress.lr:.1e}, {rate}"
     for what, share in progress.waits.items():
         if share >= 0.01:
             detail += f", waiting for {'the store' if what == 'store' else what}: {share:.0%}"
-    # Of this start's own steps, validations and checkpoints among them.
-    detail += left_text(progress.step, progress.max_steps, report.rate(stage, progress.step))
+    steps = report.rate(stage, progress.step)  # of this start's own, validations and checkpoints among them
+    if 0 < steps < 1:
+        detail += f", {rate_text(steps, 'step')}"
+    detail += left_text(progress.step, progress.max_steps, steps)
     report.show(stage, progress.step, progress.max_steps, detail)
 
 

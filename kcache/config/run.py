@@ -188,6 +188,12 @@ class RunConfig(SourceConfig):
         beside=("validation_prompts", "inpaint", "hint"),
         lenient=True,
     )
+    validation_clip_score: bool = setting(
+        False,
+        "Say of each picture of a validation prompt how well it fits: the cosine of both, by the prior's CLIP.",
+        beside=("validation_prompts",),
+        lenient=True,
+    )
     report_to: str = setting(
         "tensorboard",
         "Tracker beside metrics.jsonl: tensorboard (if installed), wandb, comet_ml, …, `all` or `none`.",

@@ -1,6 +1,5 @@
 """The frozen networks: one image or caption in, the rows of one table out, always in batches of the recipe's shape."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from kcache.encoders.decoding import Decoding, decode_image, one_if_large
 from kcache.encoders.pixels import ControlEncoder, clip_pixels, clip_processor, movq_pixels
 from kcache.encoders.pretrained import load_pretrained
 from kcache.encoders.repositories import Repository
+from kcache.encoders.tokenizers import CaptionTokenizer
 from kcache.errors import InputRejected, ModelError
 from kcache.foreign import told
 from kcache.store.recipe import LATENTS, Recipe, kind_of
@@ -131,21 +131,16 @@ class TextEncoder:
         self.recipe = recipe
         self.device = device
         self.batch_size = recipe.batch_shape[0]
-        self._tokenizer = load_tokenizer(repository)
-        # transformers sets padding and truncation on the one Rust tokenizer, which threads may not share meanwhile.
-        self._lock = threading.Lock()
+        self._tokenizer = CaptionTokenizer(load_tokenizer(repository), recipe.batch_shape[1])
         self._network = _Frozen(recipe, repository, device)
 
     def prepare(self, content: str) -> tuple[np.ndarray, int]:
         """Token ids (77,) int64 of a caption, padded or cut to that length, and how many of them are valid."""
         try:
-            with self._lock:
-                tokens = self._tokenizer(
-                    content, max_length=self.recipe.batch_shape[1], padding="max_length", truncation=True
-                )
+            ids, valid = self._tokenizer.tokens(content)
         except (TypeError, ValueError) as error:
             raise InputRejected("tokenize", f"the tokenizer cannot take this caption: {error}") from error
-        return np.array(tokens["input_ids"], np.int64), sum(tokens["attention_mask"])
+        return np.array(ids, np.int64), valid
 
     def reserved(self) -> tuple[np.ndarray, int]:
         """The empty caption, which stands for "no text" in guidance."""

@@ -150,7 +150,7 @@ _Parts = tuple[dict[str, Any], tuple[int, ...], tuple[Field, ...]]
 
 def _image_embeds(config: BuildConfig, network: Configuration) -> _Parts:
     prior = network.repository
-    processor = _clip_processor(prior)
+    processor = processor_settings(prior)
     side, width = network.whole_number("image_size"), network.whole_number("projection_dim")
     output = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
     if output != {"height": side, "width": side}:
@@ -211,7 +211,7 @@ def _decoding(config: BuildConfig) -> dict[str, Any]:
     }
 
 
-def _clip_processor(prior: Repository) -> dict[str, Any]:
+def processor_settings(prior: Repository) -> dict[str, Any]:
     """Settings of CLIPImageProcessor, defaults filled in and in one spelling: size 224 is {"shortest_edge": 224}."""
     given = prior.read("image_processor").values
     size, crop = given.get("size", 224), given.get("crop_size", 224)

@@ -5,6 +5,7 @@
 - drawn/: what they are drawn with, and how large; samples decoded from their rows; what a report shows of them
 - `figures`: curves and histograms, in one look
 - `page`, `write`, `run`, `cache`: a run or a cache as one HTML file, by the template page.html
+- likeness/: what a cache's embeddings say of it
 - `neighbours`: the samples that are nearest to what a run drew
 - `model_card`: the README.md of a run
 - `doctor`: the machine

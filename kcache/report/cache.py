@@ -4,32 +4,28 @@ Of a cache of any size only the index, the manifest and some thousand rows are r
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from kcache.config import AS_FOUND, CountReport, SourceConfig
-from kcache.config.shapes import Shape, ShapeSet
 from kcache.places import Place
+from kcache.report.drawn.shown import SIDE, as_image, caption_text, originals_and_decoded, shown_set
 from kcache.report.figures import bars, histogram, picture
 from kcache.report.grid import beside
+from kcache.report.likeness.sections import likeness_sections
 from kcache.report.page import Block, Section, Table, Text
 from kcache.store.cache import Cache
 from kcache.store.index import statistics, tally_of, token_counts
 from kcache.store.manifest import Manifest
-from kcache.store.recipe import LATENTS, kind_of
+from kcache.store.recipe import kind_of
 from kcache.store.samples import read_refused, read_some_samples
 
 SHOWN = 24
 """Samples that are shown, evenly spread over the cache."""
-SIDE = 152
-"""Side of their pictures, in pixels: three pairs fit beside each other."""
 PICTURE_BYTES = 100_000
-CAPTIONS, CAPTION = 5, 300
-"""Captions of a sample that are shown, and characters of a caption."""
 SAMPLED_ROWS = 2048
 """Rows of each field whose norms are taken."""
 ROWS_PER_READ = 128
@@ -69,6 +65,7 @@ def cache_sections(config: ReportConfig, report: CountReport) -> list[Section]:
         *_shapes(cache),
         Section(title="Samples", blocks=_samples(cache, config, report)),
         Section(title="Captions", blocks=_captions(cache)),
+        *likeness_sections(cache, config, report),
         Section(title="Values", blocks=_norms(cache, report)),
         Section(title="Rejected inputs", blocks=_rejected(folder, cache.manifest.rejected)),
         Section(title="Tables and shards", blocks=_tables(cache.manifest)),
@@ -131,27 +128,9 @@ def _samples(cache: Cache, config: ReportConfig, report: CountReport) -> list[Bl
     if config.source is None and (config.pretrained_decoder_model_name_or_path is None or not sets):
         reason = "give --pretrained-decoder-model-name-or-path or --source" if sets else "it has none: give --source"
         none = Text(text=f"No pictures: a cache holds none, and its latents were not decoded ({reason}).")
-        rows = [[row["name"], f"{row['width']} × {row['height']}", _caption_text(row)] for row in told]
+        rows = [[row["name"], f"{row['width']} × {row['height']}", caption_text(row)] for row in told]
         return [intro, none, Table(head=["Name", "Pixels", "Captions"], rows=rows)]
     return [intro, *_pictures(cache, chosen, told, config, report)]
-
-
-def _shown_set(cache: Cache) -> ShapeSet:
-    sets = cache.manifest.shape_sets
-    return next((each for each in sets if not each.is_square), sets[0])
-
-
-def _parts_shown(cache: Cache, chosen: np.ndarray) -> Iterator[tuple[Cache, np.ndarray, np.ndarray]]:
-    """Parts of one shape, which of their samples (m,) are among the `chosen` (k,), and where there these are (m,).
-
-    They are of the first set of several shapes, or else of the first set.
-    """
-    shown = _shown_set(cache)
-    opened = Cache.open(cache.path, shown.resolution, buckets=not shown.is_square, flip=False)
-    for part in opened.by_shape(*LATENTS.fields):
-        numbers = np.arange(len(part)) if part.held.selected is None else part.held.selected
-        if len(here := np.flatnonzero(np.isin(chosen, numbers))):
-            yield part, np.searchsorted(numbers, chosen[here]), here
 
 
 def _pictures(
@@ -159,21 +138,9 @@ def _pictures(
 ) -> list[Block]:
     """Each sample's original and what its first latents decode to, whichever were asked for."""
     # Not at the top: only pictures need torch.
-    from kcache.report.drawn.reconstructions import decoded, originals, psnr
+    from kcache.report.drawn.reconstructions import psnr
 
-    shapes: list[Shape] = [(SIDE, SIDE)] * len(chosen)
-    latents: list[np.ndarray | None] = [None] * len(chosen)
-    decoder = config.pretrained_decoder_model_name_or_path
-    for part, samples, places in _parts_shown(cache, chosen) if cache.manifest.shape_sets else ():
-        rows = part.read(samples, ["latents"])["latents"] if decoder is not None else [None] * len(samples)
-        for place, row in zip(places.tolist(), rows, strict=True):
-            shapes[place], latents[place] = part.shape or shapes[place], row
-    given: Sequence[np.ndarray | str | None] = [None] * len(chosen)
-    if config.source is not None:
-        given = originals(cache, chosen, config.source, config.reading, shapes, report)
-    made: Sequence[np.ndarray | None] = [None] * len(chosen)
-    if decoder is not None:
-        made = decoded(latents, decoder, config.device, report)
+    given, made, shapes = originals_and_decoded(cache, chosen, config, report)
     figures: list[Block] = []
     ratios = []
     for row, first, second, shape in zip(told, given, made, shapes, strict=True):
@@ -185,28 +152,14 @@ def _pictures(
         there = [part for part in (first, second) if part is not None]
         if not there:
             lines.append("too small: it has no latents")
-        shown = beside([_as_image(part, shape) for part in there or [""]], SIDE)
-        figures.append(picture(shown, "\n".join([*lines, _caption_text(row)]), PICTURE_BYTES))
+        shown = beside([as_image(part, shape) for part in there or [""]], SIDE)
+        figures.append(picture(shown, "\n".join([*lines, caption_text(row)]), PICTURE_BYTES))
     parts = (["the original"] if config.source is not None else []) + (
-        [f"what MoVQ makes of the latents at {_shown_set(cache).name} pixels, not quantised"]
+        [f"what MoVQ makes of the latents at {shown_set(cache).name} pixels, not quantised"]
         if any(pixels is not None for pixels in made)
         else []
     )
     return [Text(text=f"Of each {', and '.join(parts)}."), *figures, *_ratios(np.array(ratios))]
-
-
-def _caption_text(row: Mapping[str, Any]) -> str:
-    """The captions of a sample, one a line: the first ones, long ones cut."""
-    lines = [text if len(text) <= CAPTION else text[: CAPTION - 1] + "…" for text in row["captions"][:CAPTIONS]]
-    left_out = len(row["captions"]) - len(lines)
-    return "\n".join([*lines, f"and {left_out:,} more"] if left_out else lines)
-
-
-def _as_image(part: np.ndarray | str, shape: Shape) -> Image.Image:
-    """Pixels (3, h, w) in -1..1 as a picture; grey of that shape for one that is not there."""
-    if isinstance(part, str):
-        return Image.new("RGB", shape[::-1], "#c5cad0")
-    return Image.fromarray(np.rint((part.transpose(1, 2, 0) + 1) * 127.5).clip(0, 255).astype(np.uint8))
 
 
 def _ratios(ratios: np.ndarray) -> list[Block]:

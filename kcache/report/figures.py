@@ -49,6 +49,7 @@ LOOK: dict[str, Any] = {
 
 LOSS, LEARNING_RATE, GRADIENT_NORM = "Loss", "Learning rate", "Gradient norm before clipping"
 HELD_OUT_BANDS, HELD_OUT_COSINE = "Held-out loss by timestep", "Held-out cosine to the true embedding"
+CLIP_SCORE = "How well drawn pictures fit their prompts"
 """Titles of what there is to draw of a run."""
 POINTS = 1000
 """Points of a curve: more than the picture has room for would only make it slower to draw."""
@@ -152,6 +153,8 @@ def run_panels(metrics: Entries, validation: Entries) -> dict[str, Panel]:
     panels[GRADIENT_NORM] = curve_panel(metrics, "grad_norm")
     if "val_cosine" in names:
         panels[HELD_OUT_COSINE] = partial(_held_out, entries=validation, name="val_cosine")
+    if "val_clip_score" in names:
+        panels[CLIP_SCORE] = partial(_held_out, entries=validation, name="val_clip_score")
     return panels
 
 
@@ -187,15 +190,15 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def _draw_run(figure: "Figure", name: str, metrics: Entries, validation: Entries) -> None:
     panels = run_panels(metrics, validation)
-    grid = figure.add_gridspec(2, 6, height_ratios=(1.7, 1))
+    grid = figure.add_gridspec(2, 12, height_ratios=(1.7, 1))
     title, font = writable(f"{name}, step {metrics[-1]['step']:,}", f"step {metrics[-1]['step']:,}", joined=False)
     # A name is no formula, whatever dollar signs it has.
     family: dict[str, Any] = {"fontweight": "bold"} if font == own_font() else {"font": font}
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, parse_math=False, **family)
     below = [title for title in panels if title not in (LOSS, HELD_OUT_BANDS)]
-    width = 6 // len(below)
+    width = 12 // len(below)
     places = {title: grid[1, i * width : (i + 1) * width] for i, title in enumerate(below)}
-    places |= {LOSS: grid[0, : 3 if HELD_OUT_BANDS in panels else 6], HELD_OUT_BANDS: grid[0, 3:]}
+    places |= {LOSS: grid[0, : 6 if HELD_OUT_BANDS in panels else 12], HELD_OUT_BANDS: grid[0, 6:]}
     for title, panel in panels.items():
         panel(_axes(figure, places[title], title, "optimizer step"))
 

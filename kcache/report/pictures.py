@@ -20,6 +20,7 @@ from kcache.encoders.repositories import PIPELINES, Repository, pipeline_class
 from kcache.errors import ModelError
 from kcache.objectives.blocks import evaluating
 from kcache.report.drawn.halves import load_pipeline
+from kcache.report.drawn.scores import prompt_scores
 from kcache.report.grid import PROMPTED
 from kcache.report.sampling import Embeds, draw_embeds, draw_pictures
 from kcache.stopping import signal_asked
@@ -109,6 +110,16 @@ class PromptPictures:
             self._decoder.unet = network
             with on_device(self._decoder.movq, device=self._device), self._computing_in(self._learning_dtype):
                 return self._finish(*self._begun)
+
+    def scores(self, drawn: Sequence[Image.Image]) -> dict[str, float]:
+        """How well the pictures that `draw` returned fit their prompts: each one, and as val_clip_score their mean.
+
+        See `prompt_scores`; raises ModelError.
+        """
+        prior = self._base if self._config.stage == "prior" else self._counterpart
+        scores = prompt_scores(prior, drawn, self.prompts, self._frozen_dtype, self._device)
+        each = {f"clip_score_{number}": score for number, score in enumerate(scores, 1)}
+        return {"val_clip_score": sum(scores) / len(scores), **each}
 
     def _begin(self, prior: KandinskyV22PriorPipeline) -> tuple[list[Embeds], list[torch.Generator]]:
         """What the decoder draws each picture from, and the picture's generator, as the prior left it."""

@@ -162,6 +162,7 @@ def _validation(run: Run) -> list[Block]:
         figures.HELD_OUT_BANDS: "By quarters of the timesteps: from nearly clean samples (light) to nearly pure noise "
         "(dark).",
         figures.HELD_OUT_COSINE: "Mean cosine between the image embedding that the prior predicts and the true one.",
+        figures.CLIP_SCORE: "Mean cosine between drawn pictures and their prompts, by the prior's CLIP.",
     }
     panels = figures.run_panels(run.metrics, run.validation)
     blocks: list[Block] = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from kcache.store.controls.packed import unpacked_rows
 from kcache.store.formats.sample_extras import Counts
 from kcache.store.index import bytes_of, open_index
 from kcache.store.manifest import Manifest, read_manifest
-from kcache.store.recipe import TEXT, Field, Recipe, kind_of
+from kcache.store.recipe import Field, Recipe, kind_of
 from kcache.store.rows import Empty, FieldFiles, field_files, gather, take, unit_bytes
 from kcache.store.samples import read_columns, read_samples, read_some_samples
-from kcache.store.selection import columns_named, columns_of, matching_samples, numbered
+from kcache.store.selection import columns_named, matching_samples, numbered
 from kcache.store.shaped.choice import Reads
 from kcache.store.shaped.held import Held
 from kcache.store.shards import OFFSETS
@@ -138,14 +138,15 @@ class Cache:
         """The same cache with only the samples for which `expression` holds, e.g. "width >= 512 and tokens <= 40".
 
         Columns: id, name, captions, width, height, weight, repeats, n_captions (of the sample), tokens (of its longest
-        caption). Raises ConfigError for what is not understood, see `kcache.store.selection`, or holds for no sample.
+        caption), and by rows, see `kcache.store.likeness`, caption_cosine (of its least fitting caption), duplicate and
+        duplicate_cosine. Raises ConfigError for what is not understood, see `kcache.store.selection`, or never holds.
         """
-        holds = np.zeros(len(self), np.bool_)
+        # Not at the top: `import kcache` is quick, and few expressions are asked.
+        from kcache.store.likeness.columns import Columns
+
+        holds, columns = np.zeros(len(self), np.bool_), Columns(self)
         for numbers, part in self.parts(columns_named(expression)):
-            columns = columns_of(part)
-            if TEXT.name in self.recipes:
-                columns["tokens"] = partial(self._most_tokens, numbers)
-            holds[numbers[matching_samples(expression, columns)]] = True
+            holds[numbers[matching_samples(expression, columns.of(numbers, part))]] = True
         if not holds.any():
             raise ConfigError(f"{expression!r} holds for none of the {len(self)} samples of {self.path}; loosen it")
         return self.select(np.flatnonzero(holds))
@@ -307,11 +308,6 @@ class Cache:
         for name in fields:
             self._stays[name] = stays
             self._asked.setdefault(name, np.zeros(self.table_length(name), np.bool_))
-
-    def _most_tokens(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of the longest caption of each of some samples, (n,) int64."""
-        name = "text_encoder_hidden_states"
-        return self.held.longest_texts(name, samples) // unit_bytes(self.field(name), self.dtype(name))
 
     def _read_field(self, name: str, positions: np.ndarray, empty: Empty) -> tuple[np.ndarray, np.ndarray | None]:
         if self.is_packed(name):

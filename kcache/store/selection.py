@@ -2,7 +2,8 @@
 
 Names of columns are compared with numbers, strings or lists of them by ==, !=, <, <=, >, >=, in and not in; comparisons
 are joined by and, or, not and brackets. `"text" in name` and `"text" in captions` ask whether the name, or any caption,
-contains that text. Python's parser reads the expression; nothing of it is ever run.
+contains that text. What is true or not, such as `duplicate`, is said alone. Python's parser reads the expression;
+nothing of it is ever run.
 """
 
 import ast
@@ -138,6 +139,8 @@ class _Reading:
             sides = [node.left, *node.comparators]
             pairs = zip(sides, node.ops, sides[1:], strict=False)
             return np.logical_and.reduce([self._compare(left, op, right) for left, op, right in pairs])
+        if isinstance(node, ast.Name) and _is_truth(column := self._column(node)):
+            return column
         raise self._error(node, "a comparison of a column")
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> np.ndarray:
@@ -185,6 +188,8 @@ class _Reading:
         column = self._column(node)
         if _is_list(column):
             raise self._error(node, "a column of single values; of lists ask whether one has a text: 'cat' in captions")
+        if _is_truth(column):
+            raise self._error(node, f"a column of numbers or text; say {node.id} alone, or not {node.id}")  # type: ignore[attr-defined]
         return column
 
     def _column(self, node: ast.expr) -> Column:
@@ -244,6 +249,10 @@ def _among_texts(column: Any, texts: list[Any]) -> np.ndarray:
     import pyarrow.compute as pc
 
     return pc.is_in(column, pa.array(texts, pa.string())).to_numpy(zero_copy_only=False)
+
+
+def _is_truth(column: Any) -> bool:
+    return isinstance(column, np.ndarray) and column.dtype == np.bool_
 
 
 def _is_list(column: Any) -> bool:

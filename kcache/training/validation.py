@@ -7,11 +7,11 @@ Which images those are is decided by each image's key alone, so that every run h
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import closing
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -253,37 +253,46 @@ class Evaluation:
         """Measure, draw and plot what would be left as the result."""
         run = self._run
         with averaged(run.average, run.network), uncompiled(run.config.compile):
-            self.validate(step)
-            self.draw(step)
+            self.validate(step, self.draw(step))
         if run.accelerator.is_main_process:
             with run.decoration(f"{run.output_dir / CURVES_FILE} could not be drawn"):
                 plot_run(run.output_dir)
 
-    def validate(self, step: int) -> None:
-        """Measure the network on the held-out samples, and tell validation.jsonl and the trackers."""
+    def validate(self, step: int, scores: Mapping[str, float] | None = None) -> None:
+        """Measure the network on the held-out samples, and tell validation.jsonl and the trackers, also of `scores`."""
+        scores = scores or {}
         if self._validation is None:
+            if scores:
+                self._log.track({"step": step, **scores})
             return
         accelerator = self._run.accelerator
         with accelerator.autocast():
             totals = accelerator.reduce(self._validation.totals(), "sum")
         if totals[0, 0].isnan():  # a process was asked to stop
             return
-        entry = {"step": step, **self._validation.summary(totals)}
+        entry = {"step": step, **self._validation.summary(totals), **scores}
         self._log.track(entry)
         if accelerator.is_main_process:
             with self._run.decoration(f"{self._run.output_dir / VALIDATION_FILE} could not be written"):
                 append_validation(self._run.output_dir, entry)
 
-    def draw(self, step: int) -> None:
-        """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers."""
+    def draw(self, step: int) -> Mapping[str, float]:
+        """Have the network draw the prompts, and put the pictures into pictures/ and before the trackers.
+
+        Returns their scores, where they were asked for.
+        """
         if self._pictures is None:
-            return
+            return {}
         from kcache.report.grid import save_pictures
 
         with self._run.decoration(f"the pictures of step {step} could not be drawn"):
             drawn = self._pictures.draw(self._run.network)
             self._log.track_pictures(step, drawn)
             save_pictures(self._run.output_dir, step, drawn, self._pictures.prompts, self._pictures.files)
+            if self._run.config.validation_clip_score:
+                with self._run.decoration(f"the pictures of step {step} could not be scored"):
+                    return cast("PromptPictures", self._pictures).scores(drawn)
+        return {}
 
 
 def _make_pictures(run: TrainingRun) -> "PromptPictures | HeldOutPictures | None":

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 
 from kcache.build.plan import Plan, open_plan
+from kcache.config import CountReport
 from kcache.config.shapes import NO_SHAPE, ShapeSet, resolutions_of, square_set
 from kcache.places import Place, cache_place
+from kcache.store.cache import Cache
 from kcache.store.digests import NO_CONTROL
 from kcache.store.index import CAPTION_BOUNDS, open_index, statistics, tally_of, token_counts
+from kcache.store.likeness.cosines import spread_of
+from kcache.store.likeness.known import known_caption_cosines
 from kcache.store.manifest import MANIFEST, Manifest, read_manifest
 from kcache.store.samples import Refusal, picture_sizes, read_refused, samples_in_columns
 from kcache.store.shaped.standing import Standing
@@ -31,9 +35,10 @@ _NEEDED = ("manifest.json", "samples-*.parquet", "index-*/*", "rejected.jsonl")
 """Files that the rest is said from."""
 
 
-def describe_cache(cache: str | Place) -> dict[str, Any]:
+def describe_cache(cache: str | Place, cosines: CountReport | None = None) -> dict[str, Any]:
     """All that `kcache cache-info` says, as JSON values under names that stay.
 
+    How captions fit is said only with `cosines`, which is told how many samples are read of how many; else no row is.
     A folder whose first build is unfinished has None for what only a finished cache has, and so has a cache at a URL
     for what is `not_looked_at`. Raises CacheNotFoundError when there is neither a cache nor a build, and the errors of
     `Cache.open`.
@@ -66,6 +71,7 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
         "weights": _weights(index),
         "captions": statistics(np.diff(index[CAPTION_BOUNDS])),
         "tokens": statistics(token_counts(recipes, index)),
+        "caption_cosine": None if cosines is None else _caption_cosine(folder, cosines),
         "losses": _losses(tally_of(folder, manifest, index)),
         "rejected": [{"name": r.name, "stage": r.stage, "reason": r.reason} for r in refused],
         "rejected_by": _by_reason(refused),
@@ -75,8 +81,8 @@ def describe_cache(cache: str | Place) -> dict[str, Any]:
 
 _FINISHED = (
     "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables", "resolutions",
-    "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "losses", "rejected",
-    "rejected_by", "not_looked_at",
+    "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "caption_cosine", "losses",
+    "rejected", "rejected_by", "not_looked_at",
 )  # fmt: skip
 
 
@@ -147,6 +153,10 @@ def _weights(index: Mapping[str, np.ndarray]) -> dict[str, float] | None:
         return None
     weights = index["weight"][:]
     return {"min": float(weights.min()), "mean": float(weights.mean(dtype=np.float64)), "max": float(weights.max())}
+
+
+def _caption_cosine(folder: Place, report: CountReport) -> dict[str, float] | None:
+    return spread_of(known_caption_cosines(Cache.open(folder), lambda done, total: report("embeddings", done, total)))
 
 
 def _losses(tally: Tally) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from kcache_cli.sample import file_name
 from kcache_cli.verify import show_verify
 
 COMMANDS = (
-    "cache-build", "cache-info", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
+    "cache-build", "cache-info", "cache-duplicates", "cache-verify", "cache-convert", "cache-merge", "cache-gc",
     "train-prior", "train-decoder", "sample", "report", "demo",
 )  # fmt: skip
 
@@ -329,10 +329,10 @@ def test_all_that_takes_long_says_what_time_is_left(
             told = TrainProgress(step=step, max_steps=12, loss=1.0, lr=1e-4, samples_per_second=0.25, waits={})
             show_training(report, "prior", told)
     assert capsys.readouterr().err.splitlines() == [
-        "text: 2 of 8, 50.0 s each, 5 min 00 s left, by 2 actors",
+        "text: 2 of 8, 50.0 s/row, 5 min 00 s left, by 2 actors",
         "verify: 1,000 of 3,000 MB, 100.0 MB/s, 20.0 s left",
-        "prior: 10 of 12, loss 1.0000, lr 1.0e-04, 0.25 samples/s",
-        "prior: 11 of 12, loss 1.0000, lr 1.0e-04, 0.25 samples/s, 3 min 20 s left",
+        "prior: 10 of 12, loss 1.0000, lr 1.0e-04, 4.0 s/sample",
+        "prior: 11 of 12, loss 1.0000, lr 1.0e-04, 4.0 s/sample, 3 min 20 s/step, 3 min 20 s left",
     ]
 
 
@@ -347,8 +347,8 @@ def test_on_a_terminal_the_same_is_beside_the_bar(monkeypatch: pytest.MonkeyPatc
 
 
 def test_numbers_for_people() -> None:
-    assert [rate_text(rate, "rows") for rate in (0.0, 0.02, 0.333, 12.34, 1234.5)] == [
-        "0 rows/s", "50.0 s each", "0.333 rows/s", "12.3 rows/s", "1,234 rows/s",
+    assert [rate_text(rate, "row") for rate in (0.0, 0.005, 0.0813, 0.999, 1.0, 12.34, 1234.5)] == [
+        "0 rows/s", "3 min 20 s/row", "12.3 s/row", "1.0 s/row", "1 rows/s", "12.3 rows/s", "1,234 rows/s",
     ]  # fmt: skip
     assert [bytes_text(count) for count in (999, 25_100_000, 3_000_000_000_000)] == ["999 B", "25.1 MB", "3.0 TB"]
     assert [counted(count, "row") for count in (0, 1, 1797)] == ["0 rows", "1 row", "1,797 rows"]

@@ -106,7 +106,9 @@ def test_caches(oracle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     counts = f"--weight={cache}=0.5", f"--repeats={cache}=2"
     printed("cache-merge", str(tmp_path / "counted"), str(cache), *counts, "--json")
     info = [printed("cache-info", str(each), "--json") for each in (cache, unfinished, far, tmp_path / "counted")]
-    assert_as_said("cache-info", *info)
+    assert_as_said("cache-info", *info, printed("cache-info", str(cache), "--caption-cosine", "--json"))
+    groups = ["cache-duplicates", str(cache), "--cosine=0.01", "--json"]
+    assert_as_said("cache-duplicates", printed(*groups), printed(*groups, f"--output={tmp_path / 'groups.jsonl'}"))
 
     new, merged = str(tmp_path / "new"), str(tmp_path / "merged")
     convert = printed("cache-convert", str(cache), new, "--format=webdataset", "--json")

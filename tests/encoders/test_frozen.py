@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from kcache.config import BuildConfig
 from kcache.disk.memo import DigestMemo
@@ -178,6 +179,21 @@ def test_rows_that_stay_non_finite_are_returned_as_they_are(oracle: Path, tmp_pa
     recipe = recipe_of("image_embeds", oracle, replace(AS_UPSTREAM, mixed_precision="fp16"))
     encoder = load_encoder(recipe, repository(prior), CPU)
     assert not encoder.encode([encoder.reserved()])["image_embeds"].isfinite().any()
+
+
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_captions_become_the_tokens_that_upstream_makes_of_them(
+    otherwise: bool, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if otherwise:  # than the Rust tokenizer behind it
+        call = CLIPTokenizer.__call__
+        monkeypatch.setattr(CLIPTokenizer, "__call__", lambda self, text, **how: call(self, f"so {text}", **how))
+    encoder = encoder_of("text", oracle)
+    tokenizer = CLIPTokenizer.from_pretrained(oracle / "prior" / "tokenizer", local_files_only=True)
+    for caption in ("", "A  Red ball, naïve", "<|endoftext|> one", "word " * 200):
+        tokens = tokenizer(caption, max_length=77, padding="max_length", truncation=True)
+        ids, valid = encoder.prepare(caption)
+        assert (ids.dtype, ids.tolist(), valid) == (np.int64, tokens.input_ids, sum(tokens.attention_mask))
 
 
 def test_a_caption_that_is_no_text_is_rejected_by_name(oracle: Path) -> None:

@@ -13,6 +13,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+import know_your_data
+import numpy as np
 import pytest
 import shapes
 import torch
@@ -25,7 +27,7 @@ from measuring.models import make_network, read_configs
 from measuring.record import write_outcome
 from measuring.roofline import KINDS, kind_of
 from measuring.summaries import SUMMARIES, command
-from measuring.upstream import time_upstream
+from measuring.upstream import fastest, time_upstream
 from measuring.workload import open_workload
 from report import TITLES, demo_lines, name_of, one_line
 from train_step import speed_ups
@@ -46,6 +48,7 @@ RUNS = {
     "build": f"{SMALL} --resolution 64 --batch-size 2 --rounds 1",
     "end_to_end-prior": f"--stage prior {SMALL} --batch-size 4 --epochs 1 --rounds 1 --price 3.6",
     "shapes": "--resolution 64 128 --images 4 --batch-size 1 --steps 1 --rounds 1 --passes 1",
+    "published-prior": f"--stage prior --model-size tiny --mixed-precision no {SMALL} --batch-size 2 --steps 1",
     "growth-5000": "--sizes 500 5000 --batches 2 --rounds 1",
 }
 UPSTREAM = """
@@ -73,6 +76,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = "--rows 256 --batch-size 8 --batches 2 --slow-batches 1 --rounds 1 --format zarr"
     command = [sys.executable, BENCHMARKS / "loader.py", *size.split(), "--output", folder / "loader-cpu.json"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: None)  # others' tests keep theirs
+        importlib.import_module("loader").main(f"{size} --rows 64 --cold --output {folder}".split())
     (folder / "parity-cpu.json").write_bytes((BENCHMARKS / "results" / "parity-cpu.json").read_bytes())
     importlib.import_module("report").main([str(folder)])
     return folder
@@ -197,13 +203,24 @@ def test_a_build_is_compared_with_its_encoders(results: Path) -> None:
         "image_embeds": 5, "text": 5, "latents-64": 4
     }  # fmt: skip
     for table in found["tables"].values():
-        assert table["rows_per_second"].keys() == {"encoder alone", "decoding alone", "build"}
+        for per_row in ("rows_per_second", "cpu_milliseconds_per_row"):
+            assert table[per_row].keys() == {"encoder alone", "decoding alone", "build"}
+            assert min(table[per_row].values()) > 0
         assert sum(table["shares"].values()) == pytest.approx(1, abs=1e-3)
         assert 0 <= table["held_up"] <= table["shares"]["decode"] + 1e-3
     ways = {f"{work}, {padding}" for work in ("encoder alone", "build") for padding in ("full", "trimmed")}
     assert found["levers"]["text_padding"]["rows_per_second"].keys() == ways
     assert 0 < found["levers"]["channels_last"]["largest_difference"] < 1e-4
     assert {form: build["samples"] for form, build in found["builds"].items()} == {"zarr": 4, "webdataset": 4}
+
+
+def test_short_runs_of_published_sizes_are_compared(results: Path) -> None:
+    found = outcome(results, "published-prior")["results"]
+    cached, online = found["ways"].values()
+    assert cached["loss"] == pytest.approx(online["loss"], rel=1e-3)
+    for row in (cached, online):
+        assert 0 < row["steps_seconds"] < row["seconds"]
+    assert found["speed_up"] == pytest.approx(online["steps_seconds"] / cached["steps_seconds"], rel=0.02, abs=0.02)
 
 
 def test_a_whole_training_is_extrapolated_linearly(results: Path) -> None:
@@ -250,6 +267,14 @@ def test_growth_has_a_verdict_on_every_quantity(results: Path) -> None:
     assert found["growth"]["bytes"]["grows"] == "linear"
 
 
+def test_reads_from_the_disk_are_told_as_a_share_of_its_rate(results: Path) -> None:
+    found = json.loads((results / f"loader-cold-{device_kind()}.json").read_text())
+    (ways,) = found["results"].values()
+    assert {name: row["ratio"] for name, row in ways.items() if row["ratio"] == 1} == {"files in sequence": 1.0}
+    assert ways["loader, mmap, random"]["rows_per_second"] > 0
+    assert "| loader, mmap, random |" in (results / "README.md").read_text()
+
+
 def test_report_shows_every_benchmark(results: Path) -> None:
     page = (results / "README.md").read_text()
     assert all(f"\n## {title}, " in page for name, title in TITLES.items() if name != "demo")
@@ -289,6 +314,13 @@ def test_results_without_a_table_are_told_in_a_line() -> None:
     assert f"{killed:,} builders killed" in lines["kills"][0]
     assert kills["commit"] in lines["kills"][1]
     assert " > benchmarks/results/kills-cpu.json" in lines["kills"][2]
+
+
+def test_near_duplicates_among_drawn_rows_are_counted() -> None:
+    found = know_your_data.measure_scale(500, 32, 20)
+    assert (found["rows"], found["planted"], found["planted_found"], found["nearest_found"]) == (500, 5, 1, 1)
+    true, false = np.array([0.5, 0.7]), np.array([0.1, 0.5])
+    assert know_your_data.area_under_curve(true, false) == pytest.approx(7 / 8)
 
 
 def test_report_shows_what_demos_reached() -> None:
@@ -364,8 +396,18 @@ def test_upstream_is_timed_by_its_progress_bar(last: int, tmp_path: Path) -> Non
     )  # fmt: skip
     with open_workload(arguments) as workload:
         told = time_upstream(arguments, workload, 64, 2)
-    assert ("images_per_second" in told) == (last == 99)
     assert ("no more steps" in str(told)) == (last == 2)
+    if last == 99:
+        rates = told["images_per_second_by_workers"]
+        assert rates.keys() == {"0", "1", "2"}  # the one that was asked for among them
+        assert told["images_per_second"] == max(rates.values()) == rates[str(told["dataloader_num_workers"])]
+
+
+def test_upstream_is_as_fast_as_with_the_workers_that_suit_it() -> None:
+    assert fastest({0: 80.0, 2: 2000.0, 16: 90.0}, 1) == {
+        "images_per_second": 12.5, "step_milliseconds": 80.0, "dataloader_num_workers": 0,
+        "images_per_second_by_workers": {"0": 12.5, "2": 0.5, "16": 11.11},
+    }  # fmt: skip
 
 
 def test_a_case_that_does_not_fit_into_memory_is_reported(

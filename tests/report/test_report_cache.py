@@ -18,8 +18,9 @@ from kcache.config import AS_FOUND
 from kcache.encoders.pixels import movq_pixels
 from kcache.errors import CacheCorruptError, ConfigError, ModelError, SourceError
 from kcache.report import cache as report_cache
-from kcache.report.cache import SIDE, ReportConfig, cache_sections
+from kcache.report.cache import ReportConfig, cache_sections
 from kcache.report.drawn.reconstructions import decoded, originals, psnr
+from kcache.report.drawn.shown import SIDE, caption_text
 from kcache.report.figures import MAX_SIDE, histogram, picture
 from kcache.report.grid import GAP, beside
 from kcache.report.page import Figure, Section, Table, Text
@@ -31,7 +32,10 @@ from kcache.upkeep.convert import convert_cache
 from kcache.upkeep.info import describe_cache
 from kcache_cli import app as cli
 
-TITLES = ["Overview", "Samples", "Captions", "Values", "Rejected inputs", "Tables and shards"]
+TITLES = [
+    "Overview", "Samples", "Captions", "How captions fit", "Kinds of pictures", "Values", "Rejected inputs",
+    "Tables and shards",
+]  # fmt: skip
 
 
 def ignore(name: str, done: int, total: int) -> None:
@@ -235,9 +239,9 @@ def test_rejected_inputs_are_counted_and_named(cache: str, whole: dict[str, Sect
 
 
 def test_long_captions_are_cut(cache: str) -> None:
-    text = report_cache._caption_text({"captions": ["x" * 301, "short"]})
+    text = caption_text({"captions": ["x" * 301, "short"]})
     assert text == "x" * 299 + "…\nshort"
-    assert report_cache._caption_text({"captions": list("abcdefg")}) == "a\nb\nc\nd\ne\nand 2 more"
+    assert caption_text({"captions": list("abcdefg")}) == "a\nb\nc\nd\ne\nand 2 more"
 
 
 def test_pictures_fit_the_page() -> None:

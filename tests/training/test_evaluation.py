@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from filling import MODEL, decoder_like, fills_holes
+from PIL import Image
 from short_runs import STAGES, config, course
 
 from kcache.config.shapes import Shape
 from kcache.errors import ModelError
+from kcache.report.figures import CLIP_SCORE, run_panels
 from kcache.store.cache import Cache
+from kcache.store.likeness.cosines import caption_cosines
 from kcache.store.run_directory import append_metrics, read_validation
 from kcache.training.log import RunLog
 from kcache.training.run import TrainingRun
@@ -204,3 +207,31 @@ def test_no_generator_is_touched_by_looking(cache: str, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     look(evaluation, 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_drawn_pictures_are_scored_as_captions_are(
+    cache: str, oracle: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Cache.open(cache)
+    captions = opened.samples["captions"].to_pylist()
+    number = next(i for i, texts in enumerate(captions) if len(texts) == 1)
+    [name] = opened.select([number]).samples["name"].to_pylist()
+    with Image.open(oracle / "data" / name) as file:
+        picture = file.convert("RGB")
+    monkeypatch.setattr("kcache.report.pictures.PromptPictures.draw", lambda *_: [picture, picture])
+    prompts = (captions[number][0], "something else")
+    looking = {"validation_prompts": prompts, "validation_clip_score": True, "val_fraction": 0.3}
+    _, evaluation = evaluated_run(cache, tmp_path / "run", stage=stage, **looking)
+    evaluation.look(4)
+    [entry] = read_validation(tmp_path / "run")
+    own, other = entry["clip_score_1"], entry["clip_score_2"]
+    assert own == pytest.approx(caption_cosines(opened)[number], abs=1e-5)
+    assert own != pytest.approx(other, abs=1e-3)
+    assert entry["val_clip_score"] == pytest.approx((own + other) / 2)
+    titles = run_panels([{"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-4}], [entry])
+    assert CLIP_SCORE in titles
+    # What cannot be had costs a warning, and not the losses.
+    monkeypatch.setattr("kcache.report.pictures.prompt_scores", lambda *_: 1 / 0)
+    evaluation.look(5)
+    assert "val_clip_score" not in read_validation(tmp_path / "run")[-1]

@@ -20,6 +20,7 @@ from kcache.encoders.weights import weights_digest
 from kcache.errors import CacheMismatchError, RunError
 from kcache.store.checkpoint import latest_checkpoint, open_checkpoint
 from kcache.store.run_directory import read_starts
+from kcache.training.optimizer.libraries import state_bytes
 from kcache.training.resume import checkpoint_to_resume
 from kcache.training.trainer import train
 
@@ -63,7 +64,13 @@ KEPT = {
     "prodigy": "param_groups.0.d_numerator",
 }
 """Of what each keeps, what the others do not."""
+GROUP = "param_groups.0"
 ALONE: dict[str, Any] = {"fused_backward": True, "offload_optimizer": True}
+
+
+def owner(entry: str) -> str:
+    """The parameter that an optimizer's entry is of."""
+    return entry.rpartition(".")[0]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +98,14 @@ def test_every_optimizer_goes_on_bit_for_bit(
     assert {str(tensor.dtype) for tensor in load_file(whole / "checkpoint-4/ema.safetensors").values()} == {
         "torch.float32"
     }
-    entries = set(load_file(whole / states))
+    entries = load_file(whole / states)
     assert any(name.endswith(KEPT[optimizer]) for name in entries)
+    learning = [load_file(whole / "checkpoint-4/ema.safetensors")[name] for name in {*map(owner, entries)} - {GROUP}]
+    taken, foretold = (
+        sum(tensor.nbytes for tensor in entries.values()),
+        state_bytes(learning, config(whole, **settings)),
+    )
+    assert taken == pytest.approx(foretold, rel=0.02, abs=16 * len(learning))
     with pytest.raises(AssertionError):  # something was learnt between the two
         assert_equal_tensors(whole / f"checkpoint-2/{WEIGHTS[stage]}", whole / f"checkpoint-4/{WEIGHTS[stage]}")
     other = config(part, stage, **(settings | {"optimizer": "adamw" if optimizer != "adamw" else "adafactor"}))

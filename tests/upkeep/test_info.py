@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("form")
 
 KEYS = {
     "cache", "build", "format", "samples", "bytes", "orphaned_bytes", "fingerprint", "models", "provenance", "tables",
-    "resolutions", "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "losses",
-    "rejected", "rejected_by", "not_looked_at",
+    "resolutions", "shapes", "flip", "controls", "turns", "repeats", "weights", "captions", "tokens", "caption_cosine",
+    "losses", "rejected", "rejected_by", "not_looked_at",
 }  # fmt: skip
 
 

@@ -133,9 +133,9 @@ def _prodigy(parameters: Parameters, config: TrainConfig, _: torch.device) -> to
 
 
 def _in_8_bits(shape: torch.Size) -> int:
-    """Two codes for each weight, and a float32 scale for each 256; of small tensors two float32 numbers."""
+    """Two codes for each weight, a float32 scale for each 256, two tables; of small tensors two float32 numbers."""
     numbers = shape.numel()
-    return 8 * numbers if numbers < 4096 else 2 * (numbers + 4 * math.ceil(numbers / 256))
+    return 8 * numbers if numbers < 4096 else 2 * (numbers + 4 * math.ceil(numbers / 256) + 4 * 256)
 
 
 def _of_adafactor(shape: torch.Size) -> int:
