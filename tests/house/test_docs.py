@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -221,6 +222,28 @@ def test_a_prior_keeps_what_it_knew_as_it_says(place_with_cache: Path, kcache_co
     run_document(ROOT / "docs" / "prior-preservation.md", kcache_command)
     assert "class_loss" in read_metrics(Path("runs/mydog"))[0]
     assert len(Cache.open("caches/both")) == len(Cache.open("caches/mydog")) + 2
+
+
+def test_what_embeddings_say_as_it_says(place_with_cache: Path, kcache_command: Callable[..., int]) -> None:
+    run_document(ROOT / "docs" / "know-your-data.md", kcache_command)
+    assert Path("duplicates.jsonl").is_file()
+
+
+def test_a_whole_network_trains_in_less_memory_as_it_says(
+    place_with_cache: Path, kcache_command: Callable[..., int]
+) -> None:
+    run_document(ROOT / "docs" / "memory.md", kcache_command)
+    weights = load_file("runs/decoder/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_samples_count_more_and_come_again_as_it_says(
+    place_with_cache: Path, kcache_command: Callable[..., int]
+) -> None:
+    for name in ("photos", "me"):
+        shutil.copytree("caches/photos-64", f"caches/{name}")
+    run_document(ROOT / "docs" / "weights.md", kcache_command)
+    assert len(Cache.open("caches/all")) == len(Cache.open("caches/me"))
 
 
 # diffusers' combined pipeline passes itself an argument that it has deprecated.

@@ -20,6 +20,7 @@ SMALLER = {
     "--val-fraction 0.02": "--val-fraction 0.4",
     "--num-class-rows 100": "--num-class-rows 4",
     "checkpoint-500": "checkpoint-2",
+    "caption_cosine > 0.2": "caption_cosine > -1",
     "torch.float16": "torch.float32",
     "pipeline.enable_model_cpu_offload()": "",
     '"cuda"': '"cpu"',
