@@ -22,9 +22,10 @@ demo-inpaint: $(STAMP)
 demo-preserve: $(STAMP)
 	$(BIN)/kcache demo --preserve --output demo-preserve-out
 
-# Two processes: each test file runs whole in one of them, in alphabetical order.
+# Three processes, as many a test waits for a disk, a server or a cluster: each file runs whole in one, in alphabetical
+# order.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -108,7 +108,7 @@ def test_every_setting_is_a_flag() -> None:
     train_fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"stage"}
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     flags = {name: {option.name: option for option in command.params} for name, command in commands.items()}
-    given = {"source", "cache", "config", "sweep", "dry_run", "strict", "as_json"}
+    given = {"source", "cache", "config", "sweep", "dry_run", "device_memory", "strict", "as_json"}
     of_prior = {"caption_dropout", "packing", "noise_draws", "class_prompt", "num_class_rows", "prior_loss_weight"}
     of_decoder = {"aspect_ratio_buckets", "resolution", "image_dropout", "inpaint", "mask_growth", "hole_loss"}
     of_decoder |= {"hint", "loss_mask", "mask_share"}

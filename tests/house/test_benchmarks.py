@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -293,7 +294,7 @@ def test_a_result_is_of_a_command_that_its_script_takes(path: Path, monkeypatch:
         taken.append(vars(parse(parser, given)))
         raise InterruptedError
 
-    words = command(name_of(path), report, path.name).split(" > ")[0].split()
+    words = shlex.split(command(name_of(path), report, path.name).split(" > ")[0])
     (script,) = [i for i, word in enumerate(words) if word.endswith(".py")]
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", words[script:])

@@ -23,7 +23,6 @@ from kcache.objectives import blocks as compilation
 from kcache.objectives.blocks import check_compiler, compile_blocks, recompute_blocks, uncompiled
 from kcache.objectives.packing import allow_packing, predict_packed
 from kcache.store.run_directory import read_validation
-from kcache.training import setup
 from kcache.training.network.objective import load_network
 from kcache.training.trainer import train
 
@@ -135,7 +134,7 @@ def test_the_real_compiler_trains_as_plain_blocks_do(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(inductor_settings, "compile_threads", 1)
     monkeypatch.setattr(inductor_settings.cpp, "vec_isa_ok", True)  # as the processor says, without a trial
-    monkeypatch.setattr(setup, "check_compiler", lambda device: None)  # the run itself will show
+    monkeypatch.setattr("kcache.training.choice.check_compiler", lambda device: None)  # the run itself will show
     # All samples, so that the steps share a shape; what is nothing but rounding is not learnt from as if it mattered.
     settings: dict[str, Any] = {
         "train_batch_size": 10, "gradient_accumulation_steps": 1, "max_train_steps": 2, "learning_rate": 1e-3,
