@@ -44,7 +44,7 @@ bench: $(STAMP)
 	$(BENCH)/train_step.py --stage prior --images 64 --image-side 64 --batch-size 32 --steps 5 --rounds 3 --levers \
 		--output $(RESULTS)
 	$(BENCH)/inpaint.py --output $(RESULTS)
-	$(BENCH)/build.py --images 64 --output $(RESULTS)
+	$(BENCH)/build.py --images 256 --output $(RESULTS)
 	$(BENCH)/end_to_end.py --stage prior --images 128 --output $(RESULTS)
 	$(BENCH)/end_to_end.py --stage decoder --images 32 --batch-size 4 --output $(RESULTS)
 	$(BENCH)/growth.py --output $(RESULTS)
