@@ -86,12 +86,18 @@ def test_what_works_on_a_disk_loads_nothing_for_object_stores_and_clusters(cache
     assert said[-1] == "[]"
 
 
-def test_import_is_quick() -> None:
-    assert best_seconds([sys.executable, "-c", "import kcache"]) < 0.3
+@pytest.fixture(scope="module")
+def numpy_seconds() -> float:
+    """What Python with numpy, without which there is no kcache, takes on this machine, however fast it is today."""
+    return best_seconds([sys.executable, "-c", "import numpy"])
 
 
-def test_help_is_quick() -> None:
-    assert best_seconds([BIN / "kcache", "--help"]) < 0.6
+def test_import_is_quick(numpy_seconds: float) -> None:
+    assert best_seconds([sys.executable, "-c", "import kcache"]) < 2.7 * numpy_seconds
+
+
+def test_help_is_quick(numpy_seconds: float) -> None:
+    assert best_seconds([BIN / "kcache", "--help"]) < 4 * numpy_seconds
 
 
 def test_imports_go_one_way() -> None:
