@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from measuring.allocated import allocated_peak
 from measuring.device import device_kind, synchronize
 from measuring.models import SIZES, make_network, read_configs
 from measuring.record import write_outcome
-from torch.profiler import ProfilerActivity, profile
 
 from kcache.config import TrainConfig
 from kcache.objectives.blocks import recompute_blocks
@@ -92,14 +92,9 @@ def peak_of(work: Any, held: int) -> tuple[float, int]:
         loss = work()
         synchronize()
         return loss, torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracing:
-        loss = work()
-    events = [event for event in tracing.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = held
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return loss, most
+    losses: list[float] = []
+    peak = held + allocated_peak(lambda: losses.append(work()))
+    return losses[0], peak
 
 
 def measure(size: str, way: str, side: int, steps: int, rate: float) -> dict[str, Any]:

@@ -97,6 +97,6 @@ def _lengths(part: Cache, size: int) -> np.ndarray:
     entries = part.entries(_TOKENS)
     captions = len(entries) - 1  # the last row is that of the empty caption
     chosen = np.random.default_rng(0).integers(max(1, captions), size=(DRAWN_BATCHES, size))
-    tokens = tokens_of(part.recipes[TEXT.name], entries[np.unique(chosen)])
-    batches = tokens[np.searchsorted(np.unique(chosen), chosen)]
+    numbers, places = np.unique(chosen, return_inverse=True)
+    batches = tokens_of(part.recipes[TEXT.name], entries[numbers])[places.reshape(chosen.shape)]
     return np.asarray(batches[batches.sum(1).argmax()], np.int64)

@@ -83,7 +83,7 @@ def choose_run(cache: str | Path | Cache, config: TrainConfig, *, unread: bool =
     check_decoder(config, base)
     counterpart_name, counterpart = _find_counterpart(cache, config)
     checkpoint = checkpoint_to_resume(config)
-    weights_files(base, PIPELINES[config.stage].network)
+    weights_files(base, PIPELINES[config.stage].network)  # that there are some, before anything is made of them
     known = None if checkpoint is None else adapted_weights(checkpoint)
     adapted = None if unread else find_adapted(config, base, known)
     check_same_base(checkpoint, config, base, adapted)

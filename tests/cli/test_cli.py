@@ -22,6 +22,7 @@ from kcache.config import BuildConfig, TrainConfig
 from kcache.demo.digits import write_digits
 from kcache.demo.tiny import demo_models
 from kcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError
+from kcache.store.likeness.duplicates import DUPLICATE
 from kcache.tally import counted
 from kcache.training.log import Progress as TrainProgress
 from kcache.upkeep.verify import VerifyProgress
@@ -116,6 +117,7 @@ def test_every_setting_is_a_flag() -> None:
     assert set(flags["train-decoder"]) - given == train_fields - of_prior
     assert set(flags["train-prior"]) - given == train_fields - of_decoder
     assert flags["train-prior"]["seed"].help == "Decides order, captions, noise and timesteps."
+    assert flags["cache-duplicates"]["cosine"].default == DUPLICATE
 
 
 def test_flags_reach_the_build(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
