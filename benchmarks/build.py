@@ -42,7 +42,7 @@ from measuring.workload import RESOLUTIONS, Workload, add_workload_arguments, op
 
 from kcache.build import build_cache
 from kcache.build.encode import encode_shards
-from kcache.build.pictures.contents import fetcher
+from kcache.build.pictures.contents import fetcher, shard_fetcher
 from kcache.build.plan import PlannedShard
 from kcache.build.survey import Survey, survey
 from kcache.build.work.meter import Meter
@@ -89,9 +89,9 @@ class Table:
 
     def build(self) -> None:
         """Decode, encode and write all inputs, as a build does; what is written is removed later, in nobody's time."""
-        fetch, folder = fetcher(self.job, self.name), Path(tempfile.mkdtemp(dir=self.scratch))
+        fetching, folder = shard_fetcher(self.job, self.name), Path(tempfile.mkdtemp(dir=self.scratch))
         encode_shards(
-            self.encoder, folder, cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetch,
+            self.encoder, folder, cut(self.keys, BATCHES_PER_SHARD * self.encoder.batch_size), fetching,
             workers=self.workers, meter=self.meter, done=lambda _: None,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from kcache.build.claims import Patience, holder, is_mine, let_go, take, unless_
 from kcache.build.committed import Committed
 from kcache.build.finish import whole_samples
 from kcache.build.joined_tars import TarWriter, tar_keys
-from kcache.build.pictures.contents import fetcher, still_given
+from kcache.build.pictures.contents import shard_fetcher, still_given
 from kcache.build.pictures.sizes import PictureSizes
 from kcache.build.plan import Plan, PlannedShard, TablePlan, claims_folder, is_open, uncommitted, unfinished
 from kcache.build.survey import Survey
@@ -180,10 +180,10 @@ class Builder:
                 recipe, job.repository(recipe.table), device, job.config.max_pixels, held=self._encoder
             )
             self._encoder = encoder
-            fetch, meter = fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
+            fetching, meter = shard_fetcher(job, recipe.table), self.meters.setdefault(recipe.table, Meter())
             with kept_to_groups(device.type):
                 encode_shards(
-                    encoder, job.folder / recipe.directory, shards, fetch,
+                    encoder, job.folder / recipe.directory, shards, fetching,
                     workers=workers, meter=meter, done=lambda inputs: progress.add(inputs, meter.shares()),
                     kept=partial(claims.kept, table), takes=partial(job.wants.takes, recipe.table),
                 )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kcache.build.pictures.contents import MirrorImage
+from kcache.build.pictures.contents import Fetch, MirrorImage
 from kcache.build.plan import PlannedShard
 from kcache.build.work.meter import Input, Meter
 from kcache.build.work.refusals import refusal_reasons
@@ -25,7 +25,6 @@ from kcache.encoders.frozen import Encoder, PictureEncoder, full_batches
 from kcache.encoders.pretrained import provenance
 from kcache.errors import InputRejected
 from kcache.places import Place
-from kcache.store.controls.given import ControlImage
 from kcache.store.digests import mirrored_key, pack_keys
 from kcache.store.formats.side_files import size_rows
 from kcache.store.recipe import Recipe, kind_of
@@ -33,8 +32,6 @@ from kcache.store.shards import OFFSETS, Commit, Rejection, RowBlock, commit_sha
 
 _Kept = Callable[[PlannedShard], bool]
 """Whether a shard is still this builder's to commit."""
-Fetch = Callable[[bytes], bytes | str | ControlImage | None]
-"""The content behind a key, None when the source no longer has it; may raise InputRejected."""
 Takes = Callable[[int, int], bool]
 """Whether a picture of this width and height has a row in the table."""
 
@@ -83,7 +80,7 @@ def encode_shards(
     encoder: Encoder,
     folder: Place,
     shards: Iterator[PlannedShard],
-    fetch: Fetch,
+    fetching: Callable[[Sequence[bytes]], Fetch],
     *,
     workers: int,
     meter: Meter,
@@ -94,15 +91,16 @@ def encode_shards(
 ) -> None:
     """Encode and commit `shards` of the table in `folder`; each is asked for when its inputs are to be decoded.
 
-    `done` is told of inputs dealt with since, `committed` of each shard. What `kept` denies is not committed; a picture
-    of which `takes` says, once it is decoded, that it belongs into another table is as one that is gone.
+    `fetching` is called with each shard's keys, in this thread, and gives what fetches the content of one. `done` is
+    told of inputs dealt with since, `committed` of each shard. What `kept` denies is not committed; a picture of which
+    `takes` says, once it is decoded, that it belongs into another table is as one that is gone.
     """
     recipe = encoder.recipe
     write = partial(commit_shard, folder, recipe=recipe, provenance=provenance(encoder.device))
     with ThreadPoolExecutor(workers, "kcache-decode") as pool, ThreadPoolExecutor(1, "kcache-write") as writer:
         ahead: deque[_Planned] = deque()
-        prepare = partial(_prepare, encoder, fetch, takes, meter.clock)
-        inputs = _started(pool, prepare, shards, ahead, limit=workers + 2 * encoder.batch_size)
+        prepare = partial(_prepare, encoder, takes, meter.clock)
+        inputs = _started(pool, prepare, shards, fetching, ahead, limit=workers + 2 * encoder.batch_size)
         committing: Future[Any] | None = None
         try:
             for shard, group in groupby(inputs, key=itemgetter(0)):
@@ -131,22 +129,24 @@ _Planned = tuple[PlannedShard, Future[Input]]
 
 def _started(
     pool: ThreadPoolExecutor,
-    prepare: Callable[[bytes], Input],
+    prepare: Callable[[Fetch, bytes], Input],
     shards: Iterator[PlannedShard],
+    fetching: Callable[[Sequence[bytes]], Fetch],
     ahead: deque[_Planned],
     limit: int,
 ) -> Iterator[_Planned]:
     """Each planned input once its decoding has begun, in plan order; the next ones, up to `limit`, are in `ahead`."""
     for shard in shards:
+        fetch = fetching(shard.keys)
         for key in shard.keys:
-            ahead.append((shard, pool.submit(prepare, key)))
+            ahead.append((shard, pool.submit(prepare, fetch, key)))
             if len(ahead) > limit:
                 yield ahead.popleft()
     while ahead:
         yield ahead.popleft()
 
 
-def _prepare(encoder: Encoder, fetch: Fetch, takes: Takes, clock: Callable[[], float], key: bytes) -> Input:
+def _prepare(encoder: Encoder, takes: Takes, clock: Callable[[], float], fetch: Fetch, key: bytes) -> Input:
     prepared, size, rejection, absent = None, None, None, False
     try:
         reserved = kind_of(encoder.recipe.table).reserved

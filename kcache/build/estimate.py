@@ -19,7 +19,7 @@ from kcache.build.build import checked_survey
 from kcache.build.departures import Leaving
 from kcache.build.encode import encode_shards
 from kcache.build.joined_tars import plan_tars, tar_keys
-from kcache.build.pictures.contents import fetcher
+from kcache.build.pictures.contents import shard_fetcher
 from kcache.build.plan import PlannedShard, TablePlan
 from kcache.build.survey import Survey, acceptable, missing_rows, other_verdicts
 from kcache.build.work.meter import Meter
@@ -197,10 +197,10 @@ def _probe(job: Survey, table: TablePlan, say: Say, held: list[Encoder]) -> tupl
         PlannedShard(name=f"{number:05d}", keys=tuple(keys[begin : begin + rows]))
         for number, begin in enumerate(range(0, len(keys), rows))
     )
-    fetch = fetcher(job, recipe.table)
+    fetching = shard_fetcher(job, recipe.table)
     kept = kept_to_groups(device.type)
     with tempfile.TemporaryDirectory(prefix="kcache-probe-") as folder, suppress(_Watched), enough_memory(recipe), kept:
-        encode_shards(encoder, Path(folder), shards, fetch, workers=workers, meter=Meter(), done=watch.add)
+        encode_shards(encoder, Path(folder), shards, fetching, workers=workers, meter=Meter(), done=watch.add)
     return loading, watch.row_seconds()
 
 

@@ -141,7 +141,7 @@ class EncodingActor:
             with kept_to_groups(encoder.device.type):
                 encode_shards(
                     encoder, place_of(setup.cache) / recipe.directory,
-                    (given.task.shard for given in self._given(first)), self._fetch,
+                    (given.task.shard for given in self._given(first)), lambda _: self._fetch,
                     workers=workers_for(recipe, setup.workers, 2 * len(first.task.shard.keys)),
                     meter=meter, done=self._count, committed=self._committed,
                     takes=partial(setup.wants.takes, recipe.table),

@@ -1,6 +1,6 @@
 """From the key of a row to the content behind it, as the source of a build gives it now."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kcache.sources import Source
@@ -11,6 +11,10 @@ from kcache.store.recipe import kind_of
 
 if TYPE_CHECKING:
     from kcache.build.survey import Survey
+
+
+Fetch = Callable[[bytes], bytes | str | ControlImage | None]
+"""The content behind a key, None when the source no longer has it; may raise InputRejected."""
 
 
 class MirrorImage(bytes):
@@ -27,12 +31,11 @@ def as_named(content: bytes, key: bytes) -> bytes | None:
     return MirrorImage(content) if mirrored_key(found) == key else None
 
 
-def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | ControlImage | None]:
+def fetcher(job: "Survey", table: str) -> Fetch:
     """A function from a key of `table` to its content, None where the source no longer gives that content."""
     # One or the other: a file that holds the text of a caption has that caption's key.
     if kind_of(table).per == "caption":
-        samples = Samples.of(job.samples)
-        samples.texts((EMPTY_CAPTION_KEY,))  # sorted now, as each of the threads that ask would do it by itself
+        samples = _captioned(job)
         return lambda key: samples.texts((key,)).get(key)
 
     if kind_of(table).per == "control":
@@ -47,6 +50,21 @@ def fetcher(job: "Survey", table: str) -> Callable[[bytes], bytes | str | Contro
     return fetch
 
 
+def shard_fetcher(job: "Survey", table: str) -> Callable[[Sequence[bytes]], Fetch]:
+    """As `fetcher`, for the keys of one shard after the other: captions are looked up together, in a fraction of it."""
+    if kind_of(table).per == "caption":
+        samples = _captioned(job)
+        return lambda keys: samples.texts(keys).get
+    fetch = fetcher(job, table)
+    return lambda _: fetch
+
+
+def _captioned(job: "Survey") -> Samples:
+    samples = Samples.of(job.samples)
+    samples.texts((EMPTY_CAPTION_KEY,))  # sorted now, as each of the threads that ask would do it by itself
+    return samples
+
+
 def control_as_named(source: Source, number: int, name: str, key: bytes) -> ControlImage | None:
     """The control image called `name` of a sample of a source as `key` names it; None where it or its picture changed.
 
@@ -57,7 +75,7 @@ def control_as_named(source: Source, number: int, name: str, key: bytes) -> Cont
     return ControlImage(content, picture, mirrored=pair != key) if key in (pair, mirrored_key(pair)) else None
 
 
-def _control_fetcher(job: "Survey", name: str) -> Callable[[bytes], ControlImage | None]:
+def _control_fetcher(job: "Survey", name: str) -> Fetch:
     positions = job.controls[name]
 
     def fetch(key: bytes) -> ControlImage | None:
