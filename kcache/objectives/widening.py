@@ -1,6 +1,7 @@
 """A plain decoder widened: input channels more, whose weights begin at zero, so that it predicts what it did before.
 
-To within rounding: a convolution of more channels may add up its products in another order.
+Bit for bit, as what is new is added to what there was. Saved and loaded it is an ordinary network, which predicts that
+to within rounding: one convolution of more channels may add up its products in another order.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import ImageHintTimeEmbedding
-from torch.nn import Parameter
+from torch.nn import Conv2d, Parameter
 
 from kcache.objectives.hinting import HINT_CHANNELS
 
@@ -17,6 +18,25 @@ LEARNT_WHOLE = ("conv_in", "add_embedding.input_hint_block")
 """What a widened decoder learns whole, beside adapters: what is new in it stands there, and adapters are of others."""
 _SEED = 0
 """Of the hint block, which begins the same in every process and run."""
+
+
+class WidenedConv2d(Conv2d):
+    """The first layer of a UNet with new input channels: its own ones' products are summed as they were before.
+
+    So it gives, bit for bit, what it gave while the weights of the new ones are zero.
+    """
+
+    def __init__(self, conv: Conv2d, weight: Parameter, own: int) -> None:
+        """`conv`, of stride and padding 1, with a `weight` whose first `own` input channels were there before."""
+        # On "meta", as it draws no numbers there.
+        super().__init__(weight.shape[1], weight.shape[0], conv.kernel_size[0], padding=1, device="meta")
+        self.weight, self.bias = weight, conv.bias
+        self.own = own
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(B, in, h, w) to (B, out, h, w)."""
+        before = self._conv_forward(input[:, : self.own], self.weight[:, : self.own], self.bias)
+        return before + self._conv_forward(input[:, self.own :], self.weight[:, self.own :], None)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -33,12 +53,16 @@ def learnt_whole(unet: UNet2DConditionModel) -> tuple[str, ...]:
 
 def widen(unet: UNet2DConditionModel, in_channels: int) -> None:
     """Give `unet`, in place, `in_channels` input channels; its own come first, the others' weights are zero."""
-    conv = unet.conv_in
-    old = conv.weight
+    old = unet.conv_in.weight
     new = old.new_zeros(old.shape[0], in_channels, *old.shape[2:])
     new[:, : old.shape[1]] = old.detach()
-    conv.weight, conv.in_channels = Parameter(new, requires_grad=old.requires_grad), in_channels
+    unet.conv_in = WidenedConv2d(unet.conv_in, Parameter(new, requires_grad=old.requires_grad), old.shape[1])
     unet.register_to_config(in_channels=in_channels)
+
+
+def widen_again(unet: UNet2DConditionModel, own: int) -> None:
+    """Let `unet`, which was widened from `own` input channels, saved and loaded, compute as it did before that."""
+    unet.conv_in = WidenedConv2d(unet.conv_in, unet.conv_in.weight, own)
 
 
 def widen_for_masks(unet: UNet2DConditionModel) -> None:

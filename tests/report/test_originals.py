@@ -140,7 +140,7 @@ def test_a_checkpoint_of_a_widened_decoder_fills_holes(
 def test_a_lora_widens_the_plain_decoder_that_it_is_given_beside(
     oracle: Path, photo: Path, tmp_path: Path, kind: str
 ) -> None:
-    """The same picture as from a wide decoder that has the LoRA in its weights; and no other decoder will do."""
+    """The same picture, to rounding, as from a wide decoder with the LoRA in its weights; no other decoder will do."""
     unet = UNet2DConditionModel.from_pretrained(oracle / "decoder", subfolder="unet")
     (widen_for_masks if kind == "masks" else widen_for_hints)(unet)
     add_lora(unet, rank=2, alpha=None, dropout=0.0, target_modules=(), seed=0, whole=learnt_whole(unet))
@@ -155,7 +155,8 @@ def test_a_lora_widens_the_plain_decoder_that_it_is_given_beside(
     settings: dict[str, Any] = {"image": photo, "mask": mask} if kind == "masks" else {"hint": photo}
     settings |= {"height": 64, "width": 64}
     plain, lora = oracle / "decoder", [str(tmp_path / "one")]
-    assert np.array_equal(draw(oracle, plain, lora=lora, **settings), draw(oracle, merged, **settings))
+    drawn, expected = (draw(oracle, plain, lora=lora, **settings), draw(oracle, merged, **settings))
+    assert np.abs(drawn.astype(int) - expected).max() <= 1  # the first layer adds up in another order
     with pytest.raises(ConfigError, match=f"the decoder {plain} with {lora[0]} .*give --(image and --mask|hint)"):
         draw(oracle, plain, lora=lora)
     for decoder, given in ((merged, lora), (plain, [*lora, str(tmp_path / "two")])):

@@ -137,7 +137,7 @@ def test_a_plain_decoder_begins_where_it_stands_and_learns_to_see_the_mask(
     train(cache, config(tmp_path / "plain", "decoder"))
     assert not caplog.records
     train(cache, config(tmp_path / "wide", "decoder", inpaint=True, max_train_steps=2, checkpointing_steps=1))
-    assert course(tmp_path / "wide")[0][0] == pytest.approx(course(tmp_path / "plain")[0][0], rel=1e-5)
+    assert course(tmp_path / "wide")[0][0] == course(tmp_path / "plain")[0][0]
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith(f"--inpaint begins with {oracle / 'decoder'}, which fills no holes yet")
     assert said.endswith(f"--pretrained-decoder-model-name-or-path {INPAINT_REPO}")
@@ -234,7 +234,7 @@ def test_a_lora_of_a_widened_decoder_begins_with_what_the_plain_one_predicts_and
     settings: dict[str, Any] = {"lora_rank": 2, "mixed_precision": "bf16", "learning_rate": 1e-2}
     train(cache, config(tmp_path / "plain", "decoder", **settings, max_train_steps=1))
     train(cache, config(tmp_path / "wide", "decoder", inpaint=True, export_pipeline=True, **settings))
-    assert course(tmp_path / "wide")[0][0] == pytest.approx(course(tmp_path / "plain")[0][0], rel=1e-2)
+    assert course(tmp_path / "wide")[0][0] == course(tmp_path / "plain")[0][0]
     said = caplog.records[-1].getMessage()
     adapters = load_file(tmp_path / "wide" / LORA_WEIGHTS)
     whole = {name: adapters.pop(name) for name in ("conv_in.weight", "conv_in.bias")}

@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from kcache.config import DECODER_REPO, DEPTH_REPO, INPAINT_REPO, TrainConfig
 from kcache.encoders.repositories import FOLLOWING, INPAINTING, PIPELINES, Repository, pipeline_class
 from kcache.errors import ModelError
-from kcache.objectives.widening import is_plain, learnt_whole, widen_for_hints, widen_for_masks
+from kcache.objectives.widening import is_plain, learnt_whole, widen_again, widen_for_hints, widen_for_masks
 from kcache.store.run_directory import logger
 from kcache.training.optimizer.learning import trainable_parameters
 
@@ -59,6 +59,15 @@ def begin(network: ModelMixin, config: TrainConfig, base: Repository) -> tuple[s
         kind.published,
     )
     return learnt_whole(network)
+
+
+def go_on(network: ModelMixin, config: TrainConfig, base: Repository) -> tuple[str, ...]:
+    """Let a saved decoder that was widened compute as it did in the run, which began with the plain one of `base`."""
+    if config.stage == "decoder" and not is_plain(network.config):
+        before = base.read(PIPELINES[config.stage].network).values
+        if is_plain(before):
+            widen_again(network, before["in_channels"])
+    return ()
 
 
 def say_whole(network: ModelMixin, whole: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from kcache.objectives.inpainting import InpaintObjective
 from kcache.objectives.lora import add_lora, load_lora
 from kcache.objectives.losses import OBJECTIVES, DecoderObjective, Objective, PriorObjective
 from kcache.objectives.preservation import PreservationObjective
-from kcache.training.network.decoder import begin, say_whole
+from kcache.training.network.decoder import begin, go_on, say_whole
 
 
 def load_network(stage: str, folder: Path) -> ModelMixin:
@@ -42,7 +42,7 @@ def load_objective(
     pipeline's folder. Raises the KcacheError of what does not fit the network.
     """
     network = load(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
-    whole = begin(network, config, base) if saved is None else ()
+    whole = begin(network, config, base) if saved is None else go_on(network, config, base)
     if config.lora_rank is not None:
         _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
         if saved is not None:
