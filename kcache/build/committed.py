@@ -196,7 +196,10 @@ def check_outside(folder: Place) -> None:
 
 def _is_cache(folder: Place) -> bool:
     try:
+        # Where there is none, its reader would look through the folders around for what was meant.
+        if isinstance(folder, Path) and not (folder / MANIFEST).is_file():
+            return False
         read_manifest(folder)
-    except KcacheError:  # none, that of another program, or one that this account must not see
+    except (KcacheError, OSError):  # none, that of another program, or one that this account must not see
         return False
     return True

@@ -12,6 +12,7 @@ import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -251,6 +252,10 @@ def _rejection(content: bytes, error: Exception, how: Decoding) -> InputRejected
     return InputRejected("decode", f"damaged or cut short: {reason}")
 
 
+installed = cache(version)
+"""Version of a package; each commit tells some, and reading one takes milliseconds."""
+
+
 def decoder_facts() -> dict[str, str]:
     """What decides which pictures can be decoded, as commit records have it in their provenance."""
-    return {"kcache": version("kcache"), "pillow": version("pillow"), "formats": ",".join(_FORMATS)}
+    return {"kcache": installed("kcache"), "pillow": installed("pillow"), "formats": ",".join(_FORMATS)}

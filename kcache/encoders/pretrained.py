@@ -4,7 +4,6 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from transformers.utils import logging as transformers_logging
 
 from kcache.encoders.color import littlecms_version
-from kcache.encoders.decoding import decoder_facts
+from kcache.encoders.decoding import decoder_facts, installed
 from kcache.errors import ModelError
 from kcache.foreign import told
 
@@ -98,6 +97,6 @@ def provenance(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return (
         decoder_facts()
-        | {name: version(name) for name in packages}
+        | {name: installed(name) for name in packages}
         | {"littlecms": littlecms_version(), "python": platform.python_version(), "device": name}
     )

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from kcache.config import Stage
@@ -178,7 +178,7 @@ class Field:
     """Whether a row is a run of n tokens, n differing from row to row."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What decides the bytes of one table; equal recipes under equal library versions give equal bytes."""
 
@@ -223,7 +223,7 @@ class Recipe:
             raise ValueError(f"field shapes {[field.shape for field in recipe.fields]!a}")
         return recipe
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (64 hex digits) of the recipe's canonical JSON."""
         return json_digest(self.to_json())
