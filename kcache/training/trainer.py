@@ -181,8 +181,10 @@ def take_step(run: TrainingRun, batches: Iterator[Batch]) -> tuple[torch.Tensor,
     with run.kept_on_failure():
         for _ in range(config.gradient_accumulation_steps):
             batch = next(batches)
-            # For dropout, which draws from torch's own generator.
-            torch.manual_seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
+            # For dropout, which draws from torch's own generator. On the CPU that one alone: for those of other devices
+            # torch notes each time who asks, which takes as long as a tiny step.
+            seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
+            seed(draw_seed(config.seed, run.loader.consumed + accelerator.process_index))
             with accelerator.accumulate(run.objective):
                 loss = run.objective(batch, batch["noise"], batch["timesteps"], config.snr_gamma)
                 loss = loss * run.loader.weight  # a sample of a rare shape counts as much as any other
