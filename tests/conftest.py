@@ -91,9 +91,12 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
 def undrawn() -> Iterator[None]:
-    """Runs leave an empty picture instead of their curves, whose drawing takes most of a short run's time."""
+    """Runs leave an empty picture instead of their curves, whose drawing takes most of a short run's time.
+
+    Curves are drawn in the tests of `kcache.report.figures`, and where a test says so.
+    """
     from PIL import Image
 
     from kcache.store.run_directory import CURVES_FILE
@@ -103,8 +106,19 @@ def undrawn() -> Iterator[None]:
         return run_dir / CURVES_FILE
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("result", "validation"):
-            patch.setattr(f"kcache.training.{module}.plot_run", plot_run)
+        for name in sys.modules.keys() & {"kcache.training.result", "kcache.training.validation"}:
+            patch.setattr(f"{name}.plot_run", plot_run)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded_once() -> Iterator[None]:
+    """Networks that encode are read from the same files once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if frozen := sys.modules.get("kcache.encoders.frozen"):
+            from loaded_once import once
+
+            patch.setattr(frozen._Frozen, "_load", once(frozen._Frozen._load))
         yield
 
 
