@@ -29,6 +29,7 @@ from kcache.build.survey import survey
 from kcache.config import BuildConfig
 from kcache.demo.digits import on_paper, write_digits
 from kcache.demo.tiny import demo_models
+from kcache.encoders.pretrained import provenance
 from kcache_cli import app
 
 PICTURES = 6
@@ -146,6 +147,7 @@ class Bench:
                 return (height, width) if len(content) % 2 else (width, height)
 
             kcache.encoders.decoding.picture_size = wrong
+        provenance(torch.device("cpu"))  # which reads the metadata of packages once
         job = survey(str(self.pictures), self.folder / "none", self.config("zarr"), lambda _: None)
         load, device = kcache.encoders.frozen.load_encoder, torch.device("cpu")
         encoders = {r.fingerprint: load(r, job.repository(name), device) for name, r in job.recipes.items()}

@@ -8,44 +8,76 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = """
+import json, os, sys
+import bucket_kills, kills
+
+for line in sys.stdin:
+    name, output, *arguments = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    else:
+        sys.argv = [name, *arguments]
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT, 0o600), 1)
+        code = sys.modules[name].main()
+        sys.stdout.flush()
+        os._exit(code)
+"""
+"""A process that runs the scripts that it is told, each in a fork of its own: all of them load the same libraries."""
+Results = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def outcome() -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    """Runs a script, and gives what it says."""
+    output = tmp_path_factory.mktemp("kills") / "output"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, pipe = [sys.executable, "-c", SCRIPTS], subprocess.PIPE
+    with subprocess.Popen(command, cwd=BENCHMARKS, env=environment, stdin=pipe, stdout=pipe, text=True) as scripts:
+        asked, told = scripts.stdin, scripts.stdout
+        assert asked
+        assert told
+
+        def results(script: str, *arguments: str) -> dict[str, Any]:
+            output.write_bytes(b"")
+            asked.write(json.dumps([script, str(output), *arguments]) + "\n")
+            asked.flush()
+            code = told.readline()
+            assert code in ("0\n", "1\n"), code
+            found: dict[str, Any] = json.loads(output.read_text())["results"]
+            return found
+
+        yield results
+        scripts.kill()  # nothing runs, or something hangs
+
+
+@pytest.fixture(scope="module")
+def outcome(results: Results) -> dict[str, Any]:
     """What the script says of 10 random kills, a kill at every 199th step, 8 stops, and 4 builds by several processes.
 
     Of these, two to four at once, every other loses one. All of it is over both forms of a cache.
     """
-    return results("kills.py", "--random", "10", "--every", "199", "--stops", "8", "--together", "4")
+    return results("kills", "--random", "10", "--every", "199", "--stops", "8", "--together", "4")
 
 
 @pytest.fixture(scope="module")
-def in_bucket() -> dict[str, Any]:
+def in_bucket(results: Results) -> dict[str, Any]:
     """The same of a cache in a bucket, killed at every 149th step, and of builds whose requests' answers are lost."""
     together = ["--together", "4", "--rate", "0.2", "--kinds", "lost_answer"]
-    return results("bucket_kills.py", "--random", "0", "--stops", "0", "--every", "149", *together)
+    return results("bucket_kills", "--random", "0", "--stops", "0", "--every", "149", *together)
 
 
 @pytest.fixture(scope="module")
-def of_shapes() -> dict[str, Any]:
+def of_shapes(results: Results) -> dict[str, Any]:
     """The same of a cache of shapes and mirror images on a disk, killed at every 1013th step, and built together."""
-    return results("kills.py", "--shapes", "--random", "0", "--stops", "0", "--every", "1013", "--together", "4")
-
-
-def results(script: str, *arguments: str) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280,
-    )  # fmt: skip
-    assert run.stdout, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)["results"]
-    return found
+    return results("kills", "--shapes", "--random", "0", "--stops", "0", "--every", "1013", "--together", "4")
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
