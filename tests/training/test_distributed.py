@@ -79,27 +79,22 @@ def watch(objective):
     objective.predict = watched
 
 watch(objectives.PriorObjective), watch(objectives.DecoderObjective)
-cache, bucketed, counted, controlled, *runs = sys.argv[1:]
+cache, bucketed, counted, controlled, stopped, *runs = sys.argv[1:]
 for run in map(json.loads, runs):
     path = bucketed if run["resolution"] else counted if run["snr_gamma"] else controlled if run["hint"] else cache
     train(path, TrainConfig(**run))
     Path(run["output_dir"], f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
     seen.clear()
 """
-
-
+"""What each of two processes does, before it is stopped."""
 STOPPED = """
-import faulthandler; faulthandler.dump_traceback_later(280, exit=True)
-import os, signal, sys, time
+import signal, time
 from datetime import timedelta
-from pathlib import Path
 import torch
-from kcache.training import log as run_log, result, trainer, run as training_run
-from short_runs import config
+from kcache.training import log as run_log, run as training_run, trainer
 
 BOUND = 2  # seconds for which a process waits for another in a collective
-take, save, plot = trainer.take_step, training_run.save_checkpoint, result.plot_run
-steps = []
+take, save, asked, code = trainer.take_step, training_run.save_checkpoint, None, 0
 
 def take_step(*arguments):
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=BOUND), torch.distributed.group.WORLD)
@@ -112,23 +107,18 @@ def save_slowly(*arguments):
     time.sleep(2 * BOUND)
     return save(*arguments)
 
-def plot_slowly(*arguments):
-    time.sleep(2 * BOUND)
-    return plot(*arguments)
-
-result.plot_run = plot_slowly
+result.plot_run = lambda run_dir: time.sleep(2 * BOUND)
 trainer.take_step, training_run.save_checkpoint, run_log.SLOW_SECONDS = take_step, save_slowly, 100
-cache, folder, asked, code = sys.argv[1], Path(sys.argv[2]), None, 0
-whole = {"max_train_steps": 2, "gradient_accumulation_steps": 1, "checkpointing_steps": 1}
-trainer.train(cache, config(folder / "whole", **whole))
-for asked in ("0", "1"):
-    steps.clear()
+whole, *runs = json.loads(stopped)
+for asked, run in zip((None, "0", "1"), (whole, *runs), strict=True):
+    steps = []
     try:
-        trainer.train(cache, config(folder / f"stopped-{asked}", max_train_steps=1000, gradient_accumulation_steps=1))
+        train(cache, TrainConfig(**run))
     except SystemExit as end:
         code = end.code
 sys.exit(code)
 """
+"""Runs of theirs of which one process is told to stop, the others being none that wait long for it."""
 
 
 def given(fast: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -168,13 +158,19 @@ def trained(
     runs += [run for stage, lora in NETWORKS for run in whole_and_parts(folder, stage, lora)]
     for name, (stage, order) in BEGUN.items():
         runs.append(settings(folder / name, stage, max_train_steps=2, checkpointing_steps=2, **order))
-    (folder / "script.py").write_text(SCRIPT)
+    stopped = [{"max_train_steps": 2, "checkpointing_steps": 1}, {"max_train_steps": 1000}, {"max_train_steps": 1000}]
+    names = ("whole", "stopped-0", "stopped-1")
+    asked = [settings(folder / name, "prior", **few) for name, few in zip(names, stopped, strict=True)]
+    (folder / "script.py").write_text(SCRIPT + STOPPED)
     caches = [cache, str(bucketed / "cache"), counted_cache(cache, folder / "counted"), str(controlled / "squares")]
-    subprocess.run(
-        [*LAUNCHER, str(folder / "script.py"), *caches, *map(json.dumps, runs)],
-        check=True,
+    ended = subprocess.run(
+        [*LAUNCHER, str(folder / "script.py"), *caches, *map(json.dumps, [asked, *runs])],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
     )
+    (folder / "stderr").write_text(ended.stderr)
+    assert "exitcode  : 143" in ended.stderr, ended.stderr[-5000:]  # all trained, and then both were stopped
     return folder
 
 
@@ -233,23 +229,15 @@ def test_two_processes_go_on_from_any_step(trained: Path, stage: str, lora: bool
             assert_equal_tensors(part / name, whole / name)
 
 
-def test_a_signal_to_one_process_ends_all_and_saving_takes_what_time_it_takes(cache: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(STOPPED)
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        [*LAUNCHER, str(tmp_path / "script.py"), cache, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert "exitcode  : 143" in ended.stderr
-    assert ended.stderr.count("stopped by SIGTERM; go on with: --resume-from-checkpoint latest") == 2
-    assert (tmp_path / "whole" / WEIGHTS["prior"]).exists()
+def test_a_signal_to_one_process_ends_all_and_saving_takes_what_time_it_takes(trained: Path) -> None:
+    said = (trained / "stderr").read_text()
+    assert said.count("stopped by SIGTERM; go on with: --resume-from-checkpoint latest") == 2
+    assert (trained / "whole" / WEIGHTS["prior"]).exists()
     for rank in (0, 1):
         # All have to agree on the step to stop after, which they do every ten steps.
-        checkpoint = latest_checkpoint(tmp_path / f"stopped-{rank}")
+        checkpoint = latest_checkpoint(trained / f"stopped-{rank}")
         assert checkpoint is not None
-        assert checkpoint.step == len(course(tmp_path / f"stopped-{rank}")) == 20
+        assert checkpoint.step == len(course(trained / f"stopped-{rank}")) == 20
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("begun", 2), ("streamed", 1), ("shaped", 1)])
