@@ -5,6 +5,7 @@ know nothing but the real scans that are not kept for tests.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -92,6 +93,7 @@ def distance_to_known(pictures: Sequence[Image.Image]) -> float:
     return float(np.mean(np.sqrt(_squared(_covers(pictures), known).min(axis=1) / known.shape[1])))
 
 
+@cache
 def _known() -> tuple[np.ndarray, np.ndarray]:
     """The covers of the scans not kept for tests, (n, 64), and their digits (n,)."""
     scans, digits = read_scans(test=False)
