@@ -93,19 +93,25 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="module")
 def undrawn() -> Iterator[None]:
-    """Runs leave an empty picture instead of their curves, whose drawing takes most of a short run's time.
+    """Figures are empty pictures of their size, as to draw them takes most of a short run's time or a report's.
 
-    Curves are drawn in the tests of `kcache.report.figures`, and where a test says so.
+    The curves of a run are not even begun. tests/report/test_figures.py draws.
     """
     from PIL import Image
 
+    from kcache.report.grid import png_bytes
     from kcache.store.run_directory import CURVES_FILE
 
     def plot_run(run_dir: Path) -> Path:
         Image.new("L", (1, 1)).save(run_dir / CURVES_FILE)
         return run_dir / CURVES_FILE
 
+    def rasterised(figure: Any) -> bytes:
+        width, height = (figure.get_size_inches() * figure.dpi).round().astype(int).tolist()
+        return png_bytes(Image.new("1", (width, height)))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kcache.report.figures._rasterised", rasterised)
         for name in sys.modules.keys() & {"kcache.training.result", "kcache.training.validation"}:
             patch.setattr(f"{name}.plot_run", plot_run)
         yield

@@ -78,8 +78,12 @@ def png_of(
         mpl.rcParams.update(look)
         figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
         draw(figure)
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
+        return _rasterised(figure)
+
+
+def _rasterised(figure: "Figure") -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     return png.getvalue()
 
 

@@ -16,6 +16,12 @@ from kcache.errors import RunError
 from kcache.report.figures import LOOK, POINTS, _draw_run, curve, plot_run, run_panels, smoothed, thinned
 from kcache.store.run_directory import CURVES_FILE
 
+
+@pytest.fixture(autouse=True, scope="module")
+def undrawn() -> None:
+    """Here figures are drawn."""
+
+
 BANDS = ["val_loss_t000_249", "val_loss_t250_499", "val_loss_t500_749", "val_loss_t750_999"]
 
 
