@@ -107,8 +107,7 @@ def undrawn() -> Iterator[None]:
         return run_dir / CURVES_FILE
 
     def rasterised(figure: Any) -> bytes:
-        width, height = (figure.get_size_inches() * figure.dpi).round().astype(int).tolist()
-        return png_bytes(Image.new("1", (width, height)))
+        return png_bytes(Image.new("1", figure.canvas.get_width_height()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kcache.report.figures._rasterised", rasterised)
