@@ -113,19 +113,20 @@ def _print_shapes(result: "ShapesResult", output: Path) -> None:
 
 
 def _print_holes(result: "HolesResult", output: Path) -> None:
-    title = (
-        "Holes filled with digits in inks they were never seen in, right in %; paper's edge and kept pixels in levels"
-    )
+    title = "Holes filled with digits in inks they were never seen in, right in %; paper off its course in %"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("asked for", "filled by"):
         table.add_column(heading)
-    for heading in ("digit", "ink", "paper", "all three", "seamless", "edge", "kept"):
+    for heading in ("digit", "ink", "paper", "all three", "seamless", "all four", "off"):
         table.add_column(heading, justify="right")
     for task, of_task in result.scores.items():
         for way, score in of_task.items():
             table.add_row(task, way, *score.cells)
-    Console(width=120).print(table)
-    say(f"the MoVQ alone changes what is kept by {result.round_trip:.1f} levels of 255")
+    Console(width=130).print(table)
+    for way, same in result.kept.same_latents.items():
+        say(f"{way}: the latents that are kept are {'those of the picture, bit for bit' if same else 'CHANGED'}")
+    told = "; ".join(f"{way} {levels:.1f}" for way, levels in result.kept.levels.items())
+    say(f"pixels that are kept, levels of 255 from the picture that was given: {told}")
     say(f"the cache is {'the same, byte for byte' if result.same_cache else 'CHANGED'}: nothing was encoded for holes")
     _print_times(result.seconds, output / "inpaint.png")
 

@@ -6,7 +6,7 @@ Machine Learning Repository, 1998 (https://doi.org/10.24432/C50P49), licensed CC
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -113,12 +113,19 @@ def write_digits(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_lesson(folder: Path, count: int, shapes: Sequence[Shape] = ((SIDE, SIDE),)) -> None:
+def write_lesson(
+    folder: Path,
+    count: int,
+    shapes: Sequence[Shape] = ((SIDE, SIDE),),
+    *,
+    write: Callable[[np.ndarray, Drawing, int], tuple[Image.Image, list[str]]] | None = None,
+) -> None:
     """Write `count` pictures that the demo trains on as an imagefolder, the same every time.
 
     Each scan that is not kept for tests is drawn once, then each in another way, and so on, none of them held out. Each
     picture has a list of four captions, of which one leaves something out. `shapes` are those of the paper, taken in
-    turn. Raises ConfigError for more than 20 pictures of each scan.
+    turn; or `write` makes a picture and its captions from a scan (8, 8), a drawing and a number that counts through
+    such turns. Raises ConfigError for more than 20 pictures of each scan.
     """
     scans, digits = read_scans(test=False)
     if not 1 <= count <= 20 * len(scans):
@@ -133,10 +140,14 @@ def write_lesson(folder: Path, count: int, shapes: Sequence[Shape] = ((SIDE, SID
     for number in range(count):
         times, scan = divmod(number, len(scans))
         drawing, name = ways[digits[scan]][orders[scan][times]], f"{number:05}.png"
-        templates = [*rng.choice(FULL, 3, replace=False), rng.choice(PARTIAL)]
-        digit = coloured(scans[scan], drawing.ink, drawing.paper)
-        on_paper(digit, drawing.paper, shapes[(times + scan) % len(shapes)]).save(folder / name, compress_level=1)
-        captions = [drawing.caption(template) for template in templates]
+        if write is None:
+            templates = [*rng.choice(FULL, 3, replace=False), rng.choice(PARTIAL)]
+            captions = [drawing.caption(template) for template in templates]
+            digit = coloured(scans[scan], drawing.ink, drawing.paper)
+            picture = on_paper(digit, drawing.paper, shapes[(times + scan) % len(shapes)])
+        else:
+            picture, captions = write(scans[scan], drawing, times + scan)
+        picture.save(folder / name, compress_level=1)
         lines.append(json.dumps({"file_name": name, "text": captions}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

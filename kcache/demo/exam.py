@@ -74,15 +74,21 @@ def sit_exam(
 
 def real_pictures(drawings: Sequence[Drawing]) -> list[Image.Image]:
     """Different test scans of each digit, as far as there are enough."""
+    scans = real_scans(drawings)
+    return [coloured(scan, drawing.ink, drawing.paper) for scan, drawing in zip(scans, drawings, strict=True)]
+
+
+def real_scans(drawings: Sequence[Drawing]) -> list[np.ndarray]:
+    """Those of `real_pictures`: (8, 8) float64 from 0 to 1 each."""
     scans, digits = read_scans(test=True)
     rng = np.random.default_rng(0)
     waiting = {digit: list[int]() for digit in range(10)}
-    pictures = []
+    chosen = []
     for drawing in drawings:
         if not waiting[drawing.digit]:
             waiting[drawing.digit] = rng.permutation(np.flatnonzero(digits == drawing.digit)).tolist()
-        pictures.append(coloured(scans[waiting[drawing.digit].pop()], drawing.ink, drawing.paper))
-    return pictures
+        chosen.append(scans[waiting[drawing.digit].pop()])
+    return chosen
 
 
 def draw(prompts: Sequence[str], prior: Path, decoder: Path, *, steps: int, seed: int) -> list[Image.Image]:

@@ -1,6 +1,8 @@
 """The demo of filling holes: digits repainted in the middle of their paper.
 
 - `run`: what is trained and drawn, and what it came to
-- `exam`: the pictures with holes, what is asked for in them, and how it is judged
+- `papers`: bare and half tinted paper, and the pictures to train on
+- `exam`: the pictures with holes, and what is asked for in them
+- `judging`, `kept`: how the holes were filled, and what became of what is around them
 - `picture`: both ways of filling side by side
 """
