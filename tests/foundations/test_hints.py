@@ -79,7 +79,9 @@ def test_the_line_adds_what_is_missing_and_encodes_nothing_else(
     line = shlex.split(str(raised.value).split("`")[1])
     assert line[:4] == ["kcache", "cache-build", "SOURCE", cache]
     # The cache cannot say what it was not built with: the decoder's repository and the resolution.
-    decoder = ["--pretrained-decoder-model-name-or-path", str(oracle / "decoder"), "--resolution", "64"]
+    assert line[-2:] == ["--resolution", "768"]
+    line[-1] = "64"
+    decoder = ["--pretrained-decoder-model-name-or-path", str(oracle / "decoder")]
     assert kcache_command("cache-build", str(oracle / "data"), *line[3:], *decoder) == 0
     said = capsys.readouterr().out
     assert "image_embeds: 0 encoded" in said
