@@ -278,7 +278,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "builds": {form: measure_build(workload, arguments, form, limit) for form in FORMS},
         }
     show(results)
-    write_outcome(arguments.output, "build", vars(arguments), results)
+    write_outcome(arguments.output, "build", vars(arguments), results, "full" if arguments.model_size == "full" else "")
 
 
 if __name__ == "__main__":
