@@ -5,7 +5,7 @@
 For each seed runs `kcache demo`, trains both networks again from the cache that it built, with `--weights bf16
 --mixed-precision bf16 --optimizer adamw-8bit`, and lets them sit the same exam.
 
-A CPU that has no units for it multiplies bfloat16 some fifty times slower than float32. On CPUs products of matrices
+A CPU that has no units for it multiplies bfloat16 tens of times more slowly than float32. On CPUs products of matrices
 and convolutions are therefore taken in float32 and rounded: from bfloat16, summed in float32, rounded once, as GPUs do.
 """
 

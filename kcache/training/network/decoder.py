@@ -61,13 +61,12 @@ def begin(network: ModelMixin, config: TrainConfig, base: Repository) -> tuple[s
     return learnt_whole(network)
 
 
-def go_on(network: ModelMixin, config: TrainConfig, base: Repository) -> tuple[str, ...]:
+def go_on(network: ModelMixin, config: TrainConfig, base: Repository) -> None:
     """Let a saved decoder that was widened compute as it did in the run, which began with the plain one of `base`."""
     if config.stage == "decoder" and not is_plain(network.config):
         before = base.read(PIPELINES[config.stage].network).values
         if is_plain(before):
             widen_again(network, before["in_channels"])
-    return ()
 
 
 def say_whole(network: ModelMixin, whole: Sequence[str]) -> None:

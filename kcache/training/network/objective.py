@@ -42,7 +42,11 @@ def load_objective(
     pipeline's folder. Raises the KcacheError of what does not fit the network.
     """
     network = load(config.stage, base.path if saved is None or config.lora_rank is not None else saved)
-    whole = begin(network, config, base) if saved is None else go_on(network, config, base)
+    whole: tuple[str, ...] = ()
+    if saved is None:
+        whole = begin(network, config, base)
+    else:
+        go_on(network, config, base)
     if config.lora_rank is not None:
         _keep_in(network, getattr(torch, COMPUTE_DTYPES[config.mixed_precision]), whole)
         if saved is not None:
