@@ -106,8 +106,11 @@ def complete(
         while True:
             with turn(folder, patience):
                 remove_leftovers(folder)
-                job = builder.job = resized(job)  # whoever decoded its pictures meanwhile
-                plan = _plan_to_join(job, patience)
+                plan = open_plan(folder)
+                left = plan is not None and bool(unfinished(folder, plan))
+                # After that: where nothing is left, all sizes that others found by decoding are there to be read.
+                job = builder.job = resized(job)
+                plan = _joined(job, plan, left, patience) if plan else None
                 found = job.committed()  # after that: while a plan is open, others commit
                 if before is None:
                     before, verdicts = _counts(job, found), other_verdicts(job, found.tables)
@@ -189,11 +192,8 @@ def _new_plan(job: Survey, found: Committed, seen: Mapping[str, set[bytes]], siz
     return plan
 
 
-def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
-    """The open plan, if it is of the recipes that are wanted and not finished; else it is closed."""
-    plan = open_plan(job.folder)
-    if plan is None:
-        return None
+def _joined(job: Survey, plan: Plan, left: bool, patience: Patience) -> Plan | None:
+    """The open plan, if it is of the recipes that are wanted and something was left to do; else it is closed."""
     tars = shard_recipes("webdataset", job.recipes)
     wanted = {recipe.fingerprint for recipe in [*job.recipes.values(), *tars]}
     ours = all(table.recipe.fingerprint in wanted for table in plan.tables)
@@ -201,7 +201,7 @@ def _plan_to_join(job: Survey, patience: Patience) -> Plan | None:
     if not (ours and _is_of(job, plan)):
         how = "from another source" if ours else "with other settings"
         refuse_beside_others(claims_folder(job.folder, plan), patience, how)
-    if ours and unfinished(job.folder, plan):
+    if ours and left:
         if job.config.rows_per_shard not in (None, *(table.rows_per_shard for table in plan.tables)):
             patience.say(
                 "what an earlier build left to do is finished first, in shards of the size that it was begun with"

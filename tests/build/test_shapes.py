@@ -17,8 +17,13 @@ from small_builds import build, digests, encoded, foretold, small_config
 
 from kcache import Cache
 from kcache.build.build import build_cache, checked_survey, complete
+from kcache.build.builder import Builder
+from kcache.build.claims import Patience
 from kcache.build.pictures.asked import wanted
 from kcache.build.pictures.remembered import remember, remembered
+from kcache.build.pictures.sizes import PictureSizes, resized
+from kcache.build.plan import open_plan, unfinished
+from kcache.build.survey import Survey
 from kcache.config import unheard
 from kcache.config.shapes import ShapeSet, parse_shapes, square_set
 from kcache.encoders import decoding, frozen
@@ -134,6 +139,43 @@ def test_another_builder_takes_the_sizes_over_that_one_has_found_meanwhile(
     files = digests(cache)
     complete(late)
     assert digests(cache) == files
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_sizes_that_another_builder_finds_while_this_one_looks_count_for_the_next_plan(
+    tmp_path: Path, oracle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("kcache.encoders.decoding.picture_size", lambda content: (150, 60))
+    source, cache = bucketed_source(tmp_path / "source", SIZES[:5]), tmp_path / "cache"
+    settings = BUCKETED | {"format": form}
+    build(source, tmp_path / "undisturbed", oracle, **settings)
+    late = checked_survey(str(source), str(cache), small_config(oracle, **settings), unheard)
+    left = iter(range(1))
+
+    def stop() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kcache.build.work.progress.stop_here", stop)
+        build(source, cache, oracle, **settings)
+    plan = open_plan(cache)
+    assert plan is not None
+    assert unfinished(cache, plan)
+    encoded_meanwhile = list[int]()
+
+    def looked(job: Survey) -> Survey:
+        found = resized(job)
+        if not encoded_meanwhile:
+            encoded_meanwhile.append(plan.rows)
+            other = Builder(job, (0, 1), Patience(say=unheard), None, PictureSizes(job, unheard))
+            other.work_off(plan, job.committed())
+        return found
+
+    monkeypatch.setattr("kcache.build.build.resized", looked)
+    complete(late)
+    assert digests(cache) == digests(tmp_path / "undisturbed")
 
 
 def test_a_picture_whose_header_says_another_size_ends_where_its_pixels_belong(
