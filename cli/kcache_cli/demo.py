@@ -127,6 +127,8 @@ def _print_holes(result: "HolesResult", output: Path) -> None:
         say(f"{way}: the latents that are kept are {'those of the picture, bit for bit' if same else 'CHANGED'}")
     told = "; ".join(f"{way} {levels:.1f}" for way, levels in result.kept.levels.items())
     say(f"pixels that are kept, levels of 255 from the picture that was given: {told}")
+    told = "; ".join(f"{way} {levels:.1f}" for way, levels in result.kept.put_back.items())
+    say(f"the same where the picture's own are put back, softly where they meet what was drawn: {told}")
     say(f"the cache is {'the same, byte for byte' if result.same_cache else 'CHANGED'}: nothing was encoded for holes")
     _print_times(result.seconds, output / "inpaint.png")
 

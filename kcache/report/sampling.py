@@ -17,6 +17,7 @@ from kcache.errors import ConfigError
 from kcache.foreign import within_memory
 from kcache.machine import check_device, check_fits, default_device, kept_to_groups
 from kcache.report.drawn.halves import by_network, class_of, find_half, load_half
+from kcache.report.drawn.kept import put_back
 from kcache.report.drawn.originals import STRENGTH, check_drawn_by, check_steps, read_original
 from kcache.report.drawn.sizes import picture_size, shapes_in
 
@@ -58,9 +59,10 @@ def sample(
     was trained on, or the same area where it knows squares alone.
 
     With the file of an `image`, each prompt is drawn onto that one: with a decoder that fills holes where the file of a
-    `mask` is white, with a plain one all over, by the last `strength` of its steps, from 0 to 1. Where nothing says how
-    large, its own proportions take the place of `aspect_ratio`; to other proportions its middle is cropped. With the
-    file of a `hint` each prompt is drawn by that one, whose size counts likewise, with a decoder that reads hints.
+    `mask` is white, and what is kept around has its own pixels, by `put_back`; with a plain one all over, by the last
+    `strength` of its steps, from 0 to 1. Where nothing says how large, its own proportions take the place of
+    `aspect_ratio`; to other proportions its middle is cropped. With the file of a `hint` each prompt is drawn by that
+    one, whose size counts likewise, with a decoder that reads hints.
 
     `decoder` and `prior` are run directories, their checkpoints, folders or Hub ids of pipelines; the revisions are
     branches, tags or commits of the latter. `lora` are run directories, checkpoints or files of LoRA trainings of
@@ -86,7 +88,7 @@ def sample(
     _check_steps("--prior-num-inference-steps", prior_num_inference_steps, 2, None)
     kind = class_of("decoder", halves["unet"], adapters["unet"])
     check_drawn_by(kind, " with ".join([decoder, *map(str, adapters["unet"])]), original, strength)
-    onto: dict[str, Image.Image | torch.Tensor] = {}
+    onto: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     if original is not None and original.mask is None and not original.is_hint:
         kind, settings = KandinskyV22Img2ImgPipeline.__name__, {"strength": STRENGTH if strength is None else strength}
@@ -96,8 +98,9 @@ def sample(
     like = None if original is None else original.shape
     height, width = picture_size(height, width, aspect_ratio, counts, halves["unet"].repository, like=like)
     _check_fits(height, width, halves["unet"].repository, place)
+    downsampling = halves["unet"].repository.read("movq").downsampling
     if original is not None:
-        onto = original.fitted((height, width), halves["unet"].repository.read("movq").downsampling)
+        onto = original.fitted((height, width), downsampling)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
     # One half after the other, each let go once it has drawn, so that the device never holds both.
@@ -110,7 +113,7 @@ def sample(
             num_inference_steps=prior_num_inference_steps,
             guidance_scale=prior_guidance_scale,
         )
-        return draw_pictures(
+        drawn = draw_pictures(
             load_half(getattr(diffusers, kind), halves["unet"], place, "unet", adapters["unet"]),
             embeds,
             generators,
@@ -121,6 +124,9 @@ def sample(
             width=width,
             **settings,
         )
+    if original is None or original.mask is None:
+        return drawn
+    return [put_back(picture, onto["image"], onto["mask_image"], downsampling) for picture in drawn]
 
 
 Embeds = tuple[torch.Tensor, torch.Tensor]

@@ -143,6 +143,8 @@ def test_what_is_kept_is_compared_as_latents_and_as_pixels() -> None:
     kept = measure_kept([dark], [light], {"filled": filled, "nudged": nudged}, movq)
     assert kept.same_latents == {"filled": True, "nudged": False}
     assert kept.levels == {ALONE: 0, REAL: 10, "filled": 10, "nudged": 10}
+    assert kept.put_back["filled"] == kept.put_back["nudged"]
+    assert 0 < kept.put_back["filled"] < 6  # a latent's width in which the one passes into the other is all there is
 
 
 def test_whole_demo_of_holes_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from kcache.errors import ConfigError, MemoryShortError, ModelError
 from kcache.objectives.lora import add_lora, fuse_lora, save_lora
 from kcache.objectives.widening import learnt_whole, widen_for_hints, widen_for_masks
 from kcache.report.drawn.halves import load_pipeline
+from kcache.report.drawn.kept import put_back
 from kcache.report.drawn.originals import read_original
 from kcache.report.sampling import draw_embeds, draw_pictures, sample
 from kcache_cli.app import app
@@ -78,7 +79,9 @@ def test_the_class_of_a_pipeline_follows_from_its_network(half: str, config: dic
     assert pipeline_class(half, config) == f"KandinskyV22{name}"
 
 
-def test_a_hole_is_filled_as_the_stock_pipeline_does(oracle: Path, filling: Path, photo: Path) -> None:
+def test_a_hole_is_filled_as_the_stock_pipeline_does_and_the_rest_has_its_own_pixels(
+    oracle: Path, filling: Path, photo: Path
+) -> None:
     mask = a_mask(photo.parent / "mask.png", (200, 100), (0, 0, 100, 100))
     ours = draw(oracle, filling, image=photo, mask=mask, height=64, width=128, seed=3)[0]
     prior = load_pipeline(KandinskyV22PriorPipeline, oracle / "prior")
@@ -93,14 +96,17 @@ def test_a_hole_is_filled_as_the_stock_pipeline_does(oracle: Path, filling: Path
         generator=generator,
         **TWO_STEPS,
     ).images[0]
-    assert np.array_equal(ours, np.asarray(stock))
+    assert np.array_equal(ours[:, :72], np.asarray(stock)[:, :72])  # the hole, and the latent by which it grows
+    given = np.asarray(Image.open(photo).resize((128, 64), Image.Resampling.BICUBIC, reducing_gap=1))
+    assert np.array_equal(ours[:, 80:], given[:, 80:])
+    assert not np.array_equal(np.asarray(stock)[:, 80:], given[:, 80:])
 
 
 def test_pictures_filled_together_are_those_filled_alone(filling: Path, oracle: Path, photo: Path) -> None:
     mask = a_mask(photo.parent / "mask.png", (200, 100), (60, 20, 120, 80))
     original = read_original(photo, mask, None)
     assert original is not None
-    onto = original.fitted((64, 128), 8)
+    onto: Any = original.fitted((64, 128), 8)
     prior = load_pipeline(KandinskyV22PriorPipeline, oracle / "prior")
     decoder = load_pipeline(KandinskyV22InpaintPipeline, filling)
     prompts = ["a red circle", "a blue square", "a fox"]
@@ -111,7 +117,8 @@ def test_pictures_filled_together_are_those_filled_alone(filling: Path, oracle: 
         pictures = draw_pictures(
             decoder, embeds, generators, batch_size=batch_size, onto=onto, height=64, width=128, **TWO_STEPS
         )
-        return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+        whole = [put_back(picture, onto["image"], onto["mask_image"], 8) for picture in pictures]
+        return np.stack([np.asarray(picture) for picture in whole]).astype(int)
 
     alone = drawn(1)
     assert np.abs(drawn(2) - alone).max() <= 1

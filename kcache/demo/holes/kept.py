@@ -1,4 +1,4 @@
-"""What is kept of a picture around a hole: as latents, and as the pixels that the MoVQ makes of them."""
+"""What is kept of a picture around a hole: as latents, as the pixels that the MoVQ makes of them, and put back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kcache.demo.holes.exam import EACH, LATENT, hole
 from kcache.loader.masks import grow
+from kcache.report.drawn.kept import put_back
 
 ALONE, REAL = "the MoVQ alone", "real latents in the hole"
 
@@ -29,6 +30,8 @@ class Kept:
     The mean of absolute differences, in levels of 255. ALONE is of pictures encoded and decoded. In REAL the hole has
     the latents of a real picture of what was asked for: what it costs to be decoded beside another filling.
     """
+    put_back: dict[str, float]
+    """The same where the pixels given are put back, as `kcache sample` does; by what filled the holes."""
 
 
 class Movq:
@@ -64,11 +67,18 @@ def measure_kept(
     """Compare what is kept of `pictures` with the same places in each of `filled`; `fillings` are real ones."""
     given, keep = movq.encode(pictures), kept_mask()
     ways = {ALONE: given, REAL: torch.where(keep > 0, given, movq.encode(fillings)), **filled}
+    decoded = {way: movq.decode(latents) for way, latents in ways.items()}
     outside = keep[0, 0].numpy().repeat(LATENT, axis=0).repeat(LATENT, axis=1) > 0
     return Kept(
         same_latents={way: torch.equal(latents * keep, given * keep) for way, latents in filled.items()},
-        levels={way: _difference(movq.decode(latents), pictures, outside) for way, latents in ways.items()},
+        levels={way: _difference(decoded[way], pictures, outside) for way in ways},
+        put_back={way: _difference(handed_out(decoded[way], pictures), pictures, outside) for way in filled},
     )
+
+
+def handed_out(filled: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures `filled`, with the pixels of those given around the hole."""
+    return [put_back(one, given, hole(), LATENT) for one, given in zip(filled, pictures, strict=True)]
 
 
 def _difference(ones: Sequence[Image.Image], others: Sequence[Image.Image], where: np.ndarray) -> float:

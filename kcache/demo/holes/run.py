@@ -12,7 +12,7 @@ from kcache.config import Say
 from kcache.demo.digits import write_lesson
 from kcache.demo.holes.exam import TASKS, Repaint, fill, given_pictures, real_fillings, repaints
 from kcache.demo.holes.judging import HoleScore, score_holes
-from kcache.demo.holes.kept import Kept, Movq, measure_kept
+from kcache.demo.holes.kept import Kept, Movq, handed_out, measure_kept
 from kcache.demo.holes.papers import PAPER, Lesson
 from kcache.demo.holes.picture import picture_of
 from kcache.demo.stages import PRIOR_BATCH_SIZE, Work, begin, build_config, stage_config, train
@@ -42,9 +42,9 @@ class HolesSize:
 
 WHOLE = HolesSize(
     pictures=4311,
-    prior_steps=400,
+    prior_steps=600,
     decoder_steps=800,
-    further_steps=600,
+    further_steps=1200,
     decoder_batch_size=32,
     sources=20,
     sampling_steps=25,
@@ -116,7 +116,8 @@ def run_holes(output: Path, size: HolesSize, *, say: Say, seed: int = 0) -> Hole
         given, real, movq = given_pictures(asked), real_fillings(asked), Movq(runs / "decoder")
         decoders = {INPAINTING: runs / "inpaint", BLENDED: runs / "plain"}
         latents = fill(asked, given, runs / "prior", decoders, steps=size.sampling_steps, seed=1_000_000 * seed)
-        filled = {way: movq.decode(of_way) for way, of_way in latents.items()} | {REAL: movq.decode(movq.encode(real))}
+        filled = {way: handed_out(movq.decode(of_way), given) for way, of_way in latents.items()}
+        filled[REAL] = movq.decode(movq.encode(real))
         scores = {
             task: {way: score_holes(*_of_task(task, asked, of_way)) for way, of_way in filled.items()} for task in TASKS
         }
