@@ -97,7 +97,7 @@ class Bench:
     steps: type[Steps]
     """What is counted as a step."""
     shapes: bool = False
-    """Whether caches have three shapes, and mirror images; the headers of some pictures are wrong.
+    """Whether caches have three shapes, mirror images, hints and masks; the headers of some pictures are wrong.
 
     What such a header says is planned first, and found wrong by decoding: a build has two plans."""
 
@@ -107,8 +107,8 @@ class Bench:
         write_digits(self.pictures, PICTURES)
         write_digits(self.changed, PICTURES + 2)
         if self.shapes:
-            _put_on_papers(self.pictures)
-            _put_on_papers(self.changed)
+            _put_on_papers_with_controls(self.pictures)
+            _put_on_papers_with_controls(self.changed)
         metadata = self.changed / "metadata.jsonl"
         lines = [json.loads(line) for line in metadata.read_text().splitlines()]
         lines[1]["text"] = lines[2]["text"]
@@ -126,6 +126,8 @@ class Bench:
             resolution=(self._resolution,),
             aspect_ratio_buckets="auto" if self.shapes else None,
             flip=self.shapes or None,
+            hint_column=("edges=hint",) if self.shapes else (),
+            mask_column="hole" if self.shapes else None,
             dtype="float32",
             batch_size=2,
             num_workers=2,
@@ -186,9 +188,11 @@ class Bench:
         """Start `kcache cache-build` as it is typed."""
         config = dataclasses.asdict(self.config(form))
         flags = {name: value for name, value in config.items() if value not in (None, False, ())}
-        flags |= {"resolution": self._resolution}
+        typed = [
+            (name, each) for name, given in flags.items() for each in (given if isinstance(given, tuple) else [given])
+        ]
         sys.argv = ["kcache", "cache-build", str(self.pictures), str(cache)]
-        sys.argv += [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+        sys.argv += [f"--{name}" if value is True else f"--{name}={value}" for name, value in typed]
         read, write = os.pipe()
         pid = os.fork()
         if pid:
@@ -212,6 +216,11 @@ class Bench:
             raise RuntimeError(f"the builder of {cache} ended with {code}")
 
 
-def _put_on_papers(folder: Path) -> None:
+def _put_on_papers_with_controls(folder: Path) -> None:
     for path, shape in zip(sorted(folder.glob("*.png")), itertools.cycle(PAPERS), strict=False):
-        on_paper(Image.open(path), "white", shape).save(path)
+        paper = on_paper(Image.open(path), "white", shape)
+        paper.save(path)
+        paper.convert("L").save(path.with_suffix(".hint.png"))
+    for path in sorted(folder.glob("*[0-9].png"))[::2]:
+        hole = Image.open(path).convert("L").point(lambda level: 255 * (level < 128))
+        hole.save(path.with_suffix(".hole.png"))

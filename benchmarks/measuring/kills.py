@@ -243,7 +243,7 @@ def parser_of(text: str | None, *, random: int, stops: int) -> argparse.Argument
     parser.add_argument("--random", type=int, default=random, help="kills at random moments, over both forms")
     parser.add_argument("--stops", type=int, default=stops, help="stops by signals at random moments, over both forms")
     parser.add_argument("--together", type=int, default=20, help="runs with several builders, over both forms")
-    parser.add_argument("--shapes", action="store_true", help="caches of shapes and mirror images")
+    parser.add_argument("--shapes", action="store_true", help="caches of shapes, mirror images, hints and masks")
     return parser
 
 

@@ -76,8 +76,8 @@ def in_bucket(results: Results) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_shapes(results: Results) -> dict[str, Any]:
-    """The same of a cache of shapes and mirror images on a disk, killed at every 1013th step, and built together."""
-    return results("kills", "--shapes", "--random", "0", "--stops", "0", "--every", "1013", "--together", "4")
+    """The same of a cache of shapes, mirror images, hints and masks on a disk, killed at every 1531st step."""
+    return results("kills", "--shapes", "--random", "0", "--stops", "0", "--every", "1531", "--together", "4")
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
