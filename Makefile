@@ -23,9 +23,9 @@ demo-preserve: $(STAMP)
 	$(BIN)/kcache demo --preserve --output demo-preserve-out
 
 # Three processes, as many a test waits for a disk, a server or a cluster: each file runs whole in one, in alphabetical
-# order.
+# order. The many processes that tests start find kcache compiled, wherever Python is told to keep no bytecode.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -60,11 +60,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
 
 @pytest.fixture(scope="module")
 def outcome(results: Results) -> dict[str, Any]:
-    """What the script says of 10 random kills, a kill at every 199th step, 8 stops, and 4 builds by several processes.
+    """What the script says of 6 random kills, a kill at every 283rd step, 8 stops, and 4 builds by several processes.
 
     Of these, two to four at once, every other loses one. All of it is over both forms of a cache.
     """
-    return results("kills", "--random", "10", "--every", "199", "--stops", "8", "--together", "4")
+    return results("kills", "--random", "6", "--every", "283", "--stops", "8", "--together", "4")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
     outcome: dict[str, Any], form: str, kind: str
 ) -> None:
     result = outcome[form][kind]
-    assert result["kills"] >= 5
+    assert result["kills"] >= 3
     assert (result["rows_lost"], result["rows_doubled"], result["differing"]) == (0, 0, [])
 
 
