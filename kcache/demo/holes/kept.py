@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from kcache.demo.holes.exam import EACH, LATENT, hole
-from kcache.loader.masks import grow
-from kcache.report.drawn.kept import put_back
+from kcache.report.drawn.kept import kept_latents, put_back
 
 ALONE, REAL = "the MoVQ alone", "real latents in the hole"
 
@@ -57,8 +56,7 @@ class Movq:
 
 def kept_mask() -> Tensor:
     """Where latents are kept beside the hole as the pipeline lets it grow: (1, 1, h, w) float32, 1 is kept."""
-    of_latents = np.asarray(hole())[::LATENT, ::LATENT] == 0
-    return torch.from_numpy(grow(of_latents.astype(np.float32)[None, None]))
+    return torch.from_numpy(kept_latents(hole(), LATENT))[None, None]
 
 
 def measure_kept(
